@@ -1,0 +1,158 @@
+//! Where tensors live, and the class of machines that compute bit-identical results.
+
+use std::{fmt, str::FromStr, sync::OnceLock};
+
+use candle_core::Device;
+
+use crate::{Error, Result};
+
+/// What the user asked for: `auto`, `cpu` or `cuda:N`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// CUDA device 0 if this build has CUDA and it works, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The CUDA device with this ordinal.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            _ => s
+                .strip_prefix("cuda:")
+                .and_then(|n| n.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| format!("device is '{s}', expected auto, cpu or cuda:N")),
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(n) => write!(f, "cuda:{n}"),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// Opens the device. Fails with [`Error::Usage`] if it is not there or not in this build.
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Auto => Ok(open_cuda(0).unwrap_or(Device::Cpu)),
+            Self::Cuda(ordinal) => open_cuda(ordinal),
+        }
+    }
+}
+
+/// `new_cuda_with_stream`, never `new_cuda`: the latter shares a stream without event tracking, so that a
+/// second thread can race.
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: usize) -> Result<Device> {
+    Device::new_cuda_with_stream(ordinal)
+        .map_err(|e| Error::Usage(format!("device cuda:{ordinal} cannot be opened: {e}")))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(ordinal: usize) -> Result<Device> {
+    Err(Error::Usage(format!(
+        "device is 'cuda:{ordinal}', but this program was built without CUDA; build it with `--features cuda`"
+    )))
+}
+
+/// The instruction set that the CPU kernels use. Ordered from plain to wide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CpuLevel {
+    /// Plain Rust: IEEE single precision, multiply and add rounded apart.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+}
+
+impl CpuLevel {
+    /// The widest level of this machine, or the one that `PROXYSET_CPU` (`portable`, `avx2`) forces.
+    ///
+    /// A forced level that the machine lacks, or an unknown name, is ignored in favour of detection:
+    /// [`CpuLevel::check_env`] reports it first.
+    pub fn get() -> Self {
+        static LEVEL: OnceLock<CpuLevel> = OnceLock::new();
+        *LEVEL.get_or_init(|| Self::from_env().unwrap_or_else(|_| Self::detect()))
+    }
+
+    /// Fails with [`Error::Usage`] if `PROXYSET_CPU` names a level that is unknown or not on this machine.
+    pub fn check_env() -> Result<()> {
+        Self::from_env().map(drop)
+    }
+
+    fn from_env() -> Result<Self> {
+        match std::env::var("PROXYSET_CPU").as_deref() {
+            Err(_) | Ok("") => Ok(Self::detect()),
+            Ok("portable") => Ok(Self::Portable),
+            Ok("avx2") if Self::detect() >= Self::Avx2 => Ok(Self::Avx2),
+            Ok("avx2") => bail!(Usage, "PROXYSET_CPU is 'avx2', but this machine has no AVX2 with FMA"),
+            Ok(other) => bail!(Usage, "PROXYSET_CPU is '{other}', expected portable or avx2"),
+        }
+    }
+
+    fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return Self::Avx2;
+        }
+        Self::Portable
+    }
+}
+
+/// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90`.
+///
+/// Across classes results agree up to rounding. Every record names the class that made it.
+pub fn device_class(device: &Device) -> String {
+    match device {
+        Device::Cpu => match CpuLevel::get() {
+            CpuLevel::Portable => "cpu-portable".into(),
+            CpuLevel::Avx2 => "cpu-avx2".into(),
+        },
+        _ => gpu_class(device),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn gpu_class(device: &Device) -> String {
+    use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
+    let Device::Cuda(cuda) = device else { return "unknown".into() };
+    let context = cuda.cuda_stream().context().clone();
+    let attribute = |a| context.attribute(a).unwrap_or(0);
+    format!(
+        "cuda-sm{}{}",
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+    )
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu_class(_: &Device) -> String {
+    "unknown".into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_round_trip_and_bad_ones_say_what_was_expected() {
+        for name in ["auto", "cpu", "cuda:3"] {
+            assert_eq!(name.parse::<DeviceChoice>().unwrap().to_string(), name);
+        }
+        let error = "gpu".parse::<DeviceChoice>().unwrap_err();
+        assert_eq!(error, "device is 'gpu', expected auto, cpu or cuda:N");
+    }
+}

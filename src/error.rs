@@ -1,0 +1,89 @@
+//! One error type, grouped by what the caller can do about it: each group has its exit code.
+
+use std::path::{Path, PathBuf};
+
+/// The result of everything in this crate that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. Messages name the value and what was expected, in lower case, without a full stop.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A stated gate was not met: the work was done, the answer is no. Exit code 1.
+    #[error("{0}")]
+    Gate(String),
+    /// Wrong usage or configuration, or an output folder of another run. Exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Input data that cannot be what it claims to be. Exit code 65.
+    #[error("{0}")]
+    Data(String),
+    /// Something that cannot happen unless a program, a disk or a file is wrong. Exit code 70.
+    #[error("{0}")]
+    Alarm(String),
+    /// The system refused to read or write: full, read-only, missing. Exit code 74.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file or folder that was being read or written.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Stopped by a signal, or locked by another process: run again to resume. Exit code 75.
+    #[error("{0}")]
+    Stopped(String),
+    /// A tensor operation failed: a bug, or out of memory. Exit code 70.
+    #[error("tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// Another error with what was being done at the time.
+    #[error("{context}: {source}")]
+    Context {
+        /// What was being done.
+        context: String,
+        /// Why it failed.
+        source: Box<Error>,
+    },
+}
+
+impl Error {
+    /// Wraps an I/O error with the path it is about.
+    pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io { path, source }
+    }
+
+    /// The process exit code for this error (DESIGN: 1 gate, 2 usage, 65 data, 70 alarm, 74 I/O, 75 stopped).
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Gate(_) => 1,
+            Self::Usage(_) => 2,
+            Self::Data(_) => 65,
+            Self::Alarm(_) => 70,
+            Self::Io { .. } => 74,
+            Self::Stopped(_) => 75,
+            Self::Tensor(e) if e.to_string().to_lowercase().contains("out of memory") => 2,
+            Self::Tensor(_) => 70,
+            Self::Context { source, .. } => source.exit_code(),
+        }
+    }
+}
+
+/// Adds what was being done to an error.
+pub trait ResultExt<T> {
+    /// Prefixes the error with `context()`.
+    fn context<C: Into<String>>(self, context: impl FnOnce() -> C) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> ResultExt<T> for std::result::Result<T, E> {
+    fn context<C: Into<String>>(self, context: impl FnOnce() -> C) -> Result<T> {
+        self.map_err(|e| Error::Context { context: context().into(), source: Box::new(e.into()) })
+    }
+}
+
+/// Returns early with `Error::$kind(format!(…))`.
+#[macro_export]
+macro_rules! bail {
+    ($kind:ident, $($arg:tt)+) => {
+        return Err($crate::Error::$kind(format!($($arg)+)))
+    };
+}

@@ -1,0 +1,241 @@
+//! Files that are either complete or not there.
+//!
+//! [`publish`] is the only way in which this crate gives a file its final name: written aside on the same
+//! mount, fsynced, renamed, folder fsynced. A reader that sees the name sees all of the bytes, also after
+//! `kill -9` or a power cut.
+
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use crate::{Error, Result};
+
+/// The extension of files that were being written when their process died. Never read, removed on resume.
+const ASIDE: &str = "partial-write";
+
+/// Writes `path` through `write`: all of it or nothing.
+///
+/// The file is written beside its final name, fsynced, renamed over `path`, and the folder is fsynced.
+/// Missing parent folders are made. Fails with [`Error::Io`] naming the file; then `path` is as it was.
+pub fn publish_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    static NONCE: AtomicU64 = AtomicU64::new(0);
+    let parent = parent_of(path);
+    create_dir_all(parent)?;
+    let nonce = NONCE.fetch_add(1, Ordering::Relaxed);
+    let aside = parent.join(format!(
+        ".{}.{}-{nonce}.{ASIDE}",
+        path.file_name().unwrap_or_default().to_string_lossy(),
+        std::process::id(),
+    ));
+    let written = (|| {
+        let mut file = File::create(&aside).map_err(Error::io(path))?;
+        write(&mut file)?;
+        file.sync_all().map_err(Error::io(path))?;
+        fs::rename(&aside, path).map_err(Error::io(path))?;
+        sync_dir(parent)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&aside);
+    }
+    written
+}
+
+/// Writes `bytes` to `path`, all or nothing; see [`publish_with`].
+pub fn publish(path: &Path, bytes: &[u8]) -> Result<()> {
+    publish_with(path, |file| file.write_all(bytes).map_err(Error::io(path)))
+}
+
+/// Writes `value` as indented JSON with a final newline, all or nothing.
+pub fn publish_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value)
+        .map_err(|e| Error::Alarm(format!("{}: cannot be written as JSON: {e}", path.display())))?;
+    text.push('\n');
+    publish(path, text.as_bytes())
+}
+
+/// Reads JSON. A file that does not parse is [`Error::Data`].
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|e| Error::Data(format!("{}: not the JSON that was expected: {e}", path.display())))
+}
+
+/// Makes a folder and its parents, each one durable.
+pub fn create_dir_all(dir: &Path) -> Result<()> {
+    if dir.as_os_str().is_empty() || dir.is_dir() {
+        return Ok(());
+    }
+    create_dir_all(parent_of(dir))?;
+    match fs::create_dir(dir) {
+        Ok(()) => sync_dir(parent_of(dir)),
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        Err(e) => Err(Error::io(dir)(e)),
+    }
+}
+
+/// Removes what dead writers left behind in `dir`. Call it only while holding the folder's lock.
+pub fn remove_leftovers(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        if path.extension().is_some_and(|e| e == ASIDE) {
+            fs::remove_file(&path).map_err(Error::io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a folder and all in it; a folder that is not there is removed already.
+pub fn remove_dir_all(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// The BLAKE3 of a file's bytes, in hexadecimal, and their number.
+pub fn hash_file(path: &Path) -> Result<(String, u64)> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut total = 0;
+    loop {
+        let n = file.read(&mut buffer).map_err(Error::io(path))?;
+        if n == 0 {
+            return Ok((hasher.finalize().to_hex().to_string(), total));
+        }
+        hasher.update(&buffer[..n]);
+        total += n as u64;
+    }
+}
+
+/// An exclusive lock on a folder, freed when the process ends, however it ends.
+#[derive(Debug)]
+pub struct Lock(#[expect(dead_code, reason = "the open file is the lock")] File);
+
+impl Lock {
+    /// Locks `dir`, which must exist. Fails at once with [`Error::Stopped`] if another process holds it.
+    ///
+    /// `name` tells locks of one folder apart: writers of different shards may work side by side.
+    pub fn acquire(dir: &Path, name: &str) -> Result<Self> {
+        let path = dir.join(format!(".{name}.lock"));
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(Error::io(&path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self(file)),
+            Err(fs::TryLockError::WouldBlock) => {
+                bail!(Stopped, "{}: another process is at work here; wait for it, or stop it", dir.display())
+            }
+            Err(fs::TryLockError::Error(e)) => Err(Error::io(&path)(e)),
+        }
+    }
+}
+
+/// Parts of a unit of work that takes longer than one would like to lose: one durable file a part.
+///
+/// A part is keyed by name and is a pure function of what the unit is made from, so a part found is a part
+/// done. [`Parts::clear`] once the unit itself is published.
+#[derive(Debug)]
+pub struct Parts {
+    dir: PathBuf,
+}
+
+impl Parts {
+    /// Parts in `dir`, which is made with the first one.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// The bytes of part `key`, if it was finished before.
+    pub fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let path = self.dir.join(key);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(&path)(e)),
+        }
+    }
+
+    /// Keeps part `key`.
+    pub fn put(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        publish(&self.dir.join(key), bytes)
+    }
+
+    /// Removes all parts.
+    pub fn clear(&self) -> Result<()> {
+        remove_dir_all(&self.dir)
+    }
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io(dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn publish_replaces_whole_files_and_leaves_nothing_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/file");
+        publish(&path, b"first").unwrap();
+        publish(&path, b"second").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"second");
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        publish(&path, b"old").unwrap();
+        let failed = publish_with(&path, |file| {
+            file.write_all(b"half").map_err(Error::io(&path))?;
+            bail!(Data, "stop here")
+        });
+        assert_eq!(failed.unwrap_err().exit_code(), 65);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn leftovers_of_dead_writers_go_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        publish(&dir.path().join("kept"), b"x").unwrap();
+        fs::write(dir.path().join(format!(".kept.1-2.{ASIDE}")), b"half").unwrap();
+        remove_leftovers(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_second_lock_is_refused_until_the_first_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Lock::acquire(dir.path(), "run").unwrap();
+        assert_eq!(Lock::acquire(dir.path(), "run").unwrap_err().exit_code(), 75);
+        drop(first);
+        Lock::acquire(dir.path(), "run").unwrap();
+    }
+
+    #[test]
+    fn hash_file_is_blake3_of_the_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        publish(&path, b"proxyset").unwrap();
+        let expected = (blake3::hash(b"proxyset").to_hex().to_string(), 8);
+        assert_eq!(hash_file(&path).unwrap(), expected);
+    }
+}

@@ -1,0 +1,115 @@
+//! Every op in plain candle ops: the specification, the oracle of the fast versions, and what runs on
+//! devices without one.
+
+use candle_core::{D, Tensor};
+
+use crate::Result;
+
+/// 2-D convolution. `x`: `(b, h, w, c_in)` f32; `weight`: `(c_out, c_in, kh, kw)`; `bias`: `(c_out,)`.
+///
+/// `padding` is `(before, after)`, zeros, the same in both directions of the image. Returns
+/// `(b, h', w', c_out)` with `h' = (h + before + after - kh) / stride + 1`.
+pub fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    stride: usize,
+    padding: (usize, usize),
+) -> Result<Tensor> {
+    let x = x.permute((0, 3, 1, 2))?.contiguous()?;
+    let (before, after) = padding;
+    let (x, padding) = if before == after {
+        (x, before)
+    } else {
+        (x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?, 0)
+    };
+    let out = x.conv2d(&weight.contiguous()?, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()?;
+    Ok(match bias {
+        Some(bias) => out.broadcast_add(bias)?,
+        None => out,
+    })
+}
+
+/// `x · weightᵀ + bias`. `x`: `(…, k)`; `weight`: `(n, k)`, PyTorch's order; `bias`: `(n,)`. Returns `(…, n)`.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    let k = dims.pop().unwrap_or(1);
+    let out = x.reshape(((), k))?.matmul(&weight.t()?)?;
+    dims.push(weight.dim(0)?);
+    let out = out.reshape(dims)?;
+    Ok(match bias {
+        Some(bias) => out.broadcast_add(bias)?,
+        None => out,
+    })
+}
+
+/// Batched matrix product: `(b, m, k) · (b, k, n)`. Returns `(b, m, n)`.
+pub fn matmul(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+    Ok(lhs.contiguous()?.matmul(&rhs.contiguous()?)?)
+}
+
+/// Group normalisation over `(b, …, c)` (Wu & He 2018), then SiLU if `silu`.
+///
+/// The statistics of a sample and group go over all positions and the group's `c / groups` channels.
+/// `weight`, `bias`: `(c,)`.
+pub fn group_norm(
+    x: &Tensor,
+    groups: usize,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    silu: bool,
+) -> Result<Tensor> {
+    let (b, c) = (x.dim(0)?, x.dim(D::Minus1)?);
+    let positions = x.elem_count() / (b * c);
+    let g = x.reshape((b, positions, groups, c / groups))?;
+    let g = g.broadcast_sub(&g.mean_keepdim((1, 3))?)?;
+    let variance = g.sqr()?.mean_keepdim((1, 3))?;
+    let g = g.broadcast_div(&(variance + epsilon)?.sqrt()?)?.reshape(x.dims())?;
+    let out = g.broadcast_mul(weight)?.broadcast_add(bias)?;
+    if silu { self::silu(&out) } else { Ok(out) }
+}
+
+/// `x · sigmoid(x)`, element by element.
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    Ok((x / (x.neg()?.exp()? + 1.0)?)?)
+}
+
+/// `max(x, 0)`, element by element; its gradient at 0 is 0, as in PyTorch.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    Ok((x * x.gt(0f32)?.to_dtype(x.dtype())?)?)
+}
+
+/// Nearest-neighbour upsampling by two. `x`: `(b, h, w, c)`. Returns `(b, 2h, 2w, c)`.
+pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    Ok(x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?.reshape((b, 2 * h, 2 * w, c))?)
+}
+
+/// Mean over the positions. `x`: `(b, h, w, c)`. Returns `(b, c)`.
+pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    Ok(x.reshape((b, h * w, c))?.mean(1)?)
+}
+
+/// Softmax over the last dimension.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
+    Ok(e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?)
+}
+
+/// Scaled dot-product attention, `softmax(q kᵀ / √d) v` (Vaswani et al. 2017, Eq. 1).
+/// `q`, `k`, `v`: `(b, n, d)`, heads folded into `b`. Returns `(b, n, d)`.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+    let scores = (matmul(q, &k.transpose(1, 2)?)? * scale)?;
+    matmul(&softmax(&scores)?, v)
+}
+
+/// Cross-entropy of each sample, in nats. `logits`: `(b, classes)`; `labels`: `(b,)` u32. Returns `(b,)`.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+    let log_z = shifted.exp()?.sum(D::Minus1)?.log()?;
+    let chosen = shifted.gather(&labels.unsqueeze(1)?, 1)?.squeeze(1)?;
+    Ok((log_z - chosen)?)
+}
