@@ -1,9 +1,103 @@
 //! The operations that dominate: one op a file, each with a plain reference in candle ops.
 //!
 //! Layout is NHWC on every device; weights are in PyTorch's order. The functions re-exported here take the
-//! fast path of the device that holds the tensors; [`mod@reference`] is the specification and the oracle, and
-//! runs on any device.
+//! fast path of the device that holds the tensors: f32 tensors on the CPU go to the loops of this module,
+//! everything else to [`mod@reference`], the specification and the oracle, which runs on any device.
+//!
+//! What the fast paths promise, besides speed:
+//! - The output and the input gradient of a sample have the same bits whatever the batch around it and the
+//!   number of threads; gradients of weights have the same bits for any number of threads.
+//! - Backward computes gradients of tracked operands only: an attack on frozen weights pays no weight gradient.
 
+mod activation;
+mod attention;
+mod conv2d;
+mod group_norm;
+mod loss;
+mod math;
+mod matmul;
+mod microkernel;
+mod reduce;
 pub mod reference;
+mod resample;
+#[cfg(test)]
+mod testing;
 
-pub use reference::*;
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, DType, Device, Layout, Storage, StorageRef, Tensor};
+use rayon::prelude::*;
+
+pub use activation::{relu, silu};
+pub use attention::{attention, softmax};
+pub use conv2d::conv2d;
+pub use group_norm::group_norm;
+pub use loss::cross_entropy;
+pub use matmul::{linear, matmul};
+pub use resample::{global_avg_pool, upsample_nearest2x};
+
+/// Whether the fast paths of the CPU take these operands.
+fn on_cpu(operands: &[&Tensor]) -> bool {
+    operands.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+}
+
+/// The elements of a contiguous operand of a custom op.
+fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => {
+            candle_core::bail!("a kernel got strides {:?}, expected contiguous elements", layout.stride())
+        }
+    }
+}
+
+/// Read access to the elements of an f32 tensor on the CPU, in row-major order.
+pub(crate) struct Elements<'a> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+}
+
+impl<'a> Elements<'a> {
+    /// Fails if the tensor is not contiguous, not f32 or not on the CPU.
+    pub(crate) fn of(tensor: &'a Tensor) -> candle_core::Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("a kernel got strides {:?}, expected contiguous elements", layout.stride())
+        };
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(_)) => Ok(Self { storage, range: start..end }),
+            _ => candle_core::bail!(
+                "a kernel got {:?} on {:?}, expected f32 on the CPU",
+                tensor.dtype(),
+                tensor.device()
+            ),
+        }
+    }
+}
+
+impl Deref for Elements<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(data)) => &data[self.range.clone()],
+            _ => unreachable!("checked when it was made"),
+        }
+    }
+}
+
+/// A tensor on the CPU, outside of any graph.
+fn tensor(data: Vec<f32>, like: &Tensor) -> candle_core::Result<Tensor> {
+    Tensor::from_vec(data, like.shape(), &Device::Cpu)
+}
+
+/// The work in multiply-adds or elements under which waking threads costs more than they save.
+const PARALLEL_WORK: usize = 1 << 16;
+
+/// Runs `body` on consecutive chunks of `out` with their number, in parallel if `work` is worth it.
+fn for_each_chunk(out: &mut [f32], chunk: usize, work: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+    if work < PARALLEL_WORK {
+        out.chunks_mut(chunk.max(1)).enumerate().for_each(|(i, out)| body(i, out));
+    } else {
+        out.par_chunks_mut(chunk.max(1)).enumerate().for_each(|(i, out)| body(i, out));
+    }
+}

@@ -18,10 +18,17 @@ pub fn conv2d(
 ) -> Result<Tensor> {
     let x = x.permute((0, 3, 1, 2))?.contiguous()?;
     let (before, after) = padding;
-    let (x, padding) = if before == after {
+    let (.., h, w) = x.dims4()?;
+    let (.., kh, kw) = weight.dims4()?;
+    // Rows and columns past the last window.
+    let unused = |size: usize, kernel: usize| (size + before + after).saturating_sub(kernel) % stride.max(1);
+    let (x, padding) = if before == after && unused(h, kh) == 0 && unused(w, kw) == 0 {
         (x, before)
     } else {
-        (x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?, 0)
+        // Cut off: candle's gradient fails where their numbers differ between the directions.
+        let padded = x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;
+        let padded = padded.narrow(2, 0, h + before + after - unused(h, kh))?;
+        (padded.narrow(3, 0, w + before + after - unused(w, kw))?.contiguous()?, 0)
     };
     let out = x.conv2d(&weight.contiguous()?, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()?;
     Ok(match bias {

@@ -1,0 +1,381 @@
+//! Group normalisation, with SiLU in the same pass.
+
+use std::sync::OnceLock;
+
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::{
+    Elements, PARALLEL_WORK,
+    activation::silu_slope,
+    elements, math,
+    microkernel::{Arithmetic, Loop, run},
+    on_cpu, reference, tensor,
+};
+use crate::{Result, device::CpuLevel};
+
+/// Group normalisation over `(b, …, c)` (Wu & He 2018), then SiLU if `silu`.
+///
+/// The statistics of a sample and group go over all positions and the group's `c / groups` channels; the
+/// variance is the biased one. `weight`, `bias`: `(c,)`. Fails if `groups` does not divide `c`.
+pub fn group_norm(
+    x: &Tensor,
+    groups: usize,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    silu: bool,
+) -> Result<Tensor> {
+    if on_cpu(&[x, weight, bias]) {
+        group_norm_at(CpuLevel::get(), x, groups, weight, bias, epsilon, silu)
+    } else {
+        reference::group_norm(x, groups, weight, bias, epsilon, silu)
+    }
+}
+
+fn group_norm_at(
+    level: CpuLevel,
+    x: &Tensor,
+    groups: usize,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    silu: bool,
+) -> Result<Tensor> {
+    let c = x.dim(D::Minus1)?;
+    if groups == 0 || c == 0 || c % groups != 0 {
+        bail!(Alarm, "{c} channels cannot be normalised in {groups} groups");
+    }
+    if weight.dims() != [c] || bias.dims() != [c] {
+        bail!(Alarm, "{c} channels with weight {:?} and bias {:?}", weight.dims(), bias.dims());
+    }
+    let sample = x.elem_count() / x.dim(0)?.max(1);
+    let op = GroupNorm { level, groups, c, sample, epsilon, silu, moments: OnceLock::new() };
+    Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
+}
+
+struct GroupNorm {
+    level: CpuLevel,
+    groups: usize,
+    c: usize,
+    /// Elements of a sample.
+    sample: usize,
+    epsilon: f64,
+    silu: bool,
+    /// Mean and 1 / standard deviation of each sample and group: what backward needs again from forward.
+    moments: OnceLock<Vec<Moments>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Moments {
+    mean: f32,
+    inverse: f32,
+}
+
+/// What one sample's channels are normalised with.
+struct Channels<'a> {
+    mean: Vec<f32>,
+    inverse: Vec<f32>,
+    weight: &'a [f32],
+    bias: &'a [f32],
+}
+
+impl<'a> Channels<'a> {
+    fn new(moments: &[Moments], weight: &'a [f32], bias: &'a [f32]) -> Self {
+        let per_group = weight.len() / moments.len();
+        let spread = |f: fn(&Moments) -> f32| moments.iter().flat_map(|m| [f(m)].repeat(per_group)).collect();
+        Self { mean: spread(|m| m.mean), inverse: spread(|m| m.inverse), weight, bias }
+    }
+}
+
+/// Channels that are summed together, in registers.
+const CHANNELS: usize = 16;
+
+/// Calls `$sums::<N>(…, first)` for all channels, `N` at a time, and writes what it returns.
+macro_rules! for_channels {
+    ($c:expr, |$first:ident, $n:ident| $sums:expr, $out:expr) => {
+        let mut $first = 0;
+        while $first + CHANNELS <= $c {
+            const $n: usize = CHANNELS;
+            $out[$first..$first + $n].copy_from_slice(&$sums);
+            $first += $n;
+        }
+        while $first < $c {
+            const $n: usize = 1;
+            $out[$first..$first + $n].copy_from_slice(&$sums);
+            $first += $n;
+        }
+    };
+}
+
+/// The moments of each group of one sample.
+struct Statistics<'a> {
+    x: &'a [f32],
+    c: usize,
+    groups: usize,
+    epsilon: f64,
+}
+
+impl Loop for Statistics<'_> {
+    type Output = Vec<Moments>;
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) -> Vec<Moments> {
+        let Self { x, c, groups, epsilon } = self;
+        let mut sums = vec![[0f64; 2]; c];
+        for_channels!(c, |first, N| power_sums::<N>(x, c, first), sums);
+        let count = (x.len() / groups) as f64;
+        let moments = |group: &[[f64; 2]]| {
+            let [sum, squares] = group.iter().fold([0.0; 2], |[a, b], [x, y]| [a + x, b + y]);
+            let mean = sum / count;
+            // Double precision: the cancellation costs at most half of its 16 digits for mean / σ up to 1e4.
+            let variance = (squares / count - mean * mean).max(0.0);
+            Moments { mean: mean as f32, inverse: (1.0 / (variance + epsilon).sqrt()) as f32 }
+        };
+        sums.chunks_exact(c / groups).map(moments).collect()
+    }
+}
+
+/// `[Σ x, Σ x²]` of channels `first..first + N`, in the order of the positions.
+#[inline(always)]
+fn power_sums<const N: usize>(x: &[f32], c: usize, first: usize) -> [[f64; 2]; N] {
+    let (mut a, mut b) = ([0f64; N], [0f64; N]);
+    for row in x.chunks_exact(c) {
+        let row = &row[first..first + N];
+        for l in 0..N {
+            let x = f64::from(row[l]);
+            a[l] += x;
+            b[l] += x * x;
+        }
+    }
+    std::array::from_fn(|l| [a[l], b[l]])
+}
+
+/// The output of one sample.
+struct Normalize<'a> {
+    x: &'a [f32],
+    channels: Channels<'a>,
+    silu: bool,
+    out: &'a mut [f32],
+}
+
+impl Loop for Normalize<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { x, channels: Channels { mean, inverse, weight, bias }, silu, out } = self;
+        let c = weight.len();
+        let scale: Vec<f32> = inverse.iter().zip(weight).map(|(i, w)| i * w).collect();
+        let (mean, scale, bias) = (&mean[..c], &scale[..c], &bias[..c]);
+        for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            for i in 0..c {
+                out[i] = A::mul_add(x[i] - mean[i], scale[i], bias[i]);
+            }
+            if silu {
+                out.iter_mut().for_each(|z| *z *= math::sigmoid::<A>(*z));
+            }
+        }
+    }
+}
+
+/// The gradients of one sample.
+struct Gradients<'a> {
+    x: &'a [f32],
+    dy: &'a [f32],
+    channels: Channels<'a>,
+    groups: usize,
+    silu: bool,
+    dx: &'a mut [f32],
+}
+
+impl Loop for Gradients<'_> {
+    /// For each channel the gradients of bias and weight, `[Σ dz, Σ dz · x̂]`: `z = x̂ · weight + bias` is what
+    /// SiLU gets, `x̂` the normalised input.
+    type Output = Vec<[f64; 2]>;
+
+    /// `dx = inverse · (dx̂ - mean(dx̂) - x̂ · mean(dx̂ · x̂))`, `dx̂ = weight · dz`, means over the group.
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) -> Vec<[f64; 2]> {
+        let Self { x, dy, channels, groups, silu, dx } = self;
+        let Channels { mean, inverse, weight, .. } = &channels;
+        let c = weight.len();
+        let mut sums = vec![[0f64; 2]; c];
+        for_channels!(c, |first, N| gradient_sums::<A, N>(x, dy, &channels, silu, first, dx), sums);
+        let count = (x.len() / groups) as f64;
+        let (mut scale, mut offset, mut slope) = (vec![0f32; c], vec![0f32; c], vec![0f32; c]);
+        for group in (0..c).step_by(c / groups) {
+            let range = group..group + c / groups;
+            let weighted =
+                |k: usize| range.clone().map(|i| f64::from(weight[i]) * sums[i][k]).sum::<f64>() / count;
+            let (mean_gradient, mean_product) = (weighted(0) as f32, weighted(1) as f32);
+            for i in range.clone() {
+                scale[i] = inverse[i] * weight[i];
+                offset[i] = -inverse[i] * mean_gradient;
+                slope[i] = -inverse[i] * inverse[i] * mean_product;
+            }
+        }
+        let (mean, scale, offset, slope) = (&mean[..c], &scale[..c], &offset[..c], &slope[..c]);
+        for (dx, x) in dx.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            for i in 0..c {
+                dx[i] = A::mul_add(dx[i], scale[i], A::mul_add(x[i] - mean[i], slope[i], offset[i]));
+            }
+        }
+        sums
+    }
+}
+
+/// Writes `dz` of channels `first..first + N`; returns their `[Σ dz, Σ dz · x̂]`, in the order of the positions.
+#[inline(always)]
+fn gradient_sums<A: Arithmetic, const N: usize>(
+    x: &[f32],
+    dy: &[f32],
+    channels: &Channels,
+    silu: bool,
+    first: usize,
+    dz: &mut [f32],
+) -> [[f64; 2]; N] {
+    let c = channels.weight.len();
+    let pick = |values: &[f32]| -> [f32; N] { std::array::from_fn(|l| values[first + l]) };
+    let (mean, inverse) = (pick(&channels.mean), pick(&channels.inverse));
+    let (weight, bias) = (pick(channels.weight), pick(channels.bias));
+    let (mut a, mut b) = ([0f64; N], [0f64; N]);
+    for (dz, (x, dy)) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c).zip(dy.chunks_exact(c))) {
+        let range = first..first + N;
+        let (dz, x, dy) = (&mut dz[range.clone()], &x[range.clone()], &dy[range]);
+        for l in 0..N {
+            let normalized = (x[l] - mean[l]) * inverse[l];
+            let slope = if silu { silu_slope::<A>(A::mul_add(normalized, weight[l], bias[l])) } else { 1.0 };
+            dz[l] = dy[l] * slope;
+            a[l] += f64::from(dz[l]);
+            b[l] += f64::from(dz[l] * normalized);
+        }
+    }
+    std::array::from_fn(|l| [a[l], b[l]])
+}
+
+impl CustomOp3 for GroupNorm {
+    fn name(&self) -> &'static str {
+        "group-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (x, weight, bias) =
+            (elements(x, x_layout)?, elements(weight, weight_layout)?, elements(bias, bias_layout)?);
+        let mut out = vec![0f32; x.len()];
+        let normalize = |(x, out): (&[f32], &mut [f32])| {
+            let Self { level, groups, c, epsilon, silu, .. } = *self;
+            let moments = run(level, Statistics { x, c, groups, epsilon });
+            run(level, Normalize { x, channels: Channels::new(&moments, weight, bias), silu, out });
+            moments
+        };
+        let sample = self.sample.max(1);
+        let moments: Vec<Vec<Moments>> = if x.len() < PARALLEL_WORK {
+            x.chunks_exact(sample).zip(out.chunks_exact_mut(sample)).map(normalize).collect()
+        } else {
+            x.par_chunks_exact(sample).zip(out.par_chunks_exact_mut(sample)).map(normalize).collect()
+        };
+        self.moments.get_or_init(|| moments.concat());
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (dy, x_values) = (Elements::of(&dy)?, Elements::of(x)?);
+        let (weight_values, bias_values) = (Elements::of(weight)?, Elements::of(bias)?);
+        let moments = self.moments.get().map_or(&[][..], Vec::as_slice);
+        let mut dx = vec![0f32; dy.len()];
+        let (x_values, dy): (&[f32], &[f32]) = (&x_values, &dy);
+        let (weight_values, bias_values): (&[f32], &[f32]) = (&weight_values, &bias_values);
+        let gradients = |(i, dx): (usize, &mut [f32])| {
+            let Self { level, groups, silu, .. } = *self;
+            let channels = Channels::new(&moments[i * groups..][..groups], weight_values, bias_values);
+            let range = i * dx.len()..(i + 1) * dx.len();
+            run(level, Gradients { x: &x_values[range.clone()], dy: &dy[range], channels, groups, silu, dx })
+        };
+        let sample = self.sample.max(1);
+        let sums: Vec<Vec<[f64; 2]>> = if dy.len() < PARALLEL_WORK {
+            dx.chunks_exact_mut(sample).enumerate().map(gradients).collect()
+        } else {
+            dx.par_chunks_exact_mut(sample).enumerate().map(gradients).collect()
+        };
+        let total =
+            |k: usize| (0..self.c).map(|i| sums.iter().map(|s| s[i][k]).sum::<f64>() as f32).collect();
+        let dx = if x.track_op() { Some(tensor(dx, x)?) } else { None };
+        let dw = if weight.track_op() { Some(tensor(total(1), weight)?) } else { None };
+        let db = if bias.track_op() { Some(tensor(total(0), bias)?) } else { None };
+        Ok((dx, dw, db))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::*, *};
+
+    fn operands(shape: (usize, usize, usize, usize)) -> [Tensor; 3] {
+        let x = (random(1, shape) * 2.0).unwrap();
+        [(x + 0.7).unwrap(), (random(2, shape.3) + 1.0).unwrap(), random(3, shape.3)]
+    }
+
+    #[test]
+    fn output_and_gradients_match_the_reference_in_double_precision() {
+        for (shape, groups) in
+            [((2, 3, 5, 6), 3), ((3, 4, 4, 16), 4), ((2, 7, 5, 33), 11), ((3, 32, 32, 32), 8)]
+        {
+            for silu in [false, true] {
+                check(
+                    &operands(shape),
+                    |level, t| group_norm_at(level, &t[0], groups, &t[1], &t[2], 1e-5, silu),
+                    |t| reference::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, silu),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_mean_does_not_drown_the_variance() {
+        let x = (random(1, (2, 8, 8, 4)) + 1000.0).unwrap();
+        let ones = Tensor::ones(4, candle_core::DType::F32, x.device()).unwrap();
+        let zeros = ones.zeros_like().unwrap();
+        let out = values(&group_norm(&x, 2, &ones, &zeros, 1e-6, false).unwrap());
+        for group in out.chunks_exact(4).map(|p| &p[..2]).collect::<Vec<_>>().chunks_exact(64) {
+            let squares: f32 = group.iter().flat_map(|p| p.iter()).map(|v| v * v).sum();
+            assert!((squares / 128.0 - 1.0).abs() < 1e-4, "variance {}", squares / 128.0);
+        }
+    }
+
+    #[test]
+    fn a_sample_does_not_see_its_batch_nor_the_threads() {
+        check_invariance(&operands((7, 24, 24, 24)), 1, |t| group_norm(&t[0], 4, &t[1], &t[2], 1e-5, true));
+    }
+
+    #[test]
+    fn gradients_are_finite_differences() {
+        check_finite_differences(&operands((2, 2, 3, 4)), |t| group_norm(&t[0], 2, &t[1], &t[2], 1e-5, true));
+    }
+
+    #[test]
+    fn frozen_weights_get_no_gradient() {
+        check_untracked(&operands((2, 2, 3, 4)), |t| group_norm(&t[0], 2, &t[1], &t[2], 1e-5, true));
+    }
+
+    #[test]
+    fn groups_that_do_not_divide_are_named() {
+        let [x, weight, bias] = operands((2, 2, 2, 6));
+        let error = group_norm(&x, 4, &weight, &bias, 1e-5, false).unwrap_err().to_string();
+        assert_eq!(error, "6 channels cannot be normalised in 4 groups");
+    }
+}
