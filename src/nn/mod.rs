@@ -1,1 +1,22 @@
-//! (being written)
+//! Networks: layers with PyTorch's weight names and layouts, run over NHWC images.
+//!
+//! A network is a plain struct of tensors with one constructor, `Net::new(&config, &builder)`. What the
+//! constructor gets from its [`Builder`] is decided by who calls it: [`Params::init`] and [`Params::load`]
+//! learn from it which parameters there are, [`Params::tracked`] and [`Params::frozen`] fill it with them.
+
+pub mod checkpoint;
+mod classifier;
+mod layers;
+mod lr;
+pub mod optim;
+mod params;
+mod small_cnn;
+mod unet;
+
+pub use classifier::{Architecture, Classifier, ClassifierConfig, Network};
+pub use layers::{Conv2d, Embedding, GroupNorm, Linear};
+pub use lr::{LrDecay, LrSchedule};
+pub use params::{Builder, Init, Params};
+pub use small_cnn::{SmallCnn, SmallCnnConfig};
+pub(crate) use unet::DIFFUSERS_VERSION;
+pub use unet::{SampleSize, UNet, UNetConfig};

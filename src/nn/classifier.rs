@@ -1,0 +1,247 @@
+//! A classifier and its folder: `config.json` and `model.safetensors`.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{Builder, Params, SmallCnn, SmallCnnConfig};
+use crate::{Error, Result, ResultExt, fs};
+
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+
+/// Which network, and its shape: tagged by `arch` in `config.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "arch", rename_all = "snake_case")]
+pub enum Architecture {
+    /// [`SmallCnn`].
+    SmallCnn(SmallCnnConfig),
+}
+
+impl Architecture {
+    /// How many logits come out.
+    pub fn num_classes(&self) -> usize {
+        match self {
+            Self::SmallCnn(config) => config.num_classes,
+        }
+    }
+
+    /// (height, width, channels) of the images that go in.
+    pub fn image_shape(&self) -> (usize, usize, usize) {
+        match self {
+            Self::SmallCnn(config) => (config.image_size, config.image_size, config.in_channels),
+        }
+    }
+
+    /// Multiply-adds for one image. Fails if the configuration cannot be built.
+    pub fn macs(&self) -> Result<u64> {
+        match self {
+            Self::SmallCnn(config) => config.macs(),
+        }
+    }
+}
+
+/// A network of any [`Architecture`].
+pub enum Network {
+    /// See [`SmallCnn`].
+    SmallCnn(SmallCnn),
+}
+
+impl Network {
+    /// Builds the network. Fails with [`Error::Data`] if the configuration cannot be built.
+    pub fn new(architecture: &Architecture, b: &Builder) -> Result<Self> {
+        match architecture {
+            Architecture::SmallCnn(config) => SmallCnn::new(config, b).map(Self::SmallCnn),
+        }
+    }
+
+    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits, `(b, num_classes)`.
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::SmallCnn(net) => net.forward(x),
+        }
+    }
+}
+
+/// What `config.json` says: the network, and the name of each class in the order of the logits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ClassifierConfig {
+    /// The network.
+    #[serde(flatten)]
+    pub architecture: Architecture,
+    /// One name for each logit.
+    pub class_names: Vec<String>,
+}
+
+impl ClassifierConfig {
+    /// Fails with [`Error::Data`] unless there is a name for each logit.
+    pub fn validate(&self) -> Result<()> {
+        let (names, classes) = (self.class_names.len(), self.architecture.num_classes());
+        if names != classes {
+            bail!(Data, "class_names has {names} names, expected num_classes = {classes}");
+        }
+        Ok(())
+    }
+
+    fn from_json(mut json: Map<String, Value>) -> Result<Self> {
+        let data = |e: serde_json::Error| Error::Data(format!("not a classifier: {e}"));
+        let class_names = json.remove("class_names").unwrap_or_default();
+        let config = Self {
+            class_names: serde_json::from_value(class_names)
+                .map_err(|e| Error::Data(format!("class_names: {e}, expected a list of names")))?,
+            architecture: serde_json::from_value(Value::Object(json)).map_err(data)?,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// A network with its parameters. A real/synthetic discriminator is one with two classes.
+pub struct Classifier {
+    config: ClassifierConfig,
+    params: Params,
+    frozen: Network,
+}
+
+impl Classifier {
+    /// A classifier with fresh parameters; the same for the same seed.
+    pub fn init(config: ClassifierConfig, seed: u64, device: &Device) -> Result<Self> {
+        config.validate()?;
+        let params = Params::init(seed, device, |b| Network::new(&config.architecture, b))?;
+        Self::over(config, params)
+    }
+
+    /// Reads a classifier's folder.
+    ///
+    /// Fails with [`Error::Data`], naming the file, what was found in it and what was expected.
+    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+        let file = |name: &str| {
+            let path = dir.join(name);
+            if !path.is_file() {
+                bail!(
+                    Data,
+                    "{}: no such file, but a classifier's folder holds {CONFIG} and {WEIGHTS}",
+                    path.display()
+                );
+            }
+            Ok(path)
+        };
+        let path = file(CONFIG)?;
+        let config =
+            ClassifierConfig::from_json(fs::read_json(&path)?).context(|| path.display().to_string())?;
+        let params = Params::load(&file(WEIGHTS)?, device, |b| Network::new(&config.architecture, b))?;
+        Self::over(config, params)
+    }
+
+    fn over(config: ClassifierConfig, params: Params) -> Result<Self> {
+        let frozen = params.frozen(|b| Network::new(&config.architecture, b))?;
+        Ok(Self { config, params, frozen })
+    }
+
+    /// Writes the classifier's folder, `config.json` last: a folder that has it is complete.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        fs::publish(&dir.join(WEIGHTS), &self.params.to_safetensors(&[])?)?;
+        fs::publish_json(&dir.join(CONFIG), &self.config)
+    }
+
+    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits, `(b, num_classes)`.
+    ///
+    /// Gradients flow to `x`, not to the parameters: for those see [`Classifier::tracked`].
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        self.frozen.logits(x)
+    }
+
+    /// The network with gradients to the parameters.
+    pub fn tracked(&self) -> Result<Network> {
+        self.params.tracked(|b| Network::new(&self.config.architecture, b))
+    }
+
+    /// The parameters. Updates in place are seen by [`Classifier::logits`].
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The network's shape and the names of the classes.
+    pub fn config(&self) -> &ClassifierConfig {
+        &self.config
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ClassifierConfig {
+        ClassifierConfig {
+            architecture: Architecture::SmallCnn(SmallCnnConfig {
+                in_channels: 1,
+                image_size: 8,
+                channels: vec![4, 8],
+                num_classes: 2,
+                groups: 2,
+            }),
+            class_names: vec!["real".into(), "synthetic".into()],
+        }
+    }
+
+    #[test]
+    fn a_saved_classifier_loads_with_the_same_logits() {
+        let dir = tempfile::tempdir().unwrap();
+        let saved = Classifier::init(config(), 1, &Device::Cpu).unwrap();
+        saved.save(dir.path()).unwrap();
+        let loaded = Classifier::load(dir.path(), &Device::Cpu).unwrap();
+        assert_eq!(loaded.config(), saved.config());
+        let x = Tensor::full(0.25f32, (2, 8, 8, 1), &Device::Cpu).unwrap();
+        let logits = |c: &Classifier| c.logits(&x).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(logits(&loaded), logits(&saved));
+    }
+
+    #[test]
+    fn config_json_is_flat_and_tagged_by_arch() {
+        let json = serde_json::to_value(config()).unwrap();
+        assert_eq!(json["arch"], "small_cnn");
+        assert_eq!(json["class_names"][1], "synthetic");
+        assert_eq!(json["channels"][1], 8);
+    }
+
+    #[test]
+    fn bad_folders_are_data_errors_that_name_the_file_and_what_was_expected() {
+        let dir = tempfile::tempdir().unwrap();
+        let load = || Classifier::load(dir.path(), &Device::Cpu).err().expect("a bad folder is refused");
+        let path = dir.path().join(CONFIG);
+        let said = |error: Error, parts: &[&str]| {
+            assert_eq!(error.exit_code(), 65, "{error}");
+            let text = error.to_string();
+            parts.iter().for_each(|part| assert!(text.contains(part), "{text}\ndoes not say: {part}"));
+        };
+        said(load(), &["config.json: no such file"]);
+        let mut json = serde_json::to_value(config()).unwrap();
+        fs::publish_json(&path, &json).unwrap();
+        said(load(), &["model.safetensors: no such file"]);
+        json["arch"] = "vit".into();
+        fs::publish_json(&path, &json).unwrap();
+        said(load(), &["config.json", "`vit`", "`small_cnn`"]);
+        json["arch"] = "small_cnn".into();
+        json["num_classes"] = 3.into();
+        fs::publish_json(&path, &json).unwrap();
+        said(load(), &["class_names has 2 names, expected num_classes = 3"]);
+        json["width"] = 3.into();
+        fs::publish_json(&path, &json).unwrap();
+        said(load(), &["unknown field `width`"]);
+        fs::publish(&path, b"{").unwrap();
+        said(load(), &["config.json", "not the JSON"]);
+    }
+
+    #[test]
+    fn logits_see_updates_of_the_parameters() {
+        let classifier = Classifier::init(config(), 1, &Device::Cpu).unwrap();
+        let x = Tensor::full(0.5f32, (1, 8, 8, 1), &Device::Cpu).unwrap();
+        let (_, bias) = classifier.params().vars().last().unwrap();
+        let before = classifier.logits(&x).unwrap().to_vec2::<f32>().unwrap();
+        bias.set(&(bias.as_tensor() + 1.0).unwrap()).unwrap();
+        let after = classifier.logits(&x).unwrap().to_vec2::<f32>().unwrap();
+        assert!((after[0][0] - before[0][0] - 1.0).abs() < 1e-5);
+    }
+}

@@ -1,0 +1,79 @@
+//! Learning rates by step.
+
+use std::f64::consts::PI;
+
+/// What becomes of the learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum LrDecay {
+    /// It stays.
+    Constant,
+    /// Half a cosine down to `min` at the last step (Loshchilov & Hutter 2017, Eq. 5, without restarts).
+    Cosine {
+        /// Where it ends.
+        min: f64,
+    },
+}
+
+/// A learning rate for every optimiser step: linear warm-up, then a decay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LrSchedule {
+    /// The highest learning rate, reached at the end of the warm-up.
+    pub peak: f64,
+    /// How many steps the warm-up takes; step 0 then has `peak / warmup_steps`.
+    pub warmup_steps: usize,
+    /// How many steps there are in all, the warm-up included.
+    pub total_steps: usize,
+    /// What follows the warm-up.
+    pub decay: LrDecay,
+}
+
+impl LrSchedule {
+    /// The learning rate of `step`, counted from 0. From `total_steps` on it stays where it ended.
+    pub fn at(&self, step: usize) -> f64 {
+        if step < self.warmup_steps {
+            return self.peak * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        match self.decay {
+            LrDecay::Constant => self.peak,
+            LrDecay::Cosine { min } => {
+                let span = self.total_steps.saturating_sub(self.warmup_steps).max(1);
+                let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);
+                min + 0.5 * (self.peak - min) * (1.0 + (PI * progress).cos())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cosine_starts_at_the_peak_is_halfway_at_the_midpoint_and_ends_at_the_minimum() {
+        let lr = LrSchedule {
+            peak: 0.1,
+            warmup_steps: 0,
+            total_steps: 100,
+            decay: LrDecay::Cosine { min: 0.001 },
+        };
+        assert_eq!(lr.at(0), 0.1);
+        assert!((lr.at(50) - 0.0505).abs() < 1e-15);
+        assert!((lr.at(100) - 0.001).abs() < 1e-15);
+        assert_eq!(lr.at(1_000), lr.at(100));
+    }
+
+    #[test]
+    fn warm_up_is_linear_and_never_zero() {
+        let lr = LrSchedule { peak: 2e-4, warmup_steps: 4, total_steps: 10, decay: LrDecay::Constant };
+        let rates: Vec<_> = (0..6).map(|step| lr.at(step) / 2e-4).collect();
+        assert_eq!(rates, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn the_cosine_spans_what_the_warm_up_leaves() {
+        let lr =
+            LrSchedule { peak: 1.0, warmup_steps: 20, total_steps: 120, decay: LrDecay::Cosine { min: 0.0 } };
+        assert!((lr.at(70) - 0.5).abs() < 1e-15);
+    }
+}

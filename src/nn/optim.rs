@@ -1,0 +1,670 @@
+//! Optimisers, gradient clipping and weight averaging, with PyTorch's formulas.
+//!
+//! All of them go over the same list of named variables, in its order. On the CPU each variable is updated in
+//! one pass with its moments; elsewhere in candle's ops. States are named tensors, so that a checkpoint holds
+//! them beside the weights and a resumed run has the bits of an uninterrupted one.
+
+use std::cell::RefCell;
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, Var, backprop::GradStore};
+use rayon::prelude::*;
+
+use crate::{Result, kernels::Elements};
+
+/// Elements of a parallel task.
+const CHUNK: usize = 1 << 14;
+
+/// Applies a closure to the elements of a variable and of another tensor of its shape.
+struct Update<F>(RefCell<F>);
+
+impl<F: FnMut(&mut [f32], &[f32])> InplaceOp2 for Update<F> {
+    fn name(&self) -> &'static str {
+        "update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        destination: &mut CpuStorage,
+        layout: &Layout,
+        source: &CpuStorage,
+        source_layout: &Layout,
+    ) -> candle_core::Result<()> {
+        let (Some((start, end)), Some((source_start, source_end))) =
+            (layout.contiguous_offsets(), source_layout.contiguous_offsets())
+        else {
+            candle_core::bail!("an update got strides, expected contiguous tensors")
+        };
+        let (CpuStorage::F32(destination), CpuStorage::F32(source)) = (destination, source) else {
+            candle_core::bail!("an update got another type than f32")
+        };
+        if end - start != source_end - source_start {
+            candle_core::bail!("an update of {} elements got {}", end - start, source_end - source_start)
+        }
+        (self.0.borrow_mut())(&mut destination[start..end], &source[source_start..source_end]);
+        Ok(())
+    }
+}
+
+fn update(destination: &Tensor, source: &Tensor, f: impl FnMut(&mut [f32], &[f32])) -> Result<()> {
+    Ok(destination.inplace_op2(&source.contiguous()?, &Update(RefCell::new(f)))?)
+}
+
+/// Whether a tensor is updated by a loop on the CPU.
+fn on_host(tensor: &Tensor) -> bool {
+    tensor.device().is_cpu() && tensor.dtype() == DType::F32
+}
+
+fn gradient<'a>(grads: &'a GradStore, name: &str, var: &Var) -> Result<&'a Tensor> {
+    let Some(grad) = grads.get(var) else { bail!(Alarm, "variable '{name}' has no gradient") };
+    if grad.shape() != var.shape() {
+        bail!(Alarm, "the gradient of '{name}' has shape {:?}, expected {:?}", grad.dims(), var.dims());
+    }
+    Ok(grad)
+}
+
+/// `N` running averages for each variable, and the number of steps.
+struct Moments<const N: usize> {
+    names: [&'static str; N],
+    step: u64,
+    slots: Vec<Slot<N>>,
+}
+
+struct Slot<const N: usize> {
+    name: String,
+    values: Values<N>,
+}
+
+enum Values<const N: usize> {
+    /// Beside the variable on the CPU: plain vectors, which one loop can write together with it.
+    Host {
+        moments: [Vec<f32>; N],
+        shape: Vec<usize>,
+    },
+    Device([Tensor; N]),
+}
+
+impl<const N: usize> Moments<N> {
+    fn new(names: [&'static str; N]) -> Self {
+        Self { names, step: 0, slots: Vec::new() }
+    }
+
+    /// Counts a step; at the first one the moments are zeros. Fails if the variables are not those of before.
+    fn advance(&mut self, vars: &[(String, Var)]) -> Result<u64> {
+        if self.step == 0 {
+            self.slots = vars
+                .iter()
+                .map(|(name, var)| {
+                    let values = if on_host(var) {
+                        let moments = std::array::from_fn(|_| vec![0.0; var.elem_count()]);
+                        Values::Host { moments, shape: var.dims().to_vec() }
+                    } else {
+                        let zeros = var.zeros_like()?;
+                        Values::Device(std::array::from_fn(|_| zeros.clone()))
+                    };
+                    Ok(Slot { name: name.clone(), values })
+                })
+                .collect::<Result<_>>()?;
+        }
+        if !vars.iter().map(|(name, _)| name).eq(self.slots.iter().map(|slot| &slot.name)) {
+            bail!(Alarm, "an optimiser of {} variables got {} others", self.slots.len(), vars.len());
+        }
+        self.step += 1;
+        Ok(self.step)
+    }
+
+    fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut state = vec![("step".to_string(), Tensor::new(&[self.step as i64], &Device::Cpu)?)];
+        for slot in &self.slots {
+            for (i, name) in self.names.iter().enumerate() {
+                let tensor = match &slot.values {
+                    Values::Host { moments, shape } => {
+                        Tensor::from_slice(&moments[i], &shape[..], &Device::Cpu)?
+                    }
+                    Values::Device(tensors) => tensors[i].clone(),
+                };
+                state.push((format!("{}.{name}", slot.name), tensor));
+            }
+        }
+        Ok(state)
+    }
+
+    fn load(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
+        let step = load_count(state, "step")?;
+        let mut slots = Vec::with_capacity(vars.len());
+        // Before the first step there are no moments.
+        for (name, var) in vars.iter().take(if step == 0 { 0 } else { vars.len() }) {
+            let mut tensors = Vec::with_capacity(N);
+            for moment in self.names {
+                tensors.push(find(state, &format!("{name}.{moment}"), var)?);
+            }
+            let values = if on_host(var) {
+                let mut moments = std::array::from_fn(|_| Vec::new());
+                for (moment, tensor) in moments.iter_mut().zip(&tensors) {
+                    *moment = tensor.flatten_all()?.to_vec1()?;
+                }
+                Values::Host { moments, shape: var.dims().to_vec() }
+            } else {
+                Values::Device(std::array::from_fn(|i| tensors[i].clone()))
+            };
+            slots.push(Slot { name: name.clone(), values });
+        }
+        (self.step, self.slots) = (step, slots);
+        Ok(())
+    }
+}
+
+/// The tensor `name` of a state, as `var` is: its shape is checked, its device and type are the variable's.
+fn find(state: &[(String, Tensor)], name: &str, var: &Var) -> Result<Tensor> {
+    let Some((_, tensor)) = state.iter().find(|(n, _)| n == name) else {
+        bail!(Data, "the state has no tensor '{name}'");
+    };
+    if tensor.dims() != var.dims() {
+        bail!(Data, "'{name}' of the state has shape {:?}, expected {:?}", tensor.dims(), var.dims());
+    }
+    Ok(tensor.to_dtype(var.dtype())?.to_device(var.device())?)
+}
+
+fn load_count(state: &[(String, Tensor)], name: &str) -> Result<u64> {
+    let Some((_, tensor)) = state.iter().find(|(n, _)| n == name) else {
+        bail!(Data, "the state has no tensor '{name}'");
+    };
+    match tensor.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?[..] {
+        [count] if count >= 0 => Ok(count as u64),
+        ref other => bail!(Data, "'{name}' of the state is {other:?}, expected one count"),
+    }
+}
+
+/// What turns gradients into updates.
+pub trait Optimizer {
+    /// Updates every variable from its gradient. Fails, naming it, if one has none.
+    fn step(&mut self, vars: &[(String, Var)], grads: &GradStore, lr: f64) -> Result<()>;
+    /// What [`Optimizer::load_state`] needs to go on bit for bit: moments and the number of steps.
+    fn state(&self) -> Result<Vec<(String, Tensor)>>;
+    /// Takes up a state that was saved for the same variables.
+    fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()>;
+}
+
+/// The settings of [`Adam`]; the default is PyTorch's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamConfig {
+    /// Decay of the mean of the gradients, in [0, 1).
+    pub beta1: f64,
+    /// Decay of the mean of their squares, in [0, 1).
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub epsilon: f64,
+    /// Decoupled weight decay: each step multiplies weights by `1 - lr · weight_decay`.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 }
+    }
+}
+
+/// Adam (Kingma & Ba 2015, Algorithm 1) with decoupled weight decay (AdamW, Loshchilov & Hutter 2019).
+pub struct Adam {
+    config: AdamConfig,
+    moments: Moments<2>,
+}
+
+impl Adam {
+    /// An optimiser that has made no step.
+    pub fn new(config: AdamConfig) -> Self {
+        Self { config, moments: Moments::new(["exp_avg", "exp_avg_sq"]) }
+    }
+}
+
+impl Optimizer for Adam {
+    fn step(&mut self, vars: &[(String, Var)], grads: &GradStore, lr: f64) -> Result<()> {
+        let gradients: Vec<_> =
+            vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
+        let step = self.moments.advance(vars)? as f64;
+        let AdamConfig { beta1, beta2, epsilon, weight_decay } = self.config;
+        let keep = 1.0 - lr * weight_decay;
+        let step_size = lr / (1.0 - beta1.powf(step));
+        let correction = (1.0 - beta2.powf(step)).sqrt();
+        for (((_, var), grad), slot) in vars.iter().zip(gradients).zip(&mut self.moments.slots) {
+            match &mut slot.values {
+                Values::Host { moments: [m, v], .. } => update(var, grad, |p, g| {
+                    let [keep, step_size, correction] = [keep, step_size, correction].map(|x| x as f32);
+                    let [b1, c1, b2, c2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(|x| x as f32);
+                    let epsilon = epsilon as f32;
+                    let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+                    let chunks = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
+                    chunks.for_each(|((p, g), (m, v))| {
+                        for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+                            *m = b1 * *m + c1 * g;
+                            *v = b2 * *v + c2 * (g * g);
+                            *p = *p * keep - step_size * (*m / (v.sqrt() / correction + epsilon));
+                        }
+                    });
+                })?,
+                Values::Device([m, v]) => {
+                    *m = ((&*m * beta1)? + (grad * (1.0 - beta1))?)?.detach();
+                    *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?.detach();
+                    let direction = (&*m / ((v.sqrt()? / correction)? + epsilon)?)?;
+                    var.set(&((var.as_detached_tensor() * keep)? - (direction * step_size)?)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        self.moments.state()
+    }
+
+    fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
+        self.moments.load(vars, state)
+    }
+}
+
+/// The settings of [`Sgd`].
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SgdConfig {
+    /// Decay of the sum of the gradients, in [0, 1); 0 is plain gradient descent.
+    pub momentum: f64,
+    /// Looks ahead by one step of momentum (Nesterov).
+    pub nesterov: bool,
+    /// Coupled weight decay, PyTorch's: `weight_decay · weight` is added to the gradient.
+    pub weight_decay: f64,
+}
+
+/// Stochastic gradient descent with momentum (Sutskever et al. 2013), as in PyTorch: the learning rate
+/// multiplies the momentum, not the gradients in it.
+pub struct Sgd {
+    config: SgdConfig,
+    moments: Moments<1>,
+}
+
+impl Sgd {
+    /// An optimiser that has made no step.
+    pub fn new(config: SgdConfig) -> Self {
+        Self { config, moments: Moments::new(["momentum_buffer"]) }
+    }
+}
+
+impl Optimizer for Sgd {
+    fn step(&mut self, vars: &[(String, Var)], grads: &GradStore, lr: f64) -> Result<()> {
+        let gradients: Vec<_> =
+            vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
+        self.moments.advance(vars)?;
+        let SgdConfig { momentum, nesterov, weight_decay } = self.config;
+        for (((_, var), grad), slot) in vars.iter().zip(gradients).zip(&mut self.moments.slots) {
+            match &mut slot.values {
+                Values::Host { moments: [buffer], .. } => update(var, grad, |p, g| {
+                    let [lr, momentum, weight_decay] = [lr, momentum, weight_decay].map(|x| x as f32);
+                    let chunks = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK));
+                    chunks.zip(buffer.par_chunks_mut(CHUNK)).for_each(|((p, g), buffer)| {
+                        for ((p, g), buffer) in p.iter_mut().zip(g).zip(buffer) {
+                            let g = g + weight_decay * *p;
+                            *buffer = momentum * *buffer + g;
+                            *p -= lr * if nesterov { g + momentum * *buffer } else { *buffer };
+                        }
+                    });
+                })?,
+                Values::Device([buffer]) => {
+                    let weights = var.as_detached_tensor();
+                    let grad = (grad + (&weights * weight_decay)?)?;
+                    *buffer = ((&*buffer * momentum)? + &grad)?.detach();
+                    let direction = if nesterov { (grad + (&*buffer * momentum)?)? } else { buffer.clone() };
+                    var.set(&(weights - (direction * lr)?)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        self.moments.state()
+    }
+
+    fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
+        self.moments.load(vars, state)
+    }
+}
+
+/// Scales all gradients by `max_norm / (norm + 1e-6)` if their joint ℓ2 norm is larger than `max_norm`; returns
+/// the norm before.
+///
+/// A norm that is not finite is returned, for the caller to stop at, and leaves the gradients as they are. Fails
+/// if a variable has no gradient.
+pub fn clip_grad_norm(vars: &[(String, Var)], grads: &mut GradStore, max_norm: f64) -> Result<f64> {
+    let mut squares = 0.0;
+    for (name, var) in vars {
+        squares += sum_of_squares(gradient(grads, name, var)?)?;
+    }
+    let norm = squares.sqrt();
+    if norm.is_finite() && norm > max_norm {
+        let scale = max_norm / (norm + 1e-6);
+        for (name, var) in vars {
+            let scaled = (gradient(grads, name, var)? * scale)?;
+            grads.insert(var, scaled);
+        }
+    }
+    Ok(norm)
+}
+
+fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    const LANES: usize = 8;
+    if !on_host(x) {
+        return Ok(x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?);
+    }
+    let x = x.contiguous()?;
+    let elements = Elements::of(&x)?;
+    // Fixed chunks and lanes, added in order: the threads do not show.
+    let chunk_sums: Vec<f64> = elements
+        .par_chunks(CHUNK)
+        .map(|chunk| {
+            let mut lanes = [0f64; LANES];
+            for row in chunk.chunks(LANES) {
+                lanes.iter_mut().zip(row).for_each(|(lane, &v)| *lane += f64::from(v) * f64::from(v));
+            }
+            lanes.iter().sum::<f64>()
+        })
+        .collect();
+    Ok(chunk_sums.iter().sum())
+}
+
+/// An exponential moving average of the weights with TensorFlow's warm-up: the decay of update `n`, from 0, is
+/// `min(decay, (1 + n) / (10 + n))`.
+pub struct Ema {
+    decay: f64,
+    updates: u64,
+    shadow: Vec<(String, Tensor)>,
+}
+
+impl Ema {
+    /// An average that begins at the current weights. `decay` is in [0, 1).
+    pub fn new(vars: &[(String, Var)], decay: f64) -> Result<Self> {
+        let copy = |(name, var): &(String, Var)| Ok((name.clone(), var.as_detached_tensor().copy()?));
+        Ok(Self { decay, updates: 0, shadow: vars.iter().map(copy).collect::<Result<_>>()? })
+    }
+
+    /// Takes the current weights in. Fails if the names are not those of the beginning.
+    pub fn update(&mut self, vars: &[(String, Var)]) -> Result<()> {
+        if !vars.iter().map(|(name, _)| name).eq(self.shadow.iter().map(|(name, _)| name)) {
+            bail!(Alarm, "an average of {} variables got {} others", self.shadow.len(), vars.len());
+        }
+        let rate = 1.0 - self.current_decay();
+        for ((_, var), (_, shadow)) in vars.iter().zip(&mut self.shadow) {
+            let weights = var.as_detached_tensor();
+            if on_host(&weights) {
+                update(shadow, &weights, |s, p| {
+                    let rate = rate as f32;
+                    s.par_chunks_mut(CHUNK).zip(p.par_chunks(CHUNK)).for_each(|(s, p)| {
+                        s.iter_mut().zip(p).for_each(|(s, p)| *s += rate * (p - *s));
+                    });
+                })?;
+            } else {
+                *shadow = (&*shadow + ((weights - &*shadow)? * rate)?)?;
+            }
+        }
+        self.updates += 1;
+        Ok(())
+    }
+
+    /// The decay of the next update.
+    pub fn current_decay(&self) -> f64 {
+        let n = self.updates as f64;
+        self.decay.min((1.0 + n) / (10.0 + n))
+    }
+
+    /// The averages, in the order of the variables. They share their storage with this object: a later
+    /// [`update`](Self::update) shows in them.
+    pub fn shadow(&self) -> &[(String, Tensor)] {
+        &self.shadow
+    }
+
+    /// The average of one variable.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.shadow.iter().find(|(n, _)| n == name).map(|(_, tensor)| tensor)
+    }
+
+    /// Copies of the averages under their names, and `updates`.
+    pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut state = vec![("updates".to_string(), Tensor::new(&[self.updates as i64], &Device::Cpu)?)];
+        for (name, tensor) in &self.shadow {
+            state.push((name.clone(), tensor.copy()?));
+        }
+        Ok(state)
+    }
+
+    /// Continues from a [`state`](Self::state) of an average of the same variables. Fails if a tensor is missing
+    /// or has another shape; nothing is changed then.
+    pub fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
+        let updates = load_count(state, "updates")?;
+        let load = |(name, var): &(String, Var)| Ok((name.clone(), find(state, name, var)?.copy()?));
+        let shadow = vars.iter().map(load).collect::<Result<_>>()?;
+        (self.updates, self.shadow) = (updates, shadow);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng;
+
+    const SIZES: [usize; 2] = [5, 40_000];
+
+    fn variables() -> Vec<(String, Var)> {
+        let var = |(i, n): (usize, usize)| {
+            let mut data = vec![0f32; n];
+            rng::normals(1, i as u64, 0, &mut data);
+            (format!("w{i}"), Var::from_vec(data, n, &Device::Cpu).unwrap())
+        };
+        SIZES.into_iter().enumerate().map(var).collect()
+    }
+
+    /// Gradients of a step: random, the same each time.
+    fn gradients(vars: &[(String, Var)], step: u32) -> GradStore {
+        let mut grads = vars[0].1.sum_all().unwrap().backward().unwrap();
+        for (i, (_, var)) in vars.iter().enumerate() {
+            let mut data = vec![0f32; var.elem_count()];
+            rng::normals(2, i as u64, step, &mut data);
+            grads.insert(var, Tensor::from_vec(data, var.shape(), &Device::Cpu).unwrap());
+        }
+        grads
+    }
+
+    fn values(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// Five steps of a formula `(step, weight, gradient, memory)` in double precision, for each element.
+    fn expected(formula: impl Fn(i32, &mut f64, f64, &mut [f64; 2])) -> Vec<Vec<f64>> {
+        let vars = variables();
+        let mut weights: Vec<Vec<f64>> =
+            vars.iter().map(|(_, v)| values(v).into_iter().map(f64::from).collect()).collect();
+        let mut memory: Vec<Vec<[f64; 2]>> = SIZES.iter().map(|&n| vec![[0.0; 2]; n]).collect();
+        for step in 1..=5 {
+            let grads = gradients(&vars, step);
+            for (i, (_, var)) in vars.iter().enumerate() {
+                for (j, g) in values(grads.get(var).unwrap()).into_iter().enumerate() {
+                    formula(step as i32, &mut weights[i][j], f64::from(g), &mut memory[i][j]);
+                }
+            }
+        }
+        weights
+    }
+
+    #[track_caller]
+    fn assert_weights(vars: &[(String, Var)], expected: &[Vec<f64>]) {
+        for ((name, var), expected) in vars.iter().zip(expected) {
+            for (i, (w, e)) in values(var).into_iter().zip(expected).enumerate() {
+                let tolerance = 2e-6 * e.abs().max(1.0);
+                assert!((f64::from(w) - e).abs() < tolerance, "{name}[{i}]: {w}, expected {e}");
+            }
+        }
+    }
+
+    const ADAM: AdamConfig = AdamConfig { beta1: 0.8, beta2: 0.95, epsilon: 1e-6, weight_decay: 0.1 };
+    const SGD: SgdConfig = SgdConfig { momentum: 0.9, nesterov: true, weight_decay: 0.05 };
+
+    #[test]
+    fn five_steps_of_adam_are_the_papers() {
+        let expected = expected(|step, w, g, [m, v]| {
+            *w -= 0.01 * 0.1 * *w;
+            *m = 0.8 * *m + 0.2 * g;
+            *v = 0.95 * *v + 0.05 * g * g;
+            let (m_hat, v_hat) = (*m / (1.0 - 0.8f64.powi(step)), *v / (1.0 - 0.95f64.powi(step)));
+            *w -= 0.01 * m_hat / (v_hat.sqrt() + 1e-6);
+        });
+        let (vars, mut adam) = (variables(), Adam::new(ADAM));
+        for step in 1..=5 {
+            adam.step(&vars, &gradients(&vars, step), 0.01).unwrap();
+        }
+        assert_weights(&vars, &expected);
+    }
+
+    #[test]
+    fn five_steps_of_sgd_are_pytorchs() {
+        for nesterov in [false, true] {
+            let expected = expected(|step, w, g, [buffer, _]| {
+                let g = g + 0.05 * *w;
+                *buffer = if step == 1 { g } else { 0.9 * *buffer + g };
+                *w -= 0.1 * if nesterov { g + 0.9 * *buffer } else { *buffer };
+            });
+            let (vars, mut sgd) = (variables(), Sgd::new(SgdConfig { nesterov, ..SGD }));
+            for step in 1..=5 {
+                sgd.step(&vars, &gradients(&vars, step), 0.1).unwrap();
+            }
+            assert_weights(&vars, &expected);
+        }
+    }
+
+    #[test]
+    fn other_types_take_the_same_steps_in_candle_ops() {
+        let doubles: Vec<(String, Var)> = variables()
+            .iter()
+            .map(|(name, v)| (name.clone(), Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap()))
+            .collect();
+        let vars = variables();
+        let (mut adam, mut adam_double) = (Adam::new(ADAM), Adam::new(ADAM));
+        let (mut sgd, mut sgd_double) = (Sgd::new(SGD), Sgd::new(SGD));
+        let (mut ema, mut ema_double) = (Ema::new(&vars, 0.9).unwrap(), Ema::new(&doubles, 0.9).unwrap());
+        for step in 1..=3 {
+            let grads = gradients(&vars, step);
+            let mut double_grads = gradients(&vars, step);
+            for ((_, var), (_, double)) in vars.iter().zip(&doubles) {
+                double_grads.insert(double, grads.get(var).unwrap().to_dtype(DType::F64).unwrap());
+            }
+            adam.step(&vars, &grads, 0.01).unwrap();
+            adam_double.step(&doubles, &double_grads, 0.01).unwrap();
+            sgd.step(&vars, &grads, 0.01).unwrap();
+            sgd_double.step(&doubles, &double_grads, 0.01).unwrap();
+            ema.update(&vars).unwrap();
+            ema_double.update(&doubles).unwrap();
+        }
+        let f64s = |t: &Tensor| t.to_vec1::<f64>().unwrap();
+        assert_weights(&vars, &doubles.iter().map(|(_, v)| f64s(v)).collect::<Vec<_>>());
+        for ((_, shadow), (_, double)) in ema.shadow().iter().zip(ema_double.shadow()) {
+            assert!(values(shadow).iter().zip(f64s(double)).all(|(s, d)| (f64::from(*s) - d).abs() < 2e-6));
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_has_the_bits_of_an_uninterrupted_one() {
+        let straight = variables();
+        let (mut adam, mut sgd, mut ema) =
+            (Adam::new(ADAM), Sgd::new(SGD), Ema::new(&straight, 0.99).unwrap());
+        let resumed = variables();
+        let (mut adam_2, mut sgd_2, mut ema_2) =
+            (Adam::new(ADAM), Sgd::new(SGD), Ema::new(&resumed, 0.99).unwrap());
+        for step in 1..=6 {
+            if step == 1 || step == 4 {
+                let states = [adam_2.state().unwrap(), sgd_2.state().unwrap(), ema_2.state().unwrap()];
+                (adam_2, sgd_2) = (Adam::new(ADAM), Sgd::new(SGD));
+                ema_2 = Ema::new(&variables(), 0.99).unwrap();
+                adam_2.load_state(&resumed, &states[0]).unwrap();
+                sgd_2.load_state(&resumed, &states[1]).unwrap();
+                ema_2.load_state(&resumed, &states[2]).unwrap();
+            }
+            let steps =
+                [(&straight, &mut adam, &mut sgd, &mut ema), (&resumed, &mut adam_2, &mut sgd_2, &mut ema_2)];
+            for (vars, adam, sgd, ema) in steps {
+                let grads = gradients(vars, step);
+                adam.step(vars, &grads, 0.01).unwrap();
+                sgd.step(vars, &grads, 0.01).unwrap();
+                ema.update(vars).unwrap();
+            }
+        }
+        for (i, (name, var)) in straight.iter().enumerate() {
+            assert_eq!(values(var), values(&resumed[i].1));
+            assert_eq!(values(ema.get(name).unwrap()), values(ema_2.get(name).unwrap()));
+        }
+    }
+
+    #[test]
+    fn a_variable_without_gradient_is_named_and_nothing_moves() {
+        let vars = variables();
+        let mut grads = gradients(&vars, 1);
+        grads.remove(&vars[1].1);
+        let before = values(&vars[0].1);
+        let error = Adam::new(ADAM).step(&vars, &grads, 0.1).unwrap_err().to_string();
+        assert_eq!(error, "variable 'w1' has no gradient");
+        assert!(Sgd::new(SGD).step(&vars, &grads, 0.1).is_err());
+        assert_eq!(values(&vars[0].1), before);
+    }
+
+    #[test]
+    fn a_state_of_other_variables_is_refused() {
+        let vars = variables();
+        let mut adam = Adam::new(ADAM);
+        adam.step(&vars, &gradients(&vars, 1), 0.1).unwrap();
+        let mut state = adam.state().unwrap();
+        state.pop();
+        let error = Adam::new(ADAM).load_state(&vars, &state).unwrap_err().to_string();
+        assert_eq!(error, "the state has no tensor 'w1.exp_avg_sq'");
+        state.push(("w1.exp_avg_sq".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap()));
+        let error = Adam::new(ADAM).load_state(&vars, &state).unwrap_err().to_string();
+        assert_eq!(error, "'w1.exp_avg_sq' of the state has shape [3], expected [40000]");
+        assert!(adam.step(&vars[..1], &gradients(&vars, 2), 0.1).is_err());
+    }
+
+    #[test]
+    fn clipping_scales_to_the_norm_and_reports_the_one_before() {
+        let vars = variables();
+        let norm = |grads: &GradStore| {
+            let squares = |(_, v): &(String, Var)| -> f64 {
+                values(grads.get(v).unwrap()).iter().map(|&g| f64::from(g).powi(2)).sum()
+            };
+            vars.iter().map(squares).sum::<f64>().sqrt()
+        };
+        let mut grads = gradients(&vars, 1);
+        let before = norm(&grads);
+        assert!((clip_grad_norm(&vars, &mut grads, 1e6).unwrap() / before - 1.0).abs() < 1e-12);
+        assert_eq!(norm(&grads), before);
+        assert!((clip_grad_norm(&vars, &mut grads, 1.5).unwrap() / before - 1.0).abs() < 1e-12);
+        assert!((norm(&grads) - 1.5).abs() < 1e-5);
+        grads.insert(&vars[0].1, Tensor::new(&[f32::NAN; 5], &Device::Cpu).unwrap());
+        assert!(clip_grad_norm(&vars, &mut grads, 1.0).unwrap().is_nan());
+    }
+
+    #[test]
+    fn the_average_warms_up_and_follows_the_weights() {
+        let vars = vec![("w".to_string(), Var::new(&[1f32], &Device::Cpu).unwrap())];
+        let mut ema = Ema::new(&vars, 0.995).unwrap();
+        let mut expected = 1.0;
+        for n in 0..1800 {
+            let decay = f64::min(0.995, (1.0 + f64::from(n)) / (10.0 + f64::from(n)));
+            assert_eq!(ema.current_decay(), decay);
+            match n {
+                0 => assert!((decay - 0.1).abs() < 1e-12),
+                10 => assert!((decay - 0.55).abs() < 1e-12),
+                1789 => assert!(decay < 0.995),
+                1790.. => assert_eq!(decay, 0.995),
+                _ => {}
+            }
+            let weight = f64::from(n % 7);
+            vars[0].1.set(&Tensor::new(&[weight as f32], &Device::Cpu).unwrap()).unwrap();
+            ema.update(&vars).unwrap();
+            expected = decay * expected + (1.0 - decay) * weight;
+        }
+        assert!((f64::from(values(ema.get("w").unwrap())[0]) - expected).abs() < 1e-4);
+        assert!(ema.get("v").is_none());
+    }
+}

@@ -1,0 +1,474 @@
+//! Weights by name: made from a seed, read from and written to safetensors, seen tracked or frozen.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap, HashSet},
+    fmt::Display,
+    fs, iter,
+    path::Path,
+};
+
+use candle_core::{DType, Device, Shape, Tensor, Var};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
+use crate::{Error, Result, rng};
+
+/// How a parameter starts out. The distributions are PyTorch's defaults for the layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// U(-1/√fan_in, 1/√fan_in): weights and biases of convolutions and linear layers, which is
+    /// Kaiming-uniform with a = √5 (He et al. 2015) for the weights.
+    FanIn(usize),
+    /// N(0, 1): embeddings.
+    Normal,
+    /// 0: biases of norms.
+    Zeros,
+    /// 1: weights of norms.
+    Ones,
+}
+
+impl Init {
+    /// The first values of parameter `name`: a function of the seed and the name alone, so that neither the
+    /// order of construction nor another layer changes them.
+    fn values(self, seed: u64, name: &str, len: usize) -> Vec<f32> {
+        let hash = blake3::hash(name.as_bytes());
+        let id = u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
+        let mut values = vec![0.0; len];
+        match self {
+            Self::Zeros => {}
+            Self::Ones => values.fill(1.0),
+            Self::Normal => rng::normals(seed, id, rng::stream::INIT, &mut values),
+            Self::FanIn(fan_in) => {
+                rng::uniforms(seed, id, rng::stream::INIT, &mut values);
+                let bound = 1.0 / (fan_in as f32).sqrt();
+                values.iter_mut().for_each(|v| *v = (2.0 * *v - 1.0) * bound);
+            }
+        }
+        values
+    }
+}
+
+/// Hands a network's constructor its parameters, by the path of their names.
+///
+/// `builder.pp("conv1").get("weight", shape, init)` is the parameter `conv1.weight`.
+#[derive(Clone)]
+pub struct Builder<'a> {
+    source: &'a Source,
+    /// The names of the current path, the one to write first, each with a final dot unless empty.
+    prefixes: Vec<String>,
+}
+
+enum Source {
+    Declare(RefCell<Vec<Declaration>>),
+    Tensors(HashMap<String, Tensor>),
+}
+
+struct Declaration {
+    /// The name, then the names under which old files may have it.
+    names: Vec<String>,
+    shape: Shape,
+    init: Init,
+}
+
+impl Declaration {
+    fn name(&self) -> &str {
+        &self.names[0]
+    }
+}
+
+impl<'a> Builder<'a> {
+    fn new(source: &'a Source) -> Self {
+        Self { source, prefixes: vec![String::new()] }
+    }
+
+    /// The builder of the part `name`.
+    pub fn pp(&self, name: impl Display) -> Self {
+        let prefixes = self.prefixes.iter().map(|prefix| format!("{prefix}{name}.")).collect();
+        Self { source: self.source, prefixes }
+    }
+
+    /// The builder of the part `name`, which files written by older programs call `former`.
+    pub fn pp_or(&self, name: &str, former: &str) -> Self {
+        let mut renamed = self.pp(name);
+        renamed.prefixes.extend(self.pp(former).prefixes);
+        renamed
+    }
+
+    /// The parameter `name` of this part, f32 of the given shape.
+    ///
+    /// Tensors that a constructor gets while parameters are being declared have the right shape but no
+    /// values: constructors keep them and do not compute with them.
+    pub fn get(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
+        let shape = shape.into();
+        let names: Vec<_> = self.prefixes.iter().map(|prefix| format!("{prefix}{name}")).collect();
+        match self.source {
+            Source::Declare(declared) => {
+                let placeholder = Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(&shape)?;
+                declared.borrow_mut().push(Declaration { names, shape, init });
+                Ok(placeholder)
+            }
+            Source::Tensors(tensors) => match tensors.get(&names[0]) {
+                Some(tensor) if tensor.shape() == &shape => Ok(tensor.clone()),
+                Some(tensor) => bail!(
+                    Alarm,
+                    "parameter {} has shape {:?}, expected {:?}",
+                    names[0],
+                    tensor.dims(),
+                    shape.dims()
+                ),
+                None => {
+                    bail!(Alarm, "parameter {} was not declared by the network it is asked for", names[0])
+                }
+            },
+        }
+    }
+}
+
+/// Runs a constructor for what it asks for.
+fn declare<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, Vec<Declaration>)> {
+    let source = Source::Declare(RefCell::default());
+    let net = build(&Builder::new(&source))?;
+    let Source::Declare(declared) = source else { unreachable!("the source is made above") };
+    let declared = declared.into_inner();
+    let mut seen = HashSet::new();
+    if let Some(twice) = declared.iter().find(|d| !seen.insert(d.name())) {
+        bail!(Alarm, "the network declares parameter {} twice", twice.name());
+    }
+    Ok((net, declared))
+}
+
+/// A network that has shapes but takes no memory for parameters, and how many numbers they would be.
+pub(super) fn skeleton<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, usize)> {
+    let (net, declared) = declare(build)?;
+    Ok((net, declared.iter().map(|d| d.shape.elem_count()).sum()))
+}
+
+/// The parameters of a network, f32, in the order in which its constructor asks for them.
+///
+/// A clone is another handle on the same numbers.
+#[derive(Clone, Debug)]
+pub struct Params {
+    vars: Vec<(String, Var)>,
+}
+
+impl Params {
+    /// Fresh parameters of the network that `build` makes; the same for the same seed, on any device.
+    pub fn init<N>(seed: u64, device: &Device, build: impl FnOnce(&Builder) -> Result<N>) -> Result<Self> {
+        let vars = declare(build)?.1.into_iter().map(|declaration| {
+            let values = declaration.init.values(seed, declaration.name(), declaration.shape.elem_count());
+            let var = Var::from_vec(values, declaration.shape.clone(), device)?;
+            Ok((declaration.name().to_owned(), var))
+        });
+        Ok(Self { vars: vars.collect::<Result<_>>()? })
+    }
+
+    /// Reads the parameters of the network that `build` makes from a safetensors file, into memory.
+    ///
+    /// Fails as [`Params::from_safetensors`] does, naming the file.
+    pub fn load<N>(path: &Path, device: &Device, build: impl FnOnce(&Builder) -> Result<N>) -> Result<Self> {
+        let bytes = fs::read(path).map_err(Error::io(path))?;
+        Self::from_safetensors(&bytes, &path.display().to_string(), device, build)
+    }
+
+    /// Takes the parameters of the network that `build` makes from the bytes of a safetensors file.
+    ///
+    /// f32, f16 and bf16 tensors are taken and held as f32. Fails with [`Error::Data`], naming the `origin`
+    /// of the bytes and *every* tensor that is missing, unexpected, misshapen, of another type or not finite.
+    pub fn from_safetensors<N>(
+        bytes: &[u8],
+        origin: &str,
+        device: &Device,
+        build: impl FnOnce(&Builder) -> Result<N>,
+    ) -> Result<Self> {
+        let file = SafeTensors::deserialize(bytes)
+            .map_err(|e| Error::Data(format!("{origin}: not a safetensors file: {e}")))?;
+        let mut faults = Faults::default();
+        let mut found: BTreeMap<_, _> = file.iter().collect();
+        let mut vars = Vec::new();
+        for declaration in declare(build)?.1 {
+            let name = declaration.name();
+            let Some(view) = declaration.names.iter().find_map(|name| found.remove(name.as_str())) else {
+                faults.add(format!("{name} is missing"));
+                continue;
+            };
+            if view.shape() != declaration.shape.dims() {
+                faults.shape(name, view.shape(), declaration.shape.dims());
+                continue;
+            }
+            match finite_f32(&view)? {
+                Ok(values) => {
+                    vars.push((name.to_owned(), Var::from_vec(values, declaration.shape.clone(), device)?));
+                }
+                Err(fault) => faults.add(format!("{name} {fault}")),
+            }
+        }
+        found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
+        faults.check(origin)?;
+        Ok(Self { vars })
+    }
+
+    /// The network over these parameters, with gradients: an optimiser's updates in place are seen.
+    pub fn tracked<N>(&self, build: impl FnOnce(&Builder) -> Result<N>) -> Result<N> {
+        self.view(build, |var| var.as_tensor().clone())
+    }
+
+    /// The network over these parameters without gradients, so that an attack does not pay for them.
+    ///
+    /// The storage is shared: updates in place are seen here too.
+    pub fn frozen<N>(&self, build: impl FnOnce(&Builder) -> Result<N>) -> Result<N> {
+        self.view(build, Var::as_detached_tensor)
+    }
+
+    fn view<N>(
+        &self,
+        build: impl FnOnce(&Builder) -> Result<N>,
+        tensor: impl Fn(&Var) -> Tensor,
+    ) -> Result<N> {
+        let tensors = self.vars.iter().map(|(name, var)| (name.clone(), tensor(var))).collect();
+        build(&Builder::new(&Source::Tensors(tensors)))
+    }
+
+    /// The parameters and their names, in the order of their declaration.
+    pub fn vars(&self) -> &[(String, Var)] {
+        &self.vars
+    }
+
+    /// How many numbers the parameters are.
+    pub fn count(&self) -> usize {
+        self.vars.iter().map(|(_, var)| var.elem_count()).sum()
+    }
+
+    /// Overwrites every parameter in place. All views of these parameters see it.
+    ///
+    /// Fails with [`Error::Data`], naming every tensor that is missing, unexpected or misshapen; then nothing
+    /// is overwritten.
+    pub fn copy_from<'a>(&self, named: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> Result<()> {
+        let mut faults = Faults::default();
+        let mut found: BTreeMap<_, _> = named.into_iter().collect();
+        let mut pairs = Vec::with_capacity(self.vars.len());
+        for (name, var) in &self.vars {
+            match found.remove(name.as_str()) {
+                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor)),
+                Some(tensor) => faults.shape(name, tensor.dims(), var.dims()),
+                None => faults.add(format!("{name} is missing")),
+            }
+        }
+        found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
+        faults.check("the tensors given")?;
+        for (var, tensor) in pairs {
+            var.set(&tensor.to_dtype(DType::F32)?.to_device(var.device())?)?;
+        }
+        Ok(())
+    }
+
+    /// The parameters as the bytes of a safetensors file: the same bytes for the same values and metadata.
+    ///
+    /// `metadata` goes into the header, beside `format: pt`, which PyTorch's readers look for.
+    pub fn to_safetensors(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
+        // Written here because the `safetensors` crate keeps metadata in a HashMap, whose order varies.
+        let metadata: BTreeMap<_, _> = metadata.iter().copied().chain(iter::once(("format", "pt"))).collect();
+        let mut header = serde_json::Map::from_iter([("__metadata__".into(), serde_json::json!(metadata))]);
+        let mut sorted: Vec<_> = self.vars.iter().collect();
+        sorted.sort_by_key(|(name, _)| name);
+        let mut data = Vec::with_capacity(4 * self.count());
+        for (name, var) in sorted {
+            let start = data.len();
+            let values = var.flatten_all()?.to_vec1::<f32>()?;
+            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            let entry =
+                serde_json::json!({"dtype": "F32", "shape": var.dims(), "data_offsets": [start, data.len()]});
+            header.insert(name.clone(), entry);
+        }
+        let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.append(&mut header);
+        bytes.append(&mut data);
+        Ok(bytes)
+    }
+}
+
+/// The values as f32, or what is wrong with them.
+fn finite_f32(view: &TensorView) -> Result<std::result::Result<Vec<f32>, String>> {
+    let dtype = match view.dtype() {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        other => return Ok(Err(format!("is of type {other:?}, expected F32, F16 or BF16"))),
+    };
+    let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    Ok(match values.iter().find(|v| !v.is_finite()) {
+        Some(v) => Err(format!("holds {v}, expected finite numbers")),
+        None => Ok(values),
+    })
+}
+
+/// Everything that is wrong with a set of tensors, to be told at once.
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn add(&mut self, fault: String) {
+        self.0.push(fault);
+    }
+
+    fn shape(&mut self, name: &str, found: &[usize], expected: &[usize]) {
+        self.add(format!("{name} has shape {found:?}, expected {expected:?}"));
+    }
+
+    fn check(self, origin: &str) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        bail!(Data, "{origin}: not the weights of this network: {}", self.0.join("; "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Net {
+        a: Tensor,
+        b: Tensor,
+    }
+
+    impl Net {
+        fn new(b: &Builder) -> Result<Self> {
+            let out = b.pp_or("out", "proj");
+            Ok(Self {
+                a: b.pp("in").get("weight", (2, 3), Init::FanIn(3))?,
+                b: out.get("weight", 4, Init::Normal)?,
+            })
+        }
+    }
+
+    fn write(dir: &Path, tensors: &[(&str, Dtype, &[usize], &[u8])]) -> std::path::PathBuf {
+        let views = tensors.iter().map(|(name, dtype, shape, data)| {
+            (*name, TensorView::new(*dtype, shape.to_vec(), data).unwrap())
+        });
+        let path = dir.join("model.safetensors");
+        crate::fs::publish(&path, &safetensors::serialize(views, None).unwrap()).unwrap();
+        path
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn initial_values_depend_on_seed_and_name_but_not_on_order() {
+        let forth = Params::init(7, &Device::Cpu, Net::new).unwrap();
+        let back = Params::init(7, &Device::Cpu, |b| {
+            b.pp("out").get("weight", 4, Init::Normal)?;
+            b.pp("in").get("weight", (2, 3), Init::FanIn(3))
+        })
+        .unwrap();
+        assert_eq!(values(&forth.vars[0].1), values(&back.vars[1].1));
+        assert_eq!(values(&forth.vars[1].1), values(&back.vars[0].1));
+        let other = Params::init(8, &Device::Cpu, Net::new).unwrap();
+        assert_ne!(values(&forth.vars[0].1), values(&other.vars[0].1));
+    }
+
+    #[test]
+    fn fan_in_initialisation_is_uniform_in_its_bounds() {
+        let v = Init::FanIn(16).values(1, "w", 40_000);
+        let mean = v.iter().sum::<f32>() / v.len() as f32;
+        let variance = v.iter().map(|v| v * v).sum::<f32>() / v.len() as f32;
+        assert!(v.iter().all(|v| v.abs() <= 0.25));
+        assert!(mean.abs() < 3e-3, "{mean}");
+        assert!((variance - 0.25 * 0.25 / 3.0).abs() < 5e-4, "{variance}");
+    }
+
+    #[test]
+    fn safetensors_round_trip_bit_for_bit_and_deterministically() {
+        let dir = tempfile::tempdir().unwrap();
+        let params = Params::init(3, &Device::Cpu, Net::new).unwrap();
+        let metadata = [("b", "2"), ("a", "1"), ("c", "3")];
+        let bytes = params.to_safetensors(&metadata).unwrap();
+        assert_eq!(bytes, params.to_safetensors(&metadata).unwrap());
+        let path = dir.path().join("model.safetensors");
+        crate::fs::publish(&path, &bytes).unwrap();
+        let back = Params::load(&path, &Device::Cpu, Net::new).unwrap();
+        for ((name, var), (back_name, back_var)) in params.vars().iter().zip(back.vars()) {
+            assert_eq!((name, values(var)), (back_name, values(back_var)));
+        }
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
+    }
+
+    #[test]
+    fn half_precision_is_widened_and_former_names_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let f16 = [0x00, 0x3c, 0x00, 0xc0, 0x00, 0x38, 0, 0, 0, 0, 0, 0]; // 1, -2, 0.5, 0, 0, 0
+        let bf16 = [0x80, 0x3f, 0, 0, 0, 0, 0x40, 0xc0]; // 1, 0, 0, -3
+        let path = write(
+            dir.path(),
+            &[("in.weight", Dtype::F16, &[2, 3], &f16), ("proj.weight", Dtype::BF16, &[4], &bf16)],
+        );
+        let params = Params::load(&path, &Device::Cpu, Net::new).unwrap();
+        let net = params.frozen(Net::new).unwrap();
+        assert_eq!(values(&net.a), [1.0, -2.0, 0.5, 0.0, 0.0, 0.0]);
+        assert_eq!(values(&net.b), [1.0, 0.0, 0.0, -3.0]);
+        assert_eq!(params.vars()[1].0, "out.weight");
+    }
+
+    #[test]
+    fn a_bad_file_is_told_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let f32s = |v: [f32; 4]| v.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let path = write(
+            dir.path(),
+            &[
+                ("extra", Dtype::F32, &[4], &f32s([0.0; 4])),
+                ("out.weight", Dtype::F32, &[4], &f32s([0.0, f32::NAN, 0.0, 0.0])),
+            ],
+        );
+        let error = Params::load(&path, &Device::Cpu, Net::new).unwrap_err();
+        assert_eq!(error.exit_code(), 65);
+        let text = error.to_string();
+        for part in ["model.safetensors", "in.weight is missing", "out.weight holds NaN", "extra is not part"]
+        {
+            assert!(text.contains(part), "{text}");
+        }
+
+        let path = write(
+            dir.path(),
+            &[("in.weight", Dtype::F32, &[4], &f32s([0.0; 4])), ("out.weight", Dtype::U8, &[4], &[0; 4])],
+        );
+        let text = Params::load(&path, &Device::Cpu, Net::new).unwrap_err().to_string();
+        assert!(text.contains("in.weight has shape [4], expected [2, 3]"), "{text}");
+        assert!(text.contains("out.weight is of type U8, expected F32, F16 or BF16"), "{text}");
+
+        crate::fs::publish(&path, b"<html>").unwrap();
+        let error = Params::load(&path, &Device::Cpu, Net::new).unwrap_err();
+        assert_eq!(error.exit_code(), 65);
+        assert!(error.to_string().contains("not a safetensors file"), "{error}");
+    }
+
+    #[test]
+    fn views_see_updates_and_only_the_tracked_one_has_gradients() {
+        let params = Params::init(1, &Device::Cpu, Net::new).unwrap();
+        let (tracked, frozen) = (params.tracked(Net::new).unwrap(), params.frozen(Net::new).unwrap());
+        assert!(tracked.a.track_op());
+        assert!(!frozen.a.track_op());
+        let ones = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let fours = Tensor::full(4f32, 4, &Device::Cpu).unwrap();
+        params.copy_from([("in.weight", &ones), ("out.weight", &fours)]).unwrap();
+        assert_eq!(values(&tracked.a), [1.0; 6]);
+        assert_eq!(values(&frozen.b), [4.0; 4]);
+        let grads = tracked.a.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(values(grads.get(params.vars()[0].1.as_tensor()).unwrap()), [2.0; 6]);
+    }
+
+    #[test]
+    fn copy_from_changes_nothing_unless_all_fits() {
+        let params = Params::init(1, &Device::Cpu, Net::new).unwrap();
+        let before = values(&params.vars()[0].1);
+        let ones = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let error = params.copy_from([("in.weight", &ones), ("out.weight", &ones)]).unwrap_err();
+        assert!(error.to_string().contains("out.weight has shape [2, 3], expected [4]"), "{error}");
+        assert_eq!(values(&params.vars()[0].1), before);
+    }
+}

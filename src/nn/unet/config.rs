@@ -1,0 +1,337 @@
+//! `unet/config.json`: the keys of `diffusers`' `UNet2DModel`, and which of their values are built here.
+
+use std::{fmt::Debug, path::Path};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::{Result, ResultExt, fs};
+
+/// The shape of a [`UNet`](super::UNet): `config.json` of `diffusers`' `UNet2DModel`, key by key.
+///
+/// Defaults are `diffusers`' own, since its files leave out nothing but what was added later. Options
+/// that are not built here are kept as they are written and refused by [`UNetConfig::validate`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UNetConfig {
+    /// Height and width of the images.
+    pub sample_size: Option<SampleSize>,
+    /// Channels of the noisy image.
+    pub in_channels: usize,
+    /// Channels of the predicted noise.
+    pub out_channels: usize,
+    /// Whether the input is in [0, 1] and has to be brought to [-1, 1].
+    pub center_input_sample: bool,
+    /// Only `positional`: sines and cosines of the step.
+    pub time_embedding_type: String,
+    /// Features of the time embedding behind its two linear layers; by default 4 · `block_out_channels[0]`.
+    pub time_embedding_dim: Option<usize>,
+    /// Subtracted from the number of frequencies in their exponent: 1 in Ho et al.'s code, else 0.
+    pub freq_shift: f64,
+    /// Whether the cosines come first.
+    pub flip_sin_to_cos: bool,
+    /// `DownBlock2D` or `AttnDownBlock2D` for each resolution, from fine to coarse.
+    pub down_block_types: Vec<String>,
+    /// Only `UNetMidBlock2D`.
+    pub mid_block_type: Option<String>,
+    /// `UpBlock2D` or `AttnUpBlock2D` for each resolution, from coarse to fine.
+    pub up_block_types: Vec<String>,
+    /// Channels at each resolution, from fine to coarse.
+    pub block_out_channels: Vec<usize>,
+    /// Residual blocks at each resolution on the way down; one more on the way up.
+    pub layers_per_block: usize,
+    /// What the sums of the residual connections in the middle are divided by.
+    pub mid_block_scale_factor: f64,
+    /// 1: the convolutions that halve the image pad all sides; 0: the lower and right ones only.
+    pub downsample_padding: usize,
+    /// Only `conv`.
+    pub downsample_type: String,
+    /// Only `conv`.
+    pub upsample_type: String,
+    /// Dropout while training, which is not built here: see [`UNetConfig::validate_for_training`].
+    pub dropout: f64,
+    /// Only `silu`, or `swish`, its other name.
+    pub act_fn: String,
+    /// Channels of an attention head; one head over all channels if absent.
+    pub attention_head_dim: Option<usize>,
+    /// Groups of all norms.
+    pub norm_num_groups: usize,
+    /// Groups of the norm before the attention in the middle, if they are others.
+    pub attn_norm_num_groups: Option<usize>,
+    /// Added to the variance in all norms.
+    pub norm_eps: f64,
+    /// How the step enters a residual block: added (`default`), or as scale and shift behind the second norm
+    /// (`scale_shift`, Dhariwal & Nichol 2021, §3).
+    pub resnet_time_scale_shift: String,
+    /// Whether the middle has attention.
+    pub add_attention: bool,
+    /// Only absent: with `num_class_embeds`, a learned embedding of the class is added to the step's.
+    pub class_embed_type: Option<String>,
+    /// How many classes the network is conditioned on; absent if it is not.
+    pub num_class_embeds: Option<usize>,
+    /// Of no effect with positional embeddings.
+    pub num_train_timesteps: Option<usize>,
+}
+
+impl Default for UNetConfig {
+    fn default() -> Self {
+        let names = |names: [&str; 4]| names.map(String::from).to_vec();
+        Self {
+            sample_size: None,
+            in_channels: 3,
+            out_channels: 3,
+            center_input_sample: false,
+            time_embedding_type: "positional".into(),
+            time_embedding_dim: None,
+            freq_shift: 0.0,
+            flip_sin_to_cos: true,
+            down_block_types: names(["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"]),
+            mid_block_type: Some("UNetMidBlock2D".into()),
+            up_block_types: names(["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"]),
+            block_out_channels: vec![224, 448, 672, 896],
+            layers_per_block: 2,
+            mid_block_scale_factor: 1.0,
+            downsample_padding: 1,
+            downsample_type: "conv".into(),
+            upsample_type: "conv".into(),
+            dropout: 0.0,
+            act_fn: "silu".into(),
+            attention_head_dim: Some(8),
+            norm_num_groups: 32,
+            attn_norm_num_groups: None,
+            norm_eps: 1e-5,
+            resnet_time_scale_shift: "default".into(),
+            add_attention: true,
+            class_embed_type: None,
+            num_class_embeds: None,
+            num_train_timesteps: None,
+        }
+    }
+}
+
+/// `sample_size`: one number for square images, or height and width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SampleSize {
+    /// Height and width alike.
+    Square(usize),
+    /// Height, then width.
+    Rectangle([usize; 2]),
+}
+
+impl SampleSize {
+    /// (height, width)
+    pub fn height_width(self) -> (usize, usize) {
+        match self {
+            Self::Square(side) => (side, side),
+            Self::Rectangle([height, width]) => (height, width),
+        }
+    }
+}
+
+impl UNetConfig {
+    /// Reads `config.json`. Keys that start with `_` say who wrote it and are not part of the shape.
+    ///
+    /// Fails with [`Error::Data`](crate::Error::Data), naming the file, the key and what was expected.
+    pub fn load(path: &Path) -> Result<Self> {
+        Self::from_json(fs::read_json(path)?).context(|| path.display().to_string())
+    }
+
+    /// What `config.json` says; see [`UNetConfig::load`].
+    pub fn from_json(mut json: Map<String, Value>) -> Result<Self> {
+        match json.get("_class_name") {
+            Some(class) if class != "UNet2DModel" => {
+                bail!(Data, "_class_name is {class}, expected \"UNet2DModel\"")
+            }
+            _ => json.retain(|key, _| !key.starts_with('_')),
+        }
+        let config: Self = serde_json::from_value(Value::Object(json))
+            .map_err(|e| crate::Error::Data(format!("not a UNet2DModel: {e}")))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The contents of `config.json`, complete, as `diffusers` reads it.
+    pub fn to_json(&self) -> Result<Map<String, Value>> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(mut json)) => {
+                json.insert("_class_name".into(), "UNet2DModel".into());
+                json.insert("_diffusers_version".into(), super::DIFFUSERS_VERSION.into());
+                Ok(json)
+            }
+            other => bail!(Alarm, "the configuration of the network does not make a JSON object: {other:?}"),
+        }
+    }
+
+    /// Fails with [`Error::Data`](crate::Error::Data) at the first key whose value cannot be built.
+    pub fn validate(&self) -> Result<()> {
+        one_of("time_embedding_type", &self.time_embedding_type, &["positional"])?;
+        one_of("mid_block_type", self.mid_block_type.as_deref().unwrap_or("null"), &["UNetMidBlock2D"])?;
+        one_of("downsample_type", &self.downsample_type, &["conv"])?;
+        one_of("upsample_type", &self.upsample_type, &["conv"])?;
+        one_of("act_fn", &self.act_fn, &["silu", "swish"])?;
+        one_of("resnet_time_scale_shift", &self.resnet_time_scale_shift, &["default", "scale_shift"])?;
+        one_of("class_embed_type", self.class_embed_type.as_deref().unwrap_or("null"), &["null"])?;
+        for block in &self.down_block_types {
+            one_of("down_block_types", block, &["DownBlock2D", "AttnDownBlock2D"])?;
+        }
+        for block in &self.up_block_types {
+            one_of("up_block_types", block, &["UpBlock2D", "AttnUpBlock2D"])?;
+        }
+
+        let channels = &self.block_out_channels;
+        let per_block = format!("one entry for each of the {} block_out_channels", channels.len());
+        let (down, up) = (&self.down_block_types, &self.up_block_types);
+        expect("block_out_channels", channels, !channels.is_empty(), "at least one block")?;
+        expect("down_block_types", down, down.len() == channels.len(), &per_block)?;
+        expect("up_block_types", up, up.len() == channels.len(), &per_block)?;
+
+        expect("in_channels", self.in_channels, self.in_channels > 0, "at least 1")?;
+        expect("out_channels", self.out_channels, self.out_channels > 0, "at least 1")?;
+        expect("layers_per_block", self.layers_per_block, self.layers_per_block > 0, "at least 1")?;
+        expect("downsample_padding", self.downsample_padding, self.downsample_padding <= 1, "0 or 1")?;
+        let dim = self.time_embedding_dim;
+        expect("time_embedding_dim", dim, dim != Some(0), "at least 1, or null")?;
+        let classes = self.num_class_embeds;
+        expect("num_class_embeds", classes, classes != Some(0), "at least 1, or null")?;
+        let scale = self.mid_block_scale_factor;
+        expect("mid_block_scale_factor", scale, scale.is_finite() && scale != 0.0, "a number other than 0")?;
+        expect("norm_eps", self.norm_eps, self.norm_eps.is_finite() && self.norm_eps > 0.0, "above 0")?;
+        let in_range = (0.0..1.0).contains(&self.dropout);
+        expect("dropout", self.dropout, in_range, "from 0 to below 1")?;
+
+        let (groups, middle, heads) =
+            (self.norm_num_groups, self.attn_norm_num_groups, self.attention_head_dim);
+        let divides =
+            |n: usize, channels: &[usize]| n > 0 && channels.iter().all(|c| *c > 0 && c.is_multiple_of(n));
+        let of_all = format!("a divisor of all block_out_channels {channels:?}");
+        expect("norm_num_groups", groups, divides(groups, channels), &of_all)?;
+        let last = &channels[channels.len() - 1..];
+        let of_last = format!("a divisor of the last block_out_channels {channels:?}");
+        expect("attn_norm_num_groups", middle, middle.is_none_or(|n| divides(n, last)), &of_last)?;
+        let attended = self.attended_channels();
+        let of_attended = format!("a divisor of the channels with attention {attended:?}");
+        expect("attention_head_dim", heads, heads.is_none_or(|n| divides(n, &attended)), &of_attended)?;
+        let even = channels[0].is_multiple_of(2);
+        expect("block_out_channels", channels, even, "an even first entry, for sines and cosines")?;
+        let below = format!("less than half of block_out_channels[0] = {}", channels[0]);
+        expect("freq_shift", self.freq_shift, self.freq_shift < (channels[0] / 2) as f64, &below)?;
+        if let Some(size) = self.sample_size {
+            let (height, width) = size.height_width();
+            let fits = |n: usize| n > 0 && n.is_multiple_of(self.size_multiple());
+            let what = format!("multiples of {}, as the image is halved that often", self.size_multiple());
+            expect("sample_size", size, fits(height) && fits(width), &what)?;
+        }
+        Ok(())
+    }
+
+    /// [`UNetConfig::validate`], and also refuses what only matters to training: dropout.
+    pub fn validate_for_training(&self) -> Result<()> {
+        self.validate()?;
+        expect("dropout", self.dropout, self.dropout == 0.0, "0: training with dropout is not built")
+    }
+
+    /// What height and width of an image must be multiples of.
+    pub fn size_multiple(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+
+    /// The channels of each attention.
+    fn attended_channels(&self) -> Vec<usize> {
+        let channels = &self.block_out_channels;
+        let down = channels.iter().zip(&self.down_block_types).filter(|(_, t)| *t == "AttnDownBlock2D");
+        let up = channels.iter().rev().zip(&self.up_block_types).filter(|(_, t)| *t == "AttnUpBlock2D");
+        let middle = self.add_attention.then(|| channels[channels.len() - 1]);
+        down.chain(up).map(|(c, _)| *c).chain(middle).collect()
+    }
+
+    /// Features of the time embedding.
+    pub(super) fn time_dim(&self) -> usize {
+        self.time_embedding_dim.unwrap_or(4 * self.block_out_channels[0])
+    }
+
+    pub(super) fn scale_shift(&self) -> bool {
+        self.resnet_time_scale_shift == "scale_shift"
+    }
+
+    /// Groups of the norm before the attention in the middle, or `None` if there is no norm.
+    pub(super) fn mid_attention_groups(&self) -> Option<usize> {
+        self.attn_norm_num_groups.or((!self.scale_shift()).then_some(self.norm_num_groups))
+    }
+}
+
+fn one_of(key: &str, value: &str, expected: &[&str]) -> Result<()> {
+    expect(key, value, expected.contains(&value), &expected.join(" or "))
+}
+
+fn expect(key: &str, value: impl Debug, ok: bool, expected: &str) -> Result<()> {
+    if ok {
+        return Ok(());
+    }
+    bail!(Data, "{key} is {value:?}, expected {expected}")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(json: Value) -> Result<UNetConfig> {
+        let Value::Object(json) = json else { panic!("the test gives an object") };
+        UNetConfig::from_json(json)
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let config = UNetConfig {
+            sample_size: Some(SampleSize::Rectangle([32, 64])),
+            num_class_embeds: Some(10),
+            ..UNetConfig::default()
+        };
+        let json = config.to_json().unwrap();
+        assert_eq!(json["_class_name"], "UNet2DModel");
+        assert_eq!(UNetConfig::from_json(json).unwrap(), config);
+    }
+
+    #[test]
+    fn options_that_are_not_built_are_refused_by_key_and_value() {
+        let cases = [
+            (
+                json!({"time_embedding_type": "fourier"}),
+                "time_embedding_type is \"fourier\", expected positional",
+            ),
+            (json!({"downsample_type": "resnet"}), "downsample_type is \"resnet\", expected conv"),
+            (
+                json!({"down_block_types": ["KDownBlock2D"]}),
+                "down_block_types is \"KDownBlock2D\", expected DownBlock2D or AttnDownBlock2D",
+            ),
+            (json!({"class_embed_type": "timestep"}), "class_embed_type is \"timestep\", expected null"),
+            (json!({"mid_block_type": null}), "mid_block_type is \"null\", expected UNetMidBlock2D"),
+            (
+                json!({"norm_num_groups": 5}),
+                "norm_num_groups is 5, expected a divisor of all block_out_channels",
+            ),
+            (json!({"sample_size": 12}), "sample_size is Square(12), expected multiples of 8"),
+            (json!({"block_out_channels": []}), "block_out_channels is [], expected at least one block"),
+            (
+                json!({"up_block_types": ["UpBlock2D"]}),
+                "expected one entry for each of the 4 block_out_channels",
+            ),
+            (json!({"encoder_hid_dim": 3}), "unknown field `encoder_hid_dim`"),
+            (json!({"_class_name": "UNet2DConditionModel"}), "expected \"UNet2DModel\""),
+        ];
+        for (json, expected) in cases {
+            let error = parse(json).unwrap_err();
+            assert_eq!(error.exit_code(), 65);
+            assert!(error.to_string().contains(expected), "{error}\ndoes not say: {expected}");
+        }
+    }
+
+    #[test]
+    fn dropout_is_refused_for_training_only() {
+        let config = parse(json!({"dropout": 0.1})).unwrap();
+        let error = config.validate_for_training().unwrap_err();
+        assert!(error.to_string().starts_with("dropout is 0.1, expected 0"), "{error}");
+    }
+}

@@ -1,0 +1,163 @@
+//! The U-Net of denoising diffusion models (Ho et al. 2020, App. B): `diffusers`' `UNet2DModel`.
+
+mod blocks;
+mod config;
+
+use blocks::{DownBlock, MidBlock, UpBlock};
+use candle_core::{D, Tensor};
+pub use config::{SampleSize, UNetConfig};
+
+use super::{Builder, Conv2d, Embedding, GroupNorm, Linear, params};
+use crate::{Result, kernels};
+
+/// The version of `diffusers` whose file layout is written.
+pub(crate) const DIFFUSERS_VERSION: &str = "0.42.1";
+
+/// Predicts the noise in an image, given the diffusion step and, in a conditional model, the class.
+///
+/// Names and layouts of the parameters are those of `diffusers`' `UNet2DModel`.
+pub struct UNet {
+    conv_in: Conv2d,
+    time_embedding: (Linear, Linear),
+    class_embedding: Option<Embedding>,
+    down_blocks: Vec<DownBlock>,
+    mid_block: MidBlock,
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+    config: UNetConfig,
+}
+
+impl UNet {
+    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if the configuration cannot be built.
+    pub fn new(config: &UNetConfig, b: &Builder) -> Result<Self> {
+        config.validate()?;
+        let (first, time_dim) = (config.block_out_channels[0], config.time_dim());
+        let blocks = 0..config.block_out_channels.len();
+        let time = b.pp("time_embedding");
+        Ok(Self {
+            conv_in: Conv2d::new(config.in_channels, first, 3, &b.pp("conv_in"))?,
+            time_embedding: (
+                Linear::new(first, time_dim, &time.pp("linear_1"))?,
+                Linear::new(time_dim, time_dim, &time.pp("linear_2"))?,
+            ),
+            class_embedding: config
+                .num_class_embeds
+                .map(|classes| Embedding::new(classes, time_dim, &b.pp("class_embedding")))
+                .transpose()?,
+            down_blocks: blocks
+                .clone()
+                .map(|i| DownBlock::new(i, config, &b.pp("down_blocks").pp(i)))
+                .collect::<Result<_>>()?,
+            mid_block: MidBlock::new(config, &b.pp("mid_block"))?,
+            up_blocks: blocks
+                .map(|i| UpBlock::new(i, config, &b.pp("up_blocks").pp(i)))
+                .collect::<Result<_>>()?,
+            conv_norm_out: GroupNorm::new(
+                config.norm_num_groups,
+                first,
+                config.norm_eps,
+                &b.pp("conv_norm_out"),
+            )?,
+            conv_out: Conv2d::new(first, config.out_channels, 3, &b.pp("conv_out"))?,
+            config: config.clone(),
+        })
+    }
+
+    /// The noise in `x`.
+    ///
+    /// `x`: `(b, h, w, in_channels)` f32, pixels in [-1, 1] under their noise; h and w are multiples of
+    /// [`UNetConfig::size_multiple`]. `t`: `(b,)` f32, the step from 0. `class_labels`: `(b,)` u32, for a
+    /// conditional model and only there. Returns `(b, h, w, out_channels)`.
+    pub fn forward(&self, x: &Tensor, t: &Tensor, class_labels: Option<&Tensor>) -> Result<Tensor> {
+        let (_, height, width, channels) = x.dims4()?;
+        let multiple = self.config.size_multiple();
+        if channels != self.config.in_channels
+            || !height.is_multiple_of(multiple)
+            || !width.is_multiple_of(multiple)
+        {
+            bail!(
+                Usage,
+                "images are {height} x {width} x {channels}, the model expects {} channels and sides that are \
+                 multiples of {multiple}",
+                self.config.in_channels,
+            );
+        }
+        let temb = self.embed(t, class_labels)?;
+        let x = if self.config.center_input_sample { x.affine(2.0, -1.0)? } else { x.clone() };
+        let mut x = self.conv_in.forward(&x)?;
+        let mut skips = vec![x.clone()];
+        for block in &self.down_blocks {
+            x = block.forward(x, &temb, &mut skips)?;
+        }
+        x = self.mid_block.forward(&x, &temb)?;
+        for block in &self.up_blocks {
+            x = block.forward(x, &temb, &mut skips)?;
+        }
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
+    }
+
+    /// The embedding of step and class, behind the SiLU that all residual blocks begin with: `(b, time)`.
+    fn embed(&self, t: &Tensor, class_labels: Option<&Tensor>) -> Result<Tensor> {
+        let (first, second) = &self.time_embedding;
+        let sinusoids = sinusoids(t, &self.config)?;
+        let mut temb = second.forward(&kernels::silu(&first.forward(&sinusoids)?)?)?;
+        match (&self.class_embedding, class_labels) {
+            (Some(embedding), Some(labels)) => temb = (temb + embedding.forward(labels)?)?,
+            (None, None) => {}
+            (Some(_), None) => bail!(Usage, "the model is conditioned on classes, but none were given"),
+            (None, Some(_)) => bail!(Usage, "classes were given, but the model is not conditioned on them"),
+        }
+        kernels::silu(&temb)
+    }
+
+    /// The shape of the network.
+    pub fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    /// Multiply-adds of convolutions, linear layers and attention for one image of `height` × `width`.
+    pub fn macs(&self, height: usize, width: usize) -> u64 {
+        let mut positions = height * width;
+        let (first, second) = &self.time_embedding;
+        let mut macs = first.macs(1) + second.macs(1) + self.conv_in.macs(positions);
+        for block in &self.down_blocks {
+            let (block, left) = block.macs(positions);
+            (macs, positions) = (macs + block, left);
+        }
+        macs += self.mid_block.macs(positions);
+        for block in &self.up_blocks {
+            let (block, grown) = block.macs(positions);
+            (macs, positions) = (macs + block, grown);
+        }
+        macs + self.conv_out.macs(positions)
+    }
+}
+
+impl UNetConfig {
+    /// [`UNet::macs`] without making the parameters. Fails if the configuration cannot be built.
+    pub fn macs(&self, height: usize, width: usize) -> Result<u64> {
+        Ok(params::skeleton(|b| UNet::new(self, b))?.0.macs(height, width))
+    }
+
+    /// The number of parameters. Fails if the configuration cannot be built.
+    pub fn count(&self) -> Result<usize> {
+        Ok(params::skeleton(|b| UNet::new(self, b))?.1)
+    }
+}
+
+/// Sines and cosines of the steps at frequencies from 1 down to 1/10000 (Vaswani et al. 2017, §3.5):
+/// `(b,)` to `(b, block_out_channels[0])`.
+fn sinusoids(t: &Tensor, config: &UNetConfig) -> Result<Tensor> {
+    let half = config.block_out_channels[0] / 2;
+    let exponent = |i| -(10_000f64).ln() * i as f64 / (half as f64 - config.freq_shift);
+    let frequencies: Vec<_> = (0..half).map(|i| exponent(i).exp() as f32).collect();
+    let frequencies = Tensor::from_vec(frequencies, (1, half), t.device())?;
+    let angles = t.unsqueeze(1)?.broadcast_mul(&frequencies)?;
+    let (sin, cos) = (angles.sin()?, angles.cos()?);
+    let parts = if config.flip_sin_to_cos { [cos, sin] } else { [sin, cos] };
+    Ok(Tensor::cat(&parts, D::Minus1)?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! The U-Net against `diffusers`: golden files of tests/golden/unet.py.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::SafeTensors;
+
+use super::*;
+use crate::nn::Params;
+
+struct Golden {
+    config: UNetConfig,
+    tensors: BTreeMap<String, Tensor>,
+    params: Params,
+}
+
+impl Golden {
+    fn load(name: &str) -> Self {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let path = folder.join(format!("unet_{name}.safetensors"));
+        let bytes = std::fs::read(&path).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let config = serde_json::from_str(&header.metadata().as_ref().unwrap()["config"]).unwrap();
+        let config = UNetConfig::from_json(config).unwrap();
+        let tensors: BTreeMap<_, _> =
+            candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap().into_iter().collect();
+        let params = Params::init(0, &Device::Cpu, |b| UNet::new(&config, b)).unwrap();
+        params.copy_from(tensors.iter().filter_map(|(k, v)| Some((k.strip_prefix("model.")?, v)))).unwrap();
+        Self { config, tensors, params }
+    }
+
+    fn nhwc(&self, name: &str) -> Tensor {
+        self.tensors[name].permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()
+    }
+
+    fn forward(&self, net: &UNet) -> Tensor {
+        let labels = self.tensors.get("labels").map(|labels| labels.to_dtype(DType::U32).unwrap());
+        net.forward(&self.nhwc("x"), &self.tensors["t"], labels.as_ref()).unwrap()
+    }
+}
+
+/// max |found - expected| ≤ tolerance · max |expected|
+fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
+    assert_eq!(found.dims(), expected.dims(), "{what}");
+    let max = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    let error = max((found - expected).unwrap()) / max(expected.clone());
+    assert!(error <= tolerance, "{what} differs by {error:e} of its scale");
+}
+
+#[test]
+fn outputs_are_those_of_diffusers() {
+    for name in ["unconditional", "conditional", "scale_shift", "grey", "three_levels"] {
+        let golden = Golden::load(name);
+        let net = golden.params.frozen(|b| UNet::new(&golden.config, b)).unwrap();
+        assert_close(name, &golden.forward(&net), &golden.nhwc("y"), 1e-4);
+    }
+}
+
+#[test]
+fn gradients_are_those_of_pytorch() {
+    let golden = Golden::load("conditional");
+    let net = golden.params.tracked(|b| UNet::new(&golden.config, b)).unwrap();
+    let loss = (golden.forward(&net) - golden.nhwc("x")).unwrap().sqr().unwrap().mean_all().unwrap();
+    let grads = loss.backward().unwrap();
+    let found: BTreeMap<_, _> = golden
+        .params
+        .vars()
+        .iter()
+        .map(|(name, var)| (name.as_str(), grads.get(var.as_tensor()).unwrap().clone()))
+        .collect();
+    let norms: Vec<_> = found
+        .values()
+        .map(|g| g.sqr().unwrap().sum_all().unwrap().sqrt().unwrap().to_scalar::<f32>().unwrap())
+        .collect();
+    let norms = Tensor::new(norms, &Device::Cpu).unwrap();
+    assert_close("norms of the gradients", &norms, &golden.tensors["grad_norms"], 1e-4);
+    let whole = golden.tensors.iter().filter_map(|(k, v)| Some((k.strip_prefix("grad.")?, v)));
+    assert_eq!(whole.clone().count(), 4);
+    for (name, expected) in whole {
+        assert_close(name, &found[name], expected, 1e-4);
+    }
+}
+
+#[test]
+fn every_parameter_has_its_name_in_pytorch() {
+    let golden = Golden::load("unconditional");
+    let mut ours: Vec<_> = golden.params.vars().iter().map(|(name, _)| name.as_str()).collect();
+    ours.sort_unstable();
+    let theirs: Vec<_> = golden.tensors.keys().filter_map(|k| k.strip_prefix("model.")).collect();
+    assert_eq!(ours, theirs);
+}
+
+#[test]
+fn attention_under_its_former_names_loads() {
+    let golden = Golden::load("unconditional");
+    let renamed = golden.tensors.iter().filter_map(|(k, v)| {
+        let name = k.strip_prefix("model.")?.replace("to_out.0", "proj_attn");
+        Some((name.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value"), v.clone()))
+    });
+    let renamed: std::collections::HashMap<_, _> = renamed.collect();
+    assert!(renamed.contains_key("mid_block.attentions.0.proj_attn.bias"));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("old.safetensors");
+    candle_core::safetensors::save(&renamed, &path).unwrap();
+    let params = Params::load(&path, &Device::Cpu, |b| UNet::new(&golden.config, b)).unwrap();
+    let net = params.frozen(|b| UNet::new(&golden.config, b)).unwrap();
+    assert_close("output", &golden.forward(&net), &golden.nhwc("y"), 1e-4);
+}
+
+/// hojonathanho/diffusion, scripts/run_cifar.py: counted by hand, 6.222 G multiply-adds with attention.
+#[test]
+fn the_cifar10_model_of_ho_et_al_has_the_known_parameters_and_multiply_adds() {
+    let block = |attended: &str, plain: &str, at: usize| -> Vec<String> {
+        (0..4).map(|i| if i == at { attended.into() } else { plain.into() }).collect()
+    };
+    let config = UNetConfig {
+        sample_size: Some(SampleSize::Square(32)),
+        down_block_types: block("AttnDownBlock2D", "DownBlock2D", 1),
+        up_block_types: block("AttnUpBlock2D", "UpBlock2D", 2),
+        block_out_channels: vec![128, 256, 256, 256],
+        layers_per_block: 2,
+        attention_head_dim: None,
+        downsample_padding: 0,
+        flip_sin_to_cos: false,
+        freq_shift: 1.0,
+        norm_eps: 1e-6,
+        ..UNetConfig::default()
+    };
+    assert_eq!(config.count().unwrap(), 35_746_307);
+    assert_eq!(UNetConfig { in_channels: 1, out_channels: 1, ..config.clone() }.count().unwrap(), 35_741_697);
+    assert_eq!(config.macs(32, 32).unwrap(), 6_221_856_768);
+}
+
+#[test]
+fn what_does_not_fit_the_model_is_refused() {
+    let golden = Golden::load("unconditional");
+    let net = golden.params.frozen(|b| UNet::new(&golden.config, b)).unwrap();
+    let zeros = |shape: (usize, usize, usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let t = Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap();
+    let error = net.forward(&zeros((1, 7, 8, 3)), &t, None).unwrap_err();
+    assert!(error.to_string().starts_with("images are 7 x 8 x 3, the model expects 3 channels"), "{error}");
+    let labels = Tensor::zeros(1, DType::U32, &Device::Cpu).unwrap();
+    let error = net.forward(&zeros((1, 8, 8, 3)), &t, Some(&labels)).unwrap_err();
+    assert_eq!(error.to_string(), "classes were given, but the model is not conditioned on them");
+}
