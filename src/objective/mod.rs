@@ -1,1 +1,15 @@
-//! (being written)
+//! What classifiers are trained to minimise. Each loss is one number an image; networks come in as closures.
+
+mod cross_entropy;
+mod gamma;
+mod pgd_at;
+
+use candle_core::Tensor;
+pub use cross_entropy::plain;
+pub use gamma::GammaMix;
+pub use pgd_at::pgd_at;
+
+use crate::Result;
+
+/// A network as an objective sees it: images `(b, h, w, c)` f32 in [0, 1] to logits `(b, classes)`.
+pub type LogitsOf<'a> = &'a dyn Fn(&Tensor) -> Result<Tensor>;

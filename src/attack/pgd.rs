@@ -1,0 +1,275 @@
+//! Projected gradient ascent on the cross-entropy (Madry et al. 2018, §2.1).
+
+use candle_core::{Tensor, Var};
+
+use super::{Epsilon, Norm, Threat};
+use crate::{Result, kernels, rng};
+
+/// How hard [`pgd`] tries.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PgdConfig {
+    /// Gradient steps from each start.
+    pub steps: usize,
+    /// The length of a step, in the norm of the threat.
+    pub step_size: f64,
+    /// How many starts; the worst image of them counts.
+    pub restarts: usize,
+    /// Whether to start from a random point of the ball, else from the image itself.
+    pub random_start: bool,
+}
+
+impl PgdConfig {
+    /// Fails with [`Error::Usage`](crate::Error::Usage) if the settings cannot be meant.
+    pub fn validate(&self) -> Result<()> {
+        if !(self.step_size >= 0.0 && self.step_size.is_finite()) {
+            bail!(Usage, "the attack's step size is {}, expected a number from 0", self.step_size);
+        }
+        if self.restarts == 0 {
+            bail!(Usage, "the attack's restarts are 0, expected at least 1");
+        }
+        if self.restarts > 1 && !self.random_start {
+            bail!(Usage, "the attack's restarts are {} without a random start, expected 1", self.restarts);
+        }
+        Ok(())
+    }
+}
+
+/// An attack that is ready to run: [`pgd`] with its ball, its settings and the seed of its random starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pgd {
+    /// The ball.
+    pub threat: Threat,
+    /// How hard it tries.
+    pub config: PgdConfig,
+    /// The seed of the random starts.
+    pub seed: u64,
+}
+
+impl Pgd {
+    /// `steps` steps of size `step_ratio · epsilon / steps`, from `restarts` random starts.
+    ///
+    /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them cannot be.
+    pub fn new(
+        norm: Norm,
+        epsilon: Epsilon,
+        steps: usize,
+        step_ratio: f64,
+        restarts: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        if steps == 0 || !(step_ratio > 0.0 && step_ratio.is_finite()) {
+            bail!(
+                Usage,
+                "attack_steps is {steps} and attack_step_ratio {step_ratio}, expected at least 1 and more than 0"
+            );
+        }
+        let step_size = step_ratio * epsilon.get() / steps as f64;
+        let config = PgdConfig { steps, step_size, restarts, random_start: true };
+        config.validate()?;
+        Ok(Self { threat: Threat::new(norm, epsilon)?, config, seed })
+    }
+
+    /// What the attack makes of the images `x` with `labels`; see [`pgd`].
+    pub fn perturb(
+        &self,
+        logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+        x: &Tensor,
+        labels: &Tensor,
+        sample_ids: &[u64],
+    ) -> Result<Tensor> {
+        pgd(logits_of, x, labels, &self.threat, &self.config, self.seed, sample_ids)
+    }
+}
+
+/// The images within `threat` of `x` that PGD finds to have the highest cross-entropy.
+///
+/// `x`: `(b, …)` f32, in [0, 1]. `labels`: `(b,)` u32. `sample_ids`: a number for each image, which with
+/// `seed` decides on its random starts. `logits_of` returns `(b, classes)`, its parameters best frozen: their
+/// gradients are of no use here. Returns images shaped like `x`, without a graph. The result for an image does
+/// not depend on the batch, as long as its logits do not. A radius of 0 returns `x`.
+///
+/// Fails with [`Error::Usage`](crate::Error::Usage) for settings that cannot be meant, with
+/// [`Error::Alarm`](crate::Error::Alarm) if no gradient reaches the images, and with what `logits_of` fails with.
+pub fn pgd(
+    logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+    x: &Tensor,
+    labels: &Tensor,
+    threat: &Threat,
+    config: &PgdConfig,
+    seed: u64,
+    sample_ids: &[u64],
+) -> Result<Tensor> {
+    config.validate()?;
+    let x = x.detach();
+    if threat.epsilon() == 0.0 {
+        return Ok(x);
+    }
+    let mut worst: Option<(Tensor, Tensor)> = None;
+    for restart in 0..config.restarts {
+        let mut x_adv = x.clone();
+        if config.random_start {
+            let seed = rng::uint(seed, restart as u64, rng::stream::ATTACK);
+            x_adv = threat.random_start(&x, seed, sample_ids)?;
+        }
+        for _ in 0..config.steps {
+            let var = Var::from_tensor(&x_adv)?;
+            // The sum, not the mean: the gradient of an image then does not depend on the batch.
+            let loss = kernels::cross_entropy(&logits_of(var.as_tensor())?, labels)?.sum_all()?;
+            let grads = loss.backward()?;
+            let Some(gradient) = grads.get(var.as_tensor()) else {
+                bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
+            };
+            let step = (threat.direction(gradient)? * config.step_size)?;
+            x_adv = threat.project(&x, &(x_adv + step)?)?;
+        }
+        if config.restarts == 1 {
+            return Ok(x_adv);
+        }
+        let loss = kernels::cross_entropy(&logits_of(&x_adv)?, labels)?.detach();
+        worst = Some(match worst {
+            None => (x_adv, loss),
+            Some((worst_x, worst_loss)) => {
+                let worse = loss.gt(&worst_loss)?;
+                let mut shape = vec![1; x.rank()];
+                shape[0] = x.dim(0)?;
+                let image = worse.reshape(shape)?.broadcast_as(x.shape())?;
+                (image.where_cond(&x_adv, &worst_x)?, worse.where_cond(&loss, &worst_loss)?)
+            }
+        });
+    }
+    Ok(worst.map_or(x, |(x_adv, _)| x_adv))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    const WEIGHTS: [f32; 6] = [0.5, -1.0, 2.0, 0.25, -0.75, 1.5];
+
+    fn threat(norm: Norm, epsilon: f64) -> Threat {
+        Threat::new(norm, Epsilon::try_from(epsilon).unwrap()).unwrap()
+    }
+
+    fn config(steps: usize, step_size: f64) -> PgdConfig {
+        PgdConfig { steps, step_size, restarts: 1, random_start: true }
+    }
+
+    /// Logits (0, w·x + 0.3): a linear model with margin w·x + 0.3 for label 1.
+    fn linear(x: &Tensor) -> Result<Tensor> {
+        let w = Tensor::from_slice(&WEIGHTS, (1, 6), x.device())?;
+        let margin = (kernels::linear(x, &w, None)? + 0.3)?;
+        Ok(Tensor::cat(&[&margin.zeros_like()?, &margin], 1)?)
+    }
+
+    /// Far from the sides of the box, so that only the ball binds.
+    fn images(n: usize) -> Tensor {
+        let pixels = (0..n * 6).map(|i| 0.5 + 0.1 * (i as f32 * 1.7).sin()).collect();
+        Tensor::from_vec(pixels, (n, 6), &Device::Cpu).unwrap()
+    }
+
+    fn losses(logits_of: &dyn Fn(&Tensor) -> Result<Tensor>, x: &Tensor, labels: &Tensor) -> Vec<f32> {
+        kernels::cross_entropy(&logits_of(x).unwrap(), labels).unwrap().to_vec1().unwrap()
+    }
+
+    /// The margin falls by ε times the dual norm of w: ℓ1 for ℓ∞, ℓ2 for ℓ2.
+    #[test]
+    fn on_a_linear_model_the_loss_reaches_the_closed_form() {
+        let (x, labels) = (images(3), Tensor::new(&[1u32, 0, 1], &Device::Cpu).unwrap());
+        let l1: f32 = WEIGHTS.iter().map(|w| w.abs()).sum();
+        let l2 = WEIGHTS.iter().map(|w| w * w).sum::<f32>().sqrt();
+        for (norm, dual, start) in
+            [(Norm::Linf, l1, true), (Norm::Linf, l1, false), (Norm::L2, l2, true), (Norm::L2, l2, false)]
+        {
+            let config = PgdConfig { random_start: start, ..config(40, 0.02) };
+            let x_adv = pgd(&linear, &x, &labels, &threat(norm, 0.1), &config, 1, &[4, 5, 6]).unwrap();
+            let margins = linear(&x).unwrap().to_vec2::<f32>().unwrap();
+            let found = losses(&linear, &x_adv, &labels);
+            for (i, sign) in [1f32, -1.0, 1.0].into_iter().enumerate() {
+                let expected = (1.0 + (-(sign * margins[i][1] - 0.1 * dual)).exp()).ln();
+                assert!((found[i] - expected).abs() < 1e-4, "{norm:?}: {} {expected}", found[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_it_returns_is_in_ball_and_box() {
+        let edge = Tensor::new(&[[0f32, 1.0, 0.01, 0.99, 0.5, 0.2]], &Device::Cpu).unwrap();
+        let labels = Tensor::new(&[1u32], &Device::Cpu).unwrap();
+        for norm in [Norm::Linf, Norm::L2] {
+            let x_adv = pgd(&linear, &edge, &labels, &threat(norm, 0.3), &config(10, 0.2), 0, &[0]).unwrap();
+            let delta = (&x_adv - &edge).unwrap().to_vec2::<f32>().unwrap().remove(0);
+            let size = match norm {
+                Norm::Linf => delta.iter().fold(0f32, |m, d| m.max(d.abs())),
+                Norm::L2 => delta.iter().map(|d| d * d).sum::<f32>().sqrt(),
+            };
+            assert!(size <= 0.3 + 1e-6 && size > 0.2, "{norm:?}: {size}");
+            assert!(x_adv.to_vec2::<f32>().unwrap()[0].iter().all(|v| (0.0..=1.0).contains(v)));
+        }
+    }
+
+    /// A model with several maxima, on which restarts and starts matter.
+    fn wavy(x: &Tensor) -> Result<Tensor> {
+        linear(&((x * 40.0)?.sin()? + x)?)
+    }
+
+    #[test]
+    fn an_image_is_attacked_alike_in_any_batch() {
+        let (x, labels) = (images(4), Tensor::new(&[1u32, 0, 1, 0], &Device::Cpu).unwrap());
+        for norm in [Norm::Linf, Norm::L2] {
+            let config = PgdConfig { restarts: 3, ..config(5, 0.03) };
+            let attack = |from: usize, n: usize| {
+                let ids: Vec<_> = (10..14).skip(from).take(n).collect();
+                let (x, labels) = (x.narrow(0, from, n).unwrap(), labels.narrow(0, from, n).unwrap());
+                let x_adv = pgd(&wavy, &x, &labels, &threat(norm, 0.1), &config, 2, &ids).unwrap();
+                x_adv.to_vec2::<f32>().unwrap()
+            };
+            let together = attack(0, 4);
+            for (i, image) in together.iter().enumerate() {
+                for (a, b) in image.iter().zip(&attack(i, 1)[0]) {
+                    assert!((a - b).abs() < 1e-5, "image {i}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn restarts_keep_the_worst_for_each_image() {
+        let n = 16;
+        let (x, ids) = (images(n), (0..n as u64).collect::<Vec<_>>());
+        let labels = Tensor::ones(n, candle_core::DType::U32, &Device::Cpu).unwrap();
+        let run = |restarts| {
+            let config = PgdConfig { restarts, ..config(3, 0.02) };
+            let x_adv = pgd(&wavy, &x, &labels, &threat(Norm::Linf, 0.1), &config, 5, &ids).unwrap();
+            losses(&wavy, &x_adv, &labels)
+        };
+        let (one, four) = (run(1), run(4));
+        assert!(one.iter().zip(&four).all(|(one, four)| four >= &(one - 1e-6)));
+        assert!(one.iter().zip(&four).filter(|(one, four)| *four > &(*one + 1e-4)).count() > n / 2);
+    }
+
+    #[test]
+    fn a_radius_of_0_returns_the_image() {
+        let (x, labels) = (images(2), Tensor::new(&[1u32, 0], &Device::Cpu).unwrap());
+        let x_adv = pgd(&linear, &x, &labels, &threat(Norm::L2, 0.0), &config(3, 0.1), 0, &[0, 1]).unwrap();
+        assert_eq!(x_adv.to_vec2::<f32>().unwrap(), x.to_vec2::<f32>().unwrap());
+    }
+
+    #[test]
+    fn settings_that_cannot_be_meant_are_refused() {
+        let error = |config: PgdConfig| config.validate().unwrap_err().to_string();
+        assert!(error(config(3, f64::NAN)).starts_with("the attack's step size is NaN"));
+        assert!(error(PgdConfig { restarts: 0, ..config(3, 0.1) }).contains("restarts are 0"));
+        let fixed = PgdConfig { restarts: 3, random_start: false, ..config(3, 0.1) };
+        assert!(error(fixed).contains("restarts are 3 without a random start"));
+    }
+
+    #[test]
+    fn logits_without_a_gradient_raise_the_alarm() {
+        let (x, labels) = (images(1), Tensor::new(&[1u32], &Device::Cpu).unwrap());
+        let cut = |x: &Tensor| linear(&x.detach());
+        let error = pgd(&cut, &x, &labels, &threat(Norm::Linf, 0.1), &config(1, 0.1), 0, &[0]).unwrap_err();
+        assert_eq!(error.exit_code(), 70);
+    }
+}
