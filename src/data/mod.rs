@@ -1,1 +1,21 @@
-//! (being written)
+//! Images at rest and on their way in and out: sources, small tables, Hugging Face shards, batches.
+//!
+//! Pixels are u8 in (height, width, channel) order until [`batch`] makes tensors of them. Everything read
+//! here may be hostile: bad input is [`Error::Data`](crate::Error::Data) naming file, row and value, never a
+//! panic. Everything written here has the same bytes every time.
+
+pub mod batch;
+pub mod card;
+pub mod check;
+pub mod hub;
+pub mod image;
+pub mod manifest;
+pub mod source;
+pub mod table;
+
+pub use batch::{Augment, Range, augment, to_tensor, to_u8};
+pub use card::{Card, CardSplit, Config as CardConfig};
+pub use hub::{Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, image_column};
+pub use image::{Shape, decode_as, encode_png, grid};
+pub use manifest::{FileEntry, Manifest};
+pub use source::{Dataset, Source, Split};

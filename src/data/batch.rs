@@ -1,0 +1,196 @@
+//! Pixels to tensors and back, and augmentation.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::image::Shape;
+use crate::{Error, Result, rng};
+
+/// What a tensor of pixels ranges over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Range {
+    /// [0, 1], for classifiers and discriminators: u8 / 255.
+    Unit,
+    /// [-1, 1], for diffusion: u8 / 127.5 - 1.
+    Signed,
+}
+
+impl Range {
+    fn value_of(self, pixel: u8) -> f32 {
+        match self {
+            Self::Unit => f32::from(pixel) / 255.0,
+            Self::Signed => f32::from(pixel) / 127.5 - 1.0,
+        }
+    }
+
+    /// Out-of-range values are clamped; ties go to the even neighbour. `None` if `x` is not finite.
+    fn pixel_of(self, x: f32) -> Option<u8> {
+        let scaled = match self {
+            Self::Unit => x * 255.0,
+            Self::Signed => (x + 1.0) * 127.5,
+        };
+        x.is_finite().then(|| scaled.round_ties_even().clamp(0.0, 255.0) as u8)
+    }
+}
+
+/// Images as `(n, height, width, channels)` f32 in `range`. `pixels`: n images of `shape`, one after another.
+///
+/// Fails with [`Error::Alarm`] if `pixels` is no whole number of images.
+pub fn to_tensor(pixels: &[u8], shape: Shape, range: Range, device: &Device) -> Result<Tensor> {
+    let n = pixels.len() / shape.size();
+    if n * shape.size() != pixels.len() {
+        bail!(Alarm, "{} pixels are no whole number of {shape} images", pixels.len());
+    }
+    let values: [f32; 256] = std::array::from_fn(|pixel| range.value_of(pixel as u8));
+    let floats: Vec<f32> = pixels.iter().map(|&pixel| values[usize::from(pixel)]).collect();
+    Ok(Tensor::from_vec(floats, (n, shape.height, shape.width, shape.channels), device)?)
+}
+
+/// Pixels of images in `range`, of any shape, in the tensor's order: u8 of round(255 x) for
+/// [`Range::Unit`], of round(127.5 (x + 1)) for [`Range::Signed`], ties to even, clamped to 0..=255.
+///
+/// The inverse of [`to_tensor`] for every u8. Fails with [`Error::Alarm`] on NaN and infinities.
+pub fn to_u8(images: &Tensor, range: Range) -> Result<Vec<u8>> {
+    let floats = images.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let pixel = |(position, x): (usize, &f32)| {
+        range
+            .pixel_of(*x)
+            .ok_or_else(|| Error::Alarm(format!("pixel value {position} is {x}, expected a finite one")))
+    };
+    floats.iter().enumerate().map(pixel).collect()
+}
+
+/// Random crops and flips for training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Augment {
+    /// Black pixels added on each side before a crop of the original size is taken; 4 is usual for 32x32.
+    pub pad: usize,
+    /// Whether to mirror half of the images left to right. Wrong for digits and other writing.
+    pub flip: bool,
+}
+
+/// Pads, crops and flips each image of a batch by its own draw.
+///
+/// `pixels`: images of `shape`; `samples`: what identifies each of them, the key of its draw together with
+/// `seed` and `stream` (the epoch, say), so that the result for an image does not depend on its batch.
+///
+/// # Panics
+/// If `pixels` is not `samples.len()` images.
+pub fn augment(
+    pixels: &[u8],
+    shape: Shape,
+    samples: &[u64],
+    seed: u64,
+    stream: u32,
+    augment: Augment,
+) -> Vec<u8> {
+    assert_eq!(pixels.len(), samples.len() * shape.size(), "pixels of {} {shape} images", samples.len());
+    let mut out = vec![0; pixels.len()];
+    let images = pixels.chunks_exact(shape.size()).zip(out.chunks_exact_mut(shape.size()));
+    for ((image, out), &sample) in images.zip(samples) {
+        let mut draws = [0.0; 3];
+        rng::uniforms(seed, sample, stream, &mut draws);
+        let offsets = 2 * augment.pad + 1;
+        let offset = |u: f32| ((u * offsets as f32) as usize).min(offsets - 1);
+        let flip = augment.flip && draws[2] < 0.5;
+        crop_padded(image, out, shape, augment.pad, (offset(draws[0]), offset(draws[1])), flip);
+    }
+    out
+}
+
+/// Copies into a black `out` the window at (`top`, `left`) of `image` padded by `pad`, mirrored if `flip`.
+fn crop_padded(
+    image: &[u8],
+    out: &mut [u8],
+    shape: Shape,
+    pad: usize,
+    (top, left): (usize, usize),
+    flip: bool,
+) {
+    let Shape { height, width, channels } = shape;
+    for y in 0..height {
+        let Some(from_y) = (y + top).checked_sub(pad).filter(|&from| from < height) else { continue };
+        for x in 0..width {
+            let Some(from_x) = (x + left).checked_sub(pad).filter(|&from| from < width) else { continue };
+            let to_x = if flip { width - 1 - x } else { x };
+            let (from, to) = ((from_y * width + from_x) * channels, (y * width + to_x) * channels);
+            out[to..to + channels].copy_from_slice(&image[from..from + channels]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape { height: 4, width: 3, channels: 3 };
+
+    #[test]
+    fn every_pixel_value_survives_both_ranges() {
+        let pixels: Vec<u8> = (0..=255).collect();
+        let shape = Shape { height: 8, width: 8, channels: 1 };
+        for range in [Range::Unit, Range::Signed] {
+            let tensor = to_tensor(&pixels, shape, range, &Device::Cpu).unwrap();
+            assert_eq!(tensor.dims(), [4, 8, 8, 1]);
+            assert_eq!(to_u8(&tensor, range).unwrap(), pixels);
+        }
+        assert_eq!((Range::Unit.value_of(0), Range::Unit.value_of(255)), (0.0, 1.0));
+        assert_eq!((Range::Signed.value_of(0), Range::Signed.value_of(255)), (-1.0, 1.0));
+    }
+
+    #[test]
+    fn rounding_is_half_to_even_and_clamped_and_nan_is_an_alarm() {
+        let round = |x| Range::Signed.pixel_of(x).unwrap();
+        assert_eq!([round(0.0), round(-7.0), round(7.0)], [128, 0, 255]); // 127.5 is a tie
+        assert_eq!((2.5f32 / 255.0) * 255.0, 2.5);
+        assert_eq!(Range::Unit.pixel_of(2.5 / 255.0), Some(2)); // and not 3
+        assert_eq!([round(-1.0 + 1.6 / 127.5), round(-1.0 + 2.4 / 127.5)], [2, 2]);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let tensor = Tensor::new(&[0.0, bad], &Device::Cpu).unwrap();
+            assert_eq!(to_u8(&tensor, Range::Unit).unwrap_err().exit_code(), 70);
+        }
+    }
+
+    #[test]
+    fn part_of_an_image_is_an_alarm() {
+        assert_eq!(to_tensor(&[0; 37], SHAPE, Range::Unit, &Device::Cpu).unwrap_err().exit_code(), 70);
+    }
+
+    #[test]
+    fn without_padding_and_flip_nothing_changes() {
+        let pixels: Vec<u8> = (0..72).collect();
+        assert_eq!(augment(&pixels, SHAPE, &[5, 6], 1, 0, Augment { pad: 0, flip: false }), pixels);
+    }
+
+    #[test]
+    fn a_window_shifts_what_it_shows_and_pads_with_black() {
+        let shape = Shape { height: 2, width: 3, channels: 1 };
+        let crop = |offset, flip| {
+            let mut out = [0; 6];
+            crop_padded(&[1, 2, 3, 4, 5, 6], &mut out, shape, 1, offset, flip);
+            out
+        };
+        assert_eq!(crop((1, 1), false), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(crop((1, 1), true), [3, 2, 1, 6, 5, 4]);
+        assert_eq!(crop((0, 0), false), [0, 0, 0, 0, 1, 2]);
+        assert_eq!(crop((2, 2), false), [5, 6, 0, 0, 0, 0]);
+        assert_eq!(crop((2, 2), true), [0, 6, 5, 0, 0, 0]);
+    }
+
+    #[test]
+    fn the_draw_belongs_to_the_image_and_not_to_its_batch() {
+        let settings = Augment { pad: 2, flip: true };
+        let pixels: Vec<u8> = (0..72).map(|i| i + 1).collect();
+        let both = augment(&pixels, SHAPE, &[5, 6], 1, 3, settings);
+        assert_eq!(augment(&pixels[36..], SHAPE, &[6], 1, 3, settings), both[36..]);
+    }
+
+    #[test]
+    fn all_offsets_occur_about_equally_often() {
+        let shape = Shape { height: 1, width: 1, channels: 1 };
+        let samples: Vec<u64> = (0..9_000).collect();
+        let kept = augment(&vec![1; 9_000], shape, &samples, 7, 0, Augment { pad: 1, flip: false });
+        let kept = kept.iter().filter(|&&pixel| pixel == 1).count();
+        // One of nine windows shows the only pixel: 1000 ± 30 (one standard deviation).
+        assert!((880..1120).contains(&kept), "{kept}");
+    }
+}

@@ -1,0 +1,585 @@
+//! Images in Parquet as the Hugging Face Hub and `datasets` want them, our columns beside theirs.
+//!
+//! `image` is `struct<bytes: binary, path: string>` and a class label is `int64`, to the letter: with any
+//! other type `datasets` silently forgets that they are images and classes. What the columns mean is said in
+//! JSON under the key `huggingface`, in the Arrow schema (for `datasets`) and as a Parquet key-value (for
+//! everybody else). Image bytes are PNG or JPEG already and are stored plain.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow::{
+    array::{Array, ArrayRef, AsArray, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray},
+    buffer::NullBuffer,
+    datatypes::{DataType, Field, Fields, Schema, SchemaRef},
+};
+use parquet::{
+    basic::{Compression, Encoding},
+    file::properties::EnabledStatistics,
+    schema::types::ColumnPath,
+};
+use rayon::prelude::*;
+use serde_json::Value as Json;
+
+use super::{
+    image::{self, Shape},
+    manifest::FileEntry,
+    table::{self, Batches, ROW_GROUP_ROWS, RowGroupWriter, Table, TypedArray},
+};
+use crate::{Error, Result, ResultExt, fs};
+
+/// The metadata key under which the features of a file are declared.
+pub const METADATA_KEY: &str = "huggingface";
+
+/// The value of the key `digital_source_type` for images that a model made (IPTC).
+pub const SYNTHETIC_SOURCE_TYPE: &str =
+    "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia";
+
+/// The type of a plain column, by its name in `datasets`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// `bool`.
+    Bool,
+    /// `int64`.
+    Int64,
+    /// `uint32`.
+    Uint32,
+    /// `uint64`.
+    Uint64,
+    /// `float32`.
+    Float32,
+    /// `float64`.
+    Float64,
+    /// `string`.
+    String,
+}
+
+impl Dtype {
+    const ALL: [Self; 7] =
+        [Self::Bool, Self::Int64, Self::Uint32, Self::Uint64, Self::Float32, Self::Float64, Self::String];
+
+    /// The name in `datasets`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bool => "bool",
+            Self::Int64 => "int64",
+            Self::Uint32 => "uint32",
+            Self::Uint64 => "uint64",
+            Self::Float32 => "float32",
+            Self::Float64 => "float64",
+            Self::String => "string",
+        }
+    }
+
+    fn arrow(self) -> DataType {
+        match self {
+            Self::Bool => DataType::Boolean,
+            Self::Int64 => DataType::Int64,
+            Self::Uint32 => DataType::UInt32,
+            Self::Uint64 => DataType::UInt64,
+            Self::Float32 => DataType::Float32,
+            Self::Float64 => DataType::Float64,
+            Self::String => DataType::Utf8,
+        }
+    }
+}
+
+/// What a column means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// An encoded image with an optional path.
+    Image,
+    /// An index into these names. Null in a pool whose generator does not know the class.
+    ClassLabel(Vec<String>),
+    /// A plain value.
+    Value(Dtype),
+}
+
+impl Feature {
+    /// The Arrow type that `datasets` expects for this feature.
+    fn arrow(&self) -> DataType {
+        match self {
+            Self::Image => DataType::Struct(image_fields()),
+            Self::ClassLabel(_) => DataType::Int64,
+            Self::Value(dtype) => dtype.arrow(),
+        }
+    }
+
+    fn json(&self) -> Json {
+        match self {
+            Self::Image => serde_json::json!({"_type": "Image"}),
+            Self::ClassLabel(names) => serde_json::json!({"names": names, "_type": "ClassLabel"}),
+            Self::Value(dtype) => serde_json::json!({"dtype": dtype.name(), "_type": "Value"}),
+        }
+    }
+
+    fn from_json(json: &Json) -> Option<Self> {
+        match json["_type"].as_str()? {
+            "Image" => Some(Self::Image),
+            "ClassLabel" => {
+                let names = json["names"].as_array()?.iter();
+                names
+                    .map(|name| name.as_str().map(str::to_owned))
+                    .collect::<Option<_>>()
+                    .map(Self::ClassLabel)
+            }
+            "Value" => {
+                let name = json["dtype"].as_str()?;
+                Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).map(Self::Value)
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The columns of a file of images, in order, and what they mean.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Features(Vec<(String, Feature)>);
+
+impl Features {
+    /// `image` and `label`, the columns that every consumer looks for.
+    pub fn image_and_label(class_names: &[String]) -> Self {
+        Self(vec![
+            ("image".into(), Feature::Image),
+            ("label".into(), Feature::ClassLabel(class_names.to_vec())),
+        ])
+    }
+
+    /// With one more column at the end.
+    pub fn with(mut self, name: &str, feature: Feature) -> Self {
+        self.0.push((name.into(), feature));
+        self
+    }
+
+    /// The columns in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Feature)> {
+        self.0.iter().map(|(name, feature)| (name.as_str(), feature))
+    }
+
+    /// The names behind the column `label`; empty if it is no class label.
+    pub fn class_names(&self) -> &[String] {
+        match self.iter().find(|(name, _)| *name == "label") {
+            Some((_, Feature::ClassLabel(names))) => names,
+            _ => &[],
+        }
+    }
+
+    /// The Arrow schema, with the features declared in its metadata. All columns may be null, as `datasets`
+    /// writes them.
+    pub fn schema(&self) -> SchemaRef {
+        let fields: Fields =
+            self.iter().map(|(name, feature)| Field::new(name, feature.arrow(), true)).collect();
+        Arc::new(Schema::new_with_metadata(fields, [(METADATA_KEY.to_owned(), self.to_json())].into()))
+    }
+
+    /// The declaration as `datasets` writes it: `{"info": {"features": {…}}}`, in the order of the columns.
+    pub fn to_json(&self) -> String {
+        let features = self.iter().map(|(name, feature)| format!("{}: {}", Json::from(name), feature.json()));
+        format!(r#"{{"info": {{"features": {{{}}}}}}}"#, features.collect::<Vec<_>>().join(", "))
+    }
+
+    /// The features of a file with the columns of `schema` that are declared in `json`.
+    ///
+    /// Fails with [`Error::Data`] if a column is not declared, or as something that this crate does not write.
+    pub fn from_json(json: &str, schema: &Schema) -> Result<Self> {
+        let declared = declared_features(json)
+            .ok_or_else(|| Error::Data(format!("'{METADATA_KEY}' metadata is {json}, expected features")))?;
+        let feature = |field: &Arc<Field>| {
+            let json = declared.get(field.name());
+            let feature = json.and_then(Feature::from_json).ok_or_else(|| {
+                let found = json.map_or_else(|| "nothing".to_owned(), Json::to_string);
+                Error::Data(format!("column '{}' is declared as {found}, expected a feature", field.name()))
+            })?;
+            Ok((field.name().clone(), feature))
+        };
+        schema.fields.iter().map(feature).collect::<Result<_>>().map(Self)
+    }
+}
+
+fn declared_features(json: &str) -> Option<serde_json::Map<String, Json>> {
+    let mut json: Json = serde_json::from_str(json).ok()?;
+    match json["info"]["features"].take() {
+        Json::Object(features) => Some(features),
+        _ => None,
+    }
+}
+
+/// The class names that a file declares for a column, wherever it does.
+pub(super) fn declared_class_names(json: &str, column: &str) -> Option<Vec<String>> {
+    match Feature::from_json(declared_features(json)?.get(column)?)? {
+        Feature::ClassLabel(names) => Some(names),
+        _ => None,
+    }
+}
+
+fn image_fields() -> Fields {
+    Fields::from(vec![Field::new("bytes", DataType::Binary, true), Field::new("path", DataType::Utf8, true)])
+}
+
+/// An `image` column: encoded images, all without a path.
+///
+/// Fails with [`Error::Alarm`] if they are more than 2 GiB together: write fewer rows at a time.
+pub fn image_column<B: AsRef<[u8]>>(images: &[B]) -> Result<ArrayRef> {
+    let total: usize = images.iter().map(|image| image.as_ref().len()).sum();
+    if i32::try_from(total).is_err() {
+        bail!(Alarm, "{} images have {total} bytes, expected less than 2 GiB in one batch", images.len());
+    }
+    let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(images));
+    let path = Arc::new(StringArray::new_null(images.len()));
+    Ok(Arc::new(StructArray::new(image_fields(), vec![bytes, path], None)))
+}
+
+/// A writer of one file of images. Nothing has a name before [`ImageWriter::finish`].
+///
+/// The file is made in memory, so that its hash is that of the bytes that were meant and a stopped run
+/// leaves nothing behind: keep files at a few hundred megabytes ([`ImageWriter::bytes`]).
+/// Its bytes are a function of the features, the key-values and the rows, not of how they were pushed.
+pub struct ImageWriter {
+    features: Features,
+    schema: SchemaRef,
+    writer: RowGroupWriter<Vec<u8>>,
+    class_counts: Vec<u64>,
+}
+
+impl ImageWriter {
+    /// A writer of rows with these features. `key_values` go into the file's metadata beside ours; say
+    /// `digital_source_type` ([`SYNTHETIC_SOURCE_TYPE`]) and `generator` there.
+    pub fn new(features: Features, key_values: &[(&str, &str)]) -> Result<Self> {
+        let schema = features.schema();
+        let json = features.to_json();
+        let key_values: Vec<_> = [(METADATA_KEY, json.as_str())].iter().chain(key_values).copied().collect();
+        let mut properties = table::properties(&key_values);
+        for (name, _) in features.iter().filter(|(_, feature)| **feature == Feature::Image) {
+            for child in ["bytes", "path"] {
+                let column = || ColumnPath::from(vec![name.to_owned(), child.to_owned()]);
+                properties = properties
+                    .set_column_compression(column(), Compression::UNCOMPRESSED)
+                    .set_column_dictionary_enabled(column(), false)
+                    .set_column_encoding(column(), Encoding::PLAIN)
+                    .set_column_statistics_enabled(column(), EnabledStatistics::None);
+            }
+        }
+        let writer =
+            RowGroupWriter::new(Path::new("images"), Vec::new(), schema.clone(), properties, ROW_GROUP_ROWS)?;
+        let class_counts = vec![0; features.class_names().len()];
+        Ok(Self { features, schema, writer, class_counts })
+    }
+
+    /// The features that were declared.
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// Appends rows: a column for each feature, in their order; [`image_column`] makes the images.
+    ///
+    /// Fails with [`Error::Alarm`] if the columns are not those, or a label is not an index of a class.
+    pub fn push(&mut self, columns: Vec<ArrayRef>) -> Result<()> {
+        let batch = RecordBatch::try_new(self.schema.clone(), columns)
+            .map_err(|e| Error::Alarm(format!("columns do not fit the declared features: {e}")))?;
+        if let Some(labels) =
+            batch.column_by_name("label").and_then(|l| l.as_any().downcast_ref::<Int64Array>())
+        {
+            for label in labels.iter().flatten() {
+                let classes = self.class_counts.len();
+                match usize::try_from(label).ok().and_then(|label| self.class_counts.get_mut(label)) {
+                    Some(count) => *count += 1,
+                    None => bail!(Alarm, "label to write is {label}, expected 0 to {}", classes as i64 - 1),
+                }
+            }
+        }
+        self.writer.push(batch)
+    }
+
+    /// About how many bytes the file has by now.
+    pub fn bytes(&self) -> usize {
+        self.writer.bytes()
+    }
+
+    /// Publishes the file as `name`, a relative path with `/`, in `dir`. Returns what a manifest says of it.
+    pub fn finish(self, dir: &Path, name: &str) -> Result<FileEntry> {
+        let (bytes, rows) = self.writer.finish()?;
+        fs::publish(&dir.join(name), &bytes)?;
+        Ok(FileEntry {
+            path: name.into(),
+            rows,
+            bytes: bytes.len() as u64,
+            blake3: blake3::hash(&bytes).to_hex().to_string(),
+            class_counts: self.class_counts,
+        })
+    }
+}
+
+/// The rows of a file that [`ImageWriter`] wrote, batch by batch. Ends after the first error.
+pub struct ImageReader {
+    batches: Batches,
+    next_row: usize,
+}
+
+impl ImageReader {
+    /// Opens a file to read some of its columns, `image` among them if images are wanted.
+    ///
+    /// Fails like [`Table::open`] and [`Table::read`].
+    pub fn open(path: &Path, columns: &[&str], batch_rows: usize) -> Result<Self> {
+        Ok(Self { batches: Table::open(path)?.read(columns, batch_rows)?, next_row: 0 })
+    }
+}
+
+impl Iterator for ImageReader {
+    type Item = Result<ImageBatch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        Some(self.batches.next()?.map(|rows| {
+            let first_row = self.next_row;
+            self.next_row += rows.num_rows();
+            ImageBatch { file: self.batches.file().into(), first_row, rows }
+        }))
+    }
+}
+
+/// Some rows of a file of images.
+pub struct ImageBatch {
+    file: PathBuf,
+    first_row: usize,
+    rows: RecordBatch,
+}
+
+impl ImageBatch {
+    /// How many rows.
+    pub fn len(&self) -> usize {
+        self.rows.num_rows()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The number in the file of the first of these rows.
+    pub fn first_row(&self) -> usize {
+        self.first_row
+    }
+
+    /// The rows as Arrow has them.
+    pub fn rows(&self) -> &RecordBatch {
+        &self.rows
+    }
+
+    /// A column by name and type; see [`table::column()`].
+    pub fn column<A: TypedArray>(&self, name: &str) -> Result<&A> {
+        table::column(&self.file, &self.rows, name)
+    }
+
+    /// The column `uid`, without nulls.
+    pub fn uids(&self) -> Result<&StringArray> {
+        table::required(&self.file, &self.rows, "uid")
+    }
+
+    /// The column `label`. A label of `None` is not known.
+    pub fn labels(&self) -> Result<&Int64Array> {
+        self.column("label")
+    }
+
+    /// The encoded images. Fails with [`Error::Data`] if one is null.
+    pub fn images(&self) -> Result<Vec<&[u8]>> {
+        let images = image_bytes(&self.file, &self.rows, "image")?.into_iter().enumerate();
+        images.map(|(i, bytes)| bytes.ok_or_else(|| self.error(i, "image is null"))).collect()
+    }
+
+    /// The pixels of all images, one after another, in parallel. Fails with [`Error::Data`], naming the row,
+    /// on an image that is damaged or not of `shape`.
+    pub fn decode(&self, shape: Shape) -> Result<Vec<u8>> {
+        let images = self.images()?;
+        let mut pixels = vec![0; images.len() * shape.size()];
+        pixels.par_chunks_exact_mut(shape.size()).zip(images).enumerate().try_for_each(
+            |(i, (pixels, image))| {
+                let decoded = image::decode_as(image, shape)
+                    .context(|| format!("{}: row {}", self.file.display(), self.first_row + i))?;
+                pixels.copy_from_slice(&decoded);
+                Ok::<_, Error>(())
+            },
+        )?;
+        Ok(pixels)
+    }
+
+    fn error(&self, row: usize, problem: &str) -> Error {
+        Error::Data(format!("{}: row {}: {problem}", self.file.display(), self.first_row + row))
+    }
+}
+
+/// The encoded images of a column, whichever kind of binary they are. `None` where there is no image.
+pub(super) fn image_bytes<'a>(
+    file: &Path,
+    batch: &'a RecordBatch,
+    column: &str,
+) -> Result<Vec<Option<&'a [u8]>>> {
+    let array = table::any_column(file, batch, column)?;
+    let wrong_type = || {
+        Error::Data(format!(
+            "{}: column '{column}' is {}, expected struct<bytes: binary, path: string>",
+            file.display(),
+            array.data_type()
+        ))
+    };
+    let images = array.as_any().downcast_ref::<StructArray>().ok_or_else(wrong_type)?;
+    let bytes = images.column_by_name("bytes").ok_or_else(wrong_type)?;
+    let nulls = NullBuffer::union(images.nulls(), bytes.nulls());
+    let value: Box<dyn Fn(usize) -> &'a [u8]> = match bytes.data_type() {
+        DataType::Binary => {
+            let bytes = bytes.as_binary::<i32>();
+            Box::new(|i| bytes.value(i))
+        }
+        DataType::LargeBinary => {
+            let bytes = bytes.as_binary::<i64>();
+            Box::new(|i| bytes.value(i))
+        }
+        DataType::BinaryView => {
+            let bytes = bytes.as_binary_view();
+            Box::new(|i| bytes.value(i))
+        }
+        _ => return Err(wrong_type()),
+    };
+    let valid = |i| nulls.as_ref().is_none_or(|nulls| nulls.is_valid(i));
+    Ok((0..bytes.len()).map(|i| valid(i).then(|| value(i))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::Float32Array;
+
+    use super::*;
+    use crate::data::image::encode_png;
+
+    const SHAPE: Shape = Shape { height: 2, width: 2, channels: 3 };
+
+    fn features() -> Features {
+        Features::image_and_label(&["a".into(), "b \"quoted\"".into()])
+            .with("uid", Feature::Value(Dtype::String))
+            .with("score", Feature::Value(Dtype::Float32))
+    }
+
+    fn rows(range: std::ops::Range<i64>) -> Vec<ArrayRef> {
+        let images: Vec<_> = range.clone().map(|i| encode_png(&[i as u8; 12], SHAPE)).collect();
+        vec![
+            image_column(&images).unwrap(),
+            Arc::new(Int64Array::from_iter(range.clone().map(|i| (i % 3 != 2).then_some(i % 3)))),
+            Arc::new(StringArray::from_iter_values(range.clone().map(|i| format!("u{i}")))),
+            Arc::new(Float32Array::from_iter_values(range.map(|i| i as f32))),
+        ]
+    }
+
+    fn publish(dir: &Path, name: &str, cuts: &[i64]) -> FileEntry {
+        let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE)];
+        let mut writer = ImageWriter::new(features(), &key_values).unwrap();
+        for cut in cuts.windows(2) {
+            writer.push(rows(cut[0]..cut[1])).unwrap();
+        }
+        writer.finish(dir, name).unwrap()
+    }
+
+    #[test]
+    fn the_declaration_is_that_of_datasets() {
+        let expected = r#"{"info": {"features": {
+            "image": {"_type": "Image"},
+            "label": {"names": ["a", "b \"quoted\""], "_type": "ClassLabel"},
+            "uid": {"dtype": "string", "_type": "Value"},
+            "score": {"dtype": "float32", "_type": "Value"}}}}"#;
+        let json = features().to_json();
+        assert_eq!(
+            serde_json::from_str::<Json>(&json).unwrap(),
+            serde_json::from_str::<Json>(expected).unwrap()
+        );
+        assert_eq!(Features::from_json(&json, &features().schema()).unwrap(), features());
+        assert_eq!(declared_class_names(&json, "label").unwrap(), features().class_names());
+    }
+
+    #[test]
+    fn files_have_the_exact_types_and_the_declaration_in_both_places() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = publish(dir.path(), "data/train.parquet", &[0, 7]);
+        let table = Table::open(&dir.path().join(&entry.path)).unwrap();
+        assert_eq!(table.schema().fields, features().schema().fields);
+        assert_eq!(table.schema().field(0).data_type(), &DataType::Struct(image_fields()));
+        assert_eq!(table.schema().field(1).data_type(), &DataType::Int64);
+        assert_eq!(table.key_value(METADATA_KEY), Some(features().to_json().as_str()));
+        assert_eq!(table.key_value("digital_source_type"), Some(SYNTHETIC_SOURCE_TYPE));
+        assert_eq!(table.metadata().file_metadata().created_by(), Some("proxyset"));
+    }
+
+    #[test]
+    fn images_are_stored_plain_and_the_rest_compressed() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = publish(dir.path(), "train.parquet", &[0, 7]);
+        let table = Table::open(&dir.path().join(entry.path)).unwrap();
+        for column in table.metadata().row_group(0).columns() {
+            let is_image = column.column_path().string().starts_with("image.");
+            assert_eq!(column.compression() == Compression::UNCOMPRESSED, is_image);
+            if is_image {
+                assert!(column.dictionary_page_offset().is_none());
+                assert!(column.encodings().all(|e| matches!(e, Encoding::PLAIN | Encoding::RLE)));
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_depend_on_the_rows_and_not_on_how_they_were_pushed() {
+        let dir = tempfile::tempdir().unwrap();
+        let n = ROW_GROUP_ROWS as i64 + 100;
+        let one = publish(dir.path(), "file", &[0, n]);
+        let bytes = std::fs::read(dir.path().join("file")).unwrap();
+        let many = publish(dir.path(), "file", &[0, 1, 64, 5_000, n - 50, n]);
+        assert_eq!(one, many);
+        assert!(bytes == std::fs::read(dir.path().join("file")).unwrap());
+        assert_eq!((one.rows, one.bytes), (n as u64, bytes.len() as u64));
+        assert_eq!(one.blake3, blake3::hash(&bytes).to_hex().to_string());
+        let groups = Table::open(&dir.path().join("file")).unwrap();
+        let groups: Vec<_> = groups.metadata().row_groups().iter().map(|g| g.num_rows()).collect();
+        assert_eq!(groups, [16_384, 100]);
+    }
+
+    #[test]
+    fn rows_are_read_as_they_were_written_and_classes_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = publish(dir.path(), "file", &[0, 8]);
+        assert_eq!((entry.rows, entry.class_counts), (8, vec![3, 3]));
+        let columns = ["image", "label", "uid"];
+        let mut rows = 0;
+        for batch in ImageReader::open(&dir.path().join("file"), &columns, 5).unwrap() {
+            let batch = batch.unwrap();
+            assert_eq!(batch.first_row(), rows);
+            let pixels = batch.decode(SHAPE).unwrap();
+            for i in 0..batch.len() {
+                let row = rows + i;
+                assert_eq!(pixels[i * 12..(i + 1) * 12], [row as u8; 12]);
+                assert_eq!(batch.uids().unwrap().value(i), format!("u{row}"));
+                assert_eq!(batch.labels().unwrap().is_null(i), row % 3 == 2);
+            }
+            rows += batch.len();
+        }
+        assert_eq!(rows, 8);
+    }
+
+    #[test]
+    fn an_image_of_another_size_is_named_by_its_row() {
+        let dir = tempfile::tempdir().unwrap();
+        publish(dir.path(), "file", &[0, 3]);
+        let mut batches = ImageReader::open(&dir.path().join("file"), &["image"], 5).unwrap();
+        let error = batches.next().unwrap().unwrap().decode(Shape { height: 1, ..SHAPE }).unwrap_err();
+        assert_eq!(error.exit_code(), 65);
+        assert!(error.to_string().ends_with("row 0: image is 2x2 RGB, expected 1x2 RGB"), "{error}");
+    }
+
+    #[test]
+    fn labels_outside_the_classes_and_other_columns_are_alarms() {
+        let mut writer = ImageWriter::new(features(), &[]).unwrap();
+        let mut columns = rows(0..1);
+        columns[1] = Arc::new(Int64Array::from(vec![2]));
+        assert_eq!(
+            writer.push(columns.clone()).unwrap_err().to_string(),
+            "label to write is 2, expected 0 to 1"
+        );
+        columns.pop();
+        assert_eq!(writer.push(columns).unwrap_err().exit_code(), 70);
+    }
+}

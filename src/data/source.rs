@@ -1,0 +1,763 @@
+//! Where real images come from: the digits in this program, or Parquet files of one's own.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use arrow::array::RecordBatch;
+use parquet::{arrow::push_decoder::PushBuffers, file::reader::ChunkReader};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    hub,
+    image::{self, Shape},
+    table::{self, Table},
+};
+use crate::{Error, Result};
+
+const DIGITS: &str = "builtin:digits";
+const DIGITS_TRAIN: &[u8] = include_bytes!("digits/train-00000-of-00001.parquet");
+const DIGITS_TEST: &[u8] = include_bytes!("digits/test-00000-of-00001.parquet");
+
+/// Rows that are decoded in parallel at a time.
+const BATCH_ROWS: usize = 4096;
+/// The most classes of a data set that does not name them: more is taken for a column that is no label.
+const MAX_UNNAMED_CLASSES: usize = 1 << 16;
+
+/// A data set by name.
+///
+/// - `builtin:digits`: 1,797 real 8×8 digits, part of the program.
+/// - A Parquet file. It is the test split if its name starts with `test`, else the train split.
+/// - A folder with `train-*.parquet` and `test-*.parquet`, in itself, in `data/`, or in the only folder of
+///   `data/` that has any. Names that end in `-NNNNN-of-NNNNN` must be a complete set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Source {
+    /// The digits in this program.
+    Digits,
+    /// A Parquet file, or a folder of them.
+    Path(PathBuf),
+}
+
+/// The official parts of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// To fit and choose.
+    Train,
+    /// To evaluate, never to choose.
+    Test,
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Train => "train",
+            Self::Test => "test",
+        })
+    }
+}
+
+impl FromStr for Source {
+    type Err = String;
+
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        match s {
+            DIGITS => Ok(Self::Digits),
+            _ if s.is_empty() || s.starts_with("builtin:") || s.contains("://") => {
+                Err(format!("data set is '{s}', expected {DIGITS} or a local path"))
+            }
+            _ => Ok(Self::Path(s.into())),
+        }
+    }
+}
+
+impl TryFrom<String> for Source {
+    type Error = String;
+
+    fn try_from(s: String) -> std::result::Result<Self, String> {
+        s.parse()
+    }
+}
+
+impl From<Source> for String {
+    fn from(source: Source) -> Self {
+        source.to_string()
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Digits => f.write_str(DIGITS),
+            Self::Path(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// Labelled images in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dataset {
+    /// The size of every image.
+    pub shape: Shape,
+    /// `(n, height, width, channels)`.
+    pub pixels: Vec<u8>,
+    /// `(n,)`, indices into `class_names`.
+    pub labels: Vec<u32>,
+    /// The names of the classes.
+    pub class_names: Vec<String>,
+    /// How many rows were left out because they were bad.
+    pub bad_rows: usize,
+}
+
+impl Dataset {
+    /// How many images.
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// The pixels of image `i`, in (height, width, channel) order.
+    ///
+    /// # Panics
+    /// If there is no image `i`.
+    pub fn image(&self, i: usize) -> &[u8] {
+        &self.pixels[i * self.shape.size()..][..self.shape.size()]
+    }
+
+    /// The images `indices`, in that order; repetitions are allowed.
+    ///
+    /// # Panics
+    /// If an index is not less than [`Dataset::len`].
+    pub fn subset(&self, indices: &[usize]) -> Self {
+        Self {
+            shape: self.shape,
+            pixels: indices.iter().flat_map(|&i| self.image(i)).copied().collect(),
+            labels: indices.iter().map(|&i| self.labels[i]).collect(),
+            class_names: self.class_names.clone(),
+            bad_rows: 0,
+        }
+    }
+
+    /// No images yet.
+    pub fn empty(shape: Shape, class_names: Vec<String>) -> Self {
+        Self { shape, pixels: Vec::new(), labels: Vec::new(), class_names, bad_rows: 0 }
+    }
+
+    /// Appends an image.
+    ///
+    /// # Panics
+    /// If `image` is not `shape.size()` long.
+    pub fn push(&mut self, image: &[u8], label: u32) {
+        assert_eq!(image.len(), self.shape.size(), "pixels of a {} image", self.shape);
+        self.pixels.extend_from_slice(image);
+        self.labels.push(label);
+    }
+
+    /// These images, then `other`'s, which have the same shape and classes.
+    pub fn concat(mut self, other: &Self) -> Self {
+        self.pixels.extend_from_slice(&other.pixels);
+        self.labels.extend_from_slice(&other.labels);
+        self.bad_rows += other.bad_rows;
+        self
+    }
+
+    /// How many images each class has.
+    pub fn class_counts(&self) -> Vec<usize> {
+        let mut counts = vec![0; self.class_names.len()];
+        for &label in &self.labels {
+            counts[label as usize] += 1;
+        }
+        counts
+    }
+}
+
+impl Source {
+    /// Loads a split, or its first `limit` good rows.
+    ///
+    /// A row is bad if its image or label is null, the image cannot be decoded or has not the size of the
+    /// first one, or the label is not one of the classes. Up to `max_bad` bad rows are left out and counted;
+    /// one more is an error.
+    ///
+    /// Classes are named in the metadata of the files, else they are `0`, `1`, … up to the largest label.
+    /// Fails with [`Error::Usage`] if there is no such file or split, and with [`Error::Data`] on bad rows,
+    /// no rows, missing columns and damaged files.
+    pub fn load(&self, split: Split, limit: Option<usize>, max_bad: usize) -> Result<Dataset> {
+        let mut loader = Loader::new(limit.unwrap_or(usize::MAX), max_bad);
+        match self {
+            Self::Digits => loader.add(Table::new(format!("{DIGITS}/{split}"), in_memory(digits(split)))?)?,
+            Self::Path(path) => {
+                for file in files(path, split)? {
+                    loader.add(Table::open(&file)?)?;
+                }
+            }
+        }
+        loader.finish(&format!("{self}, split {split}"))
+    }
+
+    /// Whether the data set has this split.
+    pub fn has(&self, split: Split) -> bool {
+        match self {
+            Self::Digits => true,
+            Self::Path(path) => files(path, split).is_ok(),
+        }
+    }
+
+    /// The fingerprint of all splits that there are.
+    ///
+    /// Fails with [`Error::Usage`] if there is none.
+    pub fn fingerprint_all(&self) -> Result<String> {
+        let splits: Vec<Split> = [Split::Train, Split::Test].into_iter().filter(|&s| self.has(s)).collect();
+        if splits.is_empty() {
+            self.fingerprint(Split::Train)?;
+        }
+        let all = splits.iter().map(|&s| self.fingerprint(s)).collect::<Result<Vec<_>>>()?;
+        Ok(blake3::hash(all.join("/").as_bytes()).to_hex().to_string())
+    }
+
+    /// What the split's bytes are: the BLAKE3 of its files one after another, in hexadecimal.
+    ///
+    /// Fails with [`Error::Usage`] if there is no such file or split.
+    pub fn fingerprint(&self, split: Split) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        match self {
+            Self::Digits => {
+                hasher.update(digits(split));
+            }
+            Self::Path(path) => {
+                for path in files(path, split)? {
+                    let file = File::open(&path).map_err(Error::io(&path))?;
+                    hasher.update_reader(file).map_err(Error::io(&path))?;
+                }
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+}
+
+fn digits(split: Split) -> &'static [u8] {
+    match split {
+        Split::Train => DIGITS_TRAIN,
+        Split::Test => DIGITS_TEST,
+    }
+}
+
+fn in_memory(bytes: &'static [u8]) -> PushBuffers {
+    let length = bytes.len() as u64;
+    let mut buffers = PushBuffers::new(length);
+    buffers.push_range(0..length, bytes.into());
+    buffers
+}
+
+/// The files of a split, in order; at least one.
+fn files(path: &Path, split: Split) -> Result<Vec<PathBuf>> {
+    let metadata = match fs::metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            bail!(
+                Usage,
+                "data set '{}' does not exist, expected {DIGITS}, a Parquet file or a folder",
+                path.display()
+            )
+        }
+        metadata => metadata.map_err(Error::io(path))?,
+    };
+    if !metadata.is_dir() {
+        let named = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("test"));
+        let found = if named { Split::Test } else { Split::Train };
+        if found != split {
+            bail!(
+                Usage,
+                "{}: has the {found} split only, expected {split}; name a folder with both",
+                path.display()
+            );
+        }
+        return Ok(vec![path.into()]);
+    }
+
+    let data = path.join("data");
+    let mut folders = vec![path.to_path_buf(), data.clone()];
+    if data.is_dir() {
+        folders.extend(entries(&data)?.into_iter().filter(|entry| entry.is_dir()));
+    }
+    let mut found = Vec::new();
+    for folder in folders.iter().filter(|folder| folder.is_dir()) {
+        let files = files_in(folder, split)?;
+        if !files.is_empty() {
+            found.push((folder, files));
+        }
+    }
+    // The folder itself goes before data/, and data/ before its folders, which must not be ambiguous.
+    let choice = match found.as_slice() {
+        [] => bail!(Usage, "{}: no {split}-*.parquet there, in data/ or in a folder of it", path.display()),
+        [(first, _), (second, _), ..] if first.parent() == Some(&data) => bail!(
+            Usage,
+            "{}: {split} files in {} and {}, expected one: name the folder",
+            path.display(),
+            first.display(),
+            second.display()
+        ),
+        _ => found.swap_remove(0).1,
+    };
+    check_complete(&choice)?;
+    Ok(choice)
+}
+
+/// The files of a split in one folder, ordered by name.
+fn files_in(folder: &Path, split: Split) -> Result<Vec<PathBuf>> {
+    let prefix = format!("{split}-");
+    let mut files = entries(folder)?;
+    files.retain(|file| {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with(&prefix) && name.ends_with(".parquet") && file.is_file()
+    });
+    Ok(files)
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(Error::io(folder))?;
+    let mut entries = entries
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<std::io::Result<Vec<_>>>()
+        .map_err(Error::io(folder))?;
+    entries.sort();
+    Ok(entries)
+}
+
+/// Files named `…-NNNNN-of-NNNNN.parquet` must be all of them; others may have any names.
+fn check_complete(files: &[PathBuf]) -> Result<()> {
+    let numbers: Vec<_> = files.iter().map(|file| shard_number(file)).collect();
+    let Some(of) = numbers.iter().flatten().map(|(_, of)| *of).max() else { return Ok(()) };
+    let expected = (0..of).map(|number| Some((number, of)));
+    if !numbers.iter().copied().eq(expected) {
+        let names: Vec<_> = files.iter().filter_map(|file| file.file_name()?.to_str()).collect();
+        bail!(
+            Data,
+            "{}: found {}, expected all of 00000-of-{of:05} to {:05}-of-{of:05}",
+            files[0].parent().unwrap_or(Path::new(".")).display(),
+            names.join(", "),
+            of.saturating_sub(1)
+        );
+    }
+    Ok(())
+}
+
+fn shard_number(file: &Path) -> Option<(usize, usize)> {
+    let mut parts = file.file_stem()?.to_str()?.rsplit('-');
+    let (of, word, number) = (parts.next()?, parts.next()?, parts.next()?);
+    if word == "of" { Some((number.parse().ok()?, of.parse().ok()?)) } else { None }
+}
+
+/// Collects good rows over the files of a split.
+struct Loader {
+    limit: usize,
+    max_bad: usize,
+    shape: Option<Shape>,
+    pixels: Vec<u8>,
+    labels: Vec<u32>,
+    /// Of the first file; all others must declare the same.
+    class_names: Option<Option<Vec<String>>>,
+    bad_rows: usize,
+}
+
+impl Loader {
+    fn new(limit: usize, max_bad: usize) -> Self {
+        Self {
+            limit,
+            max_bad,
+            shape: None,
+            pixels: Vec::new(),
+            labels: Vec::new(),
+            class_names: None,
+            bad_rows: 0,
+        }
+    }
+
+    fn add<R: ChunkReader>(&mut self, table: Table<R>) -> Result<()> {
+        let file = table.file().to_path_buf();
+        let has = |name: &str| table.schema().index_of(name).is_ok();
+        let image = if !has("image") && has("img") { "img" } else { "image" };
+        self.add_class_names(&table)?;
+        let left = self.limit - self.labels.len();
+        let mut batches = table.read(&[image, "label"], left.clamp(1, BATCH_ROWS))?;
+        let mut first_row = 0;
+        while self.labels.len() < self.limit
+            && let Some(batch) = batches.next()
+        {
+            let batch = batch?;
+            self.add_rows(&file, first_row, &batch, image)?;
+            first_row += batch.num_rows();
+        }
+        Ok(())
+    }
+
+    fn add_class_names<R: ChunkReader>(&mut self, table: &Table<R>) -> Result<()> {
+        let in_schema = table.schema().metadata().get(hub::METADATA_KEY).map(String::as_str);
+        let names = [in_schema, table.key_value(hub::METADATA_KEY)]
+            .into_iter()
+            .flatten()
+            .find_map(|json| hub::declared_class_names(json, "label"));
+        match &self.class_names {
+            Some(first) if *first != names => bail!(
+                Data,
+                "{}: has classes {names:?}, but files before it have {first:?}",
+                table.file().display()
+            ),
+            _ => self.class_names = Some(names),
+        }
+        Ok(())
+    }
+
+    fn add_rows(&mut self, file: &Path, first_row: usize, batch: &RecordBatch, image: &str) -> Result<()> {
+        let images = hub::image_bytes(file, batch, image)?;
+        let labels = labels(file, batch)?;
+        let classes = self.class_names.as_ref().and_then(Option::as_ref).map(Vec::len);
+        let rows: Vec<_> = images
+            .into_par_iter()
+            .zip(labels)
+            .map(|(image, label)| {
+                let label = check_label(label, classes)?;
+                let image = image.ok_or_else(|| "image is null, expected the bytes of one".to_owned())?;
+                let (shape, pixels) = image::decode(image).map_err(|e| e.to_string())?;
+                Ok::<_, String>((shape, pixels, label))
+            })
+            .collect();
+        for (row, outcome) in rows.into_iter().enumerate() {
+            if self.labels.len() == self.limit {
+                break;
+            }
+            let outcome = outcome.and_then(|(shape, pixels, label)| match *self.shape.get_or_insert(shape) {
+                expected if expected == shape => Ok((pixels, label)),
+                expected => Err(format!("image is {shape}, expected {expected} as the first one")),
+            });
+            match outcome {
+                Ok((pixels, label)) => {
+                    self.pixels.extend_from_slice(&pixels);
+                    self.labels.push(label);
+                }
+                Err(problem) => self.add_bad(file, first_row + row, &problem)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn add_bad(&mut self, file: &Path, row: usize, problem: &str) -> Result<()> {
+        self.bad_rows += 1;
+        if self.bad_rows > self.max_bad {
+            bail!(
+                Data,
+                "{}: row {row}: {problem} (bad row {}, and max_bad allows {})",
+                file.display(),
+                self.bad_rows,
+                self.max_bad
+            );
+        }
+        Ok(())
+    }
+
+    fn finish(self, name: &str) -> Result<Dataset> {
+        let Some(shape) = self.shape else {
+            bail!(Data, "{name}: no images in it ({} bad rows), expected at least one", self.bad_rows)
+        };
+        let class_names = self.class_names.flatten().unwrap_or_else(|| {
+            let classes = self.labels.iter().max().map_or(0, |label| label + 1);
+            (0..classes).map(|class| class.to_string()).collect()
+        });
+        let Self { pixels, labels, bad_rows, .. } = self;
+        Ok(Dataset { shape, pixels, labels, class_names, bad_rows })
+    }
+}
+
+/// The labels of a batch, whichever integers they are.
+fn labels(file: &Path, batch: &RecordBatch) -> Result<Vec<Option<i128>>> {
+    let array = table::any_column(file, batch, "label")?;
+    Ok(arrow::array::downcast_integer_array!(
+        array => array.iter().map(|label| label.map(i128::from)).collect(),
+        other => bail!(Data, "{}: column 'label' is {other}, expected an integer type", file.display())
+    ))
+}
+
+fn check_label(label: Option<i128>, classes: Option<usize>) -> std::result::Result<u32, String> {
+    let label = label.ok_or("label is null, expected a class")?;
+    let end = classes.unwrap_or(MAX_UNNAMED_CLASSES);
+    match u32::try_from(label) {
+        Ok(index) if (index as usize) < end => Ok(index),
+        _ => Err(format!("label is {label}, expected 0 to {}", end as i64 - 1)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::{
+        array::{
+            ArrayRef, BinaryArray, BinaryViewArray, Int8Array, Int64Array, LargeBinaryArray, StringArray,
+            StringViewArray, StructArray, UInt64Array,
+        },
+        datatypes::{Field, Schema},
+    };
+
+    use super::*;
+    use crate::data::image::encode_png;
+
+    const SHAPE: Shape = Shape { height: 2, width: 2, channels: 1 };
+
+    fn png(value: u8) -> Vec<u8> {
+        encode_png(&[value; 4], SHAPE)
+    }
+
+    fn images(bytes: ArrayRef) -> ArrayRef {
+        let path: ArrayRef = Arc::new(StringArray::new_null(bytes.len()));
+        let field = |name, array: &ArrayRef| Arc::new(Field::new(name, array.data_type().clone(), true));
+        Arc::new(StructArray::from(vec![(field("bytes", &bytes), bytes), (field("path", &path), path)]))
+    }
+
+    fn write(path: &Path, columns: Vec<(&str, ArrayRef)>, key_values: &[(&str, &str)]) {
+        let batch =
+            RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(n, a)| (n, a, true))).unwrap();
+        table::write(path, &batch.schema(), [Ok(batch)], 1000, key_values).unwrap();
+    }
+
+    fn write_rows(path: &Path, rows: Vec<(Option<Vec<u8>>, Option<i64>)>, key_values: &[(&str, &str)]) {
+        let (bytes, labels): (Vec<_>, Vec<_>) = rows.into_iter().unzip();
+        let bytes = images(Arc::new(BinaryArray::from_iter(bytes)));
+        write(path, vec![("img", bytes), ("label", Arc::new(Int64Array::from(labels)))], key_values);
+    }
+
+    fn source(path: &Path) -> Source {
+        path.to_str().unwrap().parse().unwrap()
+    }
+
+    /// The error of loading the train split, which must be one of data.
+    fn bad_data(path: &Path) -> String {
+        let error = source(path).load(Split::Train, None, 0).unwrap_err();
+        assert_eq!(error.exit_code(), 65, "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn digits_are_the_published_ones() {
+        let train = Source::Digits.load(Split::Train, None, 0).unwrap();
+        assert_eq!(train.shape, Shape { height: 8, width: 8, channels: 1 });
+        assert_eq!(train.class_counts(), [142, 145, 142, 146, 145, 146, 145, 143, 139, 144]);
+        let mean =
+            train.pixels.iter().map(|&p| f64::from(p)).sum::<f64>() / 255.0 / train.pixels.len() as f64;
+        assert!((mean - 0.3048).abs() < 5e-5, "{mean}");
+        let test = Source::Digits.load(Split::Test, None, 0).unwrap();
+        assert_eq!((test.len(), test.class_names[9].as_str()), (360, "9"));
+        let expected = blake3::hash(DIGITS_TRAIN).to_hex().to_string();
+        assert_eq!(Source::Digits.fingerprint(Split::Train).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_limit_takes_the_first_rows_and_a_subset_the_chosen_ones() {
+        let all = Source::Digits.load(Split::Test, None, 0).unwrap();
+        let some = Source::Digits.load(Split::Test, Some(7), 0).unwrap();
+        assert_eq!(some, all.subset(&[0, 1, 2, 3, 4, 5, 6]));
+        let chosen = all.subset(&[300, 2, 2]);
+        assert_eq!(chosen.image(0), all.image(300));
+        assert_eq!(chosen.labels, [all.labels[300], all.labels[2], all.labels[2]]);
+    }
+
+    #[test]
+    fn names_round_trip_and_bad_ones_say_what_was_expected() {
+        for name in ["builtin:digits", "some/folder"] {
+            assert_eq!(name.parse::<Source>().unwrap().to_string(), name);
+            let json = serde_json::to_string(&name.parse::<Source>().unwrap()).unwrap();
+            assert_eq!(json, format!("{name:?}"));
+        }
+        for name in ["", "builtin:faces", "hf://datasets/x"] {
+            let error = name.parse::<Source>().unwrap_err();
+            assert_eq!(error, format!("data set is '{name}', expected builtin:digits or a local path"));
+        }
+    }
+
+    #[test]
+    fn all_kinds_of_binary_and_integers_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.parquet");
+        let bytes = [png(1), png(2)];
+        let labels: [ArrayRef; 3] = [
+            Arc::new(Int8Array::from(vec![1, 0])),
+            Arc::new(UInt64Array::from(vec![1, 0])),
+            Arc::new(Int64Array::from(vec![1, 0])),
+        ];
+        let binaries: [ArrayRef; 3] = [
+            Arc::new(BinaryArray::from_iter_values(&bytes)),
+            Arc::new(LargeBinaryArray::from_iter_values(&bytes)),
+            Arc::new(BinaryViewArray::from_iter_values(&bytes)),
+        ];
+        for (bytes, label) in binaries.into_iter().zip(labels) {
+            let view: ArrayRef = Arc::new(StringViewArray::from(vec!["x", "y"]));
+            write(&path, vec![("image", images(bytes)), ("label", label), ("extra", view)], &[]);
+            let data = source(&path).load(Split::Train, None, 0).unwrap();
+            assert_eq!((data.shape, data.labels.as_slice()), (SHAPE, &[1, 0][..]));
+            assert_eq!(data.pixels, [1, 1, 1, 1, 2, 2, 2, 2]);
+            assert_eq!(data.class_names, ["0", "1"]);
+        }
+    }
+
+    #[test]
+    fn class_names_come_from_either_metadata() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.parquet");
+        let names = ["cat".to_owned(), "dog".to_owned(), "none".to_owned()];
+        let json = hub::Features::image_and_label(&names).to_json();
+        write_rows(&path, vec![(Some(png(0)), Some(1))], &[(hub::METADATA_KEY, &json)]);
+        assert_eq!(source(&path).load(Split::Train, None, 0).unwrap().class_names, names);
+        let mut writer = hub::ImageWriter::new(hub::Features::image_and_label(&names), &[]).unwrap();
+        let image = hub::image_column(&[png(0)]).unwrap();
+        writer.push(vec![image, Arc::new(Int64Array::from(vec![2]))]).unwrap();
+        writer.finish(dir.path(), "train.parquet").unwrap();
+        assert_eq!(source(&path).load(Split::Train, None, 0).unwrap().class_names, names);
+    }
+
+    #[test]
+    fn each_kind_of_bad_row_is_named_and_max_bad_of_them_are_skipped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.parquet");
+        let json = hub::Features::image_and_label(&["a".into(), "b".into()]).to_json();
+        let wide = encode_png(&[0; 4], Shape { height: 1, width: 4, channels: 1 });
+        let mut truncated = png(0);
+        truncated.truncate(50);
+        for (image, label, expected) in [
+            (Some(png(0)), Some(2), "label is 2, expected 0 to 1"),
+            (Some(png(0)), Some(-1), "label is -1, expected 0 to 1"),
+            (Some(png(0)), None, "label is null, expected a class"),
+            (None, Some(0), "image is null, expected the bytes of one"),
+            (Some(b"text".to_vec()), Some(0), "not an image: 4 bytes"),
+            (Some(truncated), Some(0), "PNG cannot be decoded"),
+            (Some(wide), Some(0), "image is 1x4 grey, expected 2x2 grey as the first one"),
+        ] {
+            let rows = vec![(Some(png(7)), Some(0)), (image, label), (Some(png(9)), Some(1))];
+            write_rows(&path, rows, &[(hub::METADATA_KEY, &json)]);
+            let error = bad_data(&path);
+            assert!(error.contains(&format!("train.parquet: row 1: {expected}")), "{error}");
+            assert!(error.contains("(bad row 1, and max_bad allows 0)"), "{error}");
+            let data = source(&path).load(Split::Train, None, 1).unwrap();
+            assert_eq!((data.len(), data.bad_rows), (2, 1));
+            assert_eq!(data.pixels, [7, 7, 7, 7, 9, 9, 9, 9]);
+        }
+    }
+
+    #[test]
+    fn missing_columns_other_types_and_no_rows_are_bad_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.parquet");
+        let labels = || -> ArrayRef { Arc::new(Int64Array::from(vec![0])) };
+        let image = || images(Arc::new(BinaryArray::from_iter_values([png(0)])));
+        let text = || -> ArrayRef { Arc::new(StringArray::from(vec!["cat"])) };
+        write(&path, vec![("picture", image()), ("label", labels())], &[]);
+        assert!(bad_data(&path).ends_with("no column 'image', found picture, label"));
+        write(&path, vec![("image", image()), ("class", labels())], &[]);
+        assert!(bad_data(&path).ends_with("no column 'label', found image, class"));
+        write(&path, vec![("image", image()), ("label", text())], &[]);
+        assert!(bad_data(&path).ends_with("column 'label' is Utf8, expected an integer type"));
+        write(&path, vec![("image", text()), ("label", labels())], &[]);
+        assert!(
+            bad_data(&path).ends_with("column 'image' is Utf8, expected struct<bytes: binary, path: string>")
+        );
+        write_rows(&path, vec![], &[]);
+        assert!(bad_data(&path).ends_with("no images in it (0 bad rows), expected at least one"));
+        write_rows(&path, vec![(Some(png(0)), Some(1 << 40))], &[]);
+        assert!(bad_data(&path).contains("label is 1099511627776, expected 0 to 65535"));
+    }
+
+    #[test]
+    fn files_and_splits_that_are_not_there_are_wrong_usage() {
+        let dir = tempfile::tempdir().unwrap();
+        let usage = |source: &Source, split| {
+            let error = source.load(split, None, 0).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{error}");
+            assert_eq!(source.fingerprint(split).unwrap_err().to_string(), error.to_string());
+            error.to_string()
+        };
+        assert!(usage(&source(&dir.path().join("none")), Split::Train).contains("does not exist"));
+        assert!(usage(&source(dir.path()), Split::Test).contains("no test-*.parquet there"));
+        let path = dir.path().join("train.parquet");
+        write_rows(&path, vec![(Some(png(0)), Some(0))], &[]);
+        assert!(usage(&source(&path), Split::Test).contains("has the train split only, expected test"));
+    }
+
+    #[test]
+    fn folders_are_read_in_the_order_of_their_numbers_and_must_be_complete() {
+        for folder in ["", "data", "data/curated"] {
+            let dir = tempfile::tempdir().unwrap();
+            let file = |i: u8| dir.path().join(folder).join(format!("train-{i:05}-of-00003.parquet"));
+            for i in [2, 0, 1] {
+                write_rows(&file(i), vec![(Some(png(i)), Some(0))], &[]);
+            }
+            let data = source(dir.path()).load(Split::Train, None, 0).unwrap();
+            assert_eq!([0, 1, 2].map(|i| data.image(i)[0]), [0, 1, 2]);
+            let bytes = [0, 1, 2].map(|i| fs::read(file(i)).unwrap()).concat();
+            let expected = blake3::hash(&bytes).to_hex().to_string();
+            assert_eq!(source(dir.path()).fingerprint(Split::Train).unwrap(), expected);
+
+            fs::remove_file(file(1)).unwrap();
+            let error = bad_data(dir.path());
+            assert!(error.contains("found train-00000-of-00003.parquet, train-00002-of-00003"), "{error}");
+            assert!(error.ends_with("expected all of 00000-of-00003 to 00002-of-00003"), "{error}");
+        }
+    }
+
+    #[test]
+    fn two_configurations_are_ambiguous_until_one_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        for config in ["curated", "pool"] {
+            let path = dir.path().join("data").join(config).join("train-00000-of-00001.parquet");
+            write_rows(&path, vec![(Some(png(0)), Some(0))], &[]);
+        }
+        let error = source(dir.path()).load(Split::Train, None, 0).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().ends_with("name the folder"), "{error}");
+        assert_eq!(source(&dir.path().join("data/pool")).load(Split::Train, None, 0).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn files_with_other_classes_do_not_mix() {
+        let dir = tempfile::tempdir().unwrap();
+        for (i, names) in [["a", "b"], ["b", "a"]].iter().enumerate() {
+            let json = hub::Features::image_and_label(&names.map(str::to_owned)).to_json();
+            let path = dir.path().join(format!("train-{i}.parquet"));
+            write_rows(&path, vec![(Some(png(0)), Some(0))], &[(hub::METADATA_KEY, &json)]);
+        }
+        assert!(bad_data(dir.path()).contains("but files before it have"));
+    }
+
+    #[test]
+    fn damaged_files_are_bad_data_or_read_but_never_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.parquet");
+        for length in (0..DIGITS_TEST.len()).step_by(1013) {
+            fs::write(&path, &DIGITS_TEST[..length]).unwrap();
+            bad_data(&path);
+        }
+        let mut refused = 0;
+        for position in (0..DIGITS_TEST.len()).step_by(101) {
+            let mut flipped = DIGITS_TEST.to_vec();
+            flipped[position] ^= 1 << (position % 8);
+            fs::write(&path, flipped).unwrap();
+            if let Err(error) = source(&path).load(Split::Train, None, 0) {
+                assert_eq!(error.exit_code(), 65, "flipped at {position}: {error}");
+                refused += 1;
+            }
+        }
+        assert!(refused > 200, "{refused}");
+    }
+
+    #[test]
+    fn a_schema_without_columns_is_bad_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.parquet");
+        table::write(&path, &Schema::empty(), [], 10, &[]).unwrap();
+        assert!(bad_data(&path).contains("no column 'image'"));
+    }
+}
