@@ -17,8 +17,10 @@ pub mod kernels;
 pub mod nn;
 pub mod objective;
 pub mod pipeline;
+pub mod progress;
 pub mod proxy;
 pub mod rng;
 pub mod stage;
+pub mod stats;
 
 pub use error::{Error, Result, ResultExt};

@@ -1,1 +1,14 @@
-//! (being written)
+//! How good a proxy distribution is, and how close each of its samples is to the real data.
+//!
+//! [`arc`]: the area under the robust discrimination curve. [`score`]: the per-sample score. Both come from
+//! discriminators, binary networks trained under attack to tell real (class 0) from synthetic (class 1).
+
+pub mod arc;
+pub mod calibration;
+pub mod fold;
+pub mod score;
+
+/// The class of a real image in a discriminator.
+pub const REAL: u32 = 0;
+/// The class of a synthetic image in a discriminator.
+pub const SYNTHETIC: u32 = 1;
