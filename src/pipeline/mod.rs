@@ -1,1 +1,137 @@
-//! (being written)
+//! A run: the TOML file, the graph of stages that it describes, what is done of it, and how the rest is done.
+
+mod file;
+mod graph;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::Value;
+
+pub use file::{Experiment, PipelineFile};
+pub use graph::{Node, nodes};
+
+use crate::{
+    Error, Result, ResultExt,
+    device::DeviceChoice,
+    fs, progress,
+    stage::{self, State},
+};
+
+/// One stage of a run, resolved: where it is, and what state it is in.
+#[derive(Debug, Serialize)]
+pub struct Step {
+    /// The node's name, such as `train arc seed 0`.
+    pub name: String,
+    /// The stage.
+    pub stage: &'static str,
+    /// Its folder in the run.
+    pub folder: PathBuf,
+    /// Fingerprint of the work; none if an input is not there to be hashed.
+    pub fingerprint: Option<String>,
+    /// `done`, `partial`, `missing`.
+    pub state: &'static str,
+    /// How much work it is.
+    pub amount: String,
+    /// Seconds that it took, once done.
+    pub seconds: Option<f64>,
+    /// What it found, once done.
+    pub summary: Option<Value>,
+    /// What keeps it from being planned in full, such as data that is not there.
+    pub problem: Option<String>,
+}
+
+/// What would be done, how much, and what is done already. Reads; writes nothing.
+pub fn plan(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Step>> {
+    let mut steps = Vec::new();
+    for node in nodes(file, run, until)? {
+        let (state, done) = match &node.fingerprint {
+            None => (State::Missing, None),
+            Some(fingerprint) => (stage::state(&node.folder, fingerprint)?, stage::read_done(&node.folder)?),
+        };
+        steps.push(Step {
+            name: node.name,
+            stage: node.stage.name(),
+            amount: node.stage.amount(),
+            folder: node.folder,
+            fingerprint: node.fingerprint,
+            state: match state {
+                State::Missing => "missing",
+                State::Partial => "partial",
+                State::Done => "done",
+            },
+            seconds: done.as_ref().map(|d| d.seconds),
+            summary: done.map(|d| d.summary),
+            problem: node.problem,
+        });
+    }
+    Ok(steps)
+}
+
+/// Does what is not done yet, in order. Returns every step as it stands at the end.
+///
+/// Two processes may not drive one run folder: the second fails with [`Error::Stopped`].
+pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceChoice) -> Result<Vec<Step>> {
+    let nodes = nodes(file, run, until)?;
+    if let Some(problem) = nodes.iter().find_map(|n| n.problem.as_ref()) {
+        bail!(Usage, "{problem}");
+    }
+    fs::create_dir_all(run)?;
+    let _lock = fs::Lock::acquire(run, "run")?;
+    let total = nodes.len();
+    for (i, node) in nodes.iter().enumerate() {
+        progress::check_stop()?;
+        let fingerprint = node.fingerprint.as_deref().unwrap_or_default();
+        if stage::state(&node.folder, fingerprint)? == State::Done {
+            progress::note(&format!("[{}/{total}] {}: done already", i + 1, node.name));
+            continue;
+        }
+        progress::note(&format!("[{}/{total}] {}: {}", i + 1, node.name, node.stage.amount()));
+        let started = std::time::Instant::now();
+        stage::execute(node.stage.as_ref(), &node.inputs, &node.folder, device)
+            .context(|| format!("in {}", node.name))?;
+        let took = progress::human_seconds(started.elapsed().as_secs_f64());
+        progress::note(&format!("[{}/{total}] {}: done in {took}", i + 1, node.name));
+    }
+    plan(file, run, until)
+}
+
+/// Every stage folder of a run folder with its state, whatever pipeline made it.
+pub fn status(run: &Path) -> Result<Vec<Step>> {
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(run)
+        .map_err(|e| Error::Usage(format!("run folder '{}' cannot be read: {e}", run.display())))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.join("config.toml").is_file())
+        .collect();
+    if run.join("config.toml").is_file() {
+        folders.push(run.to_path_buf());
+    }
+    folders.sort();
+    let mut steps = Vec::new();
+    for folder in folders {
+        let config = stage::read_config(&folder)?;
+        let done = stage::read_done(&folder)?;
+        steps.push(Step {
+            name: config.stage.clone(),
+            stage: graph::stage_name(&config.stage),
+            amount: partial_amount(&folder)?,
+            fingerprint: Some(config.fingerprint),
+            state: if done.is_some() { "done" } else { "partial" },
+            seconds: done.as_ref().map(|d| d.seconds),
+            summary: done.map(|d| d.summary),
+            problem: None,
+            folder,
+        });
+    }
+    Ok(steps)
+}
+
+/// What an unfinished folder holds: its finished shards.
+fn partial_amount(folder: &Path) -> Result<String> {
+    let shards = stage::files_below(folder)?
+        .iter()
+        .filter(|f| f.file_name().is_some_and(|n| n.to_string_lossy().starts_with("shard-")))
+        .filter(|f| f.extension().is_some_and(|e| e == "json"))
+        .count();
+    Ok(if shards > 0 { format!("{shards} shards") } else { String::new() })
+}

@@ -1,0 +1,65 @@
+//! Plain tables on stdout, and summaries as `key: value` lines.
+
+use serde_json::Value;
+
+use crate::{pipeline::Step, progress::human_seconds};
+
+/// Left-aligned columns, two blanks apart.
+pub(super) fn render(header: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().map(|r| r[column].chars().count());
+        cells.chain([header[column].len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let line = |cells: Vec<&str>| -> String {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(c, w)| format!("{c:w$}")).collect();
+        padded.join("  ").trim_end().to_owned() + "\n"
+    };
+    let mut text = line(header.to_vec());
+    for row in rows {
+        text += &line(row.iter().map(String::as_str).collect());
+    }
+    text
+}
+
+/// The steps of a run, one a line.
+pub(super) fn steps(steps: &[Step]) -> String {
+    let rows: Vec<Vec<String>> = steps
+        .iter()
+        .map(|s| {
+            vec![
+                s.name.clone(),
+                s.fingerprint.as_deref().map_or_else(|| "-".into(), |f| f[..8].to_owned()),
+                s.state.to_owned(),
+                s.seconds.map(human_seconds).unwrap_or_default(),
+                s.amount.clone(),
+            ]
+        })
+        .collect();
+    let mut text = render(&["stage", "fingerprint", "state", "took", "work"], &rows);
+    let mut problems: Vec<&String> = steps.iter().filter_map(|s| s.problem.as_ref()).collect();
+    problems.dedup();
+    for problem in problems {
+        text += &format!("note: {problem}\n");
+    }
+    text
+}
+
+/// A summary, one line a key; nested objects are indented by their key.
+pub(super) fn summary(value: &Value) -> String {
+    fn write(prefix: &str, value: &Value, text: &mut String) {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                    write(&path, value, text);
+                }
+            }
+            Value::String(s) => *text += &format!("{prefix}: {s}\n"),
+            other => *text += &format!("{prefix}: {other}\n"),
+        }
+    }
+    let mut text = String::new();
+    write("", value, &mut text);
+    text
+}

@@ -1,0 +1,167 @@
+//! The pipeline's TOML file: one table a stage, a name, a seed, and an experiment.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::{Table, Value};
+
+use crate::{Error, Result, curate::Arm, stage};
+
+/// Keys of a pipeline file that are not stages.
+const OTHER_KEYS: [&str; 4] = ["name", "seed", "labeller", "experiment"];
+
+/// A pipeline file, read and checked for unknown tables. The stages' own keys are checked when the graph is made.
+#[derive(Debug)]
+pub struct PipelineFile {
+    /// Names the run folder.
+    pub name: String,
+    /// The seed of every stage that does not set its own.
+    pub seed: u64,
+    /// What is compared, if anything.
+    pub experiment: Option<Experiment>,
+    path: PathBuf,
+    tables: Table,
+}
+
+/// `[experiment]`: every arm is trained and evaluated with every seed, and the report compares them.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiment {
+    /// Arms of curation to train on, each mixed with the real data.
+    pub arms: Vec<Arm>,
+    /// Also train on real data alone: the baseline.
+    #[serde(default = "yes")]
+    pub real_only: bool,
+    /// Training seeds: initial weights, order, attack, and the random arm's subset.
+    pub seeds: Vec<u64>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl PipelineFile {
+    /// Reads a pipeline file and applies `--set table.key=value` (values are TOML, bare words are strings).
+    ///
+    /// Everything that is wrong is [`Error::Usage`], with the line for what is wrong in the file.
+    pub fn read(path: &Path, set: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Error::Usage(format!("pipeline file '{}' cannot be read: {e}", path.display())))?;
+        Self::parse(path, &text, set)
+    }
+
+    fn parse(path: &Path, text: &str, set: &[String]) -> Result<Self> {
+        let usage = |e: &dyn std::fmt::Display| Error::Usage(format!("{}: {e}", path.display()));
+        let mut tables: Table = toml::from_str(text).map_err(|e| usage(&e))?;
+        for assignment in set {
+            apply(&mut tables, assignment)?;
+        }
+        let stages = stage::NAMES;
+        for (key, value) in &tables {
+            if !stages.contains(&key.as_str()) && !OTHER_KEYS.contains(&key.as_str()) {
+                let expected = [&OTHER_KEYS[..], stages].concat().join(", ");
+                return Err(usage(&format!("unknown key '{key}', expected one of: {expected}")));
+            }
+            if stages.contains(&key.as_str()) && !value.is_table() {
+                return Err(usage(&format!("'{key}' is a {}, expected a table [{key}]", value.type_str())));
+            }
+        }
+        let name = match tables.get("name") {
+            Some(Value::String(name)) if is_plain(name) => name.clone(),
+            Some(other) => return Err(usage(&format!("name is {other}, expected letters, digits, - and _"))),
+            None => return Err(usage(&"name is missing, expected name = \"…\"")),
+        };
+        let seed = match tables.get("seed") {
+            None => 0,
+            Some(Value::Integer(seed)) if *seed >= 0 => *seed as u64,
+            Some(other) => return Err(usage(&format!("seed is {other}, expected an integer from 0"))),
+        };
+        let experiment: Option<Experiment> = match tables.get("experiment") {
+            None => None,
+            Some(table) => Some(table.clone().try_into().map_err(|e| usage(&format!("[experiment]: {e}")))?),
+        };
+        if let Some(experiment) = &experiment
+            && (experiment.seeds.is_empty() || (experiment.arms.is_empty() && !experiment.real_only))
+        {
+            return Err(usage(&"[experiment]: nothing to train, expected at least one seed and one arm"));
+        }
+        Ok(Self { name, seed, experiment, path: path.to_path_buf(), tables })
+    }
+
+    /// The table of stage or labeller `name`; empty if there is none.
+    pub(super) fn table(&self, name: &str) -> Table {
+        self.tables.get(name).and_then(Value::as_table).cloned().unwrap_or_default()
+    }
+
+    /// Whether the file has a table of this name.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.tables.contains_key(name)
+    }
+
+    /// An error about one table of this file.
+    pub(super) fn error(&self, table: &str, problem: &dyn std::fmt::Display) -> Error {
+        Error::Usage(format!("{}: [{table}]: {problem}", self.path.display()))
+    }
+}
+
+fn is_plain(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+}
+
+/// `table.key=value` or `key=value`.
+fn apply(tables: &mut Table, assignment: &str) -> Result<()> {
+    let wrong = || Error::Usage(format!("--set is '{assignment}', expected TABLE.KEY=VALUE"));
+    let (key, text) = assignment.split_once('=').ok_or_else(wrong)?;
+    let parsed: Option<Table> = toml::from_str(&format!("value = {text}")).ok();
+    let value = parsed.and_then(|mut t| t.remove("value")).unwrap_or_else(|| Value::String(text.into()));
+    let (table, key) = match key.trim().split_once('.') {
+        Some((table, key)) => {
+            let entry = tables.entry(table).or_insert_with(|| Value::Table(Table::new()));
+            (entry.as_table_mut().ok_or_else(wrong)?, key)
+        }
+        None => (tables, key.trim()),
+    };
+    table.insert(key.to_owned(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str, set: &[&str]) -> Result<PipelineFile> {
+        PipelineFile::parse(
+            Path::new("p.toml"),
+            text,
+            &set.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        )
+    }
+
+    #[test]
+    fn set_overrides_and_adds() -> Result<()> {
+        let file =
+            parse("name = 'a'\n[generate]\ncount = 5", &["generate.count=7", "seed=3", "split.source=x/y"])?;
+        assert_eq!(file.table("generate")["count"], Value::Integer(7));
+        assert_eq!(file.table("split")["source"], Value::String("x/y".into()));
+        assert_eq!(file.seed, 3);
+        Ok(())
+    }
+
+    #[test]
+    fn unknown_tables_bad_names_and_bad_sets_are_usage_errors() {
+        let cases = [
+            ("name = 'a'\n[genrate]", None, "unknown key 'genrate'"),
+            ("[split]", None, "name is missing"),
+            ("name = 'a/b'", None, "expected letters"),
+            ("name = 'a'\nsplit = 3", None, "expected a table [split]"),
+            ("name = 'a'\nseed = -1", None, "expected an integer from 0"),
+            ("name = 'a'", Some("nonsense"), "expected TABLE.KEY=VALUE"),
+            ("name = 'a'\n[experiment]\narms = ['best']\nseeds = [1]", None, "best"),
+        ];
+        for (text, set, expected) in cases {
+            let error = parse(text, &set.into_iter().collect::<Vec<_>>()).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! From a pipeline file to its stages, in order, each with its inputs, fingerprint and folder.
+
+use std::path::{Path, PathBuf};
+
+use toml::Value;
+
+use super::PipelineFile;
+use crate::{
+    Error, Result,
+    curate::Arm,
+    stage::{
+        self, AnyStage, Arc, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize,
+        NAMES, Publish, Report, Score, Split, Stage, Train,
+    },
+};
+
+/// One stage of a run.
+pub struct Node {
+    /// What it is called in messages, such as `train arc seed 0`.
+    pub name: String,
+    /// The stage, with all its settings.
+    pub stage: Box<dyn AnyStage>,
+    /// The fingerprints of its inputs, in the order of [`AnyStage::inputs`].
+    pub inputs: Vec<(&'static str, String)>,
+    /// The fingerprint of its work; none if an input is not there to be hashed.
+    pub fingerprint: Option<String>,
+    /// Where it is done.
+    pub folder: PathBuf,
+    /// Why it cannot run here and now, if it cannot.
+    pub problem: Option<String>,
+}
+
+/// The stages of `file` in the run folder `run`, in the order in which they run; with `until`, up to the
+/// last of that stage, and then the report of what there is.
+///
+/// A stage whose table is missing runs with its defaults, except those that have to be asked for: train and
+/// evaluate (`[train]`), and publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
+pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Node>> {
+    let last = match until {
+        None => usize::MAX,
+        Some(name) => NAMES.iter().position(|&n| n == name).ok_or_else(|| {
+            Error::Usage(format!("--until is '{name}', expected one of: {}", NAMES.join(", ")))
+        })?,
+    };
+    let mut graph = Graph { file, run, nodes: Vec::new(), last };
+    let split = graph.add::<Split>("split", &[])?;
+    let real = [("split", split.clone())];
+
+    let model = if file.table("generate").contains_key("model") {
+        None
+    } else {
+        Some(graph.add::<FitGenerator>("fit-generator", &real)?)
+    };
+    let pool =
+        graph.add::<Generate>("generate", &model.map(|m| ("model", m)).into_iter().collect::<Vec<_>>())?;
+    let classifier = if file.table("label").contains_key("classifier") {
+        None
+    } else {
+        Some(graph.add_as::<Train>("train labeller", "labeller", &real, Label::NAME)?)
+    };
+    let mut inputs = vec![("pool", pool.clone())];
+    inputs.extend(classifier.map(|c| ("classifier", c)));
+    let labels = graph.add::<Label>("label", &inputs)?;
+
+    let proxy = [("split", split.clone()), ("pool", pool.clone())];
+    let discriminators = graph.add::<FitDiscriminator>("fit-discriminator", &proxy)?;
+    let judged = [
+        ("split", split.clone()),
+        ("pool", pool.clone()),
+        ("labels", labels.clone()),
+        ("discriminators", discriminators),
+    ];
+    let scores = graph.add::<Score>("score", &judged)?;
+    let arc = graph.add::<Arc>("arc", &judged)?;
+
+    let curated = |graph: &mut Graph, arm: Option<Arm>, seed: Option<u64>| -> Result<(PathBuf, PathBuf)> {
+        let suffix = arm.map(|a| format!(" {a}")).unwrap_or_default()
+            + &seed.map(|s| format!(" seed {s}")).unwrap_or_default();
+        let arm = arm.map(|a| ("arm", Value::String(a.to_string())));
+        let seed = seed.map(|s| ("seed", Value::Integer(s as i64)));
+        let extra: Vec<_> = arm.into_iter().chain(seed).collect();
+        let inputs = [("scores", scores.clone())];
+        let selection =
+            graph.add_with::<Curate>(&format!("curate{suffix}"), "curate", &inputs, &extra, None)?;
+        let inputs = [("split", split.clone()), ("pool", pool.clone()), ("selection", selection.clone())];
+        let dataset = graph.add_with::<Materialize>(
+            &format!("materialize{suffix}"),
+            "materialize",
+            &inputs,
+            &[],
+            None,
+        )?;
+        Ok((selection, dataset))
+    };
+    let (selection, dataset) = curated(&mut graph, None, None)?;
+
+    let mut metrics = Vec::new();
+    if let Some(experiment) = file.experiment.as_ref().filter(|_| graph.wants(Train::NAME)) {
+        for &seed in &experiment.seeds {
+            let baseline = experiment.real_only.then_some(None);
+            for arm in baseline.into_iter().chain(experiment.arms.iter().copied().map(Some)) {
+                let data = match arm {
+                    None => None,
+                    Some(arm) => {
+                        // Only the random arm depends on the seed: a fresh subset for each.
+                        let fresh = (arm == Arm::Random).then_some(seed);
+                        Some(curated(&mut graph, Some(arm), fresh)?.1)
+                    }
+                };
+                let name = format!("{} seed {seed}", arm.map_or("real".into(), |a| a.to_string()));
+                metrics.extend(graph.train_and_evaluate(&name, &split, data.as_deref(), Some(seed))?);
+            }
+        }
+    } else if file.has(Train::NAME) {
+        metrics.extend(graph.train_and_evaluate("", &split, Some(&dataset), None)?);
+    }
+
+    let mut inputs =
+        vec![("split", split), ("pool", pool), ("labels", labels), ("scores", scores), ("arc", arc)];
+    inputs.push(("selection", selection));
+    inputs.extend(metrics.into_iter().map(|m| ("metrics", m)));
+    graph.add_report(&inputs)?;
+    if file.has(Publish::NAME) {
+        graph.add::<Publish>("publish", &[("dataset", dataset)])?;
+    }
+    let mut seen = std::collections::HashSet::new();
+    graph.nodes.retain(|n| seen.insert(n.folder.clone()));
+    Ok(graph.nodes)
+}
+
+/// The name of a stage as the program spells it.
+pub(super) fn stage_name(name: &str) -> &'static str {
+    NAMES.iter().find(|&&n| n == name).copied().unwrap_or("unknown")
+}
+
+struct Graph<'a> {
+    file: &'a PipelineFile,
+    run: &'a Path,
+    nodes: Vec<Node>,
+    /// Index in [`NAMES`] of the last stage that is wanted.
+    last: usize,
+}
+
+impl Graph<'_> {
+    fn wants(&self, stage: &str) -> bool {
+        NAMES.iter().position(|&n| n == stage).is_some_and(|i| i <= self.last)
+    }
+
+    fn add<S: Stage>(&mut self, table: &str, inputs: &[(&'static str, PathBuf)]) -> Result<PathBuf> {
+        self.add_with::<S>(table, table, inputs, &[], None)
+    }
+
+    /// A stage under another table than its own, wanted whenever stage `wanted_by` is.
+    fn add_as<S: Stage>(
+        &mut self,
+        name: &str,
+        table: &str,
+        inputs: &[(&'static str, PathBuf)],
+        wanted_by: &str,
+    ) -> Result<PathBuf> {
+        self.add_with::<S>(name, table, inputs, &[], Some(wanted_by))
+    }
+
+    /// The report comes last and tells of what there is, whatever `--until` says, once there are scores.
+    fn add_report(&mut self, inputs: &[(&'static str, PathBuf)]) -> Result<PathBuf> {
+        let made: Vec<_> = inputs
+            .iter()
+            .filter(|(_, folder)| self.nodes.iter().any(|n| n.folder == *folder))
+            .cloned()
+            .collect();
+        let enough = made.iter().any(|(key, _)| *key == "selection");
+        let wanted_by = if enough { Split::NAME } else { Report::NAME };
+        self.add_with::<Report>("report", "report", &made, &[], Some(wanted_by))
+    }
+
+    fn train_and_evaluate(
+        &mut self,
+        suffix: &str,
+        split: &Path,
+        data: Option<&Path>,
+        seed: Option<u64>,
+    ) -> Result<Vec<PathBuf>> {
+        let mut inputs = vec![("split", split.to_path_buf())];
+        inputs.extend(data.map(|d| ("data", d.to_path_buf())));
+        let seed: Vec<_> = seed.map(|s| ("seed", Value::Integer(s as i64))).into_iter().collect();
+        let name = |verb: &str| format!("{verb} {suffix}").trim_end().to_owned();
+        let model = self.add_with::<Train>(&name("train"), "train", &inputs, &seed, None)?;
+        let source = self.resolve::<Split>("split", &[], &[])?.source.to_string();
+        let extra = [("data", Value::String(source))];
+        let metrics =
+            self.add_with::<Evaluate>(&name("evaluate"), "evaluate", &[("model", model)], &extra, None)?;
+        Ok(if self.wants(Evaluate::NAME) { vec![metrics] } else { Vec::new() })
+    }
+
+    /// The stage's settings: its table, then the graph's inputs and values for keys that the table leaves open.
+    fn resolve<S: Stage>(
+        &self,
+        table_name: &str,
+        inputs: &[(&'static str, PathBuf)],
+        extra: &[(&'static str, Value)],
+    ) -> Result<S> {
+        let mut table = self.file.table(table_name);
+        for (key, value) in extra {
+            table.insert((*key).into(), value.clone());
+        }
+        for (key, folder) in inputs {
+            let value = Value::String(folder.to_string_lossy().into_owned());
+            match table.get_mut(*key) {
+                Some(Value::Array(several)) => several.push(value),
+                Some(_) => {}
+                None if *key == "metrics" => drop(table.insert((*key).into(), Value::Array(vec![value]))),
+                None => drop(table.insert((*key).into(), value)),
+            }
+        }
+        let has_seed = S::default().settings().get("seed").is_some();
+        if has_seed && !table.contains_key("seed") {
+            table.insert("seed".into(), Value::Integer(self.file.seed as i64));
+        }
+        let config: S = Value::Table(table)
+            .try_into()
+            .map_err(|e: toml::de::Error| self.file.error(table_name, &e.message()))?;
+        Stage::validate(&config).map_err(|e| self.file.error(table_name, &e))?;
+        Ok(config)
+    }
+
+    fn add_with<S: Stage>(
+        &mut self,
+        name: &str,
+        table: &str,
+        inputs: &[(&'static str, PathBuf)],
+        extra: &[(&'static str, Value)],
+        wanted_by: Option<&str>,
+    ) -> Result<PathBuf> {
+        let config: S = self.resolve(table, inputs, extra)?;
+        let mut fingerprints = Vec::new();
+        let mut problem = None;
+        for (key, input) in AnyStage::inputs(&config) {
+            let folder = Path::new(&input);
+            let fingerprint = match self.nodes.iter().find(|n| n.folder == folder) {
+                Some(node) => node.fingerprint.clone(),
+                None => stage::input_fingerprint(&input)
+                    .map_err(|e| problem = Some(format!("[{table}] {key} = '{input}': {e}")))
+                    .ok(),
+            };
+            fingerprints.extend(fingerprint.map(|f| (key, f)));
+        }
+        let complete = fingerprints.len() == AnyStage::inputs(&config).len();
+        let fingerprint = complete.then(|| stage::fingerprint(&config, &fingerprints));
+        // Without a fingerprint the folder has no name yet; the node's name keeps its users apart.
+        let mark = fingerprint.as_deref().map_or_else(|| name.replace(' ', "-"), |f| f[..8].to_owned());
+        let folder = self.run.join(format!("{}-{mark}", S::NAME));
+        if self.wants(wanted_by.unwrap_or(S::NAME)) {
+            let stage = Box::new(config);
+            let inputs = fingerprints;
+            self.nodes.push(Node {
+                name: name.into(),
+                stage,
+                inputs,
+                fingerprint,
+                folder: folder.clone(),
+                problem,
+            });
+        }
+        Ok(folder)
+    }
+}

@@ -1,0 +1,88 @@
+//! Which images a network gets right, clean or under attack.
+
+use candle_core::{D, Device, Tensor};
+use rayon::prelude::*;
+
+use crate::{
+    Result,
+    attack::Pgd,
+    data::{Dataset, Range, to_tensor},
+    fs::Parts,
+    progress::{Progress, check_stop},
+};
+
+/// Images that go through the network together. Results do not depend on it.
+const CHUNK: usize = 64;
+/// Chunks whose result is kept together: what a kill can lose.
+const PART: usize = 16 * CHUNK;
+
+/// A function from images in [0, 1] to logits.
+pub(super) type LogitsOf<'a> = &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync);
+
+/// For each image of `data` whether the first choice of the network is its label; under attack, if one is given.
+///
+/// Random starts are keyed by the image's index. With `parts`, finished parts are kept under `key` and found
+/// again.
+pub(super) fn correct(
+    logits_of: LogitsOf,
+    data: &Dataset,
+    attack: Option<&Pgd>,
+    device: &Device,
+    parts: Option<(&Parts, &str)>,
+    bar: &Progress,
+) -> Result<Vec<bool>> {
+    let mut all = Vec::with_capacity(data.len());
+    for start in (0..data.len()).step_by(PART) {
+        let end = (start + PART).min(data.len());
+        let key = parts.map(|(parts, key)| (parts, format!("{key}-{start:08}")));
+        if let Some((parts, key)) = &key
+            && let Some(bytes) = parts.get(key)?
+            && bytes.len() == end - start
+        {
+            all.extend(bytes.iter().map(|&b| b == 1));
+            bar.skip((end - start) as u64);
+            continue;
+        }
+        let chunks: Vec<usize> = (start..end).step_by(CHUNK).collect();
+        let one = |&from: &usize| -> Result<Vec<bool>> {
+            check_stop()?;
+            let to = (from + CHUNK).min(end);
+            let right = correct_chunk(logits_of, data, from..to, attack, device)?;
+            bar.add((to - from) as u64);
+            Ok(right)
+        };
+        let done: Vec<Vec<bool>> = if device.is_cpu() {
+            chunks.par_iter().map(one).collect::<Result<_>>()?
+        } else {
+            chunks.iter().map(one).collect::<Result<_>>()?
+        };
+        let done = done.concat();
+        if let Some((parts, key)) = &key {
+            parts.put(key, &done.iter().map(|&b| u8::from(b)).collect::<Vec<u8>>())?;
+        }
+        all.extend(done);
+    }
+    Ok(all)
+}
+
+fn correct_chunk(
+    logits_of: LogitsOf,
+    data: &Dataset,
+    rows: std::ops::Range<usize>,
+    attack: Option<&Pgd>,
+    device: &Device,
+) -> Result<Vec<bool>> {
+    let size = data.shape.size();
+    let x = to_tensor(&data.pixels[rows.start * size..rows.end * size], data.shape, Range::Unit, device)?;
+    let labels = &data.labels[rows.clone()];
+    let y = Tensor::new(labels, device)?;
+    let x = match attack {
+        None => x,
+        Some(a) => {
+            let ids: Vec<u64> = rows.map(|i| i as u64).collect();
+            a.perturb(logits_of, &x, &y, &ids)?
+        }
+    };
+    let chosen = logits_of(&x)?.argmax(D::Minus1)?.to_vec1::<u32>()?;
+    Ok(chosen.iter().zip(labels).map(|(a, b)| a == b).collect())
+}

@@ -1,0 +1,207 @@
+//! Arc: the area under the robust discrimination curve of a pool.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{
+    Job, Label, Outcome, Split, Stage,
+    accuracy::correct,
+    expect, finished_input,
+    fit_discriminator::{Discriminators, relabel},
+    note,
+    shards::Pool,
+    split::Real,
+};
+use crate::{
+    Result,
+    attack::{Epsilon, Norm, Pgd},
+    data::Dataset,
+    fs,
+    progress::Progress,
+    proxy::{
+        REAL, SYNTHETIC,
+        arc::{Estimate, SetResult, estimate},
+        fold::{HeldOut, held_out},
+    },
+};
+
+/// Estimates ARC: each ranking set's accuracy under attack on images that it has seen in no way before.
+///
+/// Real images: the proxy folds on which the set was not stopped. Synthetic images: held-out pool images of
+/// other folds. Both sides in equal numbers.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Arc {
+    /// The folder of a finished split: the real data.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// The folder of a finished generate.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// The folder of a finished label: ARC is blind to labels, so their agreement is reported beside it.
+    #[arg(long)]
+    pub labels: Option<PathBuf>,
+    /// The folder of a finished fit-discriminator.
+    #[arg(long)]
+    pub discriminators: Option<PathBuf>,
+    /// Steps of the attack.
+    #[arg(long, default_value_t = 20)]
+    pub attack_steps: usize,
+    /// The step of the attack as a multiple of epsilon / steps.
+    #[arg(long, default_value_t = 2.5)]
+    pub attack_step_ratio: f64,
+    /// Random restarts of the attack; the strongest counts.
+    #[arg(long, default_value_t = 2)]
+    pub restarts: usize,
+    /// Largest number of images of each source that measure a set.
+    #[arg(long, default_value_t = 5000)]
+    pub max_images: usize,
+    /// Bootstrap draws.
+    #[arg(long, default_value_t = 1000)]
+    pub bootstrap: usize,
+    /// Seed of the attack and the bootstrap.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `arc.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ArcRecord {
+    /// `proxyset.arc/1`.
+    pub schema: String,
+    /// The estimate, with curve and intervals.
+    #[serde(flatten)]
+    pub estimate: Estimate,
+    /// `4 · ARC`: an estimate, not a certificate, of a lower bound on the Wasserstein distance.
+    pub wasserstein_lower_bound_estimate: f64,
+    /// The radii as they were written.
+    pub epsilons: Vec<Epsilon>,
+    /// The attack.
+    pub attack: serde_json::Value,
+    /// Share of the pool whose label the classifier shares; ARC is blind to labels.
+    pub label_agreement: Option<f64>,
+}
+
+impl Arc {
+    /// The attack at one radius; none at 0.
+    fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<Option<Pgd>> {
+        let (steps, ratio) = (self.attack_steps, self.attack_step_ratio);
+        let attack = Pgd::new(norm, epsilon, steps, ratio, self.restarts, self.seed)?;
+        Ok((epsilon.get() > 0.0).then_some(attack))
+    }
+}
+
+impl Stage for Arc {
+    const NAME: &'static str = "arc";
+    const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators"];
+
+    fn validate(&self) -> Result<()> {
+        self.attack(Norm::Linf, Epsilon::default())?;
+        expect("max_images", self.max_images, 2, usize::MAX)?;
+        expect("bootstrap", self.bootstrap, 10, 1_000_000)
+    }
+
+    fn amount(&self) -> String {
+        format!(
+            "PGD-{} with {} restarts on the measuring images of every set",
+            self.attack_steps, self.restarts
+        )
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
+        let pool = Pool::open("pool", self.pool.as_deref())?;
+        let discriminators =
+            Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
+        discriminators.expect_shape(pool.info.shape)?;
+        let label_agreement = match &self.labels {
+            None => None,
+            Some(_) => {
+                let dir = finished_input::<Label>("labels", self.labels.as_deref())?;
+                super::read_done(&dir)?.and_then(|d| d.summary["agreement"].as_f64())
+            }
+        };
+        let folds = discriminators.record.folds;
+        let real_parts: Vec<Dataset> = (0..folds).map(|set| real.proxy_measure(set)).collect();
+        let wanted: Vec<usize> = real_parts.iter().map(|d| d.len().min(self.max_images)).collect();
+        let synthetic = measuring_images(&pool, &discriminators, &wanted)?;
+        if let Some(set) = (0..folds).find(|&set| synthetic[set].len() < 2) {
+            bail!(
+                Data,
+                "the pool has {} images to measure set {set} on, expected at least 2",
+                synthetic[set].len()
+            );
+        }
+        let (out, _lock) = job.open("run")?;
+        let parts = fs::Parts::new(out.join(".parts"));
+        let radii: Vec<f64> = discriminators.record.epsilons.iter().map(|e| e.get()).collect();
+        let total: usize = (0..folds).map(|s| 2 * wanted[s].min(synthetic[s].len()) * radii.len()).sum();
+        let bar = Progress::new(Self::NAME, total as u64, "attacked images");
+        let mut results = Vec::new();
+        for set in 0..folds {
+            let n = wanted[set].min(synthetic[set].len());
+            let first: Vec<usize> = (0..n).collect();
+            let (real_side, synthetic_side) = (real_parts[set].subset(&first), synthetic[set].subset(&first));
+            let class: Vec<u32> = real_side.labels.iter().chain(&synthetic_side.labels).copied().collect();
+            let both = relabel(real_side, REAL).concat(&relabel(synthetic_side, SYNTHETIC));
+            let mut rows = Vec::new();
+            for (radius, &epsilon) in discriminators.record.epsilons.iter().enumerate() {
+                let net = &discriminators.nets[set][radius];
+                let attack = self.attack(discriminators.record.norm, epsilon)?;
+                let key = format!("set{set}-radius{radius}");
+                let kept = Some((&parts, key.as_str()));
+                rows.push(correct(&|x| net.logits(x), &both, attack.as_ref(), &job.device, kept, &bar)?);
+            }
+            let synthetic = both.labels.iter().map(|&l| l == SYNTHETIC).collect();
+            results.push(SetResult { correct: rows, synthetic, class });
+        }
+        let estimate = estimate(&results, &radii, self.bootstrap, self.seed);
+        let record = ArcRecord {
+            schema: "proxyset.arc/1".into(),
+            wasserstein_lower_bound_estimate: 4.0 * estimate.arc,
+            epsilons: discriminators.record.epsilons.clone(),
+            attack: json!({
+                "norm": discriminators.record.norm,
+                "steps": self.attack_steps,
+                "step_size_times_steps_over_epsilon": self.attack_step_ratio,
+                "restarts": self.restarts,
+            }),
+            label_agreement,
+            estimate,
+        };
+        fs::publish_json(&out.join("arc.json"), &record)?;
+        parts.clear()?;
+        let e = &record.estimate;
+        note(self, &format!("ARC {:.5}, 95 % interval {:.5} to {:.5}", e.arc, e.interval[0], e.interval[1]));
+        let summary = serde_json::to_value(&record)
+            .map_err(|e| crate::Error::Alarm(format!("ARC cannot be written as JSON: {e}")))?;
+        Ok(Outcome::Done(summary))
+    }
+}
+
+/// Held-out pool images for each ranking set: of other folds, never used to stop or calibrate, with their classes.
+fn measuring_images(pool: &Pool, discriminators: &Discriminators, wanted: &[usize]) -> Result<Vec<Dataset>> {
+    let mut images: Vec<Dataset> =
+        wanted.iter().map(|_| Dataset::empty(pool.info.shape, pool.info.class_names.clone())).collect();
+    for shard in 0..pool.info.shards {
+        if images.iter().zip(wanted).all(|(d, &n)| d.len() >= n) {
+            break;
+        }
+        let rows = pool.read(shard)?;
+        let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
+        for (row, image) in pixels.chunks_exact(pool.info.shape.size()).enumerate() {
+            if held_out(&rows.uids[row]) != HeldOut::Measure {
+                continue;
+            }
+            let fold = discriminators.fold_of(&rows.uids[row]);
+            for set in (0..wanted.len()).filter(|&set| set != fold) {
+                if images[set].len() < wanted[set] {
+                    images[set].push(image, rows.labels[row].unwrap_or(0));
+                }
+            }
+        }
+    }
+    Ok(images)
+}

@@ -1,0 +1,459 @@
+//! Fit-discriminator: robust binary networks that tell real from synthetic, one per radius and fold.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{
+    Job, Outcome, Split, Stage, accuracy::correct, expect, finished_input, note, shards::Pool, split::Real,
+    trainer::Trainer,
+};
+use crate::{
+    Result,
+    attack::{Epsilon, Norm, Pgd},
+    data::{Augment, Dataset, Range, augment, to_tensor},
+    fs,
+    nn::{
+        Architecture, Classifier, ClassifierConfig, LrDecay, LrSchedule, SmallCnnConfig,
+        optim::{Adam, AdamConfig},
+    },
+    objective::{pgd_at, plain},
+    progress::Progress,
+    proxy::{
+        REAL, SYNTHETIC,
+        calibration::Calibration,
+        fold::{HeldOut, fold_of, held_out},
+    },
+    rng::{Permutation, stream},
+};
+
+/// Trains discriminators under attack: `folds` sets that rank, and one set that judges.
+///
+/// Ranking set `f` learns from the real `fit` images and the pool images of fold `f`; it is stopped and
+/// calibrated on proxy fold `f` and on held-out pool images. The judges learn from the proxy images and a pool fold
+/// of their own: they share no training image with those that rank. Each set has one network per radius.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FitDiscriminator {
+    /// The folder of a finished split: the real data.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// The folder of a finished generate: the synthetic data.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// Folds of the pool for ranking, at least 2: an image is scored by sets that were not trained on its fold.
+    #[arg(long, default_value_t = 2)]
+    pub folds: usize,
+    /// The norm of the attack.
+    #[arg(long, value_enum, default_value_t = Norm::Linf)]
+    pub norm: Norm,
+    /// The grid of radii, ascending, at least four, the first 0; for pixels in [0, 1].
+    #[arg(long, value_delimiter = ',', default_values = ["0", "4/255", "8/255", "16/255"])]
+    pub epsilons: Vec<Epsilon>,
+    /// Steps of the attack in training and stopping.
+    #[arg(long, default_value_t = 7)]
+    pub attack_steps: usize,
+    /// The step of the attack as a multiple of epsilon / steps.
+    #[arg(long, default_value_t = 2.5)]
+    pub attack_step_ratio: f64,
+    /// Channels of each stage of the networks; from the second on a stage halves the image.
+    #[arg(long, value_delimiter = ',', default_values_t = [16, 32, 32])]
+    pub channels: Vec<usize>,
+    /// Groups of the networks' norms.
+    #[arg(long, default_value_t = 8)]
+    pub groups: usize,
+    /// Optimiser steps of each network.
+    #[arg(long, default_value_t = 400)]
+    pub steps: usize,
+    /// Images per step, half of them real.
+    #[arg(long, default_value_t = 64)]
+    pub batch: usize,
+    /// Peak learning rate of Adam.
+    #[arg(long, default_value_t = 1e-3)]
+    pub learning_rate: f64,
+    /// Decoupled weight decay of Adam.
+    #[arg(long, default_value_t = 1e-4)]
+    pub weight_decay: f64,
+    /// Decay of the moving average of the weights.
+    #[arg(long, default_value_t = 0.99)]
+    pub ema_decay: f64,
+    /// Pixels of padding before a random crop, the same for both sides.
+    #[arg(long, default_value_t = 0)]
+    pub crop_pad: usize,
+    /// Mirror half of the images, of both sides.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub flip: bool,
+    /// Steps between looks at the stopping images.
+    #[arg(long, default_value_t = 50)]
+    pub eval_every: usize,
+    /// Largest number of synthetic images that a set learns from; the first of its fold.
+    #[arg(long, default_value_t = 50_000)]
+    pub max_synthetic: usize,
+    /// Largest number of images of each source that stop and calibrate a network.
+    #[arg(long, default_value_t = 1000)]
+    pub max_stop: usize,
+    /// Seed of initial weights, order, augmentation and attack.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `sets.json`: the networks of a finished fit-discriminator.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetsRecord {
+    /// `proxyset.discriminators/1`.
+    pub schema: String,
+    /// The norm of the attack.
+    pub norm: Norm,
+    /// The grid of radii.
+    pub epsilons: Vec<Epsilon>,
+    /// Folds of the pool that rank; one more fold is the judges'.
+    pub folds: usize,
+    /// The ranking sets in the order of their folds, then the judges.
+    pub sets: Vec<Vec<NetRecord>>,
+}
+
+/// One network.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NetRecord {
+    /// Its folder, relative to the stage's.
+    pub path: String,
+    /// Its radius.
+    pub epsilon: Epsilon,
+    /// Accuracy under attack at its radius on the stopping images.
+    pub stop_accuracy: f64,
+    /// The step whose weights were kept.
+    pub kept_step: usize,
+    /// From its margins to probabilities, fitted to the clean stopping images.
+    pub calibration: Calibration,
+}
+
+/// Discriminators, ready to use.
+pub(super) struct Discriminators {
+    pub(super) record: SetsRecord,
+    /// `[set][radius]`, as in the record.
+    pub(super) nets: Vec<Vec<Classifier>>,
+}
+
+impl Discriminators {
+    /// Loads a finished fit-discriminator's networks.
+    pub(super) fn load(key: &str, dir: Option<&Path>, device: &Device) -> Result<Self> {
+        let dir = finished_input::<FitDiscriminator>(key, dir)?;
+        let record: SetsRecord = fs::read_json(&dir.join("sets.json"))?;
+        let load = |net: &NetRecord| Classifier::load(&dir.join(&net.path), device);
+        let nets = record.sets.iter().map(|set| set.iter().map(load).collect()).collect::<Result<_>>()?;
+        Ok(Self { record, nets })
+    }
+
+    /// Fails unless the networks take images of this shape.
+    pub(super) fn expect_shape(&self, shape: crate::data::Shape) -> Result<()> {
+        let taken = self.nets[0][0].config().architecture.image_shape();
+        if taken != (shape.height, shape.width, shape.channels) {
+            bail!(Data, "discriminators take {taken:?} images (height, width, channels), expected {shape}");
+        }
+        Ok(())
+    }
+
+    /// The fold of a pool image: `0..folds` rank, `folds` is the judges'.
+    pub(super) fn fold_of(&self, uid: &str) -> usize {
+        fold_of(uid, self.record.folds + 1)
+    }
+}
+
+/// What one set learns from and is stopped on, labelled [`REAL`] and [`SYNTHETIC`].
+struct SetData {
+    real: Dataset,
+    synthetic: Dataset,
+    stop: Dataset,
+}
+
+impl FitDiscriminator {
+    fn set_data(&self, real: &Real, pool: &PoolParts, set: usize) -> SetData {
+        let judges = set == self.folds;
+        let (learn, stop) =
+            if judges { (real.proxy(), real.fit()) } else { (real.fit(), real.proxy_stop(set)) };
+        let n_stop = stop.len().min(self.max_stop).min(pool.stop[set].len());
+        let stop = stop.subset(&spread(stop.len(), n_stop, self.seed));
+        let synthetic_stop = pool.stop[set].subset(&(0..n_stop).collect::<Vec<_>>());
+        SetData {
+            real: relabel(learn, REAL),
+            synthetic: relabel(pool.learn[set].clone(), SYNTHETIC),
+            stop: relabel(stop, REAL).concat(&relabel(synthetic_stop, SYNTHETIC)),
+        }
+    }
+
+    /// The attack at one radius; none at 0.
+    fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Option<Pgd>> {
+        let attack = Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, 1, seed)?;
+        Ok((epsilon.get() > 0.0).then_some(attack))
+    }
+
+    /// Trains one network, or finds it trained.
+    fn fit(
+        &self,
+        job: &Job,
+        out: &Path,
+        set: usize,
+        radius: usize,
+        data: &SetData,
+        bar: &Progress,
+    ) -> Result<NetRecord> {
+        let epsilon = self.epsilons[radius];
+        let judges = set == self.folds;
+        let path = format!("{}-{}", if judges { "judge".into() } else { format!("rank{set}") }, radius);
+        let dir = out.join(&path);
+        let record_path = dir.join("net.json");
+        if record_path.is_file() {
+            bar.skip(self.steps as u64);
+            return fs::read_json(&record_path);
+        }
+        // Another seed for every network: what they agree on is not an accident of their start.
+        let seed = self.seed ^ (((set as u64 + 1) << 16 | (radius as u64 + 1)) << 32);
+        let shape = data.real.shape;
+        let config = ClassifierConfig {
+            architecture: Architecture::SmallCnn(SmallCnnConfig {
+                in_channels: shape.channels,
+                image_size: shape.height,
+                channels: self.channels.clone(),
+                num_classes: 2,
+                groups: self.groups,
+            }),
+            class_names: vec!["real".into(), "synthetic".into()],
+        };
+        let net = Classifier::init(config.clone(), seed, &job.device)?;
+        let averaged = Classifier::init(config, seed, &job.device)?;
+        let tracked = net.tracked()?;
+        let optimizer = Adam::new(AdamConfig { weight_decay: self.weight_decay, ..AdamConfig::default() });
+        let checkpoint = out.join(format!(".{path}"));
+        let mut trainer = Trainer::resume(checkpoint, net.params(), Box::new(optimizer), self.ema_decay)?;
+        bar.skip(trainer.step() as u64);
+        let lr = LrSchedule {
+            peak: self.learning_rate,
+            warmup_steps: self.steps / 20,
+            total_steps: self.steps,
+            decay: LrDecay::Cosine { min: 0.05 * self.learning_rate },
+        };
+        let attack = self.attack(epsilon, seed)?;
+        let half = self.batch / 2;
+        let settings = Augment { pad: self.crop_pad, flip: self.flip };
+        while trainer.step() < self.steps {
+            let step = trainer.step();
+            let contribution = |slots: std::ops::Range<usize>| -> Result<Tensor> {
+                let n = slots.len();
+                let (mut pixels, mut labels, mut ids) = (Vec::new(), Vec::new(), Vec::new());
+                for slot in slots {
+                    // Real and synthetic alternate, so that every part of the batch has both.
+                    let (source, side) =
+                        if slot % 2 == 0 { (&data.real, REAL) } else { (&data.synthetic, SYNTHETIC) };
+                    let position = (step * half + slot / 2) as u64;
+                    let len = source.len() as u64;
+                    let tweak = (u64::from(side) << 48) | (position / len);
+                    let image = Permutation::new(seed, tweak, len).at(position % len) as usize;
+                    pixels.extend_from_slice(source.image(image));
+                    labels.push(side);
+                    ids.push((u64::from(side) << 48) | position);
+                }
+                let pixels = augment(&pixels, shape, &ids, seed, stream::AUGMENT, settings);
+                let x = to_tensor(&pixels, shape, Range::Unit, &job.device)?;
+                let y = Tensor::from_vec(labels, n, &job.device)?;
+                let (tracked, frozen) = (|x: &Tensor| tracked.logits(x), |x: &Tensor| net.logits(x));
+                let losses = match &attack {
+                    Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, &ids)?,
+                    None => plain(&tracked, &x, &y)?,
+                };
+                Ok((losses.sum_all()? / (2 * half) as f64)?)
+            };
+            let loss = trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
+            if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
+                let accuracy = trainer.consider(averaged.params(), || {
+                    let right = correct(
+                        &|x| averaged.logits(x),
+                        &data.stop,
+                        attack.as_ref(),
+                        &job.device,
+                        None,
+                        &Progress::hidden(),
+                    )?;
+                    Ok(right.iter().filter(|&&r| r).count() as f64 / right.len() as f64)
+                })?;
+                trainer.log(json!({ "step": trainer.step(), "loss": loss, "stop_accuracy": accuracy }));
+            }
+            bar.add(1);
+            trainer.end_step()?;
+        }
+        let stop_accuracy = trainer.load_best(averaged.params())?.unwrap_or(f64::NAN);
+        let kept_step = trainer.log_lines().iter().find(|l| l["stop_accuracy"] == json!(stop_accuracy));
+        let kept_step = kept_step.and_then(|l| l["step"].as_u64()).unwrap_or(0) as usize;
+        let margins = margins(&averaged, &data.stop, &job.device)?;
+        let of = |side: u32| -> Vec<f64> {
+            margins
+                .iter()
+                .zip(&data.stop.labels)
+                .filter(|(_, l)| **l == side)
+                .map(|(m, _)| f64::from(*m))
+                .collect()
+        };
+        averaged.save(&dir)?;
+        fs::publish(&dir.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
+        let calibration = Calibration::fit(&of(REAL), &of(SYNTHETIC));
+        let record = NetRecord { path, epsilon, stop_accuracy, kept_step, calibration };
+        fs::publish_json(&record_path, &record)?;
+        trainer.finish()?;
+        Ok(record)
+    }
+}
+
+impl Stage for FitDiscriminator {
+    const NAME: &'static str = "fit-discriminator";
+    const INPUTS: &'static [&'static str] = &["split", "pool"];
+
+    fn validate(&self) -> Result<()> {
+        expect("folds", self.folds, 2, 64)?;
+        expect("steps", self.steps, 1, 100_000_000)?;
+        expect("batch", self.batch, 2, 1 << 20)?;
+        expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;
+        expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;
+        expect("eval_every", self.eval_every, 1, usize::MAX)?;
+        expect("max_synthetic", self.max_synthetic, 2, usize::MAX)?;
+        expect("max_stop", self.max_stop, 2, usize::MAX)?;
+        let radii: Vec<f64> = self.epsilons.iter().map(|e| e.get()).collect();
+        let listed = self.epsilons.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        if radii.len() < 4 || radii[0] != 0.0 || radii.windows(2).any(|w| w[0] >= w[1]) {
+            bail!(Usage, "epsilons is [{listed}], expected at least four ascending radii, the first 0");
+        }
+        self.epsilons.iter().try_for_each(|&epsilon| self.attack(epsilon, self.seed).map(drop))
+    }
+
+    fn amount(&self) -> String {
+        format!(
+            "{} networks ({} radii, {} folds and judges), {} steps of {} images, PGD-{}",
+            self.epsilons.len() * (self.folds + 1),
+            self.epsilons.len(),
+            self.folds,
+            self.steps,
+            self.batch,
+            self.attack_steps
+        )
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
+        let pool = Pool::open("pool", self.pool.as_deref())?;
+        if pool.info.shape != real.train.shape {
+            bail!(
+                Data,
+                "pool has {} images, expected {} like the real ones",
+                pool.info.shape,
+                real.train.shape
+            );
+        }
+        let parts = PoolParts::read(&pool, self)?;
+        let data: Vec<SetData> = (0..=self.folds).map(|set| self.set_data(&real, &parts, set)).collect();
+        for (set, data) in data.iter().enumerate() {
+            let n = data.synthetic.len().min(data.stop.len());
+            if n < 2 {
+                bail!(
+                    Data,
+                    "the pool has {n} images for discriminator set {set}, expected at least 2; generate more"
+                );
+            }
+        }
+        let (out, _lock) = job.open("run")?;
+        let units: Vec<(usize, usize)> = (0..=self.folds)
+            .flat_map(|set| (0..self.epsilons.len()).map(move |radius| (set, radius)))
+            .collect();
+        let bar = Progress::new(Self::NAME, (units.len() * self.steps) as u64, "steps");
+        let fit = |&(set, radius): &(usize, usize)| self.fit(job, out, set, radius, &data[set], &bar);
+        // On the CPU networks are trained side by side; the most expensive radii come first.
+        let nets: Vec<NetRecord> = if job.device.is_cpu() {
+            units.par_iter().with_max_len(1).map(fit).collect::<Result<_>>()?
+        } else {
+            units.iter().map(fit).collect::<Result<_>>()?
+        };
+        let sets: Vec<Vec<NetRecord>> = nets.chunks(self.epsilons.len()).map(<[_]>::to_vec).collect();
+        let accuracies: Vec<Vec<f64>> =
+            sets.iter().map(|set| set.iter().map(|n| n.stop_accuracy).collect()).collect();
+        note(self, &format!("stopping accuracies by set and radius: {accuracies:.3?}"));
+        let record = SetsRecord {
+            schema: "proxyset.discriminators/1".into(),
+            norm: self.norm,
+            epsilons: self.epsilons.clone(),
+            folds: self.folds,
+            sets,
+        };
+        fs::publish_json(&out.join("sets.json"), &record)?;
+        Ok(Outcome::Done(json!({
+            "epsilons": self.epsilons,
+            "stop_accuracy": accuracies,
+            "learned_from": data.iter().map(|d| [d.real.len(), d.synthetic.len()]).collect::<Vec<_>>(),
+            "stopped_on": data.iter().map(|d| d.stop.len()).collect::<Vec<_>>(),
+        })))
+    }
+}
+
+/// The pool images that each set learns from and is stopped on.
+struct PoolParts {
+    learn: Vec<Dataset>,
+    stop: Vec<Dataset>,
+}
+
+impl PoolParts {
+    fn read(pool: &Pool, config: &FitDiscriminator) -> Result<Self> {
+        let sets = config.folds + 1;
+        let empty = || Dataset::empty(pool.info.shape, pool.info.class_names.clone());
+        let mut parts =
+            Self { learn: (0..sets).map(|_| empty()).collect(), stop: (0..sets).map(|_| empty()).collect() };
+        for shard in 0..pool.info.shards {
+            let rows = pool.read(shard)?;
+            let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
+            for (row, uid) in rows.uids.iter().enumerate() {
+                let fold = fold_of(uid, sets);
+                let image = &pixels[row * pool.info.shape.size()..(row + 1) * pool.info.shape.size()];
+                if parts.learn[fold].len() < config.max_synthetic {
+                    parts.learn[fold].push(image, SYNTHETIC);
+                }
+                if held_out(uid) == HeldOut::Stop {
+                    for set in (0..sets).filter(|&set| set != fold) {
+                        if parts.stop[set].len() < config.max_stop {
+                            parts.stop[set].push(image, SYNTHETIC);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(parts)
+    }
+}
+
+/// The logit of synthetic minus that of real, for each image.
+pub(super) fn margins(net: &Classifier, data: &Dataset, device: &Device) -> Result<Vec<f32>> {
+    let rows: Vec<usize> = (0..data.len()).step_by(64).collect();
+    let one = |&from: &usize| -> Result<Vec<f32>> {
+        let to = (from + 64).min(data.len());
+        let size = data.shape.size();
+        let x = to_tensor(&data.pixels[from * size..to * size], data.shape, Range::Unit, device)?;
+        let logits = net.logits(&x)?.to_vec2::<f32>()?;
+        Ok(logits.iter().map(|l| l[SYNTHETIC as usize] - l[REAL as usize]).collect())
+    };
+    let done: Vec<Vec<f32>> = if device.is_cpu() {
+        rows.par_iter().map(one).collect::<Result<_>>()?
+    } else {
+        rows.iter().map(one).collect::<Result<_>>()?
+    };
+    Ok(done.concat())
+}
+
+/// The same images, all of one class.
+pub(super) fn relabel(mut data: Dataset, class: u32) -> Dataset {
+    data.labels.fill(class);
+    data.class_names = vec!["real".into(), "synthetic".into()];
+    data
+}
+
+/// `n` of `len` indices, spread by a keyed order.
+fn spread(len: usize, n: usize, seed: u64) -> Vec<usize> {
+    let order = Permutation::new(seed, u64::from(stream::SUBSET), len as u64);
+    (0..n).map(|i| order.at(i as u64) as usize).collect()
+}

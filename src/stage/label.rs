@@ -1,0 +1,191 @@
+//! Label: what a classifier sees in each pool image, and how sure it is.
+
+use std::{path::PathBuf, sync::Arc};
+
+use arrow_array::{Float32Array, Int64Array, StringArray};
+use arrow_schema::DataType;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{
+    Job, Outcome, Stage,
+    shards::{self, Pool, for_each_shard},
+};
+use crate::{
+    Error, Result,
+    data::{Range, to_tensor},
+    nn::Classifier,
+};
+
+/// Images that go through the classifier together. Results do not depend on it.
+const CHUNK: usize = 256;
+
+/// Gives every pool image a label with the classifier's confidence in it.
+///
+/// An image made for a class keeps that class (`label_source` = intended); the classifier says whether it
+/// agrees. An image of an unconditional generator gets the classifier's first choice (pseudo).
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Label {
+    /// The folder of a finished generate.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    #[arg(long)]
+    pub classifier: Option<PathBuf>,
+}
+
+/// The column names of a label table.
+pub(super) mod columns {
+    pub(in crate::stage) const UID: &str = "uid";
+    pub(in crate::stage) const LABEL: &str = "label";
+    pub(in crate::stage) const SOURCE: &str = "label_source";
+    pub(in crate::stage) const PSEUDO: &str = "pseudo_label";
+    pub(in crate::stage) const CONFIDENCE: &str = "label_confidence";
+}
+
+impl Stage for Label {
+    const NAME: &'static str = "label";
+    const INPUTS: &'static [&'static str] = &["pool", "classifier"];
+
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn amount(&self) -> String {
+        "one forward pass per pool image".into()
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let pool = Pool::open("pool", self.pool.as_deref())?;
+        let Some(dir) = &self.classifier else {
+            bail!(Usage, "classifier is not set, expected the folder of a classifier")
+        };
+        let classifier = Classifier::load(dir, &job.device)?;
+        let (shape, taken) = (pool.info.shape, classifier.config().architecture.image_shape());
+        if taken != (shape.height, shape.width, shape.channels) {
+            bail!(
+                Data,
+                "classifier {} takes {taken:?} images (height, width, channels), expected {shape}",
+                dir.display()
+            );
+        }
+        let names = &classifier.config().class_names;
+        if *names != pool.info.class_names && pool.info.conditional {
+            bail!(
+                Data,
+                "classifier {} knows the classes {}, expected the pool's: {}",
+                dir.display(),
+                names.join(", "),
+                pool.info.class_names.join(", ")
+            );
+        }
+        let (out, _lock) = job.open("run")?;
+        let schema = shards::schema(&[
+            (columns::UID, DataType::Utf8, false),
+            (columns::LABEL, DataType::Int64, false),
+            (columns::SOURCE, DataType::Utf8, false),
+            (columns::PSEUDO, DataType::Int64, false),
+            (columns::CONFIDENCE, DataType::Float32, false),
+        ]);
+        let dir = out.join("labels");
+        for_each_shard(job, &dir, &pool, Self::NAME, &schema, |_, rows, parts, bar| {
+            let (mut labels, mut sources, mut pseudo, mut confidence) = (vec![], vec![], vec![], vec![]);
+            for from in (0..rows.len()).step_by(CHUNK) {
+                crate::progress::check_stop()?;
+                let to = (from + CHUNK).min(rows.len());
+                let key = format!("{from:08}");
+                let probabilities = match parts.get(&key)? {
+                    Some(bytes) => floats(&bytes),
+                    None => {
+                        let x = to_tensor(&rows.pixels(from..to, shape)?, shape, Range::Unit, &job.device)?;
+                        let p = crate::kernels::softmax(&classifier.logits(&x)?)?
+                            .flatten_all()?
+                            .to_vec1::<f32>()?;
+                        if rows.len() > 16 * CHUNK {
+                            parts.put(&key, &bytes_of(&p))?;
+                        }
+                        p
+                    }
+                };
+                for (row, p) in (from..to).zip(probabilities.chunks_exact(names.len())) {
+                    let first = argmax(p);
+                    let label = rows.labels[row].unwrap_or(first);
+                    labels.push(i64::from(label));
+                    sources.push(if rows.labels[row].is_some() { "intended" } else { "pseudo" });
+                    pseudo.push(i64::from(first));
+                    confidence.push(p[label as usize]);
+                }
+                bar.add((to - from) as u64);
+            }
+            shards::batch(
+                &schema,
+                vec![
+                    Arc::new(StringArray::from_iter_values(&rows.uids)),
+                    Arc::new(Int64Array::from(labels)),
+                    Arc::new(StringArray::from_iter_values(sources)),
+                    Arc::new(Int64Array::from(pseudo)),
+                    Arc::new(Float32Array::from(confidence)),
+                ],
+            )
+        })?;
+        Ok(Outcome::Done(agreement(&pool, &dir)?))
+    }
+}
+
+/// How many images get from the classifier the label that they were made for, in all and by class.
+fn agreement(pool: &Pool, dir: &std::path::Path) -> Result<serde_json::Value> {
+    let classes = pool.info.class_names.len();
+    let (mut counts, mut agreed, mut confidence) = (vec![0u64; classes], vec![0u64; classes], 0.0);
+    for shard in 0..pool.info.shards {
+        let table = shards::read_table(dir, shard, &[columns::LABEL, columns::PSEUDO, columns::CONFIDENCE])?;
+        let labels = table.column(columns::LABEL, |a: &Int64Array, i| a.value(i))?;
+        let pseudo = table.column(columns::PSEUDO, |a: &Int64Array, i| a.value(i))?;
+        let sure = table.column(columns::CONFIDENCE, |a: &Float32Array, i| f64::from(a.value(i)))?;
+        confidence += sure.iter().sum::<f64>();
+        for (label, pseudo) in labels.into_iter().zip(pseudo) {
+            let class = usize::try_from(label).ok().filter(|&c| c < classes);
+            let class = class
+                .ok_or_else(|| Error::Data(format!("label is {label}, expected 0 to {}", classes - 1)))?;
+            counts[class] += 1;
+            agreed[class] += u64::from(label == pseudo);
+        }
+    }
+    let (total, right): (u64, u64) = (counts.iter().sum(), agreed.iter().sum());
+    Ok(json!({
+        "images": total,
+        "conditional": pool.info.conditional,
+        "agreement": right as f64 / total as f64,
+        "agreement_by_class": agreed.iter().zip(&counts).map(|(a, n)| *a as f64 / (*n).max(1) as f64).collect::<Vec<_>>(),
+        "mean_confidence": confidence / total as f64,
+        "by_class": counts,
+    }))
+}
+
+fn argmax(p: &[f32]) -> u32 {
+    let best = p.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+    best.map_or(0, |(i, _)| i as u32)
+}
+
+pub(super) fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+pub(super) fn bytes_of(floats: &[f32]) -> Vec<u8> {
+    floats.iter().flat_map(|f| f.to_le_bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn argmax_takes_the_first_of_equals() {
+        assert_eq!(argmax(&[0.1, 0.4, 0.4, 0.1]), 1);
+    }
+
+    #[test]
+    fn floats_survive_as_bytes() {
+        assert_eq!(floats(&bytes_of(&[1.5, -0.0, f32::MAX])), [1.5, -0.0, f32::MAX]);
+    }
+}

@@ -1,0 +1,290 @@
+//! Materialize: a selection as a data set in the Hugging Face layout. Image bytes are copied, once, unchanged.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow_array::{ArrayRef, Float32Array, Int64Array, StringArray};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    Job, Outcome, Split, Stage,
+    curate::{SelectRecord, Selected, read_selection},
+    expect, finished_input, read_config,
+    shards::Pool,
+};
+use crate::{
+    Error, Result,
+    data::{
+        Card, CardConfig, CardSplit, Dtype, Feature, Features, FileEntry, ImageWriter, Manifest,
+        SYNTHETIC_SOURCE_TYPE, check::check_dataset, image_column,
+    },
+    fs::{self, Parts},
+    progress::{Progress, check_stop},
+    rng::{Permutation, stream},
+};
+
+/// Images that are held in memory at a time, at most; about 2 KiB each at 32x32.
+const ROWS_IN_MEMORY: usize = 1 << 18;
+
+/// Writes the kept images as `dataset/`: Parquet files in the layout of Hugging Face `datasets`, a card, a manifest.
+///
+/// Rows are shuffled by a keyed permutation, since many readers shuffle only in a buffer. The result is checked
+/// before the stage is done.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Materialize {
+    /// The folder of a finished split: named in the card.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// The folder of a finished generate: the images.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// The folder of a finished curate: which of them.
+    #[arg(long)]
+    pub selection: Option<PathBuf>,
+    /// Largest number of rows in a file.
+    #[arg(long, default_value_t = 131_072)]
+    pub rows_per_file: usize,
+    /// The data set's name for people; made from the real data's if empty.
+    #[arg(long, default_value = "")]
+    pub pretty_name: String,
+    /// The licence of the card, a Hub id. The real data's licence applies to what is made from it.
+    #[arg(long, default_value = "other")]
+    pub license: String,
+    /// Seed of the order.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl Stage for Materialize {
+    const NAME: &'static str = "materialize";
+    const INPUTS: &'static [&'static str] = &["split", "pool", "selection"];
+
+    fn validate(&self) -> Result<()> {
+        expect("rows_per_file", self.rows_per_file, 1, ROWS_IN_MEMORY)
+    }
+
+    fn amount(&self) -> String {
+        format!("the kept images in files of at most {} rows", self.rows_per_file)
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let split = finished_input::<Split>("split", self.split.as_deref())?;
+        let parts: super::split::Parts = fs::read_json(&split.join("split.json"))?;
+        let pool = Pool::open("pool", self.pool.as_deref())?;
+        let (selected, record) = read_selection("selection", self.selection.as_deref())?;
+        if selected.is_empty() {
+            bail!(Data, "the selection is empty, expected at least one image");
+        }
+        let (out, _lock) = job.open("run")?;
+        let dataset = out.join("dataset");
+        let work = Parts::new(out.join(".parts"));
+        let order = Permutation::new(self.seed, u64::from(stream::ORDER), selected.len() as u64);
+        let rows: Vec<&Selected> =
+            (0..selected.len()).map(|i| &selected[order.at(i as u64) as usize]).collect();
+        let files = rows.len().div_ceil(self.rows_per_file);
+        let bar = Progress::new(Self::NAME, rows.len() as u64, "images");
+        let mut entries = Vec::new();
+        let files_at_once = ROWS_IN_MEMORY / self.rows_per_file;
+        for (group, chunk) in rows.chunks(files_at_once * self.rows_per_file).enumerate() {
+            check_stop()?;
+            entries.extend(self.write_files(
+                &dataset,
+                &pool,
+                chunk,
+                group * files_at_once,
+                files,
+                &work,
+                &bar,
+            )?);
+        }
+        let provenance = self.provenance(&pool, &record, &parts)?;
+        self.card(&pool, &record, &parts, &entries).write(&dataset)?;
+        Manifest::new(pool.info.shape, pool.info.class_names.clone(), entries, provenance).write(&dataset)?;
+        let report = check_dataset(&dataset)?;
+        work.clear()?;
+        Ok(Outcome::Done(json!({
+            "rows": report.rows,
+            "files": report.files,
+            "bytes": report.bytes,
+            "arm": record.arm,
+            "by_class": record.kept_by_class,
+        })))
+    }
+}
+
+impl Materialize {
+    /// Writes the files that hold `rows`, with each pool shard read once.
+    #[expect(clippy::too_many_arguments, reason = "all of it is what a file is made from")]
+    fn write_files(
+        &self,
+        dataset: &Path,
+        pool: &Pool,
+        rows: &[&Selected],
+        first_file: usize,
+        files: usize,
+        work: &Parts,
+        bar: &Progress,
+    ) -> Result<Vec<FileEntry>> {
+        let name = |file: usize| format!("data/train-{file:05}-of-{files:05}.parquet");
+        let mut entries = Vec::new();
+        for file in first_file..first_file + rows.len().div_ceil(self.rows_per_file) {
+            let kept = work.get(&format!("{file:05}.json"))?;
+            let entry: Option<FileEntry> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            entries.extend(
+                entry.filter(|e| std::fs::metadata(dataset.join(&e.path)).is_ok_and(|m| m.len() == e.bytes)),
+            );
+        }
+        if entries.len() == rows.len().div_ceil(self.rows_per_file) {
+            bar.skip(rows.len() as u64);
+            return Ok(entries);
+        }
+        entries.clear();
+        let mut by_shard: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        rows.iter().enumerate().for_each(|(i, row)| by_shard.entry(row.shard).or_default().push(i));
+        let mut images: Vec<Vec<u8>> = vec![Vec::new(); rows.len()];
+        for (shard, wanted) in by_shard {
+            let read = pool.read(shard)?;
+            for i in wanted {
+                let row = rows[i];
+                if read.uids.get(row.row) != Some(&row.uid) {
+                    bail!(
+                        Data,
+                        "the selection says that row {} of shard {shard} is {}, but it is not",
+                        row.row,
+                        row.uid
+                    );
+                }
+                images[i].clone_from(&read.images[row.row]);
+            }
+        }
+        for (k, chunk) in rows.chunks(self.rows_per_file).enumerate() {
+            check_stop()?;
+            let images = &images[k * self.rows_per_file..][..chunk.len()];
+            let source = if pool.info.conditional { "intended" } else { "pseudo" };
+            let columns: Vec<ArrayRef> = vec![
+                image_column(images)?,
+                Arc::new(Int64Array::from_iter_values(chunk.iter().map(|r| i64::from(r.label)))),
+                Arc::new(StringArray::from_iter_values(chunk.iter().map(|r| &r.uid))),
+                Arc::new(Float32Array::from_iter_values(chunk.iter().map(|r| r.score))),
+                Arc::new(StringArray::from(vec![source; chunk.len()])),
+                Arc::new(Float32Array::from_iter_values(chunk.iter().map(|r| r.confidence))),
+            ];
+            let generator = pool.info.generator.as_str();
+            let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", generator)];
+            let mut writer = ImageWriter::new(features(&pool.info.class_names), &key_values)?;
+            writer.push(columns)?;
+            let entry = writer.finish(dataset, &name(first_file + k))?;
+            let kept =
+                serde_json::to_vec(&entry).map_err(|e| Error::Alarm(format!("a file's record: {e}")))?;
+            work.put(&format!("{:05}.json", first_file + k), &kept)?;
+            bar.add(chunk.len() as u64);
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+
+    fn provenance(&self, pool: &Pool, record: &SelectRecord, parts: &super::split::Parts) -> Result<Value> {
+        let generate = read_config(&pool.dir)?;
+        Ok(json!({
+            "arm": record.arm.to_string(),
+            "rule": record.rule,
+            "counts": { "pool": record.total, "kept": record.kept, "rejected": record.rejected },
+            "real_data": { "source": parts.source, "blake3": parts.source_fingerprint },
+            "generator": { "inputs": generate.inputs, "settings": generate.settings, "fingerprint": pool.info.generator },
+            "sampler": pool.info.sampler,
+            "version": env!("CARGO_PKG_VERSION"),
+        }))
+    }
+
+    fn card(
+        &self,
+        pool: &Pool,
+        record: &SelectRecord,
+        parts: &super::split::Parts,
+        files: &[FileEntry],
+    ) -> Card {
+        let source = parts.source.to_string();
+        let real = real_name(&source);
+        let pretty_name = if self.pretty_name.is_empty() {
+            format!("{real}, synthetic, curated ({})", record.arm)
+        } else {
+            self.pretty_name.clone()
+        };
+        let reasons: Vec<String> =
+            record.rejected.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
+        let by_class: String = pool
+            .info
+            .class_names
+            .iter()
+            .enumerate()
+            .map(|(class, name)| format!("| {name} | {} |\n", record.kept_by_class.get(class).unwrap_or(&0)))
+            .collect();
+        let text = format!(
+            "Images made by a diffusion model of `{source}` and selected for closeness to it, by \
+             [proxyset](https://arxiv.org/abs/2104.09425).\n\n\
+             - **Sampler** {sampler}, seed {seed}\n\
+             - **Curation** arm `{arm}`: {total} in = {kept} kept + {reasons}\n\
+             - **Score** `synthetic_score`, low is close to real: the mean over ε of a robust discriminator's \
+             probability of \"synthetic\", by networks that were not trained on the image\n\
+             - **Labels** {labels}; `label_confidence` is a classifier's, trained on real images\n\
+             - **Scores of the pool** {before}; **of the kept** {after}\n\n\
+             | class | images |\n|---|---|\n{by_class}\n\
+             ## Risks\n\n\
+             The generator may have memorised training images; those that equal one pixel for pixel were removed. \
+             Selection by low score can shrink rare modes. The licence of the real data applies.\n\n\
+             `manifest.json` has the hash of every file and all settings.\n",
+            source = parts.source,
+            sampler = pool.info.sampler,
+            seed = pool.info.seed,
+            arm = record.arm,
+            total = record.total,
+            kept = record.kept,
+            reasons = reasons.join(" + "),
+            labels = if pool.info.conditional {
+                "are those the images were made for"
+            } else {
+                "are a classifier's"
+            },
+            before = record.score_before,
+            after = record.score_after,
+        );
+        let sum = |f: fn(&FileEntry) -> u64| files.iter().map(f).sum();
+        Card {
+            pretty_name,
+            license: self.license.clone(),
+            license_name: (self.license == "other").then(|| "as-the-real-data".into()),
+            license_link: None,
+            source_datasets: vec!["original".into()],
+            tags: ["synthetic", "adversarial-robustness", "ddpm"].map(String::from).to_vec(),
+            configs: vec![CardConfig {
+                name: "curated".into(),
+                features: features(&pool.info.class_names),
+                splits: vec![CardSplit {
+                    name: "train".into(),
+                    path: "data/train-*".into(),
+                    num_bytes: sum(|f| f.bytes),
+                    num_examples: sum(|f| f.rows),
+                }],
+            }],
+            text,
+        }
+    }
+}
+
+fn features(class_names: &[String]) -> Features {
+    Features::image_and_label(class_names)
+        .with("uid", Feature::Value(Dtype::String))
+        .with("synthetic_score", Feature::Value(Dtype::Float32))
+        .with("label_source", Feature::Value(Dtype::String))
+        .with("label_confidence", Feature::Value(Dtype::Float32))
+}
+
+/// `builtin:digits` → `digits`, `data/cifar10` → `cifar10`.
+fn real_name(source: &str) -> &str {
+    source.rsplit(['/', ':']).next().unwrap_or(source)
+}

@@ -1,0 +1,339 @@
+//! Report: what a run made, for people: tables, the comparison of arms, contact sheets.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use arrow_array::BooleanArray;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{
+    Curate, Evaluate, Job, Label, Outcome, Score, Stage,
+    arc::ArcRecord,
+    curate::{SelectRecord, extremes},
+    evaluate::Metrics,
+    expect, finished_input, read_done,
+    shards::{self, Pool},
+};
+use crate::{
+    Result,
+    data::{decode_as, encode_png, grid},
+    fs,
+    stats::{Comparison, compare},
+};
+
+/// Bootstrap draws of the comparison of arms.
+const DRAWS: usize = 2000;
+
+/// Writes `report.md`, `report.json`, and `contact.png`: of each class one row, its lowest-scored samples (closest
+/// to real) on the left, its highest-scored on the right.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Report {
+    /// The folder of a finished split. Named in the report.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// The folder of a finished generate.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// The folder of a finished label.
+    #[arg(long)]
+    pub labels: Option<PathBuf>,
+    /// The folder of a finished score.
+    #[arg(long)]
+    pub scores: Option<PathBuf>,
+    /// The folder of a finished arc.
+    #[arg(long)]
+    pub arc: Option<PathBuf>,
+    /// The folder of a finished curate.
+    #[arg(long)]
+    pub selection: Option<PathBuf>,
+    /// The folders of finished evaluates.
+    #[arg(long)]
+    pub metrics: Vec<PathBuf>,
+    /// Samples of each class at each end of the contact sheet.
+    #[arg(long, default_value_t = 8)]
+    pub samples: usize,
+    /// Pixels of the contact sheet per pixel of an image; 0 for what makes images about 64 wide.
+    #[arg(long, default_value_t = 0)]
+    pub scale: usize,
+}
+
+impl Stage for Report {
+    const NAME: &'static str = "report";
+    const INPUTS: &'static [&'static str] =
+        &["split", "pool", "labels", "scores", "arc", "selection", "metrics"];
+
+    fn validate(&self) -> Result<()> {
+        expect("samples", self.samples, 1, 1000)?;
+        expect("scale", self.scale, 0, 64)
+    }
+
+    fn amount(&self) -> String {
+        match self.metrics.len() {
+            0 => "tables and a contact sheet".into(),
+            n => format!("tables, a contact sheet, and the comparison of {n} evaluations"),
+        }
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let pool = Pool::open("pool", self.pool.as_deref())?;
+        let scores = finished_input::<Score>("scores", self.scores.as_deref())?;
+        let labels = summary_of::<Label>("labels", self.labels.as_deref())?;
+        let arc: Option<ArcRecord> = record_of::<super::Arc, _>("arc", self.arc.as_deref(), "arc.json")?;
+        let selection: Option<SelectRecord> =
+            record_of::<Curate, _>("selection", self.selection.as_deref(), "select.json")?;
+        let evaluations = self.evaluations()?;
+        let sheet = self.contact_sheet(&pool, &scores)?;
+        let comparison = compare_arms(&evaluations);
+
+        let (out, _lock) = job.open("run")?;
+        fs::publish(&out.join("contact.png"), &sheet)?;
+        let markdown =
+            markdown(&pool, labels.as_ref(), arc.as_ref(), selection.as_ref(), &evaluations, &comparison);
+        fs::publish(&out.join("report.md"), markdown.as_bytes())?;
+        let summary = json!({
+            "pool": pool.info,
+            "labels": labels,
+            "arc": arc,
+            "selection": selection,
+            "evaluations": evaluations.iter().map(|e| &e.metrics).collect::<Vec<_>>(),
+            "comparison": comparison,
+        });
+        let record = json!({ "schema": "proxyset.report/1", "report": summary });
+        fs::publish_json(&out.join("report.json"), &record)?;
+        Ok(Outcome::Done(summary))
+    }
+}
+
+/// One evaluation, with what became of each image.
+struct Evaluation {
+    metrics: Metrics,
+    clean: Vec<bool>,
+    robust: Option<Vec<bool>>,
+}
+
+/// An arm against the baseline, `real` if it was trained.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct ArmComparison {
+    arm: String,
+    baseline: String,
+    seeds: Vec<u64>,
+    clean: Comparison,
+    robust: Option<Comparison>,
+}
+
+impl Report {
+    fn evaluations(&self) -> Result<Vec<Evaluation>> {
+        let mut all = Vec::new();
+        for dir in &self.metrics {
+            let dir = finished_input::<Evaluate>("metrics", Some(dir))?;
+            let metrics: Metrics = fs::read_json(&dir.join("metrics.json"))?;
+            let table =
+                shards::read_whole(&dir.join("images.parquet"), &["clean_correct", "robust_correct"])?;
+            let clean = table.column("clean_correct", |a: &BooleanArray, i| a.value(i))?;
+            let robust = table.optional("robust_correct", |a: &BooleanArray, i| a.value(i))?;
+            all.push(Evaluation { metrics, clean, robust: robust.into_iter().collect() });
+        }
+        Ok(all)
+    }
+
+    fn contact_sheet(&self, pool: &Pool, scores: &Path) -> Result<Vec<u8>> {
+        let shape = pool.info.shape;
+        let extremes = extremes(scores, self.samples)?;
+        // Each shard is opened once, whatever is wanted from it.
+        let mut wanted: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for [low, high] in extremes.values() {
+            low.iter().chain(high).for_each(|&(shard, row)| wanted.entry(shard).or_default().push(row));
+        }
+        let mut images: BTreeMap<(usize, usize), Vec<u8>> = BTreeMap::new();
+        for (shard, rows) in wanted {
+            let read = pool.read(shard)?;
+            for row in rows {
+                let Some(png) = read.images.get(row) else {
+                    bail!(Data, "shard {shard} has {} rows, but the scores speak of row {row}", read.len())
+                };
+                images.insert((shard, row), decode_as(png, shape)?);
+            }
+        }
+        let mut cells: Vec<Option<&[u8]>> = Vec::new();
+        for [low, high] in extremes.values() {
+            let cell = |place: Option<&(usize, usize)>| place.and_then(|p| images.get(p)).map(Vec::as_slice);
+            cells.extend((0..self.samples).map(|i| cell(low.get(i))));
+            cells.push(None);
+            cells.extend((0..self.samples).rev().map(|i| cell(high.get(i))));
+        }
+        let scale = if self.scale > 0 { self.scale } else { (64 / shape.width).clamp(1, 8) };
+        let (sheet, pixels) = grid(&cells, 2 * self.samples + 1, shape, scale, 3);
+        Ok(encode_png(&pixels, sheet))
+    }
+}
+
+fn summary_of<S: Stage>(key: &str, dir: Option<&Path>) -> Result<Option<Value>> {
+    match dir {
+        None => Ok(None),
+        Some(_) => Ok(read_done(&finished_input::<S>(key, dir)?)?.map(|d| d.summary)),
+    }
+}
+
+fn record_of<S: Stage, T: serde::de::DeserializeOwned>(
+    key: &str,
+    dir: Option<&Path>,
+    file: &str,
+) -> Result<Option<T>> {
+    match dir {
+        None => Ok(None),
+        Some(_) => fs::read_json(&finished_input::<S>(key, dir)?.join(file)).map(Some),
+    }
+}
+
+/// Every arm against `real`, or against the first arm if there is no `real`, over the seeds that both have.
+fn compare_arms(evaluations: &[Evaluation]) -> Vec<ArmComparison> {
+    let mut arms: BTreeMap<&str, BTreeMap<u64, &Evaluation>> = BTreeMap::new();
+    for evaluation in evaluations {
+        if let Some(train) = &evaluation.metrics.train {
+            arms.entry(&train.arm).or_default().insert(train.seed, evaluation);
+        }
+    }
+    let Some(baseline) = arms.keys().find(|a| **a == "real").or(arms.keys().next()).copied() else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for (arm, runs) in arms.iter().filter(|(arm, _)| **arm != baseline) {
+        let seeds: Vec<u64> = runs.keys().filter(|s| arms[baseline].contains_key(s)).copied().collect();
+        let pairs = || seeds.iter().map(|s| (runs[s], arms[baseline][s]));
+        if seeds.is_empty() || pairs().any(|(a, b)| a.clean.len() != b.clean.len()) {
+            continue;
+        }
+        let (clean, base): (Vec<_>, Vec<_>) =
+            pairs().map(|(a, b)| (a.clean.clone(), b.clean.clone())).unzip();
+        let robust: Option<(Vec<_>, Vec<_>)> =
+            pairs().map(|(a, b)| Some((a.robust.clone()?, b.robust.clone()?))).collect();
+        found.push(ArmComparison {
+            arm: (*arm).into(),
+            baseline: baseline.into(),
+            clean: compare(&clean, &base, DRAWS, 0),
+            robust: robust.map(|(arm, base)| compare(&arm, &base, DRAWS, 0)),
+            seeds,
+        });
+    }
+    found
+}
+
+fn markdown(
+    pool: &Pool,
+    labels: Option<&Value>,
+    arc: Option<&ArcRecord>,
+    selection: Option<&SelectRecord>,
+    evaluations: &[Evaluation],
+    comparison: &[ArmComparison],
+) -> String {
+    let info = &pool.info;
+    let percent = |x: f64| format!("{:.1} %", 100.0 * x);
+    let mut text = format!(
+        "# Report\n\n{} images, {}, {} classes, sampler {}\n",
+        info.count,
+        info.shape,
+        info.class_names.len(),
+        info.sampler
+    );
+    if let Some(agreement) = labels.and_then(|l| l["agreement"].as_f64()) {
+        text += &format!(
+            "\nA classifier trained on real images gives {} of them their label.\n",
+            percent(agreement)
+        );
+    }
+    text += "\n![lowest-scored (left) and highest-scored (right) samples of each class](contact.png)\n";
+    if let Some(arc) = arc {
+        let e = &arc.estimate;
+        text += &format!(
+            "\n## ARC\n\nARC = **{:.5}** (signed {:.5}, 95 % interval {:.5} to {:.5}; low is a good proxy){}\n\n\
+             | ε | accuracy under attack | ± SE | on real | on synthetic |\n|---|---|---|---|---|\n",
+            e.arc,
+            e.signed,
+            e.interval[0],
+            e.interval[1],
+            if e.truncated { "; truncated: the grid ends before the curve reaches ½" } else { "" },
+        );
+        for (point, epsilon) in e.curve.iter().zip(&arc.epsilons) {
+            text += &format!(
+                "| {epsilon} | {} | {} | {} | {} |\n",
+                percent(point.accuracy),
+                percent(point.se),
+                percent(point.accuracy_real),
+                percent(point.accuracy_synthetic)
+            );
+        }
+        text += &format!(
+            "\nLargest rise of the curve: {:.1} SE (over 2 would say that a network is too weak).\n",
+            e.largest_rise_se
+        );
+    }
+    if let Some(s) = selection {
+        let reasons: Vec<String> = s.rejected.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
+        text += &format!(
+            "\n## Curation, arm {}\n\n{} in = {} kept + {}\n\nKept by class: {:?}\n",
+            s.arm,
+            s.total,
+            s.kept,
+            reasons.join(" + "),
+            s.kept_by_class
+        );
+        if let Some(j) = &s.judged {
+            text += &format!(
+                "\nJudges (other seeds, other images): kept {:.4}, random {:.4}, difference {:+.4}, 95 % interval {:+.4} to {:+.4}: {}.\n",
+                j.kept,
+                j.random,
+                j.difference,
+                j.interval[0],
+                j.interval[1],
+                if j.interval[1] < 0.0 {
+                    "the kept are closer to real"
+                } else if j.interval[0] > 0.0 {
+                    "the kept are further from real"
+                } else {
+                    "no difference found"
+                }
+            );
+        }
+    }
+    if !evaluations.is_empty() {
+        text +=
+            "\n## Classifiers\n\n| trained on | seed | images | clean | robust |\n|---|---|---|---|---|\n";
+        for e in evaluations {
+            let m = &e.metrics;
+            let (arm, seed) =
+                m.train.as_ref().map_or(("?".into(), "?".into()), |t| (t.arm.clone(), t.seed.to_string()));
+            let robust = match (m.robust_correct, m.robust_accuracy) {
+                (Some(n), Some(share)) => format!("{n} ({})", percent(share)),
+                _ => String::new(),
+            };
+            text += &format!(
+                "| {arm} | {seed} | {} | {} ({}) | {robust} |\n",
+                m.images,
+                m.clean_correct,
+                percent(m.clean_accuracy)
+            );
+        }
+    }
+    for c in comparison {
+        let line = |what: &str, c: &Comparison| {
+            format!(
+                "- {what}: {:+.1} points, 95 % interval {:+.1} to {:+.1}: {} (this design would find {:.1} points four times in five)\n",
+                100.0 * c.difference,
+                100.0 * c.interval[0],
+                100.0 * c.interval[1],
+                if c.resolved { "resolved" } else { "not resolved" },
+                100.0 * c.resolvable
+            )
+        };
+        text += &format!("\n{} against {}, {} seeds:\n\n", c.arm, c.baseline, c.seeds.len());
+        text += &line("clean", &c.clean);
+        if let Some(robust) = &c.robust {
+            text += &line("robust", robust);
+        }
+    }
+    text
+}

@@ -1,0 +1,263 @@
+//! Score: how far from real each pool image is, by discriminators that were not trained on it.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, Int64Array, StringArray};
+use arrow_schema::{DataType, SchemaRef};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{
+    Job, Label, Outcome, Split, Stage, finished_input,
+    fit_discriminator::{Discriminators, margins},
+    label,
+    shards::{self, Pool, PoolShard, expect_same_rows, for_each_shard},
+    split::Real,
+};
+use crate::{
+    Result,
+    attack::Epsilon,
+    data::{self, Dataset, Shape},
+    proxy::score::trapezoid_weights,
+};
+
+/// Images whose scores are kept together: what a kill can lose.
+const CHUNK: usize = 2048;
+
+/// Scores every pool image.
+///
+/// `synthetic_score`, low is close to real: the mean over ε (trapezoid weights) of the calibrated probability of
+/// "synthetic" on the clean image, averaged over the ranking sets that were not trained on the image's fold.
+/// `judge_score` is the same by the judges, null on their own fold. Beside them: the label's confidence and whether
+/// the classifier agrees, the hash of the pixels, and whether a training or test image has the very same ones.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Score {
+    /// The folder of a finished split: the real data.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// The folder of a finished generate.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// The folder of a finished label.
+    #[arg(long)]
+    pub labels: Option<PathBuf>,
+    /// The folder of a finished fit-discriminator.
+    #[arg(long)]
+    pub discriminators: Option<PathBuf>,
+}
+
+/// The column names of a score table, beside those of [`label::columns`].
+pub(super) mod columns {
+    pub(in crate::stage) const FOLD: &str = "fold";
+    pub(in crate::stage) const SCORE: &str = "synthetic_score";
+    pub(in crate::stage) const JUDGE: &str = "judge_score";
+    pub(in crate::stage) const AGREES: &str = "label_agrees";
+    pub(in crate::stage) const HASH: &str = "pixel_hash";
+    pub(in crate::stage) const IN_TRAIN: &str = "in_train";
+    pub(in crate::stage) const IN_TEST: &str = "in_test";
+}
+
+/// BLAKE3 of an image's pixels, its first 16 bytes in hexadecimal.
+pub(super) fn pixel_hash(pixels: &[u8]) -> String {
+    blake3::hash(pixels).to_hex()[..32].to_owned()
+}
+
+fn hashes(data: &Dataset) -> HashSet<String> {
+    (0..data.len()).map(|i| pixel_hash(data.image(i))).collect()
+}
+
+/// The column with the mean probability at one radius: `p_synthetic_0`, `p_synthetic_8_255`.
+fn radius_column(epsilon: &Epsilon) -> String {
+    format!("p_synthetic_{}", epsilon.to_string().replace(['/', '.'], "_"))
+}
+
+struct Scorer<'a> {
+    job: &'a Job,
+    discriminators: &'a Discriminators,
+    weights: Vec<f64>,
+    shape: Shape,
+}
+
+impl Scorer<'_> {
+    /// For each image: per set its mean probability, and per radius the mean over the sets that may speak.
+    ///
+    /// The layout of one image: `sets` scores, then `radii` probabilities.
+    fn chunk(&self, rows: &PoolShard, range: std::ops::Range<usize>) -> Result<Vec<f32>> {
+        let (sets, radii) = (self.discriminators.nets.len(), self.weights.len());
+        let mut images = Dataset::empty(self.shape, vec!["synthetic".into()]);
+        images.pixels = rows.pixels(range.clone(), self.shape)?;
+        images.labels = vec![0; range.len()];
+        let mut probabilities = vec![vec![Vec::new(); radii]; sets];
+        for (set, nets) in self.discriminators.nets.iter().enumerate() {
+            for (radius, net) in nets.iter().enumerate() {
+                let calibration = self.discriminators.record.sets[set][radius].calibration;
+                let margins = margins(net, &images, &self.job.device)?;
+                probabilities[set][radius] =
+                    margins.iter().map(|&m| calibration.probability(f64::from(m))).collect::<Vec<f64>>();
+            }
+        }
+        let mut out = Vec::with_capacity(range.len() * (sets + radii));
+        for (i, row) in range.enumerate() {
+            let fold = self.discriminators.fold_of(&rows.uids[row]);
+            for set in &probabilities {
+                out.push(set.iter().zip(&self.weights).map(|(p, w)| w * p[i]).sum::<f64>() as f32);
+            }
+            let speak: Vec<usize> =
+                (0..self.discriminators.record.folds).filter(|&set| set != fold).collect();
+            for radius in 0..radii {
+                let sum: f64 = speak.iter().map(|&set| probabilities[set][radius][i]).sum();
+                out.push((sum / speak.len() as f64) as f32);
+            }
+        }
+        Ok(out)
+    }
+}
+
+impl Stage for Score {
+    const NAME: &'static str = "score";
+    const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators"];
+
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn amount(&self) -> String {
+        "one forward pass of every discriminator per pool image".into()
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
+        let pool = Pool::open("pool", self.pool.as_deref())?;
+        let labels = finished_input::<Label>("labels", self.labels.as_deref())?.join("labels");
+        let discriminators =
+            Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
+        discriminators.expect_shape(pool.info.shape)?;
+        let train_hashes = hashes(&real.train);
+        let test = real.parts.source.has(data::Split::Test);
+        let test_hashes = if test {
+            hashes(&real.parts.source.load(data::Split::Test, None, real.parts.max_bad)?)
+        } else {
+            HashSet::new()
+        };
+        let epsilons = &discriminators.record.epsilons;
+        let weights = trapezoid_weights(&epsilons.iter().map(|e| e.get()).collect::<Vec<_>>());
+        let scorer = Scorer { job, discriminators: &discriminators, weights, shape: pool.info.shape };
+        let schema = schema(epsilons);
+        let (out, _lock) = job.open("run")?;
+        let dir = out.join("scores");
+        for_each_shard(job, &dir, &pool, Self::NAME, &schema, |shard, rows, parts, bar| {
+            let label_columns = [
+                label::columns::UID,
+                label::columns::LABEL,
+                label::columns::PSEUDO,
+                label::columns::CONFIDENCE,
+            ];
+            let table = shards::read_table(&labels, shard, &label_columns)?;
+            let uids = table.column(label::columns::UID, |a: &StringArray, i| a.value(i).to_owned())?;
+            expect_same_rows("label table", shard, &uids, rows)?;
+            let class = table.column(label::columns::LABEL, |a: &Int64Array, i| a.value(i))?;
+            let pseudo = table.column(label::columns::PSEUDO, |a: &Int64Array, i| a.value(i))?;
+            let confidence = table.column(label::columns::CONFIDENCE, |a: &Float32Array, i| a.value(i))?;
+
+            let mut values = Vec::new();
+            for from in (0..rows.len()).step_by(CHUNK) {
+                crate::progress::check_stop()?;
+                let to = (from + CHUNK).min(rows.len());
+                let key = format!("{from:08}");
+                match parts.get(&key)? {
+                    Some(bytes) => values.extend(label::floats(&bytes)),
+                    None => {
+                        let chunk = scorer.chunk(rows, from..to)?;
+                        if rows.len() > CHUNK {
+                            parts.put(&key, &label::bytes_of(&chunk))?;
+                        }
+                        values.extend(chunk);
+                    }
+                }
+                bar.add((to - from) as u64);
+            }
+            let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
+            let hash: Vec<String> = pixels.chunks_exact(pool.info.shape.size()).map(pixel_hash).collect();
+            let (folds, radii) = (discriminators.record.folds, epsilons.len());
+            let fold: Vec<usize> = rows.uids.iter().map(|uid| discriminators.fold_of(uid)).collect();
+            let row = |i: usize| &values[i * (folds + 1 + radii)..(i + 1) * (folds + 1 + radii)];
+            let score = (0..rows.len()).map(|i| {
+                let speak: Vec<f32> =
+                    (0..folds).filter(|&set| set != fold[i]).map(|set| row(i)[set]).collect();
+                speak.iter().sum::<f32>() / speak.len() as f32
+            });
+            let judge = (0..rows.len()).map(|i| (fold[i] != folds).then(|| row(i)[folds]));
+            let mut columns: Vec<ArrayRef> = vec![
+                Arc::new(StringArray::from_iter_values(&rows.uids)),
+                Arc::new(Int64Array::from(class.clone())),
+                Arc::new(Float32Array::from_iter_values(score)),
+                Arc::new(Float32Array::from_iter(judge)),
+                Arc::new(Float32Array::from(confidence)),
+                Arc::new(BooleanArray::from_iter(class.iter().zip(&pseudo).map(|(a, b)| Some(a == b)))),
+                Arc::new(Int32Array::from_iter_values(fold.iter().map(|&f| f as i32))),
+                Arc::new(StringArray::from_iter_values(&hash)),
+                Arc::new(BooleanArray::from_iter(hash.iter().map(|h| Some(train_hashes.contains(h))))),
+                Arc::new(BooleanArray::from_iter(hash.iter().map(|h| Some(test_hashes.contains(h))))),
+            ];
+            for radius in 0..radii {
+                let p = (0..rows.len()).map(|i| row(i)[folds + 1 + radius]);
+                columns.push(Arc::new(Float32Array::from_iter_values(p)));
+            }
+            shards::batch(&schema, columns)
+        })?;
+        Ok(Outcome::Done(summary(&pool, &dir, test)?))
+    }
+}
+
+fn schema(epsilons: &[Epsilon]) -> SchemaRef {
+    let radii: Vec<String> = epsilons.iter().map(radius_column).collect();
+    let mut fields = vec![
+        (label::columns::UID, DataType::Utf8, false),
+        (label::columns::LABEL, DataType::Int64, false),
+        (columns::SCORE, DataType::Float32, false),
+        (columns::JUDGE, DataType::Float32, true),
+        (label::columns::CONFIDENCE, DataType::Float32, false),
+        (columns::AGREES, DataType::Boolean, false),
+        (columns::FOLD, DataType::Int32, false),
+        (columns::HASH, DataType::Utf8, false),
+        (columns::IN_TRAIN, DataType::Boolean, false),
+        (columns::IN_TEST, DataType::Boolean, false),
+    ];
+    fields.extend(radii.iter().map(|name| (name.as_str(), DataType::Float32, false)));
+    shards::schema(&fields)
+}
+
+fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
+    let mut scores = Vec::new();
+    let (mut in_train, mut in_test) = (0u64, 0u64);
+    for shard in 0..pool.info.shards {
+        let table = shards::read_table(dir, shard, &[columns::SCORE, columns::IN_TRAIN, columns::IN_TEST])?;
+        scores.extend(table.column(columns::SCORE, |a: &Float32Array, i| a.value(i))?);
+        let count = |name: &str| -> Result<u64> {
+            Ok(table.column(name, |a: &BooleanArray, i| u64::from(a.value(i)))?.iter().sum())
+        };
+        in_train += count(columns::IN_TRAIN)?;
+        in_test += count(columns::IN_TEST)?;
+    }
+    scores.sort_by(f32::total_cmp);
+    Ok(json!({
+        "images": scores.len(),
+        "score_quantiles": quantiles(&scores),
+        "equal_to_a_training_image": in_train,
+        "equal_to_a_test_image": if test { json!(in_test) } else { json!("the source has no test split") },
+    }))
+}
+
+/// The 0, 5, 25, 50, 75, 95 and 100 % quantiles of sorted values.
+pub(super) fn quantiles(sorted: &[f32]) -> serde_json::Value {
+    let at = |q: f64| sorted.get(((sorted.len().max(1) - 1) as f64 * q).round() as usize);
+    json!({
+        "0": at(0.0), "0.05": at(0.05), "0.25": at(0.25), "0.5": at(0.5),
+        "0.75": at(0.75), "0.95": at(0.95), "1": at(1.0),
+    })
+}

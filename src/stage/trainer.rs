@@ -1,0 +1,214 @@
+//! What the training stages share: steps whose gradients are computed in parallel, the moving average, the
+//! best state so far, a log, and checkpoints often enough to lose at most a minute.
+
+use std::{
+    ops::Range,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use candle_core::{Tensor, backprop::GradStore};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{
+    Result,
+    nn::{
+        Params,
+        checkpoint::Checkpoints,
+        optim::{Ema, Optimizer, clip_grad_norm},
+    },
+    progress,
+};
+
+/// A checkpoint is saved when the last one is this old.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(20);
+
+/// Into how many parts a batch is cut on the CPU. Fixed, so that the number of threads changes no sum.
+const CPU_PARTS: usize = 4;
+
+/// Named tensors: a network's weights at one time.
+type Weights = Vec<(String, Tensor)>;
+
+/// A training run in progress.
+pub(super) struct Trainer<'a> {
+    params: &'a Params,
+    optimizer: Box<dyn Optimizer>,
+    ema: Ema,
+    checkpoints: Checkpoints,
+    saved: Instant,
+    state: State,
+    best: Weights,
+}
+
+#[derive(Serialize, Deserialize, Default)]
+struct State {
+    step: usize,
+    best_score: Option<f64>,
+    log: Vec<Value>,
+}
+
+impl<'a> Trainer<'a> {
+    /// Begins, or goes on from the newest checkpoint in `dir`: then `params` are overwritten by it.
+    pub(super) fn resume(
+        dir: PathBuf,
+        params: &'a Params,
+        mut optimizer: Box<dyn Optimizer>,
+        ema_decay: f64,
+    ) -> Result<Self> {
+        let checkpoints = Checkpoints::new(dir);
+        let mut ema = Ema::new(params.vars(), ema_decay)?;
+        let mut best = Vec::new();
+        let mut state = State::default();
+        if let Some(var) = params.vars().first()
+            && let Some((found, tensors)) = checkpoints.load::<State>(var.1.device())?
+        {
+            let part = |prefix: &str| -> Weights {
+                let named =
+                    tensors.iter().filter_map(|(n, t)| Some((n.strip_prefix(prefix)?.to_owned(), t.clone())));
+                named.collect()
+            };
+            params.copy_from(part("param/").iter().map(|(n, t)| (n.as_str(), t)))?;
+            optimizer.load_state(params.vars(), &part("optimizer/"))?;
+            ema.load_state(params.vars(), &part("ema/"))?;
+            best = part("best/");
+            state = found;
+            progress::note(&format!("going on from step {}", state.step));
+        }
+        Ok(Self { params, optimizer, ema, checkpoints, saved: Instant::now(), state, best })
+    }
+
+    /// Steps done.
+    pub(super) fn step(&self) -> usize {
+        self.state.step
+    }
+
+    /// Does one step on `items` samples and returns the loss.
+    ///
+    /// `contribution(range)` is the part of the loss that the samples in `range` contribute; the parts are
+    /// summed. Parts run in parallel, their gradients are added in order. Saves a checkpoint if one is due,
+    /// or if a stop was asked for: then fails with [`crate::Error::Stopped`].
+    ///
+    /// A loss or gradient that is not finite is [`crate::Error::Alarm`]; the last good checkpoint stays.
+    pub(super) fn advance(
+        &mut self,
+        learning_rate: f64,
+        clip: Option<f64>,
+        items: usize,
+        contribution: &(dyn Fn(Range<usize>) -> Result<Tensor> + Sync),
+    ) -> Result<f64> {
+        let (loss, mut grads) = self.gradients(items, contribution)?;
+        let norm = clip_grad_norm(self.params.vars(), &mut grads, clip.unwrap_or(f64::INFINITY))?;
+        if !loss.is_finite() || !norm.is_finite() {
+            bail!(
+                Alarm,
+                "step {}: loss is {loss}, gradient norm {norm}; lower learning_rate (the last good checkpoint is kept)",
+                self.state.step
+            );
+        }
+        self.optimizer.step(self.params.vars(), &grads, learning_rate)?;
+        self.ema.update(self.params.vars())?;
+        self.state.step += 1;
+        Ok(loss)
+    }
+
+    fn gradients(
+        &self,
+        items: usize,
+        contribution: &(dyn Fn(Range<usize>) -> Result<Tensor> + Sync),
+    ) -> Result<(f64, GradStore)> {
+        let on_cpu = self.params.vars().iter().all(|(_, v)| v.device().is_cpu());
+        let parts = if on_cpu { CPU_PARTS.min(items) } else { 1 };
+        let one = |part: usize| -> Result<(f64, GradStore)> {
+            let loss = contribution(items * part / parts..items * (part + 1) / parts)?;
+            Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
+        };
+        let done: Vec<(f64, GradStore)> = (0..parts).into_par_iter().map(one).collect::<Result<_>>()?;
+        let mut done = done.into_iter();
+        let (mut loss, mut sum) =
+            done.next().ok_or_else(|| crate::Error::Alarm("a batch is empty".into()))?;
+        for (part_loss, grads) in done {
+            loss += part_loss;
+            for (_, var) in self.params.vars() {
+                match (sum.get(var), grads.get(var)) {
+                    (Some(a), Some(b)) => drop(sum.insert(var, (a + b)?)),
+                    (None, Some(b)) => drop(sum.insert(var, b.clone())),
+                    _ => {}
+                }
+            }
+        }
+        Ok((loss, sum))
+    }
+
+    /// Ends a step: saves if due, stops if asked to. Call it when all that belongs to the step is done.
+    pub(super) fn end_step(&mut self) -> Result<()> {
+        let stopped = progress::check_stop();
+        if stopped.is_err() || self.saved.elapsed() >= CHECKPOINT_INTERVAL {
+            let mut tensors = Weights::new();
+            let mut add = |prefix: &str, part: Weights| {
+                tensors.extend(part.into_iter().map(|(name, tensor)| (format!("{prefix}/{name}"), tensor)));
+            };
+            add(
+                "param",
+                self.params.vars().iter().map(|(n, v)| (n.clone(), v.as_detached_tensor())).collect(),
+            );
+            add("optimizer", self.optimizer.state()?);
+            add("ema", self.ema.state()?);
+            add("best", self.best.clone());
+            self.checkpoints.save(&self.state, &tensors)?;
+            self.saved = Instant::now();
+        }
+        stopped
+    }
+
+    /// Adds a line to the log.
+    pub(super) fn log(&mut self, line: Value) {
+        self.state.log.push(line);
+    }
+
+    /// The log as JSON lines.
+    pub(super) fn log_text(&self) -> String {
+        self.state.log.iter().map(|line| format!("{line}\n")).collect()
+    }
+
+    /// The log's lines.
+    pub(super) fn log_lines(&self) -> &[Value] {
+        &self.state.log
+    }
+
+    /// Runs `score` on the moving average of the weights; they become the best if it is higher than ever.
+    ///
+    /// `averaged` holds parameters of the same network; it is overwritten with the average.
+    pub(super) fn consider(&mut self, averaged: &Params, score: impl FnOnce() -> Result<f64>) -> Result<f64> {
+        self.load_average(averaged)?;
+        let score = score()?;
+        if self.state.best_score.is_none_or(|best| score > best) {
+            self.state.best_score = Some(score);
+            self.best = averaged
+                .vars()
+                .iter()
+                .map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach())))
+                .collect::<Result<_>>()?;
+        }
+        Ok(score)
+    }
+
+    /// Overwrites `averaged` with the moving average of the weights.
+    pub(super) fn load_average(&self, averaged: &Params) -> Result<()> {
+        averaged.copy_from(self.ema.shadow().iter().map(|(n, t)| (n.as_str(), t)))
+    }
+
+    /// Overwrites `averaged` with the best weights considered, and returns their score.
+    pub(super) fn load_best(&self, averaged: &Params) -> Result<Option<f64>> {
+        if self.state.best_score.is_some() {
+            averaged.copy_from(self.best.iter().map(|(n, t)| (n.as_str(), t)))?;
+        }
+        Ok(self.state.best_score)
+    }
+
+    /// Removes the checkpoints: the result is published.
+    pub(super) fn finish(self) -> Result<()> {
+        self.checkpoints.clear()
+    }
+}
