@@ -121,12 +121,8 @@ impl Lock {
     /// `name` tells locks of one folder apart: writers of different shards may work side by side.
     pub fn acquire(dir: &Path, name: &str) -> Result<Self> {
         let path = dir.join(format!(".{name}.lock"));
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(Error::io(&path))?;
+        let file =
+            File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io(&path))?;
         match file.try_lock() {
             Ok(()) => Ok(Self(file)),
             Err(fs::TryLockError::WouldBlock) => {

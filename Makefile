@@ -1,0 +1,62 @@
+# `make curate` does the main job, `make test` passes the tests. Nothing but Rust is needed for either.
+
+CARGO ?= cargo
+# One optimised profile for everything, so that dependencies are built once.
+PROXYSET = $(CARGO) run --release --quiet --
+INTEROP = target/interop
+
+.PHONY: build curate experiment test ci format lint docs smoke test-interop cuda test-cuda clean
+
+build:
+	$(CARGO) build --release
+
+# From real digits to a checked, curated data set, with report and contact sheet in runs/digits.
+curate: build
+	$(PROXYSET) run pipelines/digits.toml --until materialize
+	$(PROXYSET) check runs/digits
+
+# The same, then every arm trained with every seed, evaluated and compared.
+experiment: build
+	$(PROXYSET) run pipelines/digits.toml
+
+test:
+	$(CARGO) test --release
+
+ci: format lint docs test smoke
+
+format:
+	$(CARGO) fmt --check
+
+lint:
+	$(CARGO) clippy --release --all-targets -- -D warnings
+
+docs:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --document-private-items
+
+# The digits pipeline, whole but small: minutes become seconds.
+smoke: build
+	rm -rf target/smoke
+	$(PROXYSET) run pipelines/digits.toml --out target/smoke \
+	  --set fit-generator.steps=150 --set generate.count=1024 --set generate.steps=10 --set generate.shard_rows=256 \
+	  --set labeller.steps=300 --set fit-discriminator.steps=40 --set curate.keep_per_class=10 \
+	  --set curate.allow_short=true --set curate.require_agreement=false \
+	  --set train.steps=60 --set experiment.seeds=[0,1]
+	$(PROXYSET) check target/smoke
+
+# The data set of `make curate` in Python's datasets, duckdb and polars; makes its own environment.
+test-interop:
+	test -d $(INTEROP) || python3 -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install -q -r tests/interop/requirements.txt
+	$(INTEROP)/bin/python tests/interop/check_hub.py runs/digits/materialize-*/dataset
+
+# With a CUDA toolkit and cuDNN installed (CUDA_HOME, nvcc on the PATH).
+cuda:
+	$(CARGO) build --release --features cuda
+
+# Needs a GPU: the tests that are ignored elsewhere.
+test-cuda:
+	$(CARGO) test --release --features cuda -- --include-ignored cuda
+
+clean:
+	$(CARGO) clean
+	rm -rf runs
