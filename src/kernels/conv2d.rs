@@ -280,7 +280,11 @@ fn forward_block(
             let mut tile = [start; MR];
             multiply_add(level, view.data, &six(view.pixels, t * MR), segments, panel, &mut tile);
             for (row, out) in tile.iter().zip(out.chunks_exact_mut(g.c_out)) {
-                out[columns.clone()].copy_from_slice(&row[..columns.len()]);
+                let out = &mut out[columns.clone()];
+                match out.first_chunk_mut() {
+                    Some(out) => *out = *row,
+                    None => out.copy_from_slice(&row[..columns.len()]),
+                }
             }
         }
     }
@@ -390,7 +394,10 @@ fn add_weight_tiles(
         for (p, panel) in panels.chunks_exact_mut(n_pixels * NR).enumerate() {
             let columns = p * NR..((p + 1) * NR).min(g.c_out);
             for (row, dy) in panel.chunks_exact_mut(NR).zip(dy.chunks_exact(g.c_out)) {
-                row[..columns.len()].copy_from_slice(&dy[columns.clone()]);
+                match dy[columns.clone()].first_chunk::<NR>() {
+                    Some(dy) => row.copy_from_slice(dy),
+                    None => row[..columns.len()].copy_from_slice(&dy[columns.clone()]),
+                }
             }
         }
         let taps: Vec<usize> = (0..g.kh)
@@ -414,8 +421,8 @@ fn add_weight_tiles(
             for (panel, sum) in panels.chunks_exact(n_pixels * NR).zip(sums) {
                 let mut tile = [[0f32; NR]; MR];
                 multiply_add(level, &inputs, &[0, 1, 2, 3, 4, 5], segments, panel, &mut tile);
-                for (sum, tile) in sum.iter_mut().flatten().zip(tile.iter().flatten()) {
-                    *sum += tile;
+                for (sum, row) in sum.iter_mut().zip(&tile) {
+                    sum.iter_mut().zip(row).for_each(|(sum, v)| *sum += v);
                 }
             }
         }

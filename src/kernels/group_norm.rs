@@ -88,26 +88,6 @@ impl<'a> Channels<'a> {
     }
 }
 
-/// Channels that are summed together, in registers.
-const CHANNELS: usize = 16;
-
-/// Calls `$sums::<N>(…, first)` for all channels, `N` at a time, and writes what it returns.
-macro_rules! for_channels {
-    ($c:expr, |$first:ident, $n:ident| $sums:expr, $out:expr) => {
-        let mut $first = 0;
-        while $first + CHANNELS <= $c {
-            const $n: usize = CHANNELS;
-            $out[$first..$first + $n].copy_from_slice(&$sums);
-            $first += $n;
-        }
-        while $first < $c {
-            const $n: usize = 1;
-            $out[$first..$first + $n].copy_from_slice(&$sums);
-            $first += $n;
-        }
-    };
-}
-
 /// The moments of each group of one sample.
 struct Statistics<'a> {
     x: &'a [f32],
@@ -121,33 +101,25 @@ impl Loop for Statistics<'_> {
     #[inline(always)]
     fn run<A: Arithmetic>(self) -> Vec<Moments> {
         let Self { x, c, groups, epsilon } = self;
-        let mut sums = vec![[0f64; 2]; c];
-        for_channels!(c, |first, N| power_sums::<N>(x, c, first), sums);
+        let mut sums = [vec![0f64; c], vec![0f64; c]];
+        for row in x.chunks_exact(c) {
+            let [sum, squares] = &mut sums;
+            for ((sum, squares), &x) in sum.iter_mut().zip(squares).zip(row) {
+                let x = f64::from(x);
+                *sum += x;
+                *squares += x * x;
+            }
+        }
         let count = (x.len() / groups) as f64;
-        let moments = |group: &[[f64; 2]]| {
-            let [sum, squares] = group.iter().fold([0.0; 2], |[a, b], [x, y]| [a + x, b + y]);
+        let moments = |group: usize| {
+            let [sum, squares] = sums.each_ref().map(|s| s[group..group + c / groups].iter().sum::<f64>());
             let mean = sum / count;
             // Double precision: the cancellation costs at most half of its 16 digits for mean / σ up to 1e4.
             let variance = (squares / count - mean * mean).max(0.0);
             Moments { mean: mean as f32, inverse: (1.0 / (variance + epsilon).sqrt()) as f32 }
         };
-        sums.chunks_exact(c / groups).map(moments).collect()
+        (0..c).step_by(c / groups).map(moments).collect()
     }
-}
-
-/// `[Σ x, Σ x²]` of channels `first..first + N`, in the order of the positions.
-#[inline(always)]
-fn power_sums<const N: usize>(x: &[f32], c: usize, first: usize) -> [[f64; 2]; N] {
-    let (mut a, mut b) = ([0f64; N], [0f64; N]);
-    for row in x.chunks_exact(c) {
-        let row = &row[first..first + N];
-        for l in 0..N {
-            let x = f64::from(row[l]);
-            a[l] += x;
-            b[l] += x * x;
-        }
-    }
-    std::array::from_fn(|l| [a[l], b[l]])
 }
 
 /// The output of one sample.
@@ -190,22 +162,29 @@ struct Gradients<'a> {
 impl Loop for Gradients<'_> {
     /// For each channel the gradients of bias and weight, `[Σ dz, Σ dz · x̂]`: `z = x̂ · weight + bias` is what
     /// SiLU gets, `x̂` the normalised input.
-    type Output = Vec<[f64; 2]>;
+    type Output = [Vec<f64>; 2];
 
     /// `dx = inverse · (dx̂ - mean(dx̂) - x̂ · mean(dx̂ · x̂))`, `dx̂ = weight · dz`, means over the group.
     #[inline(always)]
-    fn run<A: Arithmetic>(self) -> Vec<[f64; 2]> {
+    fn run<A: Arithmetic>(self) -> [Vec<f64>; 2] {
         let Self { x, dy, channels, groups, silu, dx } = self;
         let Channels { mean, inverse, weight, .. } = &channels;
         let c = weight.len();
-        let mut sums = vec![[0f64; 2]; c];
-        for_channels!(c, |first, N| gradient_sums::<A, N>(x, dy, &channels, silu, first, dx), sums);
+        let mut sums = [vec![0f64; c], vec![0f64; c]];
+        let mut product = vec![0f32; c];
+        let rows = x.chunks_exact(c).zip(dy.chunks_exact(c));
+        for (dz, (x, dy)) in dx.chunks_exact_mut(c).zip(rows) {
+            inner_gradients::<A>(x, dy, &channels, silu, dz, &mut product);
+            let [sum, products] = &mut sums;
+            sum.iter_mut().zip(dz).for_each(|(sum, &mut v)| *sum += f64::from(v));
+            products.iter_mut().zip(&product).for_each(|(sum, &v)| *sum += f64::from(v));
+        }
         let count = (x.len() / groups) as f64;
         let (mut scale, mut offset, mut slope) = (vec![0f32; c], vec![0f32; c], vec![0f32; c]);
         for group in (0..c).step_by(c / groups) {
             let range = group..group + c / groups;
             let weighted =
-                |k: usize| range.clone().map(|i| f64::from(weight[i]) * sums[i][k]).sum::<f64>() / count;
+                |k: usize| range.clone().map(|i| f64::from(weight[i]) * sums[k][i]).sum::<f64>() / count;
             let (mean_gradient, mean_product) = (weighted(0) as f32, weighted(1) as f32);
             for i in range.clone() {
                 scale[i] = inverse[i] * weight[i];
@@ -223,33 +202,26 @@ impl Loop for Gradients<'_> {
     }
 }
 
-/// Writes `dz` of channels `first..first + N`; returns their `[Σ dz, Σ dz · x̂]`, in the order of the positions.
+/// Writes `dz` of one position, and `dz · x̂`.
 #[inline(always)]
-fn gradient_sums<A: Arithmetic, const N: usize>(
+fn inner_gradients<A: Arithmetic>(
     x: &[f32],
     dy: &[f32],
     channels: &Channels,
     silu: bool,
-    first: usize,
     dz: &mut [f32],
-) -> [[f64; 2]; N] {
-    let c = channels.weight.len();
-    let pick = |values: &[f32]| -> [f32; N] { std::array::from_fn(|l| values[first + l]) };
-    let (mean, inverse) = (pick(&channels.mean), pick(&channels.inverse));
-    let (weight, bias) = (pick(channels.weight), pick(channels.bias));
-    let (mut a, mut b) = ([0f64; N], [0f64; N]);
-    for (dz, (x, dy)) in dz.chunks_exact_mut(c).zip(x.chunks_exact(c).zip(dy.chunks_exact(c))) {
-        let range = first..first + N;
-        let (dz, x, dy) = (&mut dz[range.clone()], &x[range.clone()], &dy[range]);
-        for l in 0..N {
-            let normalized = (x[l] - mean[l]) * inverse[l];
-            let slope = if silu { silu_slope::<A>(A::mul_add(normalized, weight[l], bias[l])) } else { 1.0 };
-            dz[l] = dy[l] * slope;
-            a[l] += f64::from(dz[l]);
-            b[l] += f64::from(dz[l] * normalized);
-        }
+    product: &mut [f32],
+) {
+    let c = dz.len();
+    let (mean, inverse) = (&channels.mean[..c], &channels.inverse[..c]);
+    let (weight, bias) = (&channels.weight[..c], &channels.bias[..c]);
+    let (x, dy, product) = (&x[..c], &dy[..c], &mut product[..c]);
+    for i in 0..c {
+        let normalized = (x[i] - mean[i]) * inverse[i];
+        let slope = if silu { silu_slope::<A>(A::mul_add(normalized, weight[i], bias[i])) } else { 1.0 };
+        dz[i] = dy[i] * slope;
+        product[i] = dz[i] * normalized;
     }
-    std::array::from_fn(|l| [a[l], b[l]])
 }
 
 impl CustomOp3 for GroupNorm {
@@ -307,13 +279,13 @@ impl CustomOp3 for GroupNorm {
             run(level, Gradients { x: &x_values[range.clone()], dy: &dy[range], channels, groups, silu, dx })
         };
         let sample = self.sample.max(1);
-        let sums: Vec<Vec<[f64; 2]>> = if dy.len() < PARALLEL_WORK {
+        let sums: Vec<[Vec<f64>; 2]> = if dy.len() < PARALLEL_WORK {
             dx.chunks_exact_mut(sample).enumerate().map(gradients).collect()
         } else {
             dx.par_chunks_exact_mut(sample).enumerate().map(gradients).collect()
         };
         let total =
-            |k: usize| (0..self.c).map(|i| sums.iter().map(|s| s[i][k]).sum::<f64>() as f32).collect();
+            |k: usize| (0..self.c).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect();
         let dx = if x.track_op() { Some(tensor(dx, x)?) } else { None };
         let dw = if weight.track_op() { Some(tensor(total(1), weight)?) } else { None };
         let db = if bias.track_op() { Some(tensor(total(0), bias)?) } else { None };

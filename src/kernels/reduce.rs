@@ -8,9 +8,6 @@ use super::{
 };
 use crate::device::CpuLevel;
 
-/// Columns that are summed together, in registers.
-const COLUMNS: usize = 16;
-
 /// The sums of the columns of a matrix with `columns` columns, in double precision, in the order of the rows.
 pub(super) fn column_sums(level: CpuLevel, x: &[f32], columns: usize) -> Vec<f64> {
     struct Sums<'a>(&'a [f32], usize);
@@ -20,33 +17,13 @@ pub(super) fn column_sums(level: CpuLevel, x: &[f32], columns: usize) -> Vec<f64
         fn run<A: Arithmetic>(self) -> Vec<f64> {
             let Self(x, columns) = self;
             let mut sums = vec![0f64; columns];
-            let mut first = 0;
-            for sums in sums.chunks_mut(COLUMNS) {
-                match <&mut [f64; COLUMNS]>::try_from(&mut *sums) {
-                    Ok(sums) => add_columns(x, columns, first, sums),
-                    Err(_) => {
-                        for (i, sum) in sums.iter_mut().enumerate() {
-                            add_columns(x, columns, first + i, std::array::from_mut(sum));
-                        }
-                    }
-                }
-                first += sums.len();
+            for row in x.chunks_exact(columns) {
+                sums.iter_mut().zip(row).for_each(|(sum, &v)| *sum += f64::from(v));
             }
             sums
         }
     }
     run(level, Sums(x, columns))
-}
-
-#[inline(always)]
-fn add_columns<const N: usize>(x: &[f32], columns: usize, first: usize, sums: &mut [f64; N]) {
-    let mut partial = [0f64; N];
-    for row in x.chunks_exact(columns) {
-        for (partial, &v) in partial.iter_mut().zip(&row[first..first + N]) {
-            *partial += f64::from(v);
-        }
-    }
-    *sums = partial;
 }
 
 /// [`column_sums`] of a tall matrix: the gradient of a bias. Rows are cut in fixed blocks, whose sums are added
