@@ -5,10 +5,8 @@ use std::{
     path::Path,
 };
 
-use arrow::{
-    array::{Array, AsArray, StringArray},
-    datatypes::{DataType, Int64Type, Schema},
-};
+use arrow_array::{Array, StringArray, cast::AsArray, types::Int64Type};
+use arrow_schema::{DataType, Schema};
 use parquet::arrow::{ARROW_SCHEMA_META_KEY, parquet_to_arrow_schema};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -369,10 +367,8 @@ fn check_card(
 mod tests {
     use std::sync::Arc;
 
-    use arrow::{
-        array::{ArrayRef, Int64Array, LargeBinaryArray, RecordBatch, StructArray},
-        datatypes::Field,
-    };
+    use arrow_array::{ArrayRef, Int32Array, Int64Array, LargeBinaryArray, RecordBatch, StructArray};
+    use arrow_schema::Field;
 
     use super::*;
     use crate::data::{
@@ -507,7 +503,8 @@ mod tests {
             Arc::new(LargeBinaryArray::from_iter(images.column(0).as_binary::<i32>().iter()));
         let field = |name, array: &ArrayRef| Arc::new(Field::new(name, array.data_type().clone(), true));
         columns[0] = Arc::new(StructArray::from(vec![(field("bytes", &large), large)]));
-        columns[1] = arrow::compute::cast(&columns[1], &DataType::Int32).unwrap();
+        let labels = columns[1].as_primitive::<Int64Type>().iter().map(|label| label.map(|l| l as i32));
+        columns[1] = Arc::new(Int32Array::from_iter(labels));
         let names = ["image", "label", "uid"];
         let fields: Vec<_> = names.iter().zip(&columns).map(|(name, array)| field(name, array)).collect();
         let found = text(Schema::new(fields), columns, declared);

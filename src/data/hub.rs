@@ -10,11 +10,11 @@ use std::{
     sync::Arc,
 };
 
-use arrow::{
-    array::{Array, ArrayRef, AsArray, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray},
-    buffer::NullBuffer,
-    datatypes::{DataType, Field, Fields, Schema, SchemaRef},
+use arrow_array::{
+    Array, ArrayRef, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray, cast::AsArray,
 };
+use arrow_buffer::NullBuffer;
+use arrow_schema::{DataType, Field, Fields, Schema, SchemaRef};
 use parquet::{
     basic::{Compression, Encoding},
     file::properties::EnabledStatistics,
@@ -446,7 +446,7 @@ pub(super) fn image_bytes<'a>(
 
 #[cfg(test)]
 mod tests {
-    use arrow::array::Float32Array;
+    use arrow_array::Float32Array;
 
     use super::*;
     use crate::data::image::encode_png;

@@ -2,8 +2,11 @@
 
 use std::{fmt, io::Cursor};
 
-use ::image::{ColorType, ImageDecoder, codecs::jpeg::JpegDecoder};
 use serde::{Deserialize, Serialize};
+use zune_jpeg::{
+    JpegDecoder,
+    zune_core::{bytestream::ZCursor, colorspace::ColorSpace, options::DecoderOptions},
+};
 
 use crate::{Error, Result};
 
@@ -133,23 +136,27 @@ fn drop_alpha<const N: usize>(pixels: &[u8]) -> Result<Vec<u8>> {
 }
 
 fn decode_jpeg(bytes: &[u8]) -> Result<(Shape, Vec<u8>)> {
-    let damaged = |e: ::image::ImageError| Error::Data(format!("JPEG cannot be decoded: {e}"));
+    let damaged = |e: zune_jpeg::errors::DecodeErrors| Error::Data(format!("JPEG cannot be decoded: {e}"));
     // The decoder fills up what is missing from a truncated file with grey and calls it a success.
     if !bytes.windows(2).rev().any(|marker| marker == b"\xff\xd9") {
         bail!(Data, "JPEG is truncated: no end-of-image marker in {} bytes", bytes.len());
     }
-    let decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
-    let (width, height) = decoder.dimensions();
-    let (height, width) = (height as usize, width as usize);
+    let options = DecoderOptions::default().set_max_width(MAX_SIDE).set_max_height(MAX_SIDE);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    decoder.decode_headers().map_err(damaged)?;
+    let Some((width, height)) = decoder.dimensions() else { bail!(Data, "JPEG has no dimensions") };
     check_sides("JPEG", height, width)?;
-    let channels = match decoder.color_type() {
-        ColorType::L8 => 1,
-        ColorType::Rgb8 => 3,
-        other => bail!(Data, "JPEG has colour type {other:?}, expected grey or RGB"),
+    let (channels, colours) = match decoder.input_colorspace() {
+        Some(ColorSpace::Luma) => (1, ColorSpace::Luma),
+        Some(ColorSpace::YCbCr | ColorSpace::RGB) => (3, ColorSpace::RGB),
+        other => bail!(Data, "JPEG has colours {other:?}, expected grey or RGB"),
     };
+    decoder.set_options(options.jpeg_set_out_colorspace(colours));
     let shape = Shape { height, width, channels };
-    let mut pixels = vec![0; shape.size()];
-    decoder.read_image(&mut pixels).map_err(damaged)?;
+    let pixels = decoder.decode().map_err(damaged)?;
+    if pixels.len() != shape.size() {
+        bail!(Data, "JPEG has {} values, expected {} for {shape}", pixels.len(), shape.size());
+    }
     Ok((shape, pixels))
 }
 
@@ -235,13 +242,10 @@ mod tests {
 
     fn jpeg(shape: Shape, pixels: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let color = if shape.channels == 1 {
-            ::image::ExtendedColorType::L8
-        } else {
-            ::image::ExtendedColorType::Rgb8
-        };
-        ::image::codecs::jpeg::JpegEncoder::new_with_quality(&mut bytes, 95)
-            .encode(pixels, shape.width as u32, shape.height as u32, color)
+        let colours =
+            if shape.channels == 1 { jpeg_encoder::ColorType::Luma } else { jpeg_encoder::ColorType::Rgb };
+        jpeg_encoder::Encoder::new(&mut bytes, 95)
+            .encode(pixels, shape.width as u16, shape.height as u16, colours)
             .unwrap();
         bytes
     }

@@ -7,7 +7,7 @@ use std::{
     str::FromStr,
 };
 
-use arrow::array::RecordBatch;
+use arrow_array::RecordBatch;
 use parquet::{arrow::push_decoder::PushBuffers, file::reader::ChunkReader};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -478,7 +478,7 @@ impl Loader {
 /// The labels of a batch, whichever integers they are.
 fn labels(file: &Path, batch: &RecordBatch) -> Result<Vec<Option<i128>>> {
     let array = table::any_column(file, batch, "label")?;
-    Ok(arrow::array::downcast_integer_array!(
+    Ok(arrow_array::downcast_integer_array!(
         array => array.iter().map(|label| label.map(i128::from)).collect(),
         other => bail!(Data, "{}: column 'label' is {other}, expected an integer type", file.display())
     ))
@@ -497,13 +497,11 @@ fn check_label(label: Option<i128>, classes: Option<usize>) -> std::result::Resu
 mod tests {
     use std::sync::Arc;
 
-    use arrow::{
-        array::{
-            ArrayRef, BinaryArray, BinaryViewArray, Int8Array, Int64Array, LargeBinaryArray, StringArray,
-            StringViewArray, StructArray, UInt64Array,
-        },
-        datatypes::{Field, Schema},
+    use arrow_array::{
+        ArrayRef, BinaryArray, BinaryViewArray, Int8Array, Int64Array, LargeBinaryArray, StringArray,
+        StringViewArray, StructArray, UInt64Array,
     };
+    use arrow_schema::{Field, Schema};
 
     use super::*;
     use crate::data::image::encode_png;

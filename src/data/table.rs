@@ -12,11 +12,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use arrow::{
-    array::{Array, BooleanArray, GenericByteArray, PrimitiveArray, RecordBatch},
-    compute::BatchCoalescer,
-    datatypes::{ArrowPrimitiveType, ByteArrayType, DataType, Schema, SchemaRef},
+use arrow_array::{
+    Array, BooleanArray, GenericByteArray, PrimitiveArray, RecordBatch,
+    types::{ArrowPrimitiveType, ByteArrayType},
 };
+use arrow_schema::{DataType, Schema, SchemaRef};
+use arrow_select::coalesce::BatchCoalescer;
 use parquet::{
     arrow::{
         ArrowWriter, ProjectionMask,
@@ -322,10 +323,9 @@ fn missing(file: &Path, name: &str, schema: &Schema) -> Error {
 mod tests {
     use std::sync::Arc;
 
-    use arrow::{
-        array::{Float32Array, Int64Array, StringArray},
-        datatypes::Field,
-    };
+    use arrow_array::{Float32Array, Int64Array, StringArray};
+    use arrow_schema::Field;
+    use arrow_select::concat::concat_batches;
 
     use super::*;
 
@@ -363,7 +363,7 @@ mod tests {
         let groups: Vec<_> = table.metadata().row_groups().iter().map(|g| g.num_rows()).collect();
         assert_eq!(groups, [100, 100, 50]);
         let batches: Vec<_> = table.read_all(64).unwrap().map(Result::unwrap).collect();
-        assert_eq!(arrow::compute::concat_batches(&scores(0..1).schema(), &batches).unwrap(), scores(0..250));
+        assert_eq!(concat_batches(&scores(0..1).schema(), &batches).unwrap(), scores(0..250));
     }
 
     #[test]
