@@ -1,7 +1,45 @@
 //! Synthetic image data sets that make classifiers more robust to adversarial examples, and the proof
 //! that they do.
 //!
-//! (crate documentation is completed below by the map of modules)
+//! # The paper in short
+//!
+//! Sehwag et al., "Robust Learning Meets Generative Models: Can Proxy Distributions Improve Adversarial
+//! Robustness?", ICLR 2022, arXiv 2104.09425. Images of a generative model, the *proxy distribution*, are mixed
+//! into robust training. What a classifier's robustness on the proxy says about its robustness on the real
+//! distribution is bounded by the (conditional) Wasserstein distance of the two, so a good proxy is a close one.
+//!
+//! - **Generator.** A denoising diffusion model (Ho et al. 2020, arXiv 2006.11239; DDIM: Song et al. 2021, arXiv
+//!   2010.02502): `x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) noise`, trained on `‖noise − eps_θ(x_t, t)‖²`. See [`diffusion`].
+//! - **Robust discrimination.** For each radius ε of a grid a binary network learns to tell real from synthetic
+//!   under PGD attack at radius ε (Madry et al. 2018, arXiv 1706.06083). `acc(ε)` is its accuracy under attack
+//!   on images that it has not seen. See [`attack`], [`stage::FitDiscriminator`].
+//! - **ARC**, the area under that curve: `ARC = ∫ (acc(ε) − ½) dε`. Low means hard to tell apart: a good proxy.
+//!   `4 · ARC` estimates a lower bound on the Wasserstein distance. See [`proxy::arc`].
+//! - **Score** of a synthetic image, low is close to real: `s(x) = Σ_j w_j p_j(synthetic | x)`, with trapezoid
+//!   weights `w_j` over the radii, and networks `j` that were not trained on `x`. See [`proxy::score`].
+//! - **Curation.** Of each class the lowest scores behind the gates are kept; the paper keeps 10 of 15 million.
+//!   See [`curate`].
+//! - **PORT**, training on both: `γ · L(real) + (1 − γ) · L(synthetic)`, γ = 0.4 by default, each `L` the mean
+//!   over its own images of `max_{‖δ‖ ≤ ε} CE(f(x + δ), y)`, the maximum found by PGD. See [`objective`].
+//!
+//! What the paper leaves open (networks, grid, calibration, folds) is decided in `ARCHITECTURE.md`.
+//!
+//! # Map of the modules
+//!
+//! Each line uses only modules on its own line or below:
+//! ```text
+//! cli                                 one verb a file: arguments, one library call, print
+//! pipeline                            the TOML file, the graph of stages, what is done, the rest of it
+//! stage                               the unit of composition, one stage a file
+//! objective | proxy | curate          losses | ARC, calibration, folds, weights | gates, arms, selector
+//! diffusion | attack                  schedule, loss, samplers, model folder | balls and PGD
+//! nn | data                           networks, optimisers, checkpoints | sources, shards, cards, checks
+//! kernels                             the ops that dominate: a reference each, and a fast CPU version
+//! rng | stats                         counter-based random numbers | intervals and comparisons
+//! device | fs | progress | error      devices and their classes | durable files | bars, signals | exit codes
+//! ```
+//! Attacks, losses and samplers take networks as closures; networks know no shards. What depends on the feature
+//! `cuda` is in [`device`] and [`kernels`] alone.
 
 #[macro_use]
 mod error;
