@@ -47,15 +47,15 @@ smoke: build
 test-interop:
 	test -d $(INTEROP) || python3 -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install -q -r tests/interop/requirements.txt
-	$(INTEROP)/bin/python tests/interop/check_hub.py runs/digits/materialize-*/dataset
+	for dataset in runs/digits/materialize-*/dataset; do $(INTEROP)/bin/python tests/interop/check_hub.py $$dataset || exit 1; done
 
 # With a CUDA toolkit and cuDNN installed (CUDA_HOME, nvcc on the PATH).
 cuda:
 	$(CARGO) build --release --features cuda
 
-# Needs a GPU: the tests that are ignored elsewhere.
+# Needs a GPU: the tests that are ignored elsewhere, and nothing else.
 test-cuda:
-	$(CARGO) test --release --features cuda -- --include-ignored cuda
+	$(CARGO) test --release --features cuda -- --ignored cuda
 
 clean:
 	$(CARGO) clean

@@ -112,7 +112,7 @@ impl CpuLevel {
     }
 }
 
-/// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90`.
+/// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90-cudnn91900`.
 ///
 /// Across classes results agree up to rounding. Every record names the class that made it.
 pub fn device_class(device: &Device) -> String {
@@ -132,9 +132,10 @@ fn gpu_class(device: &Device) -> String {
     let context = cuda.cuda_stream().context().clone();
     let attribute = |a| context.attribute(a).unwrap_or(0);
     format!(
-        "cuda-sm{}{}",
+        "cuda-sm{}{}-cudnn{}",
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+        candle_core::cuda_backend::cudarc::cudnn::get_version(),
     )
 }
 

@@ -52,7 +52,7 @@ impl Error {
         move |source| Self::Io { path, source }
     }
 
-    /// The process exit code for this error (DESIGN: 1 gate, 2 usage, 65 data, 70 alarm, 74 I/O, 75 stopped).
+    /// The process exit code for this error (1 gate, 2 usage, 65 data, 70 alarm, 74 I/O, 75 stopped).
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Gate(_) => 1,

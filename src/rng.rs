@@ -44,14 +44,6 @@ pub mod stream {
     pub const ORDER: u32 = 0xFFFF_FFF8;
     /// Bootstrap resampling.
     pub const BOOTSTRAP: u32 = 0xFFFF_FFF7;
-    /// Dropout masks.
-    pub const DROPOUT: u32 = 0xFFFF_FFF6;
-    /// The label that a conditional generator is asked for.
-    pub const LABEL: u32 = 0xFFFF_FFF5;
-    /// The assignment of images to splits and folds.
-    pub const SPLIT: u32 = 0xFFFF_FFF4;
-    /// The noise of randomized smoothing.
-    pub const SMOOTHING: u32 = 0xFFFF_FFF3;
     /// The keys of a [`super::Permutation`].
     pub const PERMUTATION: u32 = 0xFFFF_FFF2;
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Global, print, print_json};
-use crate::{Error, Result, data::check::check_dataset, pipeline, stage};
+use crate::{Error, Result, data::check::check_dataset, pipeline, progress::note, stage};
 
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct Args {
@@ -32,7 +32,7 @@ pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
     let mut checked = Vec::new();
     for step in &steps {
         let Some(done) = stage::read_done(&step.folder)? else {
-            problems.push(format!("{}: not finished", step.folder.display()));
+            note(&format!("{}: not finished, so not checked", step.folder.display()));
             continue;
         };
         problems.extend(stage::verify_files(&step.folder, &done)?);

@@ -40,20 +40,28 @@ pub(super) fn main<S: Stage>(args: &StageArgs<S>, global: &Global) -> Result<()>
     print(&table::summary(&summary))
 }
 
-/// `publish` writes to `--to`; its record goes beside the data set's run unless `--out` says otherwise.
+/// `publish` writes to `--to`; its record is kept only with `--out`.
 pub(super) fn publish(args: &StageArgs<Publish>, global: &Global) -> Result<()> {
     if args.stage.dry_run {
         Stage::validate(&args.stage)?;
-        return print(&args.stage.tree()?);
+        let tree = args.stage.tree()?;
+        return if global.json {
+            print_json(&json!({ "schema": "proxyset.tree/1", "tree": tree }))
+        } else {
+            print(&tree)
+        };
     }
     let mut args = args.clone();
-    if args.out.is_none() {
-        let inputs = AnyStage::inputs(&args.stage);
-        let dataset =
-            inputs.first().map(|(_, d)| stage::input_fingerprint(d)).transpose()?.unwrap_or_default();
-        args.out = Some(scratch(&blake3::hash(format!("{dataset}{:?}", args.stage.to).as_bytes()).to_hex()));
+    if args.out.is_some() {
+        return main(&args, global);
     }
-    main(&args, global)
+    // Nobody asked to keep the record, so it must not say later that all is done: what is there is checked anew.
+    let record = scratch(&blake3::hash(format!("{:?}", args.stage).as_bytes()).to_hex());
+    crate::fs::remove_dir_all(&record)?;
+    args.out = Some(record.clone());
+    let result = main(&args, global);
+    crate::fs::remove_dir_all(&record)?;
+    result
 }
 
 /// Results that nobody asked to keep: a folder that the system may clear.

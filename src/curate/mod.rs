@@ -1,6 +1,6 @@
 //! Which samples of a pool are kept: gates that remove, one order that ranks, quotas per class.
 //!
-//! The selector streams: memory grows with what is kept, not with the pool.
+//! The selector streams: it holds one key for each sample that is kept.
 
 mod rule;
 mod selector;

@@ -62,7 +62,8 @@ impl PipelineFile {
                 let expected = [&OTHER_KEYS[..], stages].concat().join(", ");
                 return Err(usage(&format!("unknown key '{key}', expected one of: {expected}")));
             }
-            if stages.contains(&key.as_str()) && !value.is_table() {
+            let is_table = stages.contains(&key.as_str()) || key == "labeller" || key == "experiment";
+            if is_table && !value.is_table() {
                 return Err(usage(&format!("'{key}' is a {}, expected a table [{key}]", value.type_str())));
             }
         }

@@ -46,6 +46,11 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
     let split = graph.add::<Split>("split", &[])?;
     let real = [("split", split.clone())];
 
+    if file.table("generate").contains_key("shards") {
+        let problem =
+            "shards is for one process of several: use `proxyset generate --shards`, then run the pipeline";
+        return Err(file.error("generate", &problem));
+    }
     let model = if file.table("generate").contains_key("model") {
         None
     } else {
@@ -115,8 +120,7 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
         metrics.extend(graph.train_and_evaluate("", &split, Some(&dataset), None)?);
     }
 
-    let mut inputs =
-        vec![("split", split), ("pool", pool), ("labels", labels), ("scores", scores), ("arc", arc)];
+    let mut inputs = vec![("pool", pool), ("labels", labels), ("scores", scores), ("arc", arc)];
     inputs.push(("selection", selection));
     inputs.extend(metrics.into_iter().map(|m| ("metrics", m)));
     graph.add_report(&inputs)?;
@@ -200,6 +204,9 @@ impl Graph<'_> {
         extra: &[(&'static str, Value)],
     ) -> Result<S> {
         let mut table = self.file.table(table_name);
+        if table_name == "labeller" && !table.contains_key("objective") {
+            table.insert("objective".into(), Value::String("plain".into()));
+        }
         for (key, value) in extra {
             table.insert((*key).into(), value.clone());
         }

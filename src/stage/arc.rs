@@ -9,7 +9,7 @@ use super::{
     Job, Label, Outcome, Split, Stage,
     accuracy::correct,
     expect, finished_input,
-    fit_discriminator::{Discriminators, relabel},
+    fit_discriminator::{Discriminators, relabel, spread},
     note,
     shards::Pool,
     split::Real,
@@ -23,7 +23,7 @@ use crate::{
     proxy::{
         REAL, SYNTHETIC,
         arc::{Estimate, SetResult, estimate},
-        fold::{HeldOut, held_out},
+        fold::{HeldOut, held_out, uid_order},
     },
 };
 
@@ -124,7 +124,7 @@ impl Stage for Arc {
             }
         };
         let folds = discriminators.record.folds;
-        let real_parts: Vec<Dataset> = (0..folds).map(|set| real.proxy_measure(set)).collect();
+        let real_parts: Vec<Dataset> = (0..folds).map(|set| real.proxy_measure(set, folds)).collect();
         let wanted: Vec<usize> = real_parts.iter().map(|d| d.len().min(self.max_images)).collect();
         let synthetic = measuring_images(&pool, &discriminators, &wanted)?;
         if let Some(set) = (0..folds).find(|&set| synthetic[set].len() < 2) {
@@ -142,8 +142,9 @@ impl Stage for Arc {
         let mut results = Vec::new();
         for set in 0..folds {
             let n = wanted[set].min(synthetic[set].len());
-            let first: Vec<usize> = (0..n).collect();
-            let (real_side, synthetic_side) = (real_parts[set].subset(&first), synthetic[set].subset(&first));
+            let chosen = spread(real_parts[set].len(), n, self.seed);
+            let real_side = real_parts[set].subset(&chosen);
+            let synthetic_side = synthetic[set].subset(&(0..n).collect::<Vec<_>>());
             let class: Vec<u32> = real_side.labels.iter().chain(&synthetic_side.labels).copied().collect();
             let both = relabel(real_side, REAL).concat(&relabel(synthetic_side, SYNTHETIC));
             let mut rows = Vec::new();
@@ -196,10 +197,11 @@ fn measuring_images(pool: &Pool, discriminators: &Discriminators, wanted: &[usiz
                 continue;
             }
             let fold = discriminators.fold_of(&rows.uids[row]);
-            for set in (0..wanted.len()).filter(|&set| set != fold) {
-                if images[set].len() < wanted[set] {
-                    images[set].push(image, rows.labels[row].unwrap_or(0));
-                }
+            // Each image measures one set only, so that the sets' results are independent.
+            let may: Vec<usize> = (0..wanted.len()).filter(|&set| set != fold).collect();
+            let set = may[uid_order(&rows.uids[row]) as usize % may.len()];
+            if images[set].len() < wanted[set] {
+                images[set].push(image, rows.labels[row].unwrap_or(0));
             }
         }
     }

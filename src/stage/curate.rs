@@ -76,8 +76,6 @@ pub struct SelectRecord {
     pub score_after: Value,
     /// Whether judges find the kept closer to real than an equally large random part.
     pub judged: Option<Judged>,
-    /// The score stage's folder.
-    pub scores: PathBuf,
 }
 
 /// The kept against an equally large random part behind the same gates, class by class, judged by
@@ -235,7 +233,7 @@ impl Stage for Curate {
             Ok(())
         })?;
         if passing.iter().all(|&n| n == 0) {
-            bail!(Gate, "no image passes the gates: {}", self.amount());
+            bail!(Gate, "none of the pool's images passes the gates: {gates:?}");
         }
         if self.keep_per_class > 0 && self.arm != Arm::All && !self.allow_short {
             let short: Vec<String> = passing
@@ -309,7 +307,7 @@ impl Stage for Curate {
         let record = SelectRecord {
             schema: "proxyset.select/1".into(),
             arm: self.arm,
-            rule: serde_json::to_value(self).unwrap_or_default(),
+            rule: super::AnyStage::identity(self),
             total,
             kept: kept_total,
             rejected,
@@ -317,16 +315,11 @@ impl Stage for Curate {
             score_before: sorted_quantiles(before),
             score_after: sorted_quantiles(after),
             judged: (self.arm != Arm::All).then(|| judge(&judged, self.seed)).flatten(),
-            scores: folder,
         };
         fs::publish_json(&out.join("select.json"), &record)?;
         let reasons: Vec<String> = record.rejected.iter().map(|(r, n)| format!("{n} {r}")).collect();
         note(self, &format!("{total} in = {kept_total} kept + {}", reasons.join(" + ")));
-        let mut summary = json!(record);
-        if let Value::Object(map) = &mut summary {
-            map.remove("rule");
-        }
-        Ok(Outcome::Done(summary))
+        Ok(Outcome::Done(json!(record)))
     }
 }
 

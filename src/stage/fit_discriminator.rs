@@ -366,7 +366,7 @@ impl Stage for FitDiscriminator {
             .collect();
         let bar = Progress::new(Self::NAME, (units.len() * self.steps) as u64, "steps");
         let fit = |&(set, radius): &(usize, usize)| self.fit(job, out, set, radius, &data[set], &bar);
-        // On the CPU networks are trained side by side; the most expensive radii come first.
+        // On the CPU networks are trained side by side.
         let nets: Vec<NetRecord> = if job.device.is_cpu() {
             units.par_iter().with_max_len(1).map(fit).collect::<Result<_>>()?
         } else {
@@ -453,7 +453,7 @@ pub(super) fn relabel(mut data: Dataset, class: u32) -> Dataset {
 }
 
 /// `n` of `len` indices, spread by a keyed order.
-fn spread(len: usize, n: usize, seed: u64) -> Vec<usize> {
+pub(super) fn spread(len: usize, n: usize, seed: u64) -> Vec<usize> {
     let order = Permutation::new(seed, u64::from(stream::SUBSET), len as u64);
     (0..n).map(|i| order.at(i as u64) as usize).collect()
 }

@@ -265,9 +265,10 @@ impl Generate {
             (Some(known), Some(n)) => {
                 bail!(Data, "{}: {} class names, expected {n}", path.display(), known.class_names.len())
             }
-            (None, n) => (0..n.unwrap_or(1)).map(|c| c.to_string()).collect(),
+            (None, n) => (0..n.unwrap_or(0)).map(|c| c.to_string()).collect(),
         };
         Ok(PoolInfo {
+            named: known.is_some(),
             schema: "proxyset.pool/1".into(),
             count: self.count,
             shards: self.shard_count(),
@@ -286,6 +287,8 @@ impl Generate {
 impl Run<'_> {
     /// Makes a shard, or finds it made.
     fn shard(&self, shard: usize, bar: &Progress) -> Result<()> {
+        // Ranges may overlap: a shard and its record must come from one machine.
+        let _lock = fs::Lock::acquire(&self.dir, &format!("shard-{shard:05}"))?;
         let rows = self.config.rows(shard);
         let (path, record) = (shard_file(&self.dir, shard), read_record(&self.dir, shard)?);
         if let Some(record) = &record

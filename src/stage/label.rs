@@ -71,7 +71,12 @@ impl Stage for Label {
             );
         }
         let names = &classifier.config().class_names;
-        if *names != pool.info.class_names && pool.info.conditional {
+        let differ = if pool.info.named {
+            *names != pool.info.class_names
+        } else {
+            pool.info.conditional && names.len() != pool.info.class_names.len()
+        };
+        if differ {
             bail!(
                 Data,
                 "classifier {} knows the classes {}, expected the pool's: {}",
@@ -129,13 +134,12 @@ impl Stage for Label {
                 ],
             )
         })?;
-        Ok(Outcome::Done(agreement(&pool, &dir)?))
+        Ok(Outcome::Done(agreement(&pool, &dir, names.len())?))
     }
 }
 
 /// How many images get from the classifier the label that they were made for, in all and by class.
-fn agreement(pool: &Pool, dir: &std::path::Path) -> Result<serde_json::Value> {
-    let classes = pool.info.class_names.len();
+fn agreement(pool: &Pool, dir: &std::path::Path, classes: usize) -> Result<serde_json::Value> {
     let (mut counts, mut agreed, mut confidence) = (vec![0u64; classes], vec![0u64; classes], 0.0);
     for shard in 0..pool.info.shards {
         let table = shards::read_table(dir, shard, &[columns::LABEL, columns::PSEUDO, columns::CONFIDENCE])?;

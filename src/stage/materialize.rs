@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Job, Outcome, Split, Stage,
+    Generate, Job, Outcome, Split, Stage,
     curate::{SelectRecord, Selected, read_selection},
     expect, finished_input, read_config,
     shards::Pool,
 };
 use crate::{
     Error, Result,
+    curate::Arm,
     data::{
         Card, CardConfig, CardSplit, Dtype, Feature, Features, FileEntry, ImageWriter, Manifest,
         SYNTHETIC_SOURCE_TYPE, check::check_dataset, image_column,
@@ -87,24 +88,24 @@ impl Stage for Materialize {
         let rows: Vec<&Selected> =
             (0..selected.len()).map(|i| &selected[order.at(i as u64) as usize]).collect();
         let files = rows.len().div_ceil(self.rows_per_file);
-        let bar = Progress::new(Self::NAME, rows.len() as u64, "images");
+        let writing = Writing {
+            dataset: &dataset,
+            pool: &pool,
+            class_names: &parts.class_names,
+            rows_per_file: self.rows_per_file,
+            files,
+            work: &work,
+            bar: Progress::new(Self::NAME, rows.len() as u64, "images"),
+        };
         let mut entries = Vec::new();
         let files_at_once = ROWS_IN_MEMORY / self.rows_per_file;
         for (group, chunk) in rows.chunks(files_at_once * self.rows_per_file).enumerate() {
             check_stop()?;
-            entries.extend(self.write_files(
-                &dataset,
-                &pool,
-                chunk,
-                group * files_at_once,
-                files,
-                &work,
-                &bar,
-            )?);
+            entries.extend(writing.files(chunk, group * files_at_once)?);
         }
         let provenance = self.provenance(&pool, &record, &parts)?;
         self.card(&pool, &record, &parts, &entries).write(&dataset)?;
-        Manifest::new(pool.info.shape, pool.info.class_names.clone(), entries, provenance).write(&dataset)?;
+        Manifest::new(pool.info.shape, parts.class_names.clone(), entries, provenance).write(&dataset)?;
         let report = check_dataset(&dataset)?;
         work.clear()?;
         Ok(Outcome::Done(json!({
@@ -117,19 +118,23 @@ impl Stage for Materialize {
     }
 }
 
-impl Materialize {
-    /// Writes the files that hold `rows`, with each pool shard read once.
-    #[expect(clippy::too_many_arguments, reason = "all of it is what a file is made from")]
-    fn write_files(
-        &self,
-        dataset: &Path,
-        pool: &Pool,
-        rows: &[&Selected],
-        first_file: usize,
-        files: usize,
-        work: &Parts,
-        bar: &Progress,
-    ) -> Result<Vec<FileEntry>> {
+/// What the files of a data set have in common.
+struct Writing<'a> {
+    dataset: &'a Path,
+    pool: &'a Pool,
+    class_names: &'a [String],
+    rows_per_file: usize,
+    /// Files in all.
+    files: usize,
+    /// Records of the files that are written.
+    work: &'a Parts,
+    bar: Progress,
+}
+
+impl Writing<'_> {
+    /// Writes the files that hold `rows`, the first of them number `first_file`, with each pool shard read once.
+    fn files(&self, rows: &[&Selected], first_file: usize) -> Result<Vec<FileEntry>> {
+        let Self { dataset, pool, class_names, files, work, bar, .. } = self;
         let name = |file: usize| format!("data/train-{file:05}-of-{files:05}.parquet");
         let mut entries = Vec::new();
         for file in first_file..first_file + rows.len().div_ceil(self.rows_per_file) {
@@ -176,7 +181,7 @@ impl Materialize {
             ];
             let generator = pool.info.generator.as_str();
             let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", generator)];
-            let mut writer = ImageWriter::new(features(&pool.info.class_names), &key_values)?;
+            let mut writer = ImageWriter::new(features(class_names), &key_values)?;
             writer.push(columns)?;
             let entry = writer.finish(dataset, &name(first_file + k))?;
             let kept =
@@ -187,15 +192,23 @@ impl Materialize {
         }
         Ok(entries)
     }
+}
 
+impl Materialize {
     fn provenance(&self, pool: &Pool, record: &SelectRecord, parts: &super::split::Parts) -> Result<Value> {
-        let generate = read_config(&pool.dir)?;
+        // What was computed, not where: the same work gives the same manifest in any folder.
+        let mut generate = read_config(&pool.dir)?;
+        for key in Generate::INPUTS.iter().chain(Generate::RUNTIME) {
+            generate.settings.remove(*key);
+        }
+        let inputs: Vec<Value> =
+            generate.inputs.iter().map(|i| json!({ "key": i.key, "fingerprint": i.fingerprint })).collect();
         Ok(json!({
             "arm": record.arm.to_string(),
             "rule": record.rule,
             "counts": { "pool": record.total, "kept": record.kept, "rejected": record.rejected },
-            "real_data": { "source": parts.source, "blake3": parts.source_fingerprint },
-            "generator": { "inputs": generate.inputs, "settings": generate.settings, "fingerprint": pool.info.generator },
+            "real_data": { "name": real_name(&parts.source.to_string()), "blake3": parts.source_fingerprint },
+            "generator": { "inputs": inputs, "settings": generate.settings, "fingerprint": pool.info.generator },
             "sampler": pool.info.sampler,
             "version": env!("CARGO_PKG_VERSION"),
         }))
@@ -217,16 +230,15 @@ impl Materialize {
         };
         let reasons: Vec<String> =
             record.rejected.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
-        let by_class: String = pool
-            .info
+        let by_class: String = parts
             .class_names
             .iter()
             .enumerate()
             .map(|(class, name)| format!("| {name} | {} |\n", record.kept_by_class.get(class).unwrap_or(&0)))
             .collect();
         let text = format!(
-            "Images made by a diffusion model of `{source}` and selected for closeness to it, by \
-             [proxyset](https://arxiv.org/abs/2104.09425).\n\n\
+            "Images made by a diffusion model of {real}, {selected}, by proxyset, which implements \
+             [Sehwag et al. 2022](https://arxiv.org/abs/2104.09425).\n\n\
              - **Sampler** {sampler}, seed {seed}\n\
              - **Curation** arm `{arm}`: {total} in = {kept} kept + {reasons}\n\
              - **Score** `synthetic_score`, low is close to real: the mean over ε of a robust discriminator's \
@@ -238,7 +250,12 @@ impl Materialize {
              The generator may have memorised training images; those that equal one pixel for pixel were removed. \
              Selection by low score can shrink rare modes. The licence of the real data applies.\n\n\
              `manifest.json` has the hash of every file and all settings.\n",
-            source = parts.source,
+            selected = match record.arm {
+                Arm::Arc => "those that robust discriminators find closest to the real ones",
+                Arm::Confidence => "those of which a classifier is surest",
+                Arm::Random => "a random part",
+                Arm::All => "all that passed the gates",
+            },
             sampler = pool.info.sampler,
             seed = pool.info.seed,
             arm = record.arm,
@@ -263,7 +280,7 @@ impl Materialize {
             tags: ["synthetic", "adversarial-robustness", "ddpm"].map(String::from).to_vec(),
             configs: vec![CardConfig {
                 name: "curated".into(),
-                features: features(&pool.info.class_names),
+                features: features(&parts.class_names),
                 splits: vec![CardSplit {
                     name: "train".into(),
                     path: "data/train-*".into(),

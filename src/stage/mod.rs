@@ -112,13 +112,16 @@ pub struct Job {
 }
 
 impl Job {
-    /// Makes the output folder if need be, locks it as `lock`, removes what dead writers left, and returns it.
+    /// Makes the output folder if need be, locks it as `lock`, and returns it.
     ///
     /// The first thing that a stage writes; until then a failure leaves nothing behind. The lock is held
-    /// until the guard is dropped.
+    /// until the guard is dropped. The lock `run` is for the whole folder: what dead writers left is removed.
     pub fn open(&self, lock: &str) -> Result<(&Path, fs::Lock)> {
         fs::create_dir_all(&self.out)?;
         let guard = fs::Lock::acquire(&self.out, lock)?;
+        if lock == "run" {
+            fs::remove_leftovers(&self.out)?;
+        }
         let path = self.out.join(CONFIG);
         if !path.exists() {
             fs::publish(&path, self.config.as_bytes())?;

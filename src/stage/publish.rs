@@ -67,6 +67,9 @@ impl Stage for Publish {
     const INPUTS: &'static [&'static str] = &["dataset"];
 
     fn validate(&self) -> Result<()> {
+        if self.to.is_none() && !self.dry_run {
+            bail!(Usage, "to is not set, expected a folder to publish to");
+        }
         Ok(())
     }
 

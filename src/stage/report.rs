@@ -32,9 +32,6 @@ const DRAWS: usize = 2000;
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Report {
-    /// The folder of a finished split. Named in the report.
-    #[arg(long)]
-    pub split: Option<PathBuf>,
     /// The folder of a finished generate.
     #[arg(long)]
     pub pool: Option<PathBuf>,
@@ -63,8 +60,7 @@ pub struct Report {
 
 impl Stage for Report {
     const NAME: &'static str = "report";
-    const INPUTS: &'static [&'static str] =
-        &["split", "pool", "labels", "scores", "arc", "selection", "metrics"];
+    const INPUTS: &'static [&'static str] = &["pool", "labels", "scores", "arc", "selection", "metrics"];
 
     fn validate(&self) -> Result<()> {
         expect("samples", self.samples, 1, 1000)?;

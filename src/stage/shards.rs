@@ -93,8 +93,10 @@ pub struct PoolInfo {
     pub shards: usize,
     /// Their size and channels.
     pub shape: Shape,
-    /// The class names.
+    /// The class names; numbers if the model's folder does not name its classes.
     pub class_names: Vec<String>,
+    /// Whether the model's folder names its classes.
+    pub named: bool,
     /// Whether images were made for a class; if not, `label` is null.
     pub conditional: bool,
     /// The fingerprint of the generator.
@@ -179,7 +181,7 @@ pub(super) fn for_each_shard(
     let bar = Progress::new(what, pool.info.count, "images");
     for shard in 0..pool.info.shards {
         if let Some(record) = read_record(dir, shard)?
-            && shard_file(dir, shard).is_file()
+            && std::fs::metadata(shard_file(dir, shard)).is_ok_and(|m| m.len() == record.bytes)
         {
             bar.skip(record.rows);
             continue;

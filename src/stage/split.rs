@@ -54,6 +54,8 @@ pub struct Parts {
     pub max_bad: usize,
     /// The fingerprint of the training file or files.
     pub source_fingerprint: String,
+    /// The names of the classes.
+    pub class_names: Vec<String>,
     /// For generators, classifiers and discriminators to learn from.
     pub fit: Vec<usize>,
     /// For stopping, calibrating and measuring discriminators: unseen by generators.
@@ -97,11 +99,18 @@ impl Real {
         self.train.subset(&self.parts.proxy[f % self.parts.proxy.len()])
     }
 
-    /// The images on which discriminator set `f` is measured: unseen by generator and discriminators.
-    pub fn proxy_measure(&self, f: usize) -> Dataset {
-        let own = f % self.parts.proxy.len();
-        let others = self.parts.proxy.iter().enumerate().filter(|&(fold, _)| fold != own);
-        self.train.subset(&others.flat_map(|(_, part)| part.iter().copied()).collect::<Vec<_>>())
+    /// The images on which discriminator set `f` of `sets` is measured: unseen by generator and discriminators.
+    ///
+    /// Each image measures one set only, so that the sets' results are independent.
+    pub fn proxy_measure(&self, f: usize, sets: usize) -> Dataset {
+        let mut chosen = Vec::new();
+        for (fold, part) in self.parts.proxy.iter().enumerate() {
+            let may: Vec<usize> = (0..sets).filter(|set| set % self.parts.proxy.len() != fold).collect();
+            chosen.extend(
+                part.iter().enumerate().filter(|(i, _)| may[i % may.len()] == f).map(|(_, &image)| image),
+            );
+        }
+        self.train.subset(&chosen)
     }
 
     /// All images that no generator saw.
@@ -147,6 +156,7 @@ impl Stage for Split {
             limit: self.limit,
             max_bad: self.max_bad,
             source_fingerprint: self.source.fingerprint(data::Split::Train)?,
+            class_names: train.class_names.clone(),
             fit,
             proxy,
         };
@@ -223,14 +233,17 @@ mod tests {
             limit: 0,
             max_bad: 0,
             source_fingerprint: String::new(),
+            class_names: Vec::new(),
             fit,
             proxy,
         };
         let real = Real { train, parts };
-        for f in 0..3 {
-            assert_eq!(real.proxy_stop(f).len() + real.proxy_measure(f).len(), real.proxy().len());
-        }
-        assert_eq!(real.proxy_stop(0).pixels, real.proxy_measure(1).pixels);
+        assert_eq!(real.proxy_stop(0).pixels, real.proxy_measure(1, 2).pixels);
+        assert_eq!(real.proxy_stop(1).pixels, real.proxy_measure(0, 2).pixels);
+        // Three sets on two folds: sets 0 and 2 are stopped on fold 0 and share fold 1.
+        let measured: Vec<Dataset> = (0..3).map(|f| real.proxy_measure(f, 3)).collect();
+        assert_eq!(measured.iter().map(Dataset::len).sum::<usize>(), real.proxy().len());
+        assert!(measured.iter().all(|part| part.len() > 100));
         Ok(())
     }
 }

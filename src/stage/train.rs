@@ -201,7 +201,7 @@ impl Stage for Train {
         expect("weight_decay", self.weight_decay, 0.0, 1.0)?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;
         expect("grad_clip", self.grad_clip, 1e-6, 1e9)?;
-        expect("held_out", self.held_out, 0.0, 0.9)?;
+        expect("held_out", self.held_out, 0.001, 0.9)?;
         expect("eval_every", self.eval_every, 1, usize::MAX)?;
         self.attack().map(drop)
     }

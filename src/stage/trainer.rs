@@ -87,8 +87,7 @@ impl<'a> Trainer<'a> {
     /// Does one step on `items` samples and returns the loss.
     ///
     /// `contribution(range)` is the part of the loss that the samples in `range` contribute; the parts are
-    /// summed. Parts run in parallel, their gradients are added in order. Saves a checkpoint if one is due,
-    /// or if a stop was asked for: then fails with [`crate::Error::Stopped`].
+    /// summed. Parts run in parallel, their gradients are added in order.
     ///
     /// A loss or gradient that is not finite is [`crate::Error::Alarm`]; the last good checkpoint stays.
     pub(super) fn advance(
@@ -141,7 +140,8 @@ impl<'a> Trainer<'a> {
         Ok((loss, sum))
     }
 
-    /// Ends a step: saves if due, stops if asked to. Call it when all that belongs to the step is done.
+    /// Ends a step: saves a checkpoint if one is due or a stop was asked for; then fails with
+    /// [`crate::Error::Stopped`]. Call it when all that belongs to the step is done.
     pub(super) fn end_step(&mut self) -> Result<()> {
         let stopped = progress::check_stop();
         if stopped.is_err() || self.saved.elapsed() >= CHECKPOINT_INTERVAL {
