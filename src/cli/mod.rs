@@ -62,7 +62,6 @@ struct StageArgs<S: clap::Args> {
 }
 
 #[derive(Subcommand, Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one value of it in the process")]
 enum Verb {
     /// Run a pipeline file: what is not done yet, in order.
     Run(run::Args),

@@ -16,6 +16,9 @@ pub struct Checkpoints {
     dir: PathBuf,
 }
 
+/// Tensors by name.
+pub type Named = Vec<(String, Tensor)>;
+
 #[derive(Serialize, Deserialize)]
 struct Header<S> {
     schema: String,
@@ -49,12 +52,12 @@ impl Checkpoints {
     }
 
     /// The newest state that can be read, if there is any, with its tensors on `device`.
-    pub fn load<S: DeserializeOwned>(&self, device: &Device) -> Result<Option<(S, Vec<(String, Tensor)>)>> {
+    pub fn load<S: DeserializeOwned>(&self, device: &Device) -> Result<Option<(S, Named)>> {
         for path in [self.newest(), self.previous()].into_iter().filter(|p| p.exists()) {
             match read(&path, device) {
                 Ok(found) => return Ok(Some(found)),
                 Err(e) => {
-                    progress::note(&format!("checkpoint cannot be used, taking the one before it: {e}"))
+                    progress::note(&format!("checkpoint cannot be used, taking the one before it: {e}"));
                 }
             }
         }
@@ -75,7 +78,7 @@ impl Checkpoints {
     }
 }
 
-fn read<S: DeserializeOwned>(path: &Path, device: &Device) -> Result<(S, Vec<(String, Tensor)>)> {
+fn read<S: DeserializeOwned>(path: &Path, device: &Device) -> Result<(S, Named)> {
     let damaged = |e: &dyn std::fmt::Display| Error::Data(format!("{}: {e}", path.display()));
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| damaged(&e))?;

@@ -62,7 +62,7 @@ impl Calibration {
                 }
                 step *= 0.5;
             };
-            if !(current - next > 1e-12) {
+            if current - next <= 1e-12 || !next.is_finite() {
                 break;
             }
             (a, b, current) = (a - step * da, b - step * db, next);

@@ -450,8 +450,11 @@ pub(super) fn read_selection(key: &str, dir: Option<&Path>) -> Result<(Vec<Selec
     Ok((selected.collect(), record))
 }
 
-/// Scores and classes of a pool for the contact sheet: the lowest and highest of each class.
-pub(super) fn extremes(scores: &Path, per_class: usize) -> Result<BTreeMap<u32, [Vec<(usize, usize)>; 2]>> {
+/// Where pool images are: shard and row.
+pub(super) type Places = Vec<(usize, usize)>;
+
+/// Where the lowest- and the highest-scored images of each class are, for the contact sheet.
+pub(super) fn extremes(scores: &Path, per_class: usize) -> Result<BTreeMap<u32, [Places; 2]>> {
     let folder = finished_input::<Score>("scores", Some(scores))?;
     let tables = ScoreTables::open(&folder)?;
     let mut by_class: BTreeMap<u32, Vec<(f32, u128, usize, usize)>> = BTreeMap::new();

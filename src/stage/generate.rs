@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use arrow_array::{ArrayRef, Int64Array, StringArray, UInt64Array};
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Stage, expect,
+    Job, Outcome, Stage, checkpoint_interval, expect,
     fit_generator::GeneratorInfo,
     label::{bytes_of, floats},
     shards::{PoolInfo, ShardRecord, read_record, record_file, shard_file},
@@ -34,9 +34,6 @@ use crate::{
     progress::{Progress, check_stop},
     rng::{self, stream},
 };
-
-/// A trajectory is saved when its last state is this old: what a kill can lose.
-const STATE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Shards `A..B`: from A up to, but not including, B.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -354,7 +351,7 @@ impl Run<'_> {
             &mut |step| noise_at(step),
             &mut |done, x| {
                 let stop = check_stop();
-                if stop.is_err() || saved.elapsed() >= STATE_INTERVAL {
+                if stop.is_err() || saved.elapsed() >= checkpoint_interval() {
                     parts.put(&state_key, &write_state(done, &x.flatten_all()?.to_vec1()?))?;
                     saved = Instant::now();
                 }

@@ -520,6 +520,12 @@ pub fn verify_files(dir: &Path, done: &Done) -> Result<Vec<String>> {
     Ok(problems)
 }
 
+/// How old the last saved state of long work may be: what a kill can lose. 20 s, or `PROXYSET_CHECKPOINT_SECONDS`.
+fn checkpoint_interval() -> std::time::Duration {
+    let set = std::env::var("PROXYSET_CHECKPOINT_SECONDS").ok().and_then(|s| s.parse().ok());
+    std::time::Duration::from_secs(set.unwrap_or(20))
+}
+
 /// Counts by name, in name order.
 type Counts = BTreeMap<String, u64>;
 

@@ -109,10 +109,10 @@ impl Scorer<'_> {
             }
             let speak: Vec<usize> =
                 (0..self.discriminators.record.folds).filter(|&set| set != fold).collect();
-            for radius in 0..radii {
+            out.extend((0..radii).map(|radius| {
                 let sum: f64 = speak.iter().map(|&set| probabilities[set][radius][i]).sum();
-                out.push((sum / speak.len() as f64) as f32);
-            }
+                (sum / speak.len() as f64) as f32
+            }));
         }
         Ok(out)
     }

@@ -1,11 +1,7 @@
 //! What the training stages share: steps whose gradients are computed in parallel, the moving average, the
 //! best state so far, a log, and checkpoints often enough to lose at most a minute.
 
-use std::{
-    ops::Range,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{ops::Range, path::PathBuf, time::Instant};
 
 use candle_core::{Tensor, backprop::GradStore};
 use rayon::prelude::*;
@@ -20,10 +16,8 @@ use crate::{
         optim::{Ema, Optimizer, clip_grad_norm},
     },
     progress,
+    stage::checkpoint_interval,
 };
-
-/// A checkpoint is saved when the last one is this old.
-const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(20);
 
 /// Into how many parts a batch is cut on the CPU. Fixed, so that the number of threads changes no sum.
 const CPU_PARTS: usize = 4;
@@ -144,7 +138,7 @@ impl<'a> Trainer<'a> {
     /// [`crate::Error::Stopped`]. Call it when all that belongs to the step is done.
     pub(super) fn end_step(&mut self) -> Result<()> {
         let stopped = progress::check_stop();
-        if stopped.is_err() || self.saved.elapsed() >= CHECKPOINT_INTERVAL {
+        if stopped.is_err() || self.saved.elapsed() >= checkpoint_interval() {
             let mut tensors = Weights::new();
             let mut add = |prefix: &str, part: Weights| {
                 tensors.extend(part.into_iter().map(|(name, tensor)| (format!("{prefix}/{name}"), tensor)));

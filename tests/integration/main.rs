@@ -1,1 +1,8 @@
-fn main() {}
+//! The real program, in fresh folders, as a user meets it.
+
+mod bad_input;
+mod cuda;
+mod layers;
+mod pipeline;
+mod resume;
+mod run;

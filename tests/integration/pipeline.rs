@@ -1,0 +1,128 @@
+//! Whole runs: what is done again and what is not, and what `check` and `publish` make of the result.
+
+use std::{collections::BTreeMap, path::Path, time::SystemTime};
+
+use crate::run::{fails, files, ok};
+
+/// The digits pipeline in seconds.
+pub const SMALL: &str = "--set fit-generator.steps=20 --set fit-generator.block_out_channels=[8,8] \
+    --set fit-generator.norm_num_groups=4 --set fit-generator.attention_head_dim=4 \
+    --set generate.count=512 --set generate.steps=3 --set generate.shard_rows=256 \
+    --set labeller.steps=20 --set labeller.channels=[8,8] --set labeller.eval_every=10 \
+    --set fit-discriminator.steps=6 --set fit-discriminator.channels=[8,8] --set fit-discriminator.attack_steps=2 \
+    --set fit-discriminator.eval_every=3 --set arc.attack_steps=2 --set arc.bootstrap=50 \
+    --set curate.keep_per_class=5 --set curate.require_agreement=false \
+    --set train.steps=6 --set train.channels=[8,8] --set train.attack_steps=2 --set train.eval_every=3 \
+    --set evaluate.attack_steps=2 --set evaluate.limit=60 --set experiment.seeds=[0,1]";
+
+fn pipeline(name: &str) -> String {
+    format!("{}/pipelines/{name}.toml", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// When each stage's record was last written, by folder name.
+fn done_at(run: &Path) -> BTreeMap<String, SystemTime> {
+    let folders = std::fs::read_dir(run).unwrap().map(|e| e.unwrap().path());
+    let done = folders.filter_map(|f| {
+        let at = std::fs::metadata(f.join("done.json")).ok()?.modified().unwrap();
+        Some((f.file_name().unwrap().to_string_lossy().into_owned(), at))
+    });
+    done.collect()
+}
+
+#[test]
+fn a_run_is_done_once_checked_changed_in_part_and_published() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let command =
+        |more: &str| format!("run {} --quiet --out {} {SMALL} {more}", pipeline("digits"), run.display());
+    let printed = ok(&command("--json"));
+    let printed: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    let steps = printed["steps"].as_array().unwrap();
+    assert!(steps.iter().all(|s| s["state"] == "done"));
+    let count = |stage: &str| steps.iter().filter(|s| s["stage"] == stage).count();
+    assert_eq!(
+        (count("train"), count("evaluate"), count("curate")),
+        (7, 6, 3),
+        "labeller, three arms, two seeds"
+    );
+
+    // Counts in = kept + rejected by reason.
+    let select = &steps.iter().find(|s| s["stage"] == "curate").unwrap()["summary"];
+    let rejected: u64 = select["rejected"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
+    assert_eq!(select["total"].as_u64().unwrap(), select["kept"].as_u64().unwrap() + rejected);
+    assert_eq!(select["kept_by_class"], serde_json::json!([5, 5, 5, 5, 5, 5, 5, 5, 5, 5]));
+
+    let first = done_at(&run);
+    ok(&command("--threads 1"));
+    assert_eq!(done_at(&run), first, "finished work was done again");
+
+    ok(&command("--until materialize --set curate.keep_per_class=4"));
+    let second = done_at(&run);
+    let new: Vec<&str> =
+        second.keys().filter(|k| !first.contains_key(*k)).map(|k| k.split_once('-').unwrap().0).collect();
+    assert_eq!(new, ["curate", "materialize", "report"]);
+    assert!(first.iter().all(|(folder, at)| second[folder] == *at), "what did not change was done again");
+
+    ok(&format!("check {}", run.display()));
+    let status: serde_json::Value =
+        serde_json::from_str(&ok(&format!("status {} --json", run.display()))).unwrap();
+    assert_eq!(status["steps"].as_array().unwrap().len(), second.len());
+
+    let dataset = run.join(first.keys().find(|k| k.starts_with("materialize")).unwrap());
+    published(&dataset, dir.path());
+    a_flipped_byte_is_found(&run, &dataset);
+}
+
+fn published(dataset: &Path, dir: &Path) {
+    let to = dir.join("published");
+    let publish = format!("publish --dataset {} --to {}", dataset.display(), to.display());
+    let tree = ok(&format!("{publish} --dry-run"));
+    assert!(
+        tree.contains("data/train-00000-of-00001.parquet") && tree.contains("nothing was written"),
+        "{tree}"
+    );
+    assert!(!to.exists());
+    for _ in 0..2 {
+        ok(&publish);
+        assert!(files(&to) == files(&dataset.join("dataset")));
+        ok(&format!("check {}", to.display()));
+        std::fs::remove_dir_all(&to).unwrap();
+    }
+    std::fs::create_dir(&to).unwrap();
+    std::fs::write(to.join("notes.txt"), "mine").unwrap();
+    fails(&publish, 2, &["notes.txt", "choose another folder"]);
+    assert_eq!(std::fs::read_dir(&to).unwrap().count(), 1);
+}
+
+fn a_flipped_byte_is_found(run: &Path, dataset: &Path) {
+    let file = dataset.join("dataset/data/train-00000-of-00001.parquet");
+    let whole = std::fs::read(&file).unwrap();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 4;
+    std::fs::write(&file, &flipped).unwrap();
+    fails(&format!("check {}", run.display()), 65, &["train-00000-of-00001.parquet", "BLAKE3"]);
+    fails(&format!("check {}", dataset.join("dataset").display()), 65, &["train-00000-of-00001.parquet"]);
+    std::fs::write(&file, &whole).unwrap();
+}
+
+#[test]
+fn every_pipeline_passes_plan_without_its_data_and_writes_nothing() {
+    for name in ["digits", "mnist", "fashion-mnist", "cifar10", "cifar100"] {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let missing =
+            if name == "digits" { String::new() } else { "--set split.source=/nowhere/at-all".into() };
+        let text = ok(&format!("plan {} --out {} {missing}", pipeline(name), run.display()));
+        assert!(text.contains("fit-generator") && text.contains("report"), "{name}: {text}");
+        assert!(!run.exists());
+        if name != "digits" {
+            assert!(text.contains("/nowhere/at-all"), "{text}");
+            fails(
+                &format!("run {} --out {} {missing}", pipeline(name), run.display()),
+                2,
+                &["/nowhere/at-all"],
+            );
+            assert!(!run.exists());
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Killed anywhere, split over processes, with other threads and batches: the same bytes.
+
+use std::{path::Path, time::Duration};
+
+use crate::run::{TINY_UNET, files, made, ok, proxyset, shards, start};
+
+/// Ancestral sampling draws noise at every step, so every step has to come out again.
+const POOL: &str = "--count 192 --shard-rows 64 --micro-batch 16 --sampler ddpm --steps 60 --seed 5";
+
+fn generate(out: &str, more: &str) -> String {
+    format!("generate --model {} {POOL} --out {out} --quiet {more}", made().path("generator"))
+}
+
+#[test]
+fn a_pool_does_not_depend_on_threads_batch_or_machine_share() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = |name: &str| dir.path().join(name).display().to_string();
+    ok(&generate(&out("one"), "--threads 1"));
+    let expected = shards(&out("one"));
+    assert_eq!(expected.len(), 3);
+    ok(&generate(&out("two"), "--threads 2 --batch 64"));
+    assert!(shards(&out("two")) == expected, "2 threads and batch 64 changed the pool");
+    ok(&generate(&out("batch"), "--threads 2 --batch 16"));
+    assert!(shards(&out("batch")) == expected, "batch 16 changed the pool");
+
+    let share = ok(&generate(&out("split"), "--shards 1..3 --json"));
+    assert!(share.contains("\"missing\""), "{share}");
+    assert!(!Path::new(&out("split")).join("done.json").exists());
+    ok(&generate(&out("split"), "--shards 0..1"));
+    assert!(Path::new(&out("split")).join("done.json").exists());
+    assert!(shards(&out("split")) == expected, "two processes' shares are another pool");
+}
+
+#[test]
+fn a_pool_survives_three_kills() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    let (whole, killed) = (whole.display().to_string(), killed.display().to_string());
+    let started = std::time::Instant::now();
+    ok(&generate(&whole, "--threads 1"));
+    let took = started.elapsed();
+    // Moments that differ from run to run; whatever they are, the result must not.
+    let mut jitter = std::process::id() % 97;
+    for _ in 0..3 {
+        let mut child = start(&generate(&killed, "--threads 1"));
+        jitter = (jitter * 31 + 17) % 97;
+        std::thread::sleep(took.mul_f64(0.1 + 0.3 * f64::from(jitter) / 97.0));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    ok(&generate(&killed, "--threads 2"));
+    assert!(shards(&killed) == shards(&whole));
+    assert_eq!(files(Path::new(&killed)).len(), files(Path::new(&whole)).len(), "something was left over");
+}
+
+/// Checkpoints at every step, so that a kill lands between two of them.
+fn survives_kills(verb: &str, out_name: &str, weights: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let out = |name: &str| dir.path().join(name).display().to_string();
+    let command = |out: &str| format!("{verb} --quiet --out {out}");
+    let started = std::time::Instant::now();
+    ok(&command(&out("whole")));
+    let took = started.elapsed();
+    for share in [0.3, 0.5] {
+        let mut child = proxyset(&command(&out(out_name)))
+            .env("PROXYSET_CHECKPOINT_SECONDS", "0")
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(took.mul_f64(share));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    ok(&command(&out(out_name)));
+    let read = |name: &str| std::fs::read(Path::new(&out(name)).join(weights)).unwrap();
+    assert!(read(out_name) == read("whole"), "the weights of {verb} differ");
+}
+
+#[test]
+fn a_generator_survives_kills_bit_for_bit() {
+    let verb = format!("fit-generator --split {} {TINY_UNET} --steps 150", made().path("split"));
+    survives_kills(&verb, "killed", "unet/diffusion_pytorch_model.safetensors");
+}
+
+#[test]
+fn a_robust_classifier_survives_kills_bit_for_bit() {
+    let settings = "--steps 60 --batch 32 --channels 8,8 --groups 4 --attack-steps 3 --eval-every 20";
+    let verb = format!("train --split {} {settings}", made().path("split"));
+    survives_kills(&verb, "killed", "model.safetensors");
+}
+
+#[test]
+fn a_termination_signal_stops_within_seconds_with_75_and_the_work_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("generator").display().to_string();
+    let verb = |steps: usize| {
+        format!(
+            "fit-generator --split {} {TINY_UNET} --steps {steps} --quiet --out {out}",
+            made().path("split")
+        )
+    };
+    let mut child = start(&verb(100_000));
+    std::thread::sleep(Duration::from_secs(2));
+    let killed = std::process::Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert!(killed.success());
+    let asked = std::time::Instant::now();
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    assert!(asked.elapsed() < Duration::from_secs(10));
+    assert!(Path::new(&out).join(".checkpoint/newest.safetensors").is_file());
+}
