@@ -77,12 +77,12 @@ pub fn compare(arm: &[Vec<bool>], baseline: &[Vec<bool>], draws: usize, seed: u6
 mod tests {
     use super::*;
 
-    /// scipy 1.17: `beta.ppf(0.025, 45, 6)`, `beta.ppf(0.975, 46, 5)`; the rule of three at the end.
+    /// Bisection of the exact binomial tails (Python, `math.comb`); the closed form for 0 of n at the end.
     #[test]
-    fn clopper_pearson_matches_scipy() {
+    fn clopper_pearson_inverts_the_binomial_tails() {
         let [low, high] = clopper_pearson(45, 50, 0.05);
-        assert!((low - 0.781_863_48).abs() < 1e-6, "{low}");
-        assert!((high - 0.966_722_4).abs() < 1e-6, "{high}");
+        assert!((low - 0.781_864_633_6).abs() < 1e-9, "{low}");
+        assert!((high - 0.966_724_906_4).abs() < 1e-9, "{high}");
         assert_eq!(clopper_pearson(0, 100, 0.05)[0], 0.0);
         assert!((clopper_pearson(0, 100, 0.05)[1] - (1.0 - 0.025f64.powf(0.01))).abs() < 1e-9);
     }

@@ -141,7 +141,7 @@ fn decode_jpeg(bytes: &[u8]) -> Result<(Shape, Vec<u8>)> {
     if !bytes.windows(2).rev().any(|marker| marker == b"\xff\xd9") {
         bail!(Data, "JPEG is truncated: no end-of-image marker in {} bytes", bytes.len());
     }
-    let options = DecoderOptions::default().set_max_width(MAX_SIDE).set_max_height(MAX_SIDE);
+    let options = DecoderOptions::default();
     let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
     decoder.decode_headers().map_err(damaged)?;
     let Some((width, height)) = decoder.dimensions() else { bail!(Data, "JPEG has no dimensions") };

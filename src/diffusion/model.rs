@@ -177,23 +177,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "writes to $CHECK_DIR what tests/golden/check_diffusers.py opens"]
-    fn writes_a_folder_for_diffusers_to_open() {
-        let dir = std::path::PathBuf::from(std::env::var("CHECK_DIR").unwrap());
-        let model = DiffusionModel::init(config(), SchedulerConfig::default(), 4, &Device::Cpu).unwrap();
-        model.save(&dir).unwrap();
-        let x = model.params().vars()[0].1.flatten_all().unwrap().repeat(4).unwrap();
-        let x = x.narrow(0, 0, 128).unwrap().affine(3.0, 0.1).unwrap().reshape((2, 8, 8, 1)).unwrap();
-        let labels = Tensor::new(&[2u32, 0], &Device::Cpu).unwrap();
-        let y = model.eps(&x, 977, Some(&labels)).unwrap();
-        let t = Tensor::full(977f32, 2, &Device::Cpu).unwrap();
-        let labels = labels.to_dtype(candle_core::DType::I64).unwrap();
-        let tensors = [("x", x), ("y", y), ("t", t), ("labels", labels)];
-        let tensors: std::collections::HashMap<_, _> = tensors.into_iter().collect();
-        candle_core::safetensors::save(&tensors, dir.join("check.safetensors")).unwrap();
-    }
-
-    #[test]
     fn bad_folders_are_data_errors_that_name_the_file_and_what_was_expected() {
         let dir = tempfile::tempdir().unwrap();
         let load = || DiffusionModel::load(dir.path(), &Device::Cpu).err().expect("a bad folder is refused");

@@ -1,15 +1,14 @@
-"""Opens a model folder that proxyset saved: `python check_diffusers.py DIR`.
+"""Opens a model folder of proxyset in `diffusers`: `python check_diffusers.py models/digits-ddpm`.
 
-Prints what `diffusers` makes of it. If the folder also holds `check.safetensors` (`x`: NHWC, `t`, perhaps
-`labels`, and our `y`), the outputs are compared, and a difference above 1e-4 of the scale fails.
+Fails if a tensor is missing, unexpected or misshapen; draws a few images with the folder's own scheduler.
+Written with diffusers 0.42.1 and torch 2.11.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
-from safetensors.torch import load_file
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 folder = Path(sys.argv[1])
 unet, loading = UNet2DModel.from_pretrained(folder / "unet", output_loading_info=True)
@@ -19,12 +18,13 @@ assert not faults
 pipeline = DiffusionPipeline.from_pretrained(folder)
 print(f"pipeline: {type(pipeline).__name__}, {type(pipeline.scheduler).__name__}")
 
-check = folder / "check.safetensors"
-if check.exists():
-    tensors = load_file(check)
-    labels = tensors["labels"].long() if "labels" in tensors else None
-    with torch.no_grad():
-        y = unet(tensors["x"].permute(0, 3, 1, 2), tensors["t"], class_labels=labels).sample.permute(0, 2, 3, 1)
-    error = (y - tensors["y"]).abs().max() / y.abs().max()
-    print(f"outputs differ by {error:.1e} of their scale")
-    assert error < 1e-4
+scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+scheduler.set_timesteps(50)
+classes = unet.config.num_class_embeds
+labels = torch.arange(4) % classes if classes else None
+images = torch.randn(4, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        images = scheduler.step(unet(images, t, class_labels=labels).sample, t, images).prev_sample
+print(f"4 images, pixels from {images.min():.2f} to {images.max():.2f}, mean {images.mean():.2f}")
+assert images.isfinite().all() and images.abs().max() <= 1.5
