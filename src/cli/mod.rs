@@ -64,7 +64,7 @@ struct StageArgs<S: clap::Args> {
 #[derive(Subcommand, Debug)]
 enum Verb {
     /// Run a pipeline file: what is not done yet, in order.
-    Run(run::Args),
+    Run(plan::Args),
     /// Show what `run` would do, how much, and what is done already. Writes nothing.
     Plan(plan::Args),
     /// Show the state of a run folder or of one stage's folder.

@@ -1,4 +1,4 @@
-//! `proxyset plan FILE`.
+//! `proxyset plan FILE`, and the arguments that it shares with `run`.
 
 use std::path::PathBuf;
 
@@ -12,9 +12,9 @@ use crate::{
 pub(super) struct Args {
     /// The pipeline file.
     file: PathBuf,
-    /// Plan up to this stage only.
+    /// Stop after this stage; the report then tells of what there is.
     #[arg(long)]
-    until: Option<String>,
+    pub(super) until: Option<String>,
     /// Override a setting: `--set generate.count=500`. May be repeated.
     #[arg(long, value_name = "TABLE.KEY=VALUE")]
     set: Vec<String>,
@@ -23,9 +23,17 @@ pub(super) struct Args {
     out: Option<PathBuf>,
 }
 
+impl Args {
+    /// The pipeline with its overrides, and its run folder.
+    pub(super) fn read(&self) -> Result<(PipelineFile, PathBuf)> {
+        let file = PipelineFile::read(&self.file, &self.set)?;
+        let run = self.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&file.name));
+        Ok((file, run))
+    }
+}
+
 pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
-    let file = PipelineFile::read(&args.file, &args.set)?;
-    let run = args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&file.name));
+    let (file, run) = args.read()?;
     let steps = pipeline::plan(&file, &run, args.until.as_deref())?;
     if global.json {
         return print_json(&serde_json::json!({ "schema": "proxyset.plan/1", "run": run, "steps": steps }));

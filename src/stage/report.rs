@@ -111,7 +111,7 @@ struct Evaluation {
     robust: Option<Vec<bool>>,
 }
 
-/// An arm against the baseline, `real` if it was trained.
+/// An arm against another one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct ArmComparison {
     arm: String,
@@ -185,35 +185,40 @@ fn record_of<S: Stage, T: serde::de::DeserializeOwned>(
     }
 }
 
-/// Every arm against `real`, or against the first arm if there is no `real`, over the seeds that both have.
+/// The order of arms: each is compared with every one before it. Arms of other names come last.
+const ARMS: [&str; 5] = ["real", "all", "random", "confidence", "arc"];
+
+/// Every two arms, the later one against the earlier, over the seeds that both have.
 fn compare_arms(evaluations: &[Evaluation]) -> Vec<ArmComparison> {
-    let mut arms: BTreeMap<&str, BTreeMap<u64, &Evaluation>> = BTreeMap::new();
+    let mut arms: BTreeMap<(usize, &str), BTreeMap<u64, &Evaluation>> = BTreeMap::new();
     for evaluation in evaluations {
         if let Some(train) = &evaluation.metrics.train {
-            arms.entry(&train.arm).or_default().insert(train.seed, evaluation);
+            let rank = ARMS.iter().position(|&a| a == train.arm).unwrap_or(ARMS.len());
+            arms.entry((rank, &train.arm)).or_default().insert(train.seed, evaluation);
         }
     }
-    let Some(baseline) = arms.keys().find(|a| **a == "real").or(arms.keys().next()).copied() else {
-        return Vec::new();
-    };
+    let arms: Vec<(&str, BTreeMap<u64, &Evaluation>)> =
+        arms.into_iter().map(|((_, arm), runs)| (arm, runs)).collect();
     let mut found = Vec::new();
-    for (arm, runs) in arms.iter().filter(|(arm, _)| **arm != baseline) {
-        let seeds: Vec<u64> = runs.keys().filter(|s| arms[baseline].contains_key(s)).copied().collect();
-        let pairs = || seeds.iter().map(|s| (runs[s], arms[baseline][s]));
-        if seeds.is_empty() || pairs().any(|(a, b)| a.clean.len() != b.clean.len()) {
-            continue;
+    for (i, (baseline, before)) in arms.iter().enumerate() {
+        for (arm, runs) in &arms[i + 1..] {
+            let seeds: Vec<u64> = runs.keys().filter(|s| before.contains_key(s)).copied().collect();
+            let pairs = || seeds.iter().map(|s| (runs[s], before[s]));
+            if seeds.is_empty() || pairs().any(|(a, b)| a.clean.len() != b.clean.len()) {
+                continue;
+            }
+            let (clean, base): (Vec<_>, Vec<_>) =
+                pairs().map(|(a, b)| (a.clean.clone(), b.clean.clone())).unzip();
+            let robust: Option<(Vec<_>, Vec<_>)> =
+                pairs().map(|(a, b)| Some((a.robust.clone()?, b.robust.clone()?))).collect();
+            found.push(ArmComparison {
+                arm: (*arm).into(),
+                baseline: (*baseline).into(),
+                clean: compare(&clean, &base, DRAWS, 0),
+                robust: robust.map(|(arm, base)| compare(&arm, &base, DRAWS, 0)),
+                seeds,
+            });
         }
-        let (clean, base): (Vec<_>, Vec<_>) =
-            pairs().map(|(a, b)| (a.clean.clone(), b.clean.clone())).unzip();
-        let robust: Option<(Vec<_>, Vec<_>)> =
-            pairs().map(|(a, b)| Some((a.robust.clone()?, b.robust.clone()?))).collect();
-        found.push(ArmComparison {
-            arm: (*arm).into(),
-            baseline: baseline.into(),
-            clean: compare(&clean, &base, DRAWS, 0),
-            robust: robust.map(|(arm, base)| compare(&arm, &base, DRAWS, 0)),
-            seeds,
-        });
     }
     found
 }
