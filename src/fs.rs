@@ -76,15 +76,26 @@ pub fn create_dir_all(dir: &Path) -> Result<()> {
     }
 }
 
-/// Removes what dead writers left behind in `dir`. Call it only while holding the folder's lock.
-pub fn remove_leftovers(dir: &Path) -> Result<()> {
+/// Removes what dead writers left behind in `dir` and the folders in it: those files whose final names are
+/// `ours`. Call it only while holding the lock on them.
+pub fn remove_leftovers(dir: &Path, ours: &dyn Fn(&str) -> bool) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
-        let path = entry.map_err(Error::io(dir))?.path();
-        if path.extension().is_some_and(|e| e == ASIDE) {
+        let entry = entry.map_err(Error::io(dir))?;
+        let path = entry.path();
+        if entry.file_type().map_err(Error::io(&path))?.is_dir() {
+            remove_leftovers(&path, ours)?;
+        } else if final_name(&entry.file_name().to_string_lossy()).is_some_and(ours) {
             fs::remove_file(&path).map_err(Error::io(&path))?;
         }
     }
     Ok(())
+}
+
+/// The name that a file aside was to get: `a.json` of `.a.json.123-4.partial-write`.
+fn final_name(aside: &str) -> Option<&str> {
+    let (name, _writer) =
+        aside.strip_prefix('.')?.strip_suffix(ASIDE)?.strip_suffix('.')?.rsplit_once('.')?;
+    Some(name)
 }
 
 /// Removes a folder and all in it; a folder that is not there is removed already.
@@ -211,10 +222,17 @@ mod tests {
     #[test]
     fn leftovers_of_dead_writers_go_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
-        publish(&dir.path().join("kept"), b"x").unwrap();
-        fs::write(dir.path().join(format!(".kept.1-2.{ASIDE}")), b"half").unwrap();
-        remove_leftovers(dir.path()).unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        let inner = dir.path().join("inner");
+        publish(&dir.path().join("kept.json"), b"x").unwrap();
+        publish(&inner.join("kept.json"), b"x").unwrap();
+        for name in ["kept.json", "theirs.json"] {
+            fs::write(inner.join(format!(".{name}.1-2.{ASIDE}")), b"half").unwrap();
+        }
+        remove_leftovers(dir.path(), &|name| name == "kept.json").unwrap();
+        let count = |dir: &Path| fs::read_dir(dir).unwrap().count();
+        assert_eq!((count(dir.path()), count(&inner)), (2, 2));
+        remove_leftovers(dir.path(), &|_| true).unwrap();
+        assert_eq!((count(dir.path()), count(&inner)), (2, 1));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::{
     Job, Outcome, Stage, checkpoint_interval, expect,
     fit_generator::GeneratorInfo,
     label::{bytes_of, floats},
-    shards::{PoolInfo, ShardRecord, read_record, record_file, shard_file},
+    shards::{PoolInfo, ShardRecord, read_record, record_file, shard_file, shard_number},
 };
 use crate::{
     Error, Result,
@@ -203,6 +203,8 @@ impl Stage for Generate {
         fs::publish_json(&out.join("pool.json"), &info)?;
         let run = Run { config: self, job, model, sampler, info, dir: out.join("pool") };
         fs::create_dir_all(&run.dir)?;
+        let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
+        fs::remove_leftovers(&run.dir, &ours)?;
         let rows = |shard: usize| self.rows(shard).end - self.rows(shard).start;
         let bar = Progress::new(Self::NAME, share.clone().map(rows).sum(), "images");
         for shard in share {

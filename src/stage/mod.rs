@@ -71,6 +71,8 @@ pub const NAMES: &[&str] = &[
 const FORMAT: u32 = 1;
 const CONFIG: &str = "config.toml";
 const DONE: &str = "done.json";
+/// The lock on all of a stage's folder; see [`Job::open`].
+const WHOLE: &str = "run";
 
 /// A stage; see the module.
 pub trait Stage: clap::Args + Serialize + DeserializeOwned + Default + Clone + 'static {
@@ -112,15 +114,16 @@ pub struct Job {
 }
 
 impl Job {
-    /// Makes the output folder if need be, locks it as `lock`, and returns it.
+    /// Makes the output folder if need be, locks it as `lock`, and returns it. `run` is the lock on all of the
+    /// folder: under it what dead writers left is removed. Who locks a share looks after that share.
     ///
     /// The first thing that a stage writes; until then a failure leaves nothing behind. The lock is held
-    /// until the guard is dropped. The lock `run` is for the whole folder: what dead writers left is removed.
+    /// until the guard is dropped.
     pub fn open(&self, lock: &str) -> Result<(&Path, fs::Lock)> {
         fs::create_dir_all(&self.out)?;
         let guard = fs::Lock::acquire(&self.out, lock)?;
-        if lock == "run" {
-            fs::remove_leftovers(&self.out)?;
+        if lock == WHOLE {
+            fs::remove_leftovers(&self.out, &|_| true)?;
         }
         let path = self.out.join(CONFIG);
         if !path.exists() {

@@ -68,6 +68,11 @@ pub(super) fn record_file(dir: &Path, shard: usize) -> PathBuf {
     dir.join(format!("shard-{shard:05}.json"))
 }
 
+/// The shard that a file with this name is of.
+pub(super) fn shard_number(file: &str) -> Option<usize> {
+    file.strip_prefix("shard-")?.split_once('.')?.0.parse().ok()
+}
+
 /// The record of a shard, if the shard is there.
 pub(super) fn read_record(dir: &Path, shard: usize) -> Result<Option<ShardRecord>> {
     let path = record_file(dir, shard);
@@ -177,7 +182,6 @@ pub(super) fn for_each_shard(
     mut work: impl FnMut(usize, &PoolShard, &Parts, &Progress) -> Result<RecordBatch>,
 ) -> Result<()> {
     fs::create_dir_all(dir)?;
-    fs::remove_leftovers(dir)?;
     let bar = Progress::new(what, pool.info.count, "images");
     for shard in 0..pool.info.shards {
         if let Some(record) = read_record(dir, shard)?
