@@ -50,10 +50,14 @@ pub fn publish(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Writes `value` as indented JSON with a final newline, all or nothing.
 pub fn publish_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value)
+    publish(path, json_text(path, value)?.as_bytes())
+}
+
+/// What [`publish_json`] writes.
+pub fn json_text(path: &Path, value: &impl serde::Serialize) -> Result<String> {
+    let text = serde_json::to_string_pretty(value)
         .map_err(|e| Error::Alarm(format!("{}: cannot be written as JSON: {e}", path.display())))?;
-    text.push('\n');
-    publish(path, text.as_bytes())
+    Ok(text + "\n")
 }
 
 /// Reads JSON. A file that does not parse is [`Error::Data`].

@@ -330,6 +330,15 @@ pub struct Done {
     pub summary: Value,
     /// Every file of the folder.
     pub files: Vec<FileRecord>,
+    /// The BLAKE3 of this file with an empty seal: it vouches for the others, this vouches for it.
+    #[serde(default)]
+    pub seal: String,
+}
+
+/// [`Done::seal`] of a record's `text`, in which `found` is the seal.
+fn seal(text: &str, found: &str) -> String {
+    let unsealed = text.replacen(&format!(r#""seal": "{found}""#), r#""seal": """#, 1);
+    blake3::hash(unsealed.as_bytes()).to_hex().to_string()
 }
 
 /// One file, as it was written.
@@ -346,8 +355,8 @@ pub struct FileRecord {
 /// Reads a stage folder's `config.toml`.
 pub fn read_config(dir: &Path) -> Result<FolderConfig> {
     let path = dir.join(CONFIG);
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    toml::from_str(&text)
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    toml::from_slice(&bytes)
         .map_err(|e| Error::Data(format!("{}: not a stage's configuration: {e}", path.display())))
 }
 
@@ -450,11 +459,12 @@ pub fn execute(
         Outcome::Partial(summary) => Ok(summary),
         Outcome::Done(summary) => {
             let mut files = Vec::new();
-            for file in files_below(out)? {
+            // Another process that made the last shard with us may have written its record of the same work.
+            for file in files_below(out)?.into_iter().filter(|file| file != Path::new(DONE)) {
                 let (blake3, bytes) = fs::hash_file(&out.join(&file))?;
                 files.push(FileRecord { path: file.to_string_lossy().into_owned(), bytes, blake3 });
             }
-            let done = Done {
+            let mut done = Done {
                 schema: "proxyset.done/1".into(),
                 stage: stage.name().into(),
                 fingerprint: job.fingerprint,
@@ -463,7 +473,9 @@ pub fn execute(
                 seconds: started.elapsed().as_secs_f64(),
                 summary,
                 files,
+                seal: String::new(),
             };
+            done.seal = seal(&fs::json_text(&out.join(DONE), &done)?, "");
             fs::publish_json(&out.join(DONE), &done)?;
             Ok(done.summary)
         }
@@ -499,6 +511,11 @@ fn config_text(stage: &dyn AnyStage, fingerprint: &str, inputs: &[(&'static str,
 /// Verifies every file of a finished stage's folder against `done.json`. Returns the problems found.
 pub fn verify_files(dir: &Path, done: &Done) -> Result<Vec<String>> {
     let mut problems = Vec::new();
+    let record = dir.join(DONE);
+    let text = std::fs::read_to_string(&record).map_err(Error::io(&record))?;
+    if seal(&text, &done.seal) != done.seal {
+        problems.push(format!("{}: its bytes are not those that its seal is of", record.display()));
+    }
     for file in &done.files {
         let path = dir.join(&file.path);
         match fs::hash_file(&path) {
