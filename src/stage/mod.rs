@@ -237,10 +237,16 @@ pub fn fingerprint(stage: &dyn AnyStage, inputs: &[(&'static str, String)]) -> S
 }
 
 /// The fingerprint of something that a stage reads: a stage's folder, another folder or file, a data source.
+///
+/// Fails with [`Error::Usage`] if it is the folder of a stage that is not finished.
 pub fn input_fingerprint(input: &str) -> Result<String> {
     let path = Path::new(input);
     if path.join(CONFIG).is_file() {
-        return Ok(read_config(path)?.fingerprint);
+        let config = read_config(path)?;
+        if !path.join(DONE).is_file() {
+            bail!(Usage, "input '{input}' is not finished; run its {} again first", config.stage);
+        }
+        return Ok(config.fingerprint);
     }
     if path.is_dir()
         && ["config.json", "model_index.json", "manifest.json"].iter().any(|f| path.join(f).is_file())
