@@ -135,7 +135,7 @@ fn gpu_class(device: &Device) -> String {
         "cuda-sm{}{}-cudnn{}",
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-        candle_core::cuda_backend::cudarc::cudnn::get_version(),
+        candle_core::cuda_backend::cudarc::cudnn::result::get_version(),
     )
 }
 

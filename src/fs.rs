@@ -6,6 +6,7 @@
 
 use std::{
     fs::{self, File},
+    hash::{BuildHasher, Hasher, RandomState},
     io::{Read, Write},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -25,13 +26,12 @@ pub fn publish_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) ->
     let parent = parent_of(path);
     create_dir_all(parent)?;
     let nonce = NONCE.fetch_add(1, Ordering::Relaxed);
-    let aside = parent.join(format!(
-        ".{}.{}-{nonce}.{ASIDE}",
-        path.file_name().unwrap_or_default().to_string_lossy(),
-        std::process::id(),
-    ));
+    // Processes on several machines may share a folder, so neither pid nor counter tells writers apart.
+    let random = RandomState::new().build_hasher().finish();
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = parent.join(format!(".{name}.{random:016x}-{nonce}.{ASIDE}"));
     let written = (|| {
-        let mut file = File::create(&aside).map_err(Error::io(path))?;
+        let mut file = File::create_new(&aside).map_err(Error::io(path))?;
         write(&mut file)?;
         file.sync_all().map_err(Error::io(path))?;
         fs::rename(&aside, path).map_err(Error::io(path))?;

@@ -1,7 +1,7 @@
 //! Intervals: proportions, and paired comparisons of training arms.
 
 use serde::{Deserialize, Serialize};
-use statrs::distribution::{Beta, ContinuousCDF};
+use statrs::distribution::{Beta, ContinuousCDF, StudentsT};
 
 use crate::rng::{Stream, stream};
 
@@ -19,58 +19,71 @@ pub fn clopper_pearson(x: u64, n: u64, alpha: f64) -> [f64; 2] {
 pub struct Comparison {
     /// Mean over seeds of the accuracy of the arm minus that of the baseline.
     pub difference: f64,
-    /// 95 % interval: paired hierarchical bootstrap, images within seeds.
+    /// 95 % interval.
     pub interval: [f64; 2],
     /// Standard error of the difference.
     pub se: f64,
     /// The smallest true difference that this design would find significant four times in five:
-    /// `(1.96 + 0.84) · se`.
+    /// `(t + 0.84) · se`, with `t` that of the interval.
     pub resolvable: f64,
     /// The interval excludes 0. If not, "not resolved" is the result.
     pub resolved: bool,
 }
 
-/// Compares two arms by the paired hierarchical bootstrap: seeds are drawn with replacement, then images
-/// within; both arms share each draw. Seeds and images are never pooled as independent.
+/// Compares two arms on the same seeds and test images. Seeds and images are never pooled as independent.
+///
+/// The variance has two parts: that of the images, by a paired bootstrap that draws the same images for every
+/// seed and both arms, and that between seeds. The interval is Student's, with Satterthwaite's degrees of
+/// freedom, since few seeds say little about the variance between seeds; with one seed nothing is resolved.
 ///
 /// `arm[s][i]`, `baseline[s][i]`: seed `s` was right on image `i`. Both must have the same shape.
 pub fn compare(arm: &[Vec<bool>], baseline: &[Vec<bool>], draws: usize, seed: u64) -> Comparison {
     let (seeds, images) = (arm.len(), arm[0].len());
     let delta = |s: usize, i: usize| f64::from(u8::from(arm[s][i])) - f64::from(u8::from(baseline[s][i]));
-    let difference =
-        (0..seeds).flat_map(|s| (0..images).map(move |i| delta(s, i))).sum::<f64>() / (seeds * images) as f64;
-    let mut sampled: Vec<f64> = (0..draws)
-        .map(|b| {
-            let mut stream = Stream::new(seed, b as u64, stream::BOOTSTRAP);
-            // Images are crossed with seeds, not nested: the same test image is met by every seed.
-            let drawn: Vec<usize> = (0..images).map(|_| stream.below(images)).collect();
-            let sum: f64 = (0..seeds)
-                .map(|_| {
-                    let s = stream.below(seeds);
-                    drawn.iter().map(|&i| delta(s, i)).sum::<f64>()
-                })
-                .sum();
-            sum / (seeds * images) as f64
-        })
-        .collect();
-    sampled.sort_by(f64::total_cmp);
-    let mean = sampled.iter().sum::<f64>() / draws as f64;
-    let bootstrap_variance = sampled.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (draws - 1) as f64;
-    // Drawing S seeds from S understates the variance between seeds by (S − 1)/S: with three seeds by a third.
+    let by_image: Vec<f64> =
+        (0..images).map(|i| (0..seeds).map(|s| delta(s, i)).sum::<f64>() / seeds as f64).collect();
     let by_seed: Vec<f64> =
         (0..seeds).map(|s| (0..images).map(|i| delta(s, i)).sum::<f64>() / images as f64).collect();
-    let between = by_seed.iter().map(|d| (d - difference).powi(2)).sum::<f64>() / (seeds.max(2) - 1) as f64;
-    let se = (bootstrap_variance + between / (seeds * seeds) as f64).sqrt();
-    let widen = se / bootstrap_variance.sqrt().max(1e-12);
-    let quantile = |p: f64| sampled[((draws - 1) as f64 * p).round() as usize];
-    let interval = [0.025, 0.975].map(|p| difference + (quantile(p) - mean) * widen);
+    let difference = by_seed.iter().sum::<f64>() / seeds as f64;
+    let drawn: Vec<f64> = (0..draws)
+        .map(|b| {
+            let mut stream = Stream::new(seed, b as u64, stream::BOOTSTRAP);
+            (0..images).map(|_| by_image[stream.below(images)]).sum::<f64>() / images as f64
+        })
+        .collect();
+    let (images_variance, seeds_variance) = (variance(&drawn), variance(&by_seed) / seeds as f64);
+    let se = (images_variance + seeds_variance).sqrt();
+    let t = student_975(&[(images_variance, images - 1), (seeds_variance, seeds - 1)]);
+    let interval = [difference - t * se, difference + t * se];
     Comparison {
         difference,
         interval,
         se,
-        resolvable: (1.96 + 0.84) * se,
-        resolved: interval[0] > 0.0 || interval[1] < 0.0,
+        resolvable: (t + 0.84) * se,
+        resolved: seeds > 1 && (interval[0] > 0.0 || interval[1] < 0.0),
     }
+}
+
+/// Sample variance; 0 for fewer than two values.
+pub fn variance(values: &[f64]) -> f64 {
+    if values.len() < 2 {
+        return 0.0;
+    }
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0)
+}
+
+/// The 97.5 % quantile of Student's t for a sum of variances, each with its degrees of freedom: the sum's are
+/// Satterthwaite's (1946), `(Σ v)² / Σ (v² / df)`. Parts that are 0 say nothing.
+pub fn student_975(parts: &[(f64, usize)]) -> f64 {
+    let total: f64 = parts.iter().map(|(v, _)| v).sum();
+    let spread: f64 = parts.iter().filter(|(v, _)| *v > 0.0).map(|(v, df)| v * v / (*df).max(1) as f64).sum();
+    let df = if spread > 0.0 { total * total / spread } else { f64::INFINITY };
+    if df > 1e6 {
+        return 1.959_963_984_540_054;
+    }
+    StudentsT::new(0.0, 1.0, df).map_or(f64::NAN, |d| d.inverse_cdf(0.975))
 }
 
 #[cfg(test)]
@@ -103,6 +116,39 @@ mod tests {
         assert!(found.resolved && (found.difference - 0.3).abs() < 0.06, "{found:?}");
         let same = compare(&good, &good, 500, 0);
         assert!(!same.resolved && same.difference == 0.0);
+    }
+
+    /// Arms that differ by the luck of their seed alone: a seed moves the accuracy by ±10 points.
+    #[test]
+    fn seed_noise_alone_is_resolved_about_one_time_in_twenty() {
+        let resolved = (0..400)
+            .filter(|&k| {
+                let arm = |base: u64| -> Vec<Vec<bool>> {
+                    let mut luck = Stream::new(base, 1 << 40, stream::BOOTSTRAP);
+                    (0..3)
+                        .flat_map(|s| {
+                            let normal = (0..12).map(|_| luck.uniform()).sum::<f64>() - 6.0;
+                            simulated(0.6 + 0.1 * normal, 1, 200, base * 1000 + s)
+                        })
+                        .collect()
+                };
+                compare(&arm(1 + 2 * k), &arm(2 + 2 * k), 100, k).resolved
+            })
+            .count();
+        assert!((4..=40).contains(&resolved), "{resolved} of 400");
+    }
+
+    #[test]
+    fn one_seed_resolves_nothing() {
+        assert!(!compare(&simulated(0.9, 1, 400, 1), &simulated(0.1, 1, 400, 2), 100, 0).resolved);
+    }
+
+    /// t tables: 12.706 at 1 degree of freedom, 4.303 at 2; the normal's at infinity.
+    #[test]
+    fn student_quantiles_are_those_of_the_tables() {
+        assert!((student_975(&[(1.0, 1)]) - 12.706).abs() < 1e-3);
+        assert!((student_975(&[(2.0, 2), (0.0, 7)]) - 4.303).abs() < 1e-3);
+        assert!((student_975(&[(0.0, 1)]) - 1.960).abs() < 1e-3);
     }
 
     #[test]

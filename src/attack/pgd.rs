@@ -1,6 +1,6 @@
 //! Projected gradient ascent on the cross-entropy (Madry et al. 2018, §2.1).
 
-use candle_core::{Tensor, Var};
+use candle_core::{D, Tensor, Var};
 
 use super::{Epsilon, Norm, Threat};
 use crate::{Result, kernels, rng};
@@ -125,7 +125,10 @@ pub fn pgd(
         if config.restarts == 1 {
             return Ok(x_adv);
         }
-        let loss = kernels::cross_entropy(&logits_of(&x_adv)?, labels)?.detach();
+        // Wrong beats right, whatever the loss: with more than two classes a right answer can cost more.
+        let logits = logits_of(&x_adv)?.detach();
+        let wrong = logits.argmax(D::Minus1)?.ne(labels)?.to_dtype(logits.dtype())?;
+        let loss = (kernels::cross_entropy(&logits, labels)? + (wrong * 1e6)?)?;
         worst = Some(match worst {
             None => (x_adv, loss),
             Some((worst_x, worst_loss)) => {

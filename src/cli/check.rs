@@ -52,6 +52,9 @@ pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
             serde_json::json!({ "folder": step.folder, "files": done.files.len(), "dataset_rows": rows }),
         );
     }
+    if checked.is_empty() {
+        problems.push(format!("{}: no stage is finished, so there is nothing to check", args.dir.display()));
+    }
     if !problems.is_empty() {
         return Err(Error::Data(format!("{} problems found:\n  {}", problems.len(), problems.join("\n  "))));
     }

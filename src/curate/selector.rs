@@ -36,7 +36,7 @@ impl Selector {
             .map(|&n| match (arm, quota) {
                 (Arm::All, _) => n as usize,
                 (_, Quota::PerClass(k)) => k,
-                (_, Quota::Fraction(f)) => (n as f64 * f).ceil() as usize,
+                (_, Quota::Fraction(f)) => (n as f64 * f - 1e-9).ceil() as usize,
             })
             .collect();
         Self::with_limits(arm, seed, limits)

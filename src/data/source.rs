@@ -203,11 +203,11 @@ impl Source {
         loader.finish(&format!("{self}, split {split}"))
     }
 
-    /// Whether the data set has this split.
+    /// Whether the data set has this split, be it damaged.
     pub fn has(&self, split: Split) -> bool {
         match self {
             Self::Digits => true,
-            Self::Path(path) => files(path, split).is_ok(),
+            Self::Path(path) => !matches!(files(path, split), Err(Error::Usage(_))),
         }
     }
 

@@ -51,22 +51,20 @@ impl Checkpoints {
         fs::publish(&newest, &bytes)
     }
 
-    /// The newest state that can be read, if there is any, with its tensors on `device`.
+    /// The newest state that is whole, if there is any, with its tensors on `device`. Fails if all are damaged.
     pub fn load<S: DeserializeOwned>(&self, device: &Device) -> Result<Option<(S, Named)>> {
+        let mut damaged = None;
         for path in [self.newest(), self.previous()].into_iter().filter(|p| p.exists()) {
             match read(&path, device) {
                 Ok(found) => return Ok(Some(found)),
-                Err(e) => {
+                Err(e @ Error::Data(_)) => {
                     progress::note(&format!("checkpoint cannot be used, taking the one before it: {e}"));
+                    damaged = Some(e);
                 }
+                Err(e) => return Err(e),
             }
         }
-        Ok(None)
-    }
-
-    /// Removes all states: the training is finished and its result is published.
-    pub fn clear(&self) -> Result<()> {
-        fs::remove_dir_all(&self.dir)
+        damaged.map_or(Ok(None), Err)
     }
 
     fn newest(&self) -> PathBuf {
@@ -115,8 +113,12 @@ mod tests {
         let bytes = std::fs::read(&newest).unwrap();
         std::fs::write(&newest, &bytes[..bytes.len() - 3]).unwrap();
         assert_eq!(checkpoints.load::<u32>(&Device::Cpu)?.unwrap().0, 1);
-        checkpoints.clear()?;
-        assert!(checkpoints.load::<u32>(&Device::Cpu)?.is_none());
+        std::fs::write(checkpoints.previous(), b"x").unwrap();
+        assert_eq!(
+            checkpoints.load::<u32>(&Device::Cpu).unwrap_err().exit_code(),
+            65,
+            "never from the start again"
+        );
         Ok(())
     }
 }

@@ -43,6 +43,10 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
         })?,
     };
     let mut graph = Graph { file, run, nodes: Vec::new(), last };
+    if file.experiment.is_some() && file.table("train").contains_key("data") {
+        return Err(file
+            .error("train", &"data is set, but [experiment] gives each arm its own; expected one of them"));
+    }
     let split = graph.add::<Split>("split", &[])?;
     let real = [("split", split.clone())];
 
@@ -76,7 +80,8 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
         ("discriminators", discriminators),
     ];
     let scores = graph.add::<Score>("score", &judged)?;
-    let arc = graph.add::<Arc>("arc", &judged)?;
+    let attacked = [("split", split.clone()), ("pool", pool.clone()), judged[3].clone()];
+    let arc = graph.add::<Arc>("arc", &attacked)?;
 
     let curated = |graph: &mut Graph, arm: Option<Arm>, seed: Option<u64>| -> Result<(PathBuf, PathBuf)> {
         let suffix = arm.map(|a| format!(" {a}")).unwrap_or_default()
@@ -190,9 +195,8 @@ impl Graph<'_> {
         let name = |verb: &str| format!("{verb} {suffix}").trim_end().to_owned();
         let model = self.add_with::<Train>(&name("train"), "train", &inputs, &seed, None)?;
         let source = self.resolve::<Split>("split", &[], &[])?.source.to_string();
-        let extra = [("data", Value::String(source))];
-        let metrics =
-            self.add_with::<Evaluate>(&name("evaluate"), "evaluate", &[("model", model)], &extra, None)?;
+        let inputs = [("model", model), ("data", PathBuf::from(source))];
+        let metrics = self.add_with::<Evaluate>(&name("evaluate"), "evaluate", &inputs, &[], None)?;
         Ok(if self.wants(Evaluate::NAME) { vec![metrics] } else { Vec::new() })
     }
 

@@ -8,10 +8,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::rng::{Stream, stream};
-
-/// Standard normal quantile of a two-sided 95 % interval.
-const Z95: f64 = 1.959_963_984_540_054;
+use crate::{
+    rng::{Stream, stream},
+    stats::{student_975, variance},
+};
 
 /// What one set of discriminators (one network per radius) did on images that it had not seen.
 #[derive(Clone, Debug)]
@@ -46,7 +46,7 @@ pub struct Estimate {
     pub arc: f64,
     /// The area as measured, which sampling can make negative.
     pub signed: f64,
-    /// 95 % interval of the signed area.
+    /// 95 % interval of the signed area: Student's, with Satterthwaite's degrees of freedom.
     pub interval: [f64; 2],
     /// Standard error from the images: bootstrap, jointly over all radii, stratified by source and class.
     pub se_images: f64,
@@ -101,6 +101,8 @@ pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u6
     let areas: Vec<f64> = draws.iter().map(|c| area(c, epsilons)).collect();
     let (se_images, se_sets) = (sd(&areas), sd(&signed_by_set) / (sets.len() as f64).sqrt());
     let se = se_images.hypot(se_sets);
+    let images = sets.iter().map(|s| s.synthetic.len()).sum::<usize>();
+    let t = student_975(&[(se_images.powi(2), images - 1), (se_sets.powi(2), sets.len() - 1)]);
     let se_of = |f: &dyn Fn(&[f64]) -> f64| {
         let images = sd(&draws.iter().map(|c| f(c)).collect::<Vec<_>>());
         let sets = sd(&curves.iter().map(|c| f(c)).collect::<Vec<_>>()) / (sets.len() as f64).sqrt();
@@ -128,7 +130,7 @@ pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u6
     Estimate {
         arc: signed.max(0.0),
         signed,
-        interval: [signed - Z95 * se, signed + Z95 * se],
+        interval: [signed - t * se, signed + t * se],
         se_images,
         se_sets,
         signed_by_set,
@@ -185,12 +187,7 @@ fn mean_of(curves: &[Vec<f64>]) -> Vec<f64> {
 
 /// Sample standard deviation; 0 for fewer than two values.
 fn sd(values: &[f64]) -> f64 {
-    if values.len() < 2 {
-        return 0.0;
-    }
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
+    variance(values).sqrt()
 }
 
 #[cfg(test)]

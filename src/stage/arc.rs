@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Label, Outcome, Split, Stage,
+    Job, Outcome, Split, Stage,
     accuracy::correct,
     expect, finished_input,
     fit_discriminator::{Discriminators, relabel, spread},
@@ -30,7 +30,7 @@ use crate::{
 /// Estimates ARC: each ranking set's accuracy under attack on images that it has seen in no way before.
 ///
 /// Real images: the proxy folds on which the set was not stopped. Synthetic images: held-out pool images of
-/// other folds. Both sides in equal numbers.
+/// other folds. Both sides in equal numbers. ARC is blind to labels: see the agreement that label reports.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Arc {
@@ -40,9 +40,6 @@ pub struct Arc {
     /// The folder of a finished generate.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// The folder of a finished label: ARC is blind to labels, so their agreement is reported beside it.
-    #[arg(long)]
-    pub labels: Option<PathBuf>,
     /// The folder of a finished fit-discriminator.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
@@ -80,8 +77,6 @@ pub struct ArcRecord {
     pub epsilons: Vec<Epsilon>,
     /// The attack.
     pub attack: serde_json::Value,
-    /// Share of the pool whose label the classifier shares; ARC is blind to labels.
-    pub label_agreement: Option<f64>,
 }
 
 impl Arc {
@@ -95,7 +90,7 @@ impl Arc {
 
 impl Stage for Arc {
     const NAME: &'static str = "arc";
-    const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators"];
+    const INPUTS: &'static [&'static str] = &["split", "pool", "discriminators"];
 
     fn validate(&self) -> Result<()> {
         self.attack(Norm::Linf, Epsilon::default())?;
@@ -116,13 +111,6 @@ impl Stage for Arc {
         let discriminators =
             Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
-        let label_agreement = match &self.labels {
-            None => None,
-            Some(_) => {
-                let dir = finished_input::<Label>("labels", self.labels.as_deref())?;
-                super::read_done(&dir)?.and_then(|d| d.summary["agreement"].as_f64())
-            }
-        };
         let folds = discriminators.record.folds;
         let real_parts: Vec<Dataset> = (0..folds).map(|set| real.proxy_measure(set, folds)).collect();
         let wanted: Vec<usize> = real_parts.iter().map(|d| d.len().min(self.max_images)).collect();
@@ -135,7 +123,7 @@ impl Stage for Arc {
             );
         }
         let (out, _lock) = job.open("run")?;
-        let parts = fs::Parts::new(out.join(".parts"));
+        let parts = fs::Parts::new(job.hidden(out, "parts"));
         let radii: Vec<f64> = discriminators.record.epsilons.iter().map(|e| e.get()).collect();
         let total: usize = (0..folds).map(|s| 2 * wanted[s].min(synthetic[s].len()) * radii.len()).sum();
         let bar = Progress::new(Self::NAME, total as u64, "attacked images");
@@ -169,11 +157,9 @@ impl Stage for Arc {
                 "step_size_times_steps_over_epsilon": self.attack_step_ratio,
                 "restarts": self.restarts,
             }),
-            label_agreement,
             estimate,
         };
         fs::publish_json(&out.join("arc.json"), &record)?;
-        parts.clear()?;
         let e = &record.estimate;
         note(self, &format!("ARC {:.5}, 95 % interval {:.5} to {:.5}", e.arc, e.interval[0], e.interval[1]));
         let summary = serde_json::to_value(&record)

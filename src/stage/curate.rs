@@ -126,13 +126,18 @@ impl Row {
 struct ScoreTables {
     dir: PathBuf,
     shards: usize,
+    classes: usize,
 }
 
 impl ScoreTables {
     fn open(folder: &Path) -> Result<Self> {
-        let dir = folder.join("scores");
-        let shards = (0..).take_while(|&shard| shards::record_file(&dir, shard).is_file()).count();
-        Ok(Self { dir, shards })
+        let count = |key: &str| -> Result<usize> {
+            let found = super::read_done(folder)?.and_then(|d| d.summary[key].as_u64());
+            let missing =
+                || Error::Data(format!("{}: done.json does not say the number of {key}", folder.display()));
+            found.map(|n| n as usize).ok_or_else(missing)
+        };
+        Ok(Self { dir: folder.join("scores"), shards: count("shards")?, classes: count("classes")? })
     }
 
     fn read(&self, shard: usize) -> Result<Vec<Row>> {
@@ -159,7 +164,7 @@ impl ScoreTables {
         let (agrees, in_train, in_test) = (truth(s::AGREES)?, truth(s::IN_TRAIN)?, truth(s::IN_TEST)?);
         let mut rows = Vec::with_capacity(uids.len());
         for (i, (uid, hash)) in uids.into_iter().zip(hashes).enumerate() {
-            let label = u32::try_from(labels[i]).ok().filter(|&l| l < 1 << 20);
+            let label = u32::try_from(labels[i]).ok().filter(|&l| (l as usize) < self.classes);
             let label = label.ok_or_else(|| {
                 Error::Data(format!(
                     "score table of shard {shard}, {uid}: label is {}, expected a class",
@@ -226,9 +231,8 @@ impl Stage for Curate {
         };
 
         // Pass 1: how many of each class pass the gates. Pass 2: the selector. Pass 3: the tables.
-        let mut passing: Vec<u64> = Vec::new();
+        let mut passing = vec![0u64; tables.classes];
         tables.for_each(|_, _, row, duplicate| {
-            passing.resize(passing.len().max(row.label as usize + 1), 0);
             passing[row.label as usize] += u64::from(gates.refuse(&row.candidate(duplicate)).is_none());
             Ok(())
         })?;

@@ -155,7 +155,7 @@ impl Stage for Evaluate {
         let train = if trained.is_file() { Some(fs::read_json(&trained)?) } else { None };
 
         let (out, _lock) = job.open("run")?;
-        let parts = fs::Parts::new(out.join(".parts"));
+        let parts = fs::Parts::new(job.hidden(out, "parts"));
         let logits_of = |x: &candle_core::Tensor| classifier.logits(x);
         let attacked = self.attack == AttackKind::Pgd;
         let bar = Progress::new(Self::NAME, data.len() as u64 * (1 + u64::from(attacked)), "images");
@@ -220,7 +220,6 @@ impl Stage for Evaluate {
         )?;
         table::write(&out.join("images.parquet"), &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[])?;
         fs::publish_json(&out.join("metrics.json"), &metrics)?;
-        parts.clear()?;
         Ok(Outcome::Done(json!(metrics)))
     }
 }

@@ -226,7 +226,7 @@ impl FitDiscriminator {
         let averaged = Classifier::init(config, seed, &job.device)?;
         let tracked = net.tracked()?;
         let optimizer = Adam::new(AdamConfig { weight_decay: self.weight_decay, ..AdamConfig::default() });
-        let checkpoint = out.join(format!(".{path}"));
+        let checkpoint = job.hidden(out, &path);
         let mut trainer = Trainer::resume(checkpoint, net.params(), Box::new(optimizer), self.ema_decay)?;
         bar.skip(trainer.step() as u64);
         let lr = LrSchedule {
@@ -265,7 +265,7 @@ impl FitDiscriminator {
                 };
                 Ok((losses.sum_all()? / (2 * half) as f64)?)
             };
-            let loss = trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
+            trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
                 let accuracy = trainer.consider(averaged.params(), || {
                     let right = correct(
@@ -278,7 +278,7 @@ impl FitDiscriminator {
                     )?;
                     Ok(right.iter().filter(|&&r| r).count() as f64 / right.len() as f64)
                 })?;
-                trainer.log(json!({ "step": trainer.step(), "loss": loss, "stop_accuracy": accuracy }));
+                trainer.log(json!({ "stop_accuracy": accuracy }));
             }
             bar.add(1);
             trainer.end_step()?;
@@ -300,7 +300,6 @@ impl FitDiscriminator {
         let calibration = Calibration::fit(&of(REAL), &of(SYNTHETIC));
         let record = NetRecord { path, epsilon, stop_accuracy, kept_step, calibration };
         fs::publish_json(&record_path, &record)?;
-        trainer.finish()?;
         Ok(record)
     }
 }
@@ -311,6 +310,11 @@ impl Stage for FitDiscriminator {
 
     fn validate(&self) -> Result<()> {
         expect("folds", self.folds, 2, 64)?;
+        expect("groups", self.groups, 1, 4096)?;
+        if self.channels.is_empty() || self.channels.iter().any(|c| *c == 0 || !c.is_multiple_of(self.groups))
+        {
+            bail!(Usage, "channels is {:?}, expected multiples of groups = {}", self.channels, self.groups);
+        }
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 2, 1 << 20)?;
         expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;

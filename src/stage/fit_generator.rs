@@ -192,7 +192,7 @@ impl Stage for FitGenerator {
         let (out, _lock) = job.open("run")?;
         let optimizer = Box::new(Adam::new(AdamConfig::default()));
         let mut trainer =
-            Trainer::resume(out.join(".checkpoint"), model.params(), optimizer, self.ema_decay)?;
+            Trainer::resume(job.hidden(out, "checkpoint"), model.params(), optimizer, self.ema_decay)?;
         let lr = LrSchedule {
             peak: self.learning_rate,
             warmup_steps: self.warmup_steps,
@@ -203,7 +203,6 @@ impl Stage for FitGenerator {
         let settings = Augment { pad: 0, flip: self.flip };
         let bar = Progress::new(Self::NAME, self.steps as u64, "steps");
         bar.skip(trainer.step() as u64);
-        let mut losses = Vec::new();
         while trainer.step() < self.steps {
             let step = trainer.step();
             let contribution = |slots: std::ops::Range<usize>| -> Result<Tensor> {
@@ -229,11 +228,9 @@ impl Stage for FitGenerator {
                     eps_mse(&schedule, &x, &t, &noise, &|x, t| network.forward(x, t, classes.as_ref()))?;
                 Ok((loss * (n as f64 / self.batch as f64))?)
             };
-            losses.push(trainer.advance(lr.at(step), Some(self.grad_clip), self.batch, &contribution)?);
+            trainer.advance(lr.at(step), Some(self.grad_clip), self.batch, &contribution)?;
             if trainer.step().is_multiple_of(log_every) {
-                let loss = losses.iter().sum::<f64>() / losses.len() as f64;
-                losses.clear();
-                trainer.log(json!({ "step": trainer.step(), "loss": loss, "learning_rate": lr.at(step) }));
+                trainer.log(json!({ "learning_rate": lr.at(step) }));
             }
             bar.add(1);
             trainer.end_step()?;
@@ -259,7 +256,6 @@ impl Stage for FitGenerator {
         fs::publish_json(&out.join(GeneratorInfo::FILE), &info)?;
         averaged.save(out)?;
         note(self, &format!("last loss {}", summary["last"]["loss"]));
-        trainer.finish()?;
         Ok(Outcome::Done(summary))
     }
 }

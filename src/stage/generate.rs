@@ -296,7 +296,7 @@ impl Run<'_> {
             bar.skip(record.rows);
             return Ok(());
         }
-        let parts = Parts::new(self.dir.join(format!(".shard-{shard:05}.parts")));
+        let parts = Parts::new(self.job.hidden(&self.dir, &format!("shard-{shard:05}")));
         let micro = self.config.micro_batch as u64;
         let firsts: Vec<u64> = rows.clone().step_by(micro as usize).collect();
         let one = |&first: &u64| self.micro_batch(first, (first + micro).min(rows.end), &parts, bar);
@@ -407,7 +407,8 @@ impl Run<'_> {
         if again.blake3 != record.blake3 {
             bail!(
                 Alarm,
-                "shard {shard} came out as {}, but its record says {}; both are kept, the new one as {}",
+                "shard {shard} came out as {}, but its record says {}: a disk, a program or a file is wrong; the new one is kept \
+                 as {}, and is taken if the record is deleted",
                 &again.blake3[..16],
                 &record.blake3[..16],
                 name(".again")

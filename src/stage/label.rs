@@ -159,7 +159,8 @@ fn agreement(pool: &Pool, dir: &std::path::Path, classes: usize) -> Result<serde
     Ok(json!({
         "images": total,
         "conditional": pool.info.conditional,
-        "agreement": right as f64 / total as f64,
+        // Nothing to agree with where the classifier gave the labels.
+        "agreement": pool.info.conditional.then_some(right as f64 / total as f64),
         "agreement_by_class": agreed.iter().zip(&counts).map(|(a, n)| *a as f64 / (*n).max(1) as f64).collect::<Vec<_>>(),
         "mean_confidence": confidence / total as f64,
         "by_class": counts,

@@ -83,7 +83,7 @@ impl Stage for Materialize {
         }
         let (out, _lock) = job.open("run")?;
         let dataset = out.join("dataset");
-        let work = Parts::new(out.join(".parts"));
+        let work = Parts::new(job.hidden(out, "parts"));
         let order = Permutation::new(self.seed, u64::from(stream::ORDER), selected.len() as u64);
         let rows: Vec<&Selected> =
             (0..selected.len()).map(|i| &selected[order.at(i as u64) as usize]).collect();
@@ -107,7 +107,6 @@ impl Stage for Materialize {
         self.card(&pool, &record, &parts, &entries).write(&dataset)?;
         Manifest::new(pool.info.shape, parts.class_names.clone(), entries, provenance).write(&dataset)?;
         let report = check_dataset(&dataset)?;
-        work.clear()?;
         Ok(Outcome::Done(json!({
             "rows": report.rows,
             "files": report.files,

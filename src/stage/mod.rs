@@ -45,7 +45,7 @@ pub use self::{
     publish::Publish, report::Report, score::Score, split::Split, train::Train,
 };
 use crate::{
-    Error, Result, ResultExt, data,
+    Error, Result, data,
     device::{DeviceChoice, device_class},
     fs, progress,
 };
@@ -82,6 +82,9 @@ pub trait Stage: clap::Args + Serialize + DeserializeOwned + Default + Clone + '
     const INPUTS: &'static [&'static str];
     /// The keys that change no byte of the output, and so are no part of the fingerprint.
     const RUNTIME: &'static [&'static str] = &[];
+
+    /// Whether the output holds the inputs' names, so that they decide what is made as much as what they name.
+    const KEEPS_NAMES: bool = false;
 
     /// Refuses impossible settings with [`Error::Usage`], before anything is read or written.
     fn validate(&self) -> Result<()>;
@@ -125,11 +128,26 @@ impl Job {
         if lock == WHOLE {
             fs::remove_leftovers(&self.out, &|_| true)?;
         }
+        // Another process may have been here between our look at the folder and the lock.
+        if state(&self.out, &self.fingerprint)? == State::Done {
+            bail!(
+                Stopped,
+                "{}: another process has just finished this; run again to use it",
+                self.out.display()
+            );
+        }
         let path = self.out.join(CONFIG);
         if !path.exists() {
             fs::publish(&path, self.config.as_bytes())?;
         }
         Ok((&self.out, guard))
+    }
+}
+
+impl Job {
+    /// The hidden folder of unfinished work `name` in `dir`. Work of one device class is not gone on with by another.
+    fn hidden(&self, dir: &Path, name: &str) -> PathBuf {
+        dir.join(format!(".{name}.{}", self.device_class))
     }
 }
 
@@ -184,7 +202,8 @@ impl<S: Stage> AnyStage for S {
     fn identity(&self) -> Value {
         let mut settings = self.settings();
         if let Value::Object(map) = &mut settings {
-            map.retain(|k, v| !v.is_null() && !S::INPUTS.contains(&&**k) && !S::RUNTIME.contains(&&**k));
+            let input = |key: &str| S::INPUTS.contains(&key) && !S::KEEPS_NAMES;
+            map.retain(|k, v| !v.is_null() && !input(k) && !S::RUNTIME.contains(&&**k));
         }
         settings
     }
@@ -446,6 +465,10 @@ pub fn execute(
     device: DeviceChoice,
 ) -> Result<Value> {
     stage.validate()?;
+    // TOML's integers are signed.
+    if let Some(seed) = stage.settings()["seed"].as_u64().filter(|&seed| seed > i64::MAX as u64) {
+        bail!(Usage, "seed is {seed}, expected at most {}", i64::MAX);
+    }
     let fingerprint = fingerprint(stage, inputs);
     if state(out, &fingerprint)? == State::Done
         && let Some(done) = read_done(out)?
@@ -461,7 +484,7 @@ pub fn execute(
         out: out.to_path_buf(),
     };
     let started = Instant::now();
-    match stage.run(&job).context(|| format!("while running {}", stage.name()))? {
+    match stage.run(&job)? {
         Outcome::Partial(summary) => Ok(summary),
         Outcome::Done(summary) => {
             let mut files = Vec::new();
@@ -483,9 +506,21 @@ pub fn execute(
             };
             done.seal = seal(&fs::json_text(&out.join(DONE), &done)?, "");
             fs::publish_json(&out.join(DONE), &done)?;
+            remove_hidden(out)?;
             Ok(done.summary)
         }
     }
+}
+
+/// Removes the checkpoints and parts of a stage that is done.
+fn remove_hidden(out: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(out).map_err(Error::io(out))? {
+        let path = entry.map_err(Error::io(out))?.path();
+        if path.is_dir() && path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.')) {
+            fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
 }
 
 fn config_text(stage: &dyn AnyStage, fingerprint: &str, inputs: &[(&'static str, String)]) -> Result<String> {

@@ -79,7 +79,9 @@ impl Stage for Publish {
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let Some(to) = &self.to else { bail!(Usage, "to is not set, expected a folder to publish to") };
+        let Some(to) = self.to.as_ref().filter(|_| !self.dry_run) else {
+            bail!(Usage, "dry_run is a flag of the verb `publish`, expected to without dry_run in a run")
+        };
         let (folder, files) = self.files()?;
         let report = check_dataset(&folder)?;
         let present = if to.is_dir() { files_below(to)? } else { Vec::new() };

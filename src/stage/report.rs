@@ -83,7 +83,7 @@ impl Stage for Report {
             record_of::<Curate, _>("selection", self.selection.as_deref(), "select.json")?;
         let evaluations = self.evaluations()?;
         let sheet = self.contact_sheet(&pool, &scores)?;
-        let comparison = compare_arms(&evaluations);
+        let comparison = compare_arms(&evaluations)?;
 
         let (out, _lock) = job.open("run")?;
         fs::publish(&out.join("contact.png"), &sheet)?;
@@ -188,13 +188,20 @@ fn record_of<S: Stage, T: serde::de::DeserializeOwned>(
 /// The order of arms: each is compared with every one before it. Arms of other names come last.
 const ARMS: [&str; 5] = ["real", "all", "random", "confidence", "arc"];
 
-/// Every two arms, the later one against the earlier, over the seeds that both have.
-fn compare_arms(evaluations: &[Evaluation]) -> Vec<ArmComparison> {
+/// Every two arms, the later one against the earlier, over the seeds that both have, if they were measured alike.
+fn compare_arms(evaluations: &[Evaluation]) -> Result<Vec<ArmComparison>> {
     let mut arms: BTreeMap<(usize, &str), BTreeMap<u64, &Evaluation>> = BTreeMap::new();
     for evaluation in evaluations {
         if let Some(train) = &evaluation.metrics.train {
             let rank = ARMS.iter().position(|&a| a == train.arm).unwrap_or(ARMS.len());
-            arms.entry((rank, &train.arm)).or_default().insert(train.seed, evaluation);
+            if arms.entry((rank, &train.arm)).or_default().insert(train.seed, evaluation).is_some() {
+                bail!(
+                    Data,
+                    "two evaluations are of arm {} with seed {}, expected one",
+                    train.arm,
+                    train.seed
+                );
+            }
         }
     }
     let arms: Vec<(&str, BTreeMap<u64, &Evaluation>)> =
@@ -204,7 +211,9 @@ fn compare_arms(evaluations: &[Evaluation]) -> Vec<ArmComparison> {
         for (arm, runs) in &arms[i + 1..] {
             let seeds: Vec<u64> = runs.keys().filter(|s| before.contains_key(s)).copied().collect();
             let pairs = || seeds.iter().map(|s| (runs[s], before[s]));
-            if seeds.is_empty() || pairs().any(|(a, b)| a.clean.len() != b.clean.len()) {
+            let alike =
+                |a: &Metrics, b: &Metrics| a.images == b.images && a.attack == b.attack && a.data == b.data;
+            if seeds.is_empty() || pairs().any(|(a, b)| !alike(&a.metrics, &b.metrics)) {
                 continue;
             }
             let (clean, base): (Vec<_>, Vec<_>) =
@@ -220,7 +229,7 @@ fn compare_arms(evaluations: &[Evaluation]) -> Vec<ArmComparison> {
             });
         }
     }
-    found
+    Ok(found)
 }
 
 fn markdown(

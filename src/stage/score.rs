@@ -210,7 +210,10 @@ impl Stage for Score {
             }
             shards::batch(&schema, columns)
         })?;
-        Ok(Outcome::Done(summary(&pool, &dir, test)?))
+        let mut summary = summary(&pool, &dir, test)?;
+        summary["classes"] = real.train.class_names.len().into();
+        summary["shards"] = pool.info.shards.into();
+        Ok(Outcome::Done(summary))
     }
 }
 

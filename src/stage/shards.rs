@@ -191,7 +191,7 @@ pub(super) fn for_each_shard(
             continue;
         }
         let rows = pool.read(shard)?;
-        let parts = Parts::new(dir.join(format!(".shard-{shard:05}.parts")));
+        let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
         let batch = work(shard, &rows, &parts, &bar)?;
         let path = shard_file(dir, shard);
         let n = table::write(

@@ -73,7 +73,7 @@ pub struct Real {
 impl Real {
     /// Reads `split.json` of `dir` and the data that it divides.
     ///
-    /// Fails with [`Error::Data`] if the data has changed since.
+    /// Fails with [`crate::Error::Data`] if the data has changed since.
     pub fn load(dir: &Path) -> Result<Self> {
         let parts: Parts = fs::read_json(&dir.join("split.json"))?;
         let found = parts.source.fingerprint(data::Split::Train)?;
@@ -126,6 +126,7 @@ fn load_train(source: &Source, limit: usize, max_bad: usize) -> Result<Dataset> 
 impl Stage for Split {
     const NAME: &'static str = "split";
     const INPUTS: &'static [&'static str] = &["source"];
+    const KEEPS_NAMES: bool = true;
 
     fn validate(&self) -> Result<()> {
         expect("proxy_fraction", self.proxy_fraction, 0.01, 0.9)?;

@@ -138,6 +138,11 @@ impl Train {
         Pgd::new(self.norm, self.epsilon, self.attack_steps, self.attack_step_ratio, 1, self.seed)
     }
 
+    /// Synthetic images in a batch, when there is synthetic data.
+    fn synthetic_in_batch(&self) -> usize {
+        (self.batch as f64 * self.synthetic_fraction).round() as usize
+    }
+
     /// The synthetic data, with the name of its arm. It must look like the real data.
     fn synthetic(&self, real: &Dataset) -> Result<Option<(Dataset, String)>> {
         let Some(dir) = &self.data else { return Ok(None) };
@@ -194,6 +199,11 @@ impl Stage for Train {
     fn validate(&self) -> Result<()> {
         expect("gamma", self.gamma, 0.0, 1.0)?;
         expect("synthetic_fraction", self.synthetic_fraction, 0.0, 1.0)?;
+        expect("groups", self.groups, 1, 4096)?;
+        if self.channels.is_empty() || self.channels.iter().any(|c| *c == 0 || !c.is_multiple_of(self.groups))
+        {
+            bail!(Usage, "channels is {:?}, expected multiples of groups = {}", self.channels, self.groups);
+        }
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 2, 1 << 20)?;
         expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;
@@ -203,6 +213,8 @@ impl Stage for Train {
         expect("grad_clip", self.grad_clip, 1e-6, 1e9)?;
         expect("held_out", self.held_out, 0.001, 0.9)?;
         expect("eval_every", self.eval_every, 1, usize::MAX)?;
+        let n_syn = self.synthetic_in_batch();
+        GammaMix::new(self.gamma, self.batch - n_syn, n_syn)?;
         self.attack().map(drop)
     }
 
@@ -233,20 +245,20 @@ impl Stage for Train {
         let averaged = Classifier::init(config, self.seed, &job.device)?;
         let network = classifier.tracked()?;
 
+        let n_syn = if synthetic.is_some() { self.synthetic_in_batch() } else { 0 };
+        let n_real = self.batch - n_syn;
+        let mix = GammaMix::new(self.gamma, n_real, n_syn)?;
+
         let (out, _lock) = job.open("run")?;
         let optimizer =
             Sgd::new(SgdConfig { momentum: self.momentum, nesterov: true, weight_decay: self.weight_decay });
         let mut trainer = Trainer::resume(
-            out.join(".checkpoint"),
+            job.hidden(out, "checkpoint"),
             classifier.params(),
             Box::new(optimizer),
             self.ema_decay,
         )?;
 
-        let n_syn =
-            synthetic.as_ref().map_or(0, |_| (self.batch as f64 * self.synthetic_fraction).round() as usize);
-        let n_real = self.batch - n_syn;
-        let mix = GammaMix::new(self.gamma, n_real, n_syn)?;
         let real_draws = Draws { data: &train, seed: self.seed, tag: 1 };
         let syn_draws = synthetic.as_ref().map(|(data, _)| Draws { data, seed: self.seed, tag: 2 });
         let lr = LrSchedule {
@@ -263,7 +275,6 @@ impl Stage for Train {
 
         let bar = Progress::new(Self::NAME, self.steps as u64, "steps");
         bar.skip(trainer.step() as u64);
-        let mut losses = Vec::new();
         while trainer.step() < self.steps {
             let step = trainer.step();
             let contribution = |slots: std::ops::Range<usize>| -> Result<Tensor> {
@@ -290,7 +301,7 @@ impl Stage for Train {
                 };
                 Ok((losses * Tensor::new(weights, &job.device)?)?.sum_all()?)
             };
-            losses.push(trainer.advance(lr.at(step), Some(self.grad_clip), self.batch, &contribution)?);
+            trainer.advance(lr.at(step), Some(self.grad_clip), self.batch, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
                 let quiet = Progress::hidden();
                 let accuracy = trainer.consider(averaged.params(), || {
@@ -304,9 +315,7 @@ impl Stage for Train {
                     )?;
                     Ok(right.iter().filter(|&&r| r).count() as f64 / right.len().max(1) as f64)
                 })?;
-                let loss = losses.iter().sum::<f64>() / losses.len() as f64;
-                losses.clear();
-                trainer.log(json!({ "step": trainer.step(), "loss": loss, "held_out_accuracy": accuracy }));
+                trainer.log(json!({ "held_out_accuracy": accuracy }));
             }
             bar.add(1);
             trainer.end_step()?;
@@ -333,7 +342,6 @@ impl Stage for Train {
             "macs": averaged.config().architecture.macs()?,
             "last": trainer.log_lines().last(),
         });
-        trainer.finish()?;
         Ok(Outcome::Done(summary))
     }
 }

@@ -40,6 +40,8 @@ pub(super) struct Trainer<'a> {
 struct State {
     step: usize,
     best_score: Option<f64>,
+    /// Sum and number of the losses since the last line of the log.
+    losses: (f64, usize),
     log: Vec<Value>,
 }
 
@@ -78,7 +80,7 @@ impl<'a> Trainer<'a> {
         self.state.step
     }
 
-    /// Does one step on `items` samples and returns the loss.
+    /// Does one step on `items` samples.
     ///
     /// `contribution(range)` is the part of the loss that the samples in `range` contribute; the parts are
     /// summed. Parts run in parallel, their gradients are added in order.
@@ -90,7 +92,7 @@ impl<'a> Trainer<'a> {
         clip: Option<f64>,
         items: usize,
         contribution: &(dyn Fn(Range<usize>) -> Result<Tensor> + Sync),
-    ) -> Result<f64> {
+    ) -> Result<()> {
         let (loss, mut grads) = self.gradients(items, contribution)?;
         let norm = clip_grad_norm(self.params.vars(), &mut grads, clip.unwrap_or(f64::INFINITY))?;
         if !loss.is_finite() || !norm.is_finite() {
@@ -103,7 +105,9 @@ impl<'a> Trainer<'a> {
         self.optimizer.step(self.params.vars(), &grads, learning_rate)?;
         self.ema.update(self.params.vars())?;
         self.state.step += 1;
-        Ok(loss)
+        self.state.losses.0 += loss;
+        self.state.losses.1 += 1;
+        Ok(())
     }
 
     fn gradients(
@@ -156,8 +160,11 @@ impl<'a> Trainer<'a> {
         stopped
     }
 
-    /// Adds a line to the log.
-    pub(super) fn log(&mut self, line: Value) {
+    /// Adds a line to the log: the step, the mean loss since the line before, and what else there is to say.
+    pub(super) fn log(&mut self, mut line: Value) {
+        let (sum, n) = std::mem::take(&mut self.state.losses);
+        line["step"] = self.state.step.into();
+        line["loss"] = (sum / n.max(1) as f64).into();
         self.state.log.push(line);
     }
 
@@ -199,10 +206,5 @@ impl<'a> Trainer<'a> {
             averaged.copy_from(self.best.iter().map(|(n, t)| (n.as_str(), t)))?;
         }
         Ok(self.state.best_score)
-    }
-
-    /// Removes the checkpoints: the result is published.
-    pub(super) fn finish(self) -> Result<()> {
-        self.checkpoints.clear()
     }
 }
