@@ -6,7 +6,6 @@
 
 use std::{
     fs::{self, File},
-    hash::{BuildHasher, Hasher, RandomState},
     io::{Read, Write},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
@@ -27,7 +26,8 @@ pub fn publish_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) ->
     create_dir_all(parent)?;
     let nonce = NONCE.fetch_add(1, Ordering::Relaxed);
     // Processes on several machines may share a folder, so neither pid nor counter tells writers apart.
-    let random = RandomState::new().build_hasher().finish();
+    let random =
+        getrandom::u64().map_err(|e| Error::Alarm(format!("no random numbers from the system: {e}")))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let aside = parent.join(format!(".{name}.{random:016x}-{nonce}.{ASIDE}"));
     let written = (|| {
