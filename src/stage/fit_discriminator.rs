@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Split, Stage, accuracy::correct, expect, finished_input, note, shards::Pool, split::Real,
-    trainer::Trainer,
+    Job, Outcome, Split, Stage, accuracy::correct, expect, expect_channels, finished_input, note,
+    shards::Pool, split::Real, trainer::Trainer,
 };
 use crate::{
     Result,
@@ -310,11 +310,7 @@ impl Stage for FitDiscriminator {
 
     fn validate(&self) -> Result<()> {
         expect("folds", self.folds, 2, 64)?;
-        expect("groups", self.groups, 1, 4096)?;
-        if self.channels.is_empty() || self.channels.iter().any(|c| *c == 0 || !c.is_multiple_of(self.groups))
-        {
-            bail!(Usage, "channels is {:?}, expected multiples of groups = {}", self.channels, self.groups);
-        }
+        expect_channels(&self.channels, self.groups)?;
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 2, 1 << 20)?;
         expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;

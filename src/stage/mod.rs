@@ -598,6 +598,15 @@ fn expect<T: PartialOrd + std::fmt::Display>(key: &str, value: T, min: T, max: T
     bail!(Usage, "{key} is {value}, expected {min} to {max}")
 }
 
+/// Refuses channels of a network's stages that its norms cannot divide into `groups`.
+fn expect_channels(channels: &[usize], groups: usize) -> Result<()> {
+    expect("groups", groups, 1, 4096)?;
+    if channels.is_empty() || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(groups)) {
+        bail!(Usage, "channels is {channels:?}, expected multiples of groups = {groups}");
+    }
+    Ok(())
+}
+
 /// A note on stderr, prefixed with the stage's name.
 fn note<S: Stage>(_: &S, line: &str) {
     progress::note(&format!("{}: {line}", S::NAME));

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Split, Stage, accuracy::correct, expect, finished_input, note, split::Real,
-    trainer::Trainer,
+    Job, Outcome, Split, Stage, accuracy::correct, expect, expect_channels, finished_input, note,
+    split::Real, trainer::Trainer,
 };
 use crate::{
     Error, Result,
@@ -199,11 +199,7 @@ impl Stage for Train {
     fn validate(&self) -> Result<()> {
         expect("gamma", self.gamma, 0.0, 1.0)?;
         expect("synthetic_fraction", self.synthetic_fraction, 0.0, 1.0)?;
-        expect("groups", self.groups, 1, 4096)?;
-        if self.channels.is_empty() || self.channels.iter().any(|c| *c == 0 || !c.is_multiple_of(self.groups))
-        {
-            bail!(Usage, "channels is {:?}, expected multiples of groups = {}", self.channels, self.groups);
-        }
+        expect_channels(&self.channels, self.groups)?;
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 2, 1 << 20)?;
         expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;
