@@ -101,7 +101,7 @@ pub fn normals(seed: u64, sample: u64, step: u32, out: &mut [f32]) {
 fn fill_normals(level: CpuLevel, place: Place, out: &mut [f32]) {
     assert!(out.len() as u64 <= 1 << 34, "{} elements are more than a counter numbers", out.len());
     #[cfg(target_arch = "x86_64")]
-    if level == CpuLevel::Avx2 && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+    if level >= CpuLevel::Avx2 && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         // SAFETY: the line above checked both features, the only requirement.
         return unsafe { fill_normals_avx2(place, out) };
     }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     Elements, PARALLEL_WORK, elements, for_each_chunk,
-    microkernel::{MR, NR, Segments, multiply_add},
+    microkernel::{NR, Product, Segments, Start, product},
     on_cpu,
     reduce::bias_gradient,
     reference, tensor,
@@ -99,10 +99,10 @@ impl<'a> View<'a> {
 const TERMS: usize = 512;
 
 /// The rows of a task: they share the panels while these are in the cache.
-const ROWS: usize = 16 * MR;
+const ROWS: usize = 96;
 
 /// The products, in row-major order, plus `bias` in each row.
-fn product(level: CpuLevel, a: View, b: View, bias: Option<&[f32]>, sizes: Sizes) -> Vec<f32> {
+fn products(level: CpuLevel, a: View, b: View, bias: Option<&[f32]>, sizes: Sizes) -> Vec<f32> {
     let Sizes { batch, m, k, n } = sizes;
     let mut out = vec![0f32; batch * m * n];
     if out.is_empty() {
@@ -146,38 +146,26 @@ fn product(level: CpuLevel, a: View, b: View, bias: Option<&[f32]>, sizes: Sizes
 /// Adds the products of some rows to `out`.
 fn multiply_rows(level: CpuLevel, a: View, panels: &[f32], k: usize, n: usize, out: &mut [f32]) {
     let rows = out.len() / n;
-    let mut packed = Vec::new();
+    let (mut packed, mut starts) = (Vec::new(), Vec::new());
     for first in (0..k).step_by(TERMS) {
         let terms = TERMS.min(k - first);
-        // Far elements are first brought together, six rows side by side, because each panel reads them again.
-        if a.col != 1 {
+        starts.clear();
+        let (data, segments) = if a.col == 1 {
+            starts.extend((0..rows).map(|row| row * a.row + first));
+            (a.data, Segments::one(terms))
+        } else {
+            // Far elements are first brought together, because each panel reads them again.
             packed.clear();
-            for tile in (0..rows).step_by(MR) {
-                for term in first..first + terms {
-                    let at = |r: usize| a.data[(tile + r).min(rows - 1) * a.row + term * a.col];
-                    packed.extend((0..MR).map(at));
-                }
-            }
-        }
-        for (p, panel) in panels.chunks_exact(k * NR).enumerate() {
-            let panel = &panel[first * NR..][..terms * NR];
-            let columns = p * NR..((p + 1) * NR).min(n);
-            for (t, out) in out.chunks_mut(MR * n).enumerate() {
-                let mut tile = [[0f32; NR]; MR];
-                if a.col == 1 {
-                    let starts = std::array::from_fn(|r| (t * MR + r).min(rows - 1) * a.row + first);
-                    let segments = Segments { count: 1, len: terms, stride: 0, step: 1 };
-                    multiply_add(level, a.data, &starts, segments, panel, &mut tile);
-                } else {
-                    let starts = std::array::from_fn(|r| t * terms * MR + r);
-                    let segments = Segments { count: 1, len: terms, stride: 0, step: MR };
-                    multiply_add(level, &packed, &starts, segments, panel, &mut tile);
-                }
-                for (row, out) in tile.iter().zip(out.chunks_exact_mut(n)) {
-                    out[columns.clone()].iter_mut().zip(row).for_each(|(out, sum)| *out += sum);
-                }
-            }
-        }
+            packed.extend(
+                (first..first + terms)
+                    .flat_map(|term| (0..rows).map(move |row| a.data[row * a.row + term * a.col])),
+            );
+            starts.extend(0..rows);
+            (&packed[..], Segments::new(1, terms, 0, rows))
+        };
+        let panels = &panels[first * NR..];
+        let operands = Product { a: data, rows: &starts, segments, panels, panel_len: k * NR, columns: n };
+        product(level, &operands, Start::Add, out, n);
     }
 }
 
@@ -199,7 +187,7 @@ impl CustomOp2 for MatMul {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let ((batch, m, k), (.., n)) = (lhs_layout.shape().dims3()?, rhs_layout.shape().dims3()?);
         let (a, b) = (View::strided(lhs, lhs_layout)?, View::strided(rhs, rhs_layout)?);
-        let out = product(self.level, a, b, None, Sizes { batch, m, k, n });
+        let out = products(self.level, a, b, None, Sizes { batch, m, k, n });
         Ok((CpuStorage::F32(out), Shape::from((batch, m, n))))
     }
 
@@ -236,7 +224,7 @@ impl Linear {
         let sizes = Sizes { batch: 1, m: dims.iter().product(), k: self.k, n: self.n };
         dims.push(self.n);
         let weight = View::rows(weight, self.k).transposed();
-        let out = product(self.level, View::rows(x, self.k), weight, bias, sizes);
+        let out = products(self.level, View::rows(x, self.k), weight, bias, sizes);
         (CpuStorage::F32(out), Shape::from(dims))
     }
 
@@ -253,14 +241,14 @@ impl Linear {
         let dx = if x.track_op() {
             let weight = Elements::of(weight)?;
             let sizes = Sizes { batch: 1, m: rows, k: n, n: k };
-            Some(tensor(product(level, dy, View::rows(&weight, k), None, sizes), x)?)
+            Some(tensor(products(level, dy, View::rows(&weight, k), None, sizes), x)?)
         } else {
             None
         };
         let dw = if weight.track_op() {
             let x = Elements::of(x)?;
             let sizes = Sizes { batch: 1, m: n, k: rows, n: k };
-            Some(tensor(product(level, dy.transposed(), View::rows(&x, k), None, sizes), weight)?)
+            Some(tensor(products(level, dy.transposed(), View::rows(&x, k), None, sizes), weight)?)
         } else {
             None
         };

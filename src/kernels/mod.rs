@@ -30,7 +30,7 @@ use rayon::prelude::*;
 
 pub use activation::{relu, silu};
 pub use attention::{attention, softmax};
-pub use conv2d::conv2d;
+pub use conv2d::{PackedWeights, conv2d, conv2d_packed};
 pub use group_norm::group_norm;
 pub use loss::cross_entropy;
 pub use matmul::{linear, matmul};

@@ -4,6 +4,9 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 
 use crate::{Result, device::CpuLevel, rng};
 
+/// All levels; one that the machine lacks runs as the next narrower one.
+pub const LEVELS: [CpuLevel; 3] = [CpuLevel::Portable, CpuLevel::Avx2, CpuLevel::Avx512];
+
 /// Standard normals, the same for the same key.
 pub fn random(key: u64, shape: impl Into<Shape>) -> Tensor {
     let shape = shape.into();
@@ -44,7 +47,7 @@ pub fn check(
 ) {
     let doubles: Vec<Tensor> = operands.iter().map(|t| t.to_dtype(DType::F64).unwrap()).collect();
     let (expected, expected_gradients) = output_and_gradients(&doubles, oracle);
-    for level in [CpuLevel::Portable, CpuLevel::Avx2] {
+    for level in LEVELS {
         let (out, gradients) = output_and_gradients(operands, |t| fast(level, t));
         assert_close(&out, &expected, &format!("{level:?} output"));
         for (i, (gradient, expected)) in gradients.iter().zip(&expected_gradients).enumerate() {

@@ -1,0 +1,304 @@
+//! Convolution as a product of matrices that are never built: the micro-kernel reads the pixels of a window
+//! where they are, since in NHWC each row of a window is one run of neighbours.
+
+use rayon::prelude::*;
+
+use super::geometry::{Block, Geometry};
+use crate::{
+    device::CpuLevel,
+    kernels::{
+        PARALLEL_WORK,
+        microkernel::{NR, Product, Segments, Start, pad_columns, product},
+    },
+};
+
+/// Buffers that a thread keeps from block to block.
+#[derive(Default)]
+struct Scratch {
+    padded: Vec<f32>,
+    pixels: Vec<usize>,
+}
+
+/// What a block sees of the input: where the window of each output pixel begins, and the distance of its rows.
+struct View<'a> {
+    data: &'a [f32],
+    pixels: &'a [usize],
+    pitch: usize,
+}
+
+impl<'a> View<'a> {
+    /// Copies the input of a block with its padding into `scratch`; without padding it stays where it is.
+    fn new(g: &Geometry, x: &'a [f32], block: &Block, scratch: &'a mut Scratch) -> Self {
+        let (in_rows, in_cols) = ((g.out_h - 1) * g.stride + g.kh, (g.out_w - 1) * g.stride + g.kw);
+        let (data, pitch, image) = if g.before == (0, 0) && in_rows <= g.h && in_cols <= g.w {
+            let start = (block.images.start * g.h + block.rows.start * g.stride) * g.w * g.c_in;
+            (&x[start..], g.w * g.c_in, g.h * g.w * g.c_in)
+        } else {
+            let rows = (block.rows.len() - 1) * g.stride + g.kh;
+            let (pitch, image) = (in_cols * g.c_in, rows * in_cols * g.c_in);
+            scratch.padded.clear();
+            scratch.padded.resize(block.images.len() * image, 0.0);
+            let left = g.before.1.max(0);
+            let right = (g.w as isize + g.before.1).min(in_cols as isize);
+            for (i, padded) in block.images.clone().zip(scratch.padded.chunks_exact_mut(image)) {
+                for (r, padded) in padded.chunks_exact_mut(pitch).enumerate() {
+                    let y = (block.rows.start * g.stride + r) as isize - g.before.0;
+                    if (0..g.h as isize).contains(&y) && left < right {
+                        let start = (i * g.h + y as usize) * g.w + (left - g.before.1) as usize;
+                        let (left, right) = (left as usize, right as usize);
+                        padded[left * g.c_in..right * g.c_in]
+                            .copy_from_slice(&x[start * g.c_in..(start + right - left) * g.c_in]);
+                    }
+                }
+            }
+            (&scratch.padded[..], pitch, image)
+        };
+        scratch.pixels.clear();
+        for i in 0..block.images.len() {
+            for y in 0..block.rows.len() {
+                let row = i * image + y * g.stride * pitch;
+                scratch.pixels.extend((0..g.out_w).map(|x| row + x * g.stride * g.c_in));
+            }
+        }
+        Self { data, pixels: &scratch.pixels, pitch }
+    }
+}
+
+/// Weights as the micro-kernel reads them: panels of [`NR`] columns, in each a row for every tap and channel,
+/// columns past the last filled with zeros.
+///
+/// `taps`: their places in a kernel, in the order of the window.
+pub(super) fn pack(
+    weight: &[f32],
+    taps: &[usize],
+    (channels, channel_stride): (usize, usize),
+    (columns, column_stride): (usize, usize),
+) -> Vec<f32> {
+    let panel_len = taps.len() * channels * NR;
+    let mut panels = vec![0f32; columns.div_ceil(NR) * panel_len];
+    let pack = |(p, panel): (usize, &mut [f32])| {
+        let first = p * NR;
+        let used = (columns - first).min(NR);
+        let entries = taps.iter().flat_map(|tap| (0..channels).map(move |c| tap + c * channel_stride));
+        for (row, entry) in panel.chunks_exact_mut(NR).zip(entries) {
+            for (j, value) in row[..used].iter_mut().enumerate() {
+                *value = weight[(first + j) * column_stride + entry];
+            }
+        }
+    };
+    if panels.len() < PARALLEL_WORK {
+        panels.chunks_exact_mut(panel_len).enumerate().for_each(pack);
+    } else {
+        panels.par_chunks_exact_mut(panel_len).enumerate().for_each(pack);
+    }
+    panels
+}
+
+/// Terms that are summed in registers: fixed, since it shows in the bits.
+const TERMS: usize = 1024;
+
+/// The convolution with packed weights.
+pub(super) fn forward(
+    level: CpuLevel,
+    g: &Geometry,
+    x: &[f32],
+    panels: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let mut out = vec![0f32; g.out_pixels() * g.c_out];
+    if out.is_empty() {
+        return out;
+    }
+    let bias = bias.map(pad_columns);
+    let start = bias.as_deref().map_or(Start::Zero, Start::Bias);
+    // Large enough to use a panel of weights often while it is in the cache, small enough for all threads.
+    let pixels = (g.out_pixels() / (4 * rayon::current_num_threads())).clamp(48, 240);
+    let mut tasks = Vec::new();
+    let mut rest = &mut out[..];
+    for block in g.blocks(pixels) {
+        let (piece, tail) = rest.split_at_mut(block.pixels(g) * g.c_out);
+        tasks.push((block, piece));
+        rest = tail;
+    }
+    let run = |scratch: &mut Scratch, (block, out): (Block, &mut [f32])| {
+        let view = View::new(g, x, &block, scratch);
+        // Long sums are cut at the kernel's rows, which bounds their rounding error.
+        let (cuts, rows) = if g.terms() > TERMS { (g.kh, 1) } else { (1, g.kh) };
+        for cut in 0..cuts {
+            let operands = Product {
+                a: &view.data[cut * view.pitch..],
+                rows: view.pixels,
+                segments: Segments::new(rows, g.kw * g.c_in, view.pitch, 1),
+                panels: &panels[cut * g.kw * g.c_in * NR..],
+                panel_len: g.terms() * NR,
+                columns: g.c_out,
+            };
+            product(level, &operands, if cut == 0 { start } else { Start::Add }, out, g.c_out);
+        }
+    };
+    if g.work() < PARALLEL_WORK {
+        let mut scratch = Scratch::default();
+        tasks.into_iter().for_each(|task| run(&mut scratch, task));
+    } else {
+        tasks.into_par_iter().for_each_init(Scratch::default, run);
+    }
+    out
+}
+
+/// One of the convolutions that make the gradient of the input: of `dy`, at stride 1, for one residue of
+/// `(y, x)` modulo the stride, with the taps of the kernel that meet it, so that no zero is multiplied.
+pub(super) struct Phase {
+    residue: (usize, usize),
+    pub geometry: Geometry,
+    /// Their places in the kernel, in the order of the window.
+    taps: Vec<usize>,
+}
+
+/// The convolutions that make the gradient of the input.
+pub(super) fn phases(g: &Geometry) -> Vec<Phase> {
+    let mut phases = Vec::new();
+    for residue_y in 0..g.stride.min(g.h) {
+        let (taps_y, before_y) = meeting_taps(g.kh, g.stride, g.before.0, residue_y);
+        for residue_x in 0..g.stride.min(g.w) {
+            let (taps_x, before_x) = meeting_taps(g.kw, g.stride, g.before.1, residue_x);
+            if taps_y.is_empty() || taps_x.is_empty() {
+                continue;
+            }
+            phases.push(Phase {
+                residue: (residue_y, residue_x),
+                geometry: Geometry {
+                    images: g.images,
+                    h: g.out_h,
+                    w: g.out_w,
+                    c_in: g.c_out,
+                    kh: taps_y.len(),
+                    kw: taps_x.len(),
+                    stride: 1,
+                    before: (before_y, before_x),
+                    out_h: (g.h - residue_y).div_ceil(g.stride),
+                    out_w: (g.w - residue_x).div_ceil(g.stride),
+                    c_out: g.c_in,
+                },
+                taps: taps_y.iter().flat_map(|ky| taps_x.iter().map(move |kx| ky * g.kw + kx)).collect(),
+            });
+        }
+    }
+    phases
+}
+
+/// The weights of each phase.
+pub(super) fn pack_phases(g: &Geometry, weight: &[f32], phases: &[Phase]) -> Vec<Vec<f32>> {
+    let kernel = g.kh * g.kw;
+    let pack = |phase: &Phase| pack(weight, &phase.taps, (g.c_out, g.c_in * kernel), (g.c_in, kernel));
+    phases.iter().map(pack).collect()
+}
+
+/// The gradient of the input.
+pub(super) fn input_gradient(
+    level: CpuLevel,
+    g: &Geometry,
+    dy: &[f32],
+    phases: &[Phase],
+    panels: &[Vec<f32>],
+) -> Vec<f32> {
+    if let ([phase], [panels]) = (phases, panels)
+        && g.stride == 1
+    {
+        return forward(level, &phase.geometry, dy, panels, None);
+    }
+    let mut dx = vec![0f32; g.images * g.h * g.w * g.c_in];
+    for (phase, panels) in phases.iter().zip(panels) {
+        let part = forward(level, &phase.geometry, dy, panels, None);
+        let mut part = part.chunks_exact(g.c_in);
+        for image in dx.chunks_exact_mut(g.h * g.w * g.c_in) {
+            for row in image.chunks_exact_mut(g.w * g.c_in).skip(phase.residue.0).step_by(g.stride) {
+                let pixels = row.chunks_exact_mut(g.c_in).skip(phase.residue.1).step_by(g.stride);
+                pixels.zip(&mut part).for_each(|(pixel, part)| pixel.copy_from_slice(part));
+            }
+        }
+    }
+    dx
+}
+
+/// The taps of one direction that join an input at `residue + stride · t` to outputs, last first, and the
+/// padding that lines the output `t` up with them.
+fn meeting_taps(kernel: usize, stride: usize, before: isize, residue: usize) -> (Vec<usize>, isize) {
+    let place = residue as isize + before;
+    let first = place.rem_euclid(stride as isize) as usize;
+    let taps: Vec<usize> = (first..kernel).step_by(stride).rev().collect();
+    let before = taps.len() as isize - 1 - (place - first as isize) / stride as isize;
+    (taps, before)
+}
+
+/// Pixels whose products are summed in registers: fixed, since it shows in the bits of a weight's gradient.
+const PIXELS: usize = 256;
+
+/// Taps and channels whose inputs are brought together for the micro-kernel: whole tiles at any level.
+const GROUP: usize = 12;
+
+/// The gradient of the weights, in the weights' order. Each element adds the sums of blocks of pixels whose
+/// cut depends on the sizes only, in order.
+pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    let n_panels = g.c_out.div_ceil(NR);
+    let pitch = n_panels * NR;
+    let mut sums = vec![0f32; g.terms() * pitch];
+    let (mut scratch, mut panels) = (Scratch::default(), Vec::new());
+    for block in g.blocks(if sums.is_empty() { 0 } else { PIXELS }) {
+        let view = View::new(g, x, &block, &mut scratch);
+        let n_pixels = view.pixels.len();
+        panels.clear();
+        panels.resize(n_panels * n_pixels * NR, 0f32);
+        let dy = &dy[block.first_pixel(g) * g.c_out..][..n_pixels * g.c_out];
+        for (p, panel) in panels.chunks_exact_mut(n_pixels * NR).enumerate() {
+            let columns = p * NR..((p + 1) * NR).min(g.c_out);
+            for (row, dy) in panel.chunks_exact_mut(NR).zip(dy.chunks_exact(g.c_out)) {
+                match dy[columns.clone()].first_chunk::<NR>() {
+                    Some(dy) => row.copy_from_slice(dy),
+                    None => row[..columns.len()].copy_from_slice(&dy[columns.clone()]),
+                }
+            }
+        }
+        let taps: Vec<usize> =
+            (0..g.kh).flat_map(|ky| (0..g.kw * g.c_in).map(move |k| ky * view.pitch + k)).collect();
+        let add = |inputs: &mut Vec<f32>, (taps, sums): (&[usize], &mut [f32])| {
+            inputs.clear();
+            match (taps.first(), taps.last()) {
+                // Neighbours in memory, nearly always.
+                (Some(first), Some(last)) if last - first + 1 == taps.len() => {
+                    view.pixels
+                        .iter()
+                        .for_each(|p| inputs.extend_from_slice(&view.data[p + first..=p + last]));
+                }
+                _ => {
+                    view.pixels.iter().for_each(|p| inputs.extend(taps.iter().map(|tap| view.data[p + tap])));
+                }
+            }
+            let operands = Product {
+                a: inputs,
+                rows: &ROWS[..taps.len()],
+                segments: Segments::new(1, n_pixels, 0, taps.len()),
+                panels: &panels,
+                panel_len: n_pixels * NR,
+                columns: g.c_out,
+            };
+            product(level, &operands, Start::Add, sums, pitch);
+        };
+        let groups = taps.chunks(GROUP).zip(sums.chunks_mut(GROUP * pitch));
+        if g.work() < PARALLEL_WORK {
+            groups.for_each(|group| add(&mut Vec::new(), group));
+        } else {
+            groups.collect::<Vec<_>>().into_par_iter().for_each_init(Vec::new, add);
+        }
+    }
+    let kernel = g.kh * g.kw;
+    let mut dw = vec![0f32; g.c_out * g.c_in * kernel];
+    for (o, dw) in dw.chunks_exact_mut((g.c_in * kernel).max(1)).enumerate() {
+        for (i, dw) in dw.iter_mut().enumerate() {
+            *dw = sums[(i % kernel * g.c_in + i / kernel) * pitch + o];
+        }
+    }
+    dw
+}
+
+/// The places of a group's inputs beside each other.
+const ROWS: [usize; GROUP] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
