@@ -1,4 +1,6 @@
 //! Group normalisation, with SiLU in the same pass.
+//!
+//! The work is done by [`Norm`], functions of slices; the custom op is a shell over it.
 
 use std::sync::OnceLock;
 
@@ -10,14 +12,17 @@ use super::{
     activation::silu_slope,
     elements, math,
     microkernel::{Arithmetic, Loop, run},
-    on_cpu, reference, tensor,
+    on_cpu,
+    reduce::sums_and_squares,
+    reference, tensor,
 };
 use crate::{Result, device::CpuLevel};
 
 /// Group normalisation over `(b, …, c)` (Wu & He 2018), then SiLU if `silu`.
 ///
 /// The statistics of a sample and group go over all positions and the group's `c / groups` channels; the
-/// variance is the biased one. `weight`, `bias`: `(c,)`. Fails if `groups` does not divide `c`.
+/// variance is the biased one. `weight`, `bias`: `(c,)`, or `(b, c)` for each sample its own, so that
+/// conditioning by `norm(x) · (1 + scale) + shift` is one pass. Fails if `groups` does not divide `c`.
 pub fn group_norm(
     x: &Tensor,
     groups: usize,
@@ -46,30 +51,96 @@ fn group_norm_at(
     if groups == 0 || c == 0 || c % groups != 0 {
         bail!(Alarm, "{c} channels cannot be normalised in {groups} groups");
     }
-    if weight.dims() != [c] || bias.dims() != [c] {
-        bail!(Alarm, "{c} channels with weight {:?} and bias {:?}", weight.dims(), bias.dims());
+    let b = x.dim(0)?;
+    let fits = |t: &Tensor| t.dims() == [c] || t.dims() == [b, c];
+    if !fits(weight) || !fits(bias) {
+        bail!(
+            Alarm,
+            "{b} samples of {c} channels with weight {:?} and bias {:?}",
+            weight.dims(),
+            bias.dims()
+        );
     }
-    let sample = x.elem_count() / x.dim(0)?.max(1);
-    let op = GroupNorm { level, groups, c, sample, epsilon, silu, moments: OnceLock::new() };
+    let norm = Norm { level, groups, c, sample: x.elem_count() / b.max(1), epsilon, silu };
+    let op = GroupNorm { norm, moments: OnceLock::new() };
     Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
 }
 
-struct GroupNorm {
-    level: CpuLevel,
-    groups: usize,
-    c: usize,
+/// How samples that lie one behind another are normalised.
+#[derive(Clone, Copy)]
+pub(super) struct Norm {
+    pub level: CpuLevel,
+    pub groups: usize,
+    /// Channels.
+    pub c: usize,
     /// Elements of a sample.
-    sample: usize,
-    epsilon: f64,
-    silu: bool,
-    /// Mean and 1 / standard deviation of each sample and group: what backward needs again from forward.
-    moments: OnceLock<Vec<Moments>>,
+    pub sample: usize,
+    pub epsilon: f64,
+    pub silu: bool,
 }
 
+/// Mean and 1 / √(variance + ε) of a sample's group.
 #[derive(Clone, Copy, Debug)]
-struct Moments {
+pub(super) struct Moments {
     mean: f32,
     inverse: f32,
+}
+
+/// The gradients of one sample's biases and weights, `[Σ dz, Σ dz · x̂]` for each channel: `z = x̂ · weight + bias`
+/// is what SiLU gets, `x̂` the normalised input.
+pub(super) type ChannelSums = [Vec<f64>; 2];
+
+impl Norm {
+    /// Writes the output; returns the moments of each sample and group, which [`Norm::backward`] needs again.
+    ///
+    /// `weight` and `bias` hold `c` numbers, or as many for each sample.
+    pub fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) -> Vec<Moments> {
+        let Self { level, groups, c, epsilon, silu, .. } = *self;
+        let normalize = |(i, (x, out)): (usize, (&[f32], &mut [f32]))| {
+            let moments = run(level, Statistics { x, c, groups, epsilon });
+            let channels = Channels::new(&moments, of_sample(weight, c, i), of_sample(bias, c, i));
+            run(level, Normalize { x, channels, silu, out });
+            moments
+        };
+        let sample = self.sample.max(1);
+        let moments: Vec<Vec<Moments>> = if x.len() < PARALLEL_WORK {
+            x.chunks_exact(sample).zip(out.chunks_exact_mut(sample)).enumerate().map(normalize).collect()
+        } else {
+            let samples = x.par_chunks_exact(sample).zip(out.par_chunks_exact_mut(sample));
+            samples.enumerate().map(normalize).collect()
+        };
+        moments.concat()
+    }
+
+    /// Writes the gradient of the input for `dy`, that of the output; returns those of each sample's weights.
+    pub fn backward(
+        &self,
+        x: &[f32],
+        dy: &[f32],
+        weight: &[f32],
+        bias: &[f32],
+        moments: &[Moments],
+        dx: &mut [f32],
+    ) -> Vec<ChannelSums> {
+        let Self { level, groups, c, silu, .. } = *self;
+        let gradients = |(i, dx): (usize, &mut [f32])| {
+            let moments = &moments[i * groups..][..groups];
+            let channels = Channels::new(moments, of_sample(weight, c, i), of_sample(bias, c, i));
+            let range = i * dx.len()..(i + 1) * dx.len();
+            run(level, Gradients { x: &x[range.clone()], dy: &dy[range], channels, groups, silu, dx })
+        };
+        let sample = self.sample.max(1);
+        if dy.len() < PARALLEL_WORK {
+            dx.chunks_exact_mut(sample).enumerate().map(gradients).collect()
+        } else {
+            dx.par_chunks_exact_mut(sample).enumerate().map(gradients).collect()
+        }
+    }
+}
+
+/// The weights of sample `i`, where one row of `c` serves all samples.
+fn of_sample(weights: &[f32], c: usize, i: usize) -> &[f32] {
+    if weights.len() == c { weights } else { &weights[i * c..][..c] }
 }
 
 /// What one sample's channels are normalised with.
@@ -101,15 +172,7 @@ impl Loop for Statistics<'_> {
     #[inline(always)]
     fn run<A: Arithmetic>(self) -> Vec<Moments> {
         let Self { x, c, groups, epsilon } = self;
-        let mut sums = [vec![0f64; c], vec![0f64; c]];
-        for row in x.chunks_exact(c) {
-            let [sum, squares] = &mut sums;
-            for ((sum, squares), &x) in sum.iter_mut().zip(squares).zip(row) {
-                let x = f64::from(x);
-                *sum += x;
-                *squares += x * x;
-            }
-        }
+        let sums = sums_and_squares(x, c);
         let count = (x.len() / groups) as f64;
         let moments = |group: usize| {
             let [sum, squares] = sums.each_ref().map(|s| s[group..group + c / groups].iter().sum::<f64>());
@@ -160,13 +223,11 @@ struct Gradients<'a> {
 }
 
 impl Loop for Gradients<'_> {
-    /// For each channel the gradients of bias and weight, `[Σ dz, Σ dz · x̂]`: `z = x̂ · weight + bias` is what
-    /// SiLU gets, `x̂` the normalised input.
-    type Output = [Vec<f64>; 2];
+    type Output = ChannelSums;
 
     /// `dx = inverse · (dx̂ - mean(dx̂) - x̂ · mean(dx̂ · x̂))`, `dx̂ = weight · dz`, means over the group.
     #[inline(always)]
-    fn run<A: Arithmetic>(self) -> [Vec<f64>; 2] {
+    fn run<A: Arithmetic>(self) -> ChannelSums {
         let Self { x, dy, channels, groups, silu, dx } = self;
         let Channels { mean, inverse, weight, .. } = &channels;
         let c = weight.len();
@@ -224,6 +285,11 @@ fn inner_gradients<A: Arithmetic>(
     }
 }
 
+struct GroupNorm {
+    norm: Norm,
+    moments: OnceLock<Vec<Moments>>,
+}
+
 impl CustomOp3 for GroupNorm {
     fn name(&self) -> &'static str {
         "group-norm"
@@ -241,19 +307,8 @@ impl CustomOp3 for GroupNorm {
         let (x, weight, bias) =
             (elements(x, x_layout)?, elements(weight, weight_layout)?, elements(bias, bias_layout)?);
         let mut out = vec![0f32; x.len()];
-        let normalize = |(x, out): (&[f32], &mut [f32])| {
-            let Self { level, groups, c, epsilon, silu, .. } = *self;
-            let moments = run(level, Statistics { x, c, groups, epsilon });
-            run(level, Normalize { x, channels: Channels::new(&moments, weight, bias), silu, out });
-            moments
-        };
-        let sample = self.sample.max(1);
-        let moments: Vec<Vec<Moments>> = if x.len() < PARALLEL_WORK {
-            x.chunks_exact(sample).zip(out.chunks_exact_mut(sample)).map(normalize).collect()
-        } else {
-            x.par_chunks_exact(sample).zip(out.par_chunks_exact_mut(sample)).map(normalize).collect()
-        };
-        self.moments.get_or_init(|| moments.concat());
+        let moments = self.norm.forward(x, weight, bias, &mut out);
+        self.moments.get_or_init(|| moments);
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
 
@@ -270,26 +325,17 @@ impl CustomOp3 for GroupNorm {
         let (weight_values, bias_values) = (Elements::of(weight)?, Elements::of(bias)?);
         let moments = self.moments.get().map_or(&[][..], Vec::as_slice);
         let mut dx = vec![0f32; dy.len()];
-        let (x_values, dy): (&[f32], &[f32]) = (&x_values, &dy);
-        let (weight_values, bias_values): (&[f32], &[f32]) = (&weight_values, &bias_values);
-        let gradients = |(i, dx): (usize, &mut [f32])| {
-            let Self { level, groups, silu, .. } = *self;
-            let channels = Channels::new(&moments[i * groups..][..groups], weight_values, bias_values);
-            let range = i * dx.len()..(i + 1) * dx.len();
-            run(level, Gradients { x: &x_values[range.clone()], dy: &dy[range], channels, groups, silu, dx })
+        let sums = self.norm.backward(&x_values, &dy, &weight_values, &bias_values, moments, &mut dx);
+        let gradient = |of: &Tensor, k: usize| {
+            let values = if of.rank() == 2 {
+                sums.iter().flat_map(|sums| &sums[k]).map(|&v| v as f32).collect()
+            } else {
+                (0..self.norm.c).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect()
+            };
+            of.track_op().then(|| tensor(values, of)).transpose()
         };
-        let sample = self.sample.max(1);
-        let sums: Vec<[Vec<f64>; 2]> = if dy.len() < PARALLEL_WORK {
-            dx.chunks_exact_mut(sample).enumerate().map(gradients).collect()
-        } else {
-            dx.par_chunks_exact_mut(sample).enumerate().map(gradients).collect()
-        };
-        let total =
-            |k: usize| (0..self.c).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect();
         let dx = if x.track_op() { Some(tensor(dx, x)?) } else { None };
-        let dw = if weight.track_op() { Some(tensor(total(1), weight)?) } else { None };
-        let db = if bias.track_op() { Some(tensor(total(0), bias)?) } else { None };
-        Ok((dx, dw, db))
+        Ok((dx, gradient(weight, 1)?, gradient(bias, 0)?))
     }
 }
 
@@ -317,6 +363,27 @@ mod tests {
         }
     }
 
+    /// As [`operands`], with weight and bias for each sample.
+    fn conditioned(shape: (usize, usize, usize, usize)) -> [Tensor; 3] {
+        let [x, ..] = operands(shape);
+        let per_sample = (shape.0, shape.3);
+        [x, (random(2, per_sample) + 1.0).unwrap(), random(3, per_sample)]
+    }
+
+    #[test]
+    fn weights_for_each_sample_match_the_reference_in_double_precision() {
+        for (shape, groups) in [((2, 3, 5, 6), 3), ((1, 4, 4, 16), 4), ((3, 32, 32, 32), 8)] {
+            let [x, weight, bias] = conditioned(shape);
+            for operands in [[x.clone(), weight.clone(), bias], [x, weight, random(3, shape.3)]] {
+                check(
+                    &operands,
+                    |level, t| group_norm_at(level, &t[0], groups, &t[1], &t[2], 1e-5, true),
+                    |t| reference::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, true),
+                );
+            }
+        }
+    }
+
     #[test]
     fn a_large_mean_does_not_drown_the_variance() {
         let x = (random(1, (2, 8, 8, 4)) + 1000.0).unwrap();
@@ -332,22 +399,31 @@ mod tests {
     #[test]
     fn a_sample_does_not_see_its_batch_nor_the_threads() {
         check_invariance(&operands((7, 24, 24, 24)), 1, |t| group_norm(&t[0], 4, &t[1], &t[2], 1e-5, true));
+        check_invariance(&conditioned((7, 24, 24, 24)), 3, |t| {
+            group_norm(&t[0], 4, &t[1], &t[2], 1e-5, true)
+        });
     }
 
     #[test]
     fn gradients_are_finite_differences() {
-        check_finite_differences(&operands((2, 2, 3, 4)), |t| group_norm(&t[0], 2, &t[1], &t[2], 1e-5, true));
+        for operands in [operands((2, 2, 3, 4)), conditioned((2, 2, 3, 4))] {
+            check_finite_differences(&operands, |t| group_norm(&t[0], 2, &t[1], &t[2], 1e-5, true));
+        }
     }
 
     #[test]
     fn frozen_weights_get_no_gradient() {
-        check_untracked(&operands((2, 2, 3, 4)), |t| group_norm(&t[0], 2, &t[1], &t[2], 1e-5, true));
+        for operands in [operands((2, 2, 3, 4)), conditioned((2, 2, 3, 4))] {
+            check_untracked(&operands, |t| group_norm(&t[0], 2, &t[1], &t[2], 1e-5, true));
+        }
     }
 
     #[test]
-    fn groups_that_do_not_divide_are_named() {
+    fn groups_that_do_not_divide_and_weights_that_do_not_fit_are_named() {
         let [x, weight, bias] = operands((2, 2, 2, 6));
         let error = group_norm(&x, 4, &weight, &bias, 1e-5, false).unwrap_err().to_string();
         assert_eq!(error, "6 channels cannot be normalised in 4 groups");
+        let error = group_norm(&x, 3, &random(2, (3, 6)), &bias, 1e-5, false).unwrap_err().to_string();
+        assert_eq!(error, "2 samples of 6 channels with weight [3, 6] and bias [6]");
     }
 }

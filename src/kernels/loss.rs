@@ -1,6 +1,6 @@
-//! Cross-entropy.
+//! Cross-entropy and Kullback-Leibler divergence.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Tensor};
 
 use super::{
     Elements,
@@ -99,6 +99,91 @@ impl CustomOp1 for CrossEntropy {
     }
 }
 
+/// KL(softmax(p) ‖ softmax(q)) of each sample, in nats, with gradients to both: how TRADES (Zhang et al. 2019)
+/// and stability training (Zheng et al. 2016) compare the answers to two images.
+///
+/// `p_logits`, `q_logits`: `(b, classes)`. Returns `(b,)`. Fails if their shapes differ.
+pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
+    p_logits.dims2()?;
+    if p_logits.dims() != q_logits.dims() {
+        bail!(
+            Alarm,
+            "logits {:?} and {:?} are compared, expected one shape",
+            p_logits.dims(),
+            q_logits.dims()
+        );
+    }
+    if !on_cpu(&[p_logits, q_logits]) {
+        return reference::kl_divergence(p_logits, q_logits);
+    }
+    Ok(p_logits.contiguous()?.apply_op2(&q_logits.contiguous()?, KlDivergence)?)
+}
+
+/// In double precision: nearly equal answers, which training aims at, are the small difference of larger terms.
+/// Beside the networks that make the logits this costs nothing.
+struct KlDivergence;
+
+/// The logarithms of the probabilities of one row.
+fn log_softmax(logits: &[f32]) -> impl Iterator<Item = f64> {
+    let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let log_z = logits.iter().map(|&v| (f64::from(v) - largest).exp()).sum::<f64>().ln();
+    logits.iter().map(move |&v| f64::from(v) - largest - log_z)
+}
+
+/// The divergence of one row, and `(log p, log q)` of its classes.
+fn divergence(p_logits: &[f32], q_logits: &[f32]) -> (f64, Vec<(f64, f64)>) {
+    let logs: Vec<_> = log_softmax(p_logits).zip(log_softmax(q_logits)).collect();
+    (logs.iter().map(|(log_p, log_q)| log_p.exp() * (log_p - log_q)).sum(), logs)
+}
+
+impl CustomOp2 for KlDivergence {
+    fn name(&self) -> &'static str {
+        "kl-divergence"
+    }
+
+    fn cpu_fwd(
+        &self,
+        p: &CpuStorage,
+        p_layout: &Layout,
+        q: &CpuStorage,
+        q_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (b, classes) = p_layout.shape().dims2()?;
+        let (p, q) = (elements(p, p_layout)?, elements(q, q_layout)?);
+        let mut losses = vec![0f32; b];
+        let rows = p.chunks_exact(classes.max(1)).zip(q.chunks_exact(classes.max(1)));
+        losses.iter_mut().zip(rows).for_each(|(loss, (p, q))| *loss = divergence(p, q).0 as f32);
+        Ok((CpuStorage::F32(losses), Shape::from(b)))
+    }
+
+    /// `∂/∂p_logits = p · (log p - log q - KL)`, `∂/∂q_logits = q - p`.
+    fn bwd(
+        &self,
+        p_logits: &Tensor,
+        q_logits: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let (_, classes) = p_logits.dims2()?;
+        let dy = dy.contiguous()?;
+        let (p_values, q_values, dy) = (Elements::of(p_logits)?, Elements::of(q_logits)?, Elements::of(&dy)?);
+        let rows = p_values.chunks_exact(classes.max(1)).zip(q_values.chunks_exact(classes.max(1)));
+        let (mut dp, mut dq) = (Vec::new(), Vec::new());
+        for ((p, q), &dy) in rows.zip(&*dy) {
+            let (kl, logs) = divergence(p, q);
+            let dy = f64::from(dy);
+            if p_logits.track_op() {
+                dp.extend(logs.iter().map(|(log_p, log_q)| (dy * log_p.exp() * (log_p - log_q - kl)) as f32));
+            }
+            if q_logits.track_op() {
+                dq.extend(logs.iter().map(|(log_p, log_q)| (dy * (log_q.exp() - log_p.exp())) as f32));
+            }
+        }
+        let gradient = |of: &Tensor, values| of.track_op().then(|| tensor(values, of)).transpose();
+        Ok((gradient(p_logits, dp)?, gradient(q_logits, dq)?))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -132,5 +217,55 @@ mod tests {
         let labels = Tensor::new(&[1u32, 10], &Device::Cpu).unwrap();
         let error = cross_entropy(&random(1, (2, 10)), &labels).unwrap_err();
         assert_eq!((error.to_string().as_str(), error.exit_code()), ("label 10 of 10 classes", 65));
+    }
+    #[test]
+    fn the_divergence_matches_the_reference_in_double_precision() {
+        for (b, classes) in [(2, 3), (7, 10), (5, 33)] {
+            let logits = [(random(1, (b, classes)) * 5.0).unwrap(), (random(2, (b, classes)) * 5.0).unwrap()];
+            check(&logits, |_, t| kl_divergence(&t[0], &t[1]), |t| reference::kl_divergence(&t[0], &t[1]));
+        }
+    }
+
+    #[test]
+    fn the_divergence_of_equal_answers_is_zero_and_of_near_ones_half_a_square() {
+        let logits = random(1, (3, 10));
+        let shifted = (&logits + 2.0).unwrap();
+        assert!(values(&kl_divergence(&logits, &logits).unwrap()).iter().all(|&v| v == 0.0));
+        assert!(values(&kl_divergence(&logits, &shifted).unwrap()).iter().all(|&v| v.abs() < 1e-12));
+        // Even odds against those of ± d/2: ln cosh(d/2), which is d² / 8 to within d⁴ / 192.
+        let (even, d) = (Tensor::new(&[[0f32, 0.0]], logits.device()).unwrap(), 2f32.powi(-10));
+        let near = Tensor::new(&[[d / 2.0, -d / 2.0]], logits.device()).unwrap();
+        let kl = values(&kl_divergence(&even, &near).unwrap())[0];
+        assert!((kl / (d * d / 8.0) - 1.0).abs() < 1e-6, "{kl}");
+    }
+
+    #[test]
+    fn the_divergence_of_two_classes_is_that_of_their_odds() {
+        // Odds 3 : 1 against 1 : 4, so p = (3/4, 1/4) and q = (1/5, 4/5).
+        let p = Tensor::new(&[[3f32.ln(), 0.0]], &Device::Cpu).unwrap();
+        let q = Tensor::new(&[[0.0, 4f32.ln()]], &Device::Cpu).unwrap();
+        let expected = 0.75 * (0.75f32 / 0.2).ln() + 0.25 * (0.25f32 / 0.8).ln();
+        let kl = values(&kl_divergence(&p, &q).unwrap())[0];
+        assert!((kl - expected).abs() < 1e-6, "{kl}, expected {expected}");
+    }
+
+    #[test]
+    fn the_divergence_of_extreme_logits_is_finite() {
+        let p = Tensor::new(&[[1e4f32, 0.0]], &Device::Cpu).unwrap();
+        let q = Tensor::new(&[[0f32, 1e4]], &Device::Cpu).unwrap();
+        assert_eq!(values(&kl_divergence(&p, &q).unwrap()), [1e4]);
+    }
+
+    #[test]
+    fn gradients_of_the_divergence_are_finite_differences_and_for_tracked_logits_only() {
+        let logits = [random(1, (3, 5)), random(2, (3, 5))];
+        check_finite_differences(&logits, |t| kl_divergence(&t[0], &t[1]));
+        check_untracked(&logits, |t| kl_divergence(&t[0], &t[1]));
+    }
+
+    #[test]
+    fn answers_of_two_shapes_are_not_compared() {
+        let error = kl_divergence(&random(1, (2, 3)), &random(1, (2, 4))).unwrap_err().to_string();
+        assert_eq!(error, "logits [2, 3] and [2, 4] are compared, expected one shape");
     }
 }

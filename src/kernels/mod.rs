@@ -6,11 +6,13 @@
 //!
 //! What the fast paths promise, besides speed:
 //! - The output and the input gradient of a sample have the same bits whatever the batch around it and the
-//!   number of threads; gradients of weights have the same bits for any number of threads.
+//!   number of threads; gradients of weights have the same bits for any number of threads. (The exception is
+//!   [`batch_norm_train`], which is about the batch: there everything has the same bits for any threads.)
 //! - Backward computes gradients of tracked operands only: an attack on frozen weights pays no weight gradient.
 
 mod activation;
 mod attention;
+mod batch_norm;
 mod conv2d;
 mod group_norm;
 mod loss;
@@ -30,11 +32,12 @@ use rayon::prelude::*;
 
 pub use activation::{relu, silu};
 pub use attention::{attention, softmax};
+pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train};
 pub use conv2d::{PackedWeights, conv2d, conv2d_packed};
 pub use group_norm::group_norm;
-pub use loss::cross_entropy;
+pub use loss::{cross_entropy, kl_divergence};
 pub use matmul::{linear, matmul};
-pub use resample::{global_avg_pool, upsample_nearest2x};
+pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};
 
 /// Whether the fast paths of the CPU take these operands.
 fn on_cpu(operands: &[&Tensor]) -> bool {

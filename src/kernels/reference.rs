@@ -3,6 +3,7 @@
 
 use candle_core::{D, Tensor};
 
+use super::BatchStatistics;
 use crate::Result;
 
 /// 2-D convolution. `x`: `(b, h, w, c_in)` f32; `weight`: `(c_out, c_in, kh, kw)`; `bias`: `(c_out,)`.
@@ -58,7 +59,7 @@ pub fn matmul(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
 /// Group normalisation over `(b, …, c)` (Wu & He 2018), then SiLU if `silu`.
 ///
 /// The statistics of a sample and group go over all positions and the group's `c / groups` channels.
-/// `weight`, `bias`: `(c,)`.
+/// `weight`, `bias`: `(c,)`, or `(b, c)` for each sample its own.
 pub fn group_norm(
     x: &Tensor,
     groups: usize,
@@ -73,8 +74,61 @@ pub fn group_norm(
     let g = g.broadcast_sub(&g.mean_keepdim((1, 3))?)?;
     let variance = g.sqr()?.mean_keepdim((1, 3))?;
     let g = g.broadcast_div(&(variance + epsilon)?.sqrt()?)?.reshape(x.dims())?;
-    let out = g.broadcast_mul(weight)?.broadcast_add(bias)?;
+    let per_sample = |t: &Tensor| -> candle_core::Result<Tensor> {
+        let mut dims = vec![1; x.rank()];
+        dims[x.rank() - 1] = c;
+        dims[0] = t.elem_count() / c;
+        t.reshape(dims)
+    };
+    let out = g.broadcast_mul(&per_sample(weight)?)?.broadcast_add(&per_sample(bias)?)?;
     if silu { self::silu(&out) } else { Ok(out) }
+}
+
+/// Batch normalisation over `(…, c)` by the statistics of `x` itself (Ioffe & Szegedy 2015, Alg. 1), then ReLU
+/// if `relu`. `weight`, `bias`: `(c,)`.
+///
+/// Normalises with the biased variance, returns the unbiased one.
+pub fn batch_norm_train(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<(Tensor, BatchStatistics)> {
+    let rows = x.reshape(((), x.dim(D::Minus1)?))?;
+    let n = rows.dim(0)? as f64;
+    let mean = rows.mean(0)?;
+    let variance = rows.broadcast_sub(&mean)?.sqr()?.mean(0)?;
+    let out = normalize(x, &mean, &variance, weight, bias, epsilon)?;
+    let statistics =
+        BatchStatistics { mean: mean.detach(), variance: (variance.detach() * (n / (n - 1.0)))? };
+    Ok((if relu { self::relu(&out)? } else { out }, statistics))
+}
+
+/// Batch normalisation over `(…, c)` by given statistics, then ReLU if `relu`. `weight`, `bias`: `(c,)`.
+pub fn batch_norm_eval(
+    x: &Tensor,
+    statistics: &BatchStatistics,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<Tensor> {
+    let BatchStatistics { mean, variance } = statistics;
+    let out = normalize(x, &mean.detach(), &variance.detach(), weight, bias, epsilon)?;
+    if relu { self::relu(&out) } else { Ok(out) }
+}
+
+fn normalize(
+    x: &Tensor,
+    mean: &Tensor,
+    variance: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+) -> Result<Tensor> {
+    let normalized = x.broadcast_sub(mean)?.broadcast_div(&(variance + epsilon)?.sqrt()?)?;
+    Ok(normalized.broadcast_mul(weight)?.broadcast_add(bias)?)
 }
 
 /// `x · sigmoid(x)`, element by element.
@@ -99,6 +153,14 @@ pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
     Ok(x.reshape((b, h * w, c))?.mean(1)?)
 }
 
+/// Mean over windows of `k` × `k` pixels side by side; rows and columns past the last whole window are left out.
+/// `x`: `(b, h, w, c)`. Returns `(b, h / k, w / k, c)`.
+pub fn avg_pool2d(x: &Tensor, k: usize) -> Result<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    let whole = x.narrow(1, 0, h / k * k)?.narrow(2, 0, w / k * k)?;
+    Ok(whole.reshape((b, h / k, k, w / k, k * c))?.mean(2)?.reshape((b, h / k, w / k, k, c))?.mean(3)?)
+}
+
 /// Softmax over the last dimension.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
@@ -119,4 +181,14 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let log_z = shifted.exp()?.sum(D::Minus1)?.log()?;
     let chosen = shifted.gather(&labels.unsqueeze(1)?, 1)?.squeeze(1)?;
     Ok((log_z - chosen)?)
+}
+
+/// KL(softmax(p) ‖ softmax(q)) of each sample, in nats. `p_logits`, `q_logits`: `(b, classes)`. Returns `(b,)`.
+pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
+    let log_softmax = |logits: &Tensor| -> candle_core::Result<Tensor> {
+        let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+        shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
+    };
+    let (log_p, log_q) = (log_softmax(p_logits)?, log_softmax(q_logits)?);
+    Ok((log_p.exp()? * (log_p - log_q)?)?.sum(D::Minus1)?)
 }

@@ -76,16 +76,26 @@ fn bits(t: &Tensor) -> Vec<u32> {
     values(t).into_iter().map(f32::to_bits).collect()
 }
 
-/// Asserts that sample 3 alone gives the bits that it has in its batch, output and gradient, and that all bits
-/// are those of one thread. The first `batched` operands have the batch as first dimension.
+/// Asserts that all bits of output and gradients are those of one thread; returns both.
 #[track_caller]
-pub fn check_invariance(operands: &[Tensor], batched: usize, f: impl Fn(&[Tensor]) -> Result<Tensor> + Sync) {
+pub fn check_threads(
+    operands: &[Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Tensor> + Sync,
+) -> (Tensor, Vec<Tensor>) {
     let (out, gradients) = with_threads(1, || output_and_gradients(operands, &f));
     let (out_2, gradients_2) = with_threads(2, || output_and_gradients(operands, &f));
     assert_eq!(bits(&out), bits(&out_2), "output with two threads");
     for (i, (one, two)) in gradients.iter().zip(&gradients_2).enumerate() {
         assert_eq!(bits(one), bits(two), "gradient {i} with two threads");
     }
+    (out, gradients)
+}
+
+/// Asserts that sample 3 alone gives the bits that it has in its batch, output and gradient, and that all bits
+/// are those of one thread. The first `batched` operands have the batch as first dimension.
+#[track_caller]
+pub fn check_invariance(operands: &[Tensor], batched: usize, f: impl Fn(&[Tensor]) -> Result<Tensor> + Sync) {
+    let (out, gradients) = check_threads(operands, &f);
     let sample = |t: &Tensor| t.narrow(0, 3, 1).unwrap();
     let alone: Vec<Tensor> =
         operands.iter().enumerate().map(|(i, t)| if i < batched { sample(t) } else { t.clone() }).collect();

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Builder, Params, SmallCnn, SmallCnnConfig};
+use super::{BatchNormMode, Builder, Params, ResNet, ResNetConfig, SmallCnn, SmallCnnConfig};
 use crate::{Error, Result, ResultExt, fs};
 
 const CONFIG: &str = "config.json";
@@ -18,6 +18,8 @@ const WEIGHTS: &str = "model.safetensors";
 pub enum Architecture {
     /// [`SmallCnn`].
     SmallCnn(SmallCnnConfig),
+    /// [`ResNet`].
+    Resnet(ResNetConfig),
 }
 
 impl Architecture {
@@ -25,6 +27,7 @@ impl Architecture {
     pub fn num_classes(&self) -> usize {
         match self {
             Self::SmallCnn(config) => config.num_classes,
+            Self::Resnet(config) => config.num_classes,
         }
     }
 
@@ -32,6 +35,7 @@ impl Architecture {
     pub fn image_shape(&self) -> (usize, usize, usize) {
         match self {
             Self::SmallCnn(config) => (config.image_size, config.image_size, config.in_channels),
+            Self::Resnet(config) => (config.image_size, config.image_size, config.in_channels),
         }
     }
 
@@ -39,6 +43,7 @@ impl Architecture {
     pub fn macs(&self) -> Result<u64> {
         match self {
             Self::SmallCnn(config) => config.macs(),
+            Self::Resnet(config) => config.macs(),
         }
     }
 }
@@ -47,6 +52,8 @@ impl Architecture {
 pub enum Network {
     /// See [`SmallCnn`].
     SmallCnn(SmallCnn),
+    /// See [`ResNet`].
+    Resnet(ResNet),
 }
 
 impl Network {
@@ -54,15 +61,40 @@ impl Network {
     pub fn new(architecture: &Architecture, b: &Builder) -> Result<Self> {
         match architecture {
             Architecture::SmallCnn(config) => SmallCnn::new(config, b).map(Self::SmallCnn),
+            Architecture::Resnet(config) => ResNet::new(config, b).map(Self::Resnet),
         }
     }
 
-    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits, `(b, num_classes)`.
+    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits, `(b, num_classes)`; those of an image do
+    /// not depend on the images beside it.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        self.logits_by(x, BatchNormMode::Eval)
+    }
+
+    /// [`Network::logits`] with batch norms, where there are any, in this mode.
+    pub fn logits_by(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
         match self {
             Self::SmallCnn(net) => net.forward(x),
+            Self::Resnet(net) => net.forward(x, mode),
         }
     }
+}
+
+/// Fails with [`Error::Data`] at the first of these settings that is 0.
+pub(super) fn expect_positive(settings: &[(&str, usize)]) -> Result<()> {
+    match settings.iter().find(|(_, value)| *value == 0) {
+        Some((key, _)) => bail!(Data, "{key} is 0, expected at least 1"),
+        None => Ok(()),
+    }
+}
+
+/// Fails with [`Error::Usage`] unless `x` holds square images of this side and number of channels.
+pub(super) fn expect_images(x: &Tensor, side: usize, channels: usize) -> Result<()> {
+    let (_, h, w, c) = x.dims4()?;
+    if (h, w, c) != (side, side, channels) {
+        bail!(Usage, "images are {h} x {w} x {c}, the classifier expects {side} x {side} x {channels}");
+    }
+    Ok(())
 }
 
 /// What `config.json` says: the network, and the name of each class in the order of the logits.
@@ -148,7 +180,8 @@ impl Classifier {
 
     /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits, `(b, num_classes)`.
     ///
-    /// Gradients flow to `x`, not to the parameters: for those see [`Classifier::tracked`].
+    /// Gradients flow to `x`, not to the parameters: for those see [`Classifier::tracked`]. Batch norms go by
+    /// their running statistics.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         self.frozen.logits(x)
     }
@@ -196,6 +229,28 @@ mod tests {
         let x = Tensor::full(0.25f32, (2, 8, 8, 1), &Device::Cpu).unwrap();
         let logits = |c: &Classifier| c.logits(&x).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(logits(&loaded), logits(&saved));
+    }
+
+    #[test]
+    fn a_resnet_is_saved_with_its_running_statistics_which_its_logits_go_by() {
+        let architecture = Architecture::Resnet(ResNetConfig {
+            widths: vec![4, 8],
+            blocks: vec![1, 1],
+            ..ResNetConfig::resnet18(1, 8, 2)
+        });
+        let config = ClassifierConfig { architecture, ..config() };
+        assert_eq!(serde_json::to_value(&config).unwrap()["arch"], "resnet");
+        let trained = Classifier::init(config, 1, &Device::Cpu).unwrap();
+        let x: Vec<f32> = (0..128).map(|i| (i % 7) as f32 / 7.0).collect();
+        let x = Tensor::from_vec(x, (2, 8, 8, 1), &Device::Cpu).unwrap();
+        let logits = |c: &Classifier| c.logits(&x).unwrap().to_vec2::<f32>().unwrap();
+        let fresh = logits(&trained);
+        trained.tracked().unwrap().logits_by(&x, BatchNormMode::Train).unwrap();
+        assert_ne!(logits(&trained), fresh);
+        let dir = tempfile::tempdir().unwrap();
+        trained.save(dir.path()).unwrap();
+        let loaded = Classifier::load(dir.path(), &Device::Cpu).unwrap();
+        assert_eq!(logits(&loaded), logits(&trained));
     }
 
     #[test]

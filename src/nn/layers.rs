@@ -1,9 +1,12 @@
 //! Layers with PyTorch's parameters: names `weight` and `bias`, its shapes, its initial distributions.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use super::{Builder, Init};
-use crate::{Result, kernels};
+use super::{Buffer, Builder, Init};
+use crate::{
+    Result,
+    kernels::{self, BatchStatistics},
+};
 
 /// 2-D convolution over NHWC images: `torch.nn.Conv2d` with square kernels.
 #[derive(Clone, Debug)]
@@ -26,10 +29,17 @@ impl Conv2d {
         })
     }
 
-    /// 3 × 3 with this stride, padded by one pixel, without a bias: for a norm behind it.
-    pub fn without_bias(c_in: usize, c_out: usize, stride: usize, b: &Builder) -> Result<Self> {
-        let weight = b.get("weight", (c_out, c_in, 3, 3), Init::FanIn(c_in * 9))?;
-        Ok(Self { weight, bias: None, stride, padding: (1, 1) })
+    /// `kernel` × `kernel` with this stride, padded by half the kernel, without a bias: for a norm behind it.
+    pub fn without_bias(
+        c_in: usize,
+        c_out: usize,
+        kernel: usize,
+        stride: usize,
+        b: &Builder,
+    ) -> Result<Self> {
+        let init = Init::FanIn(c_in * kernel * kernel);
+        let weight = b.get("weight", (c_out, c_in, kernel, kernel), init)?;
+        Ok(Self { weight, bias: None, stride, padding: (kernel / 2, kernel / 2) })
     }
 
     /// The same parameters, moved by `stride` over an image padded by `padding` = (before, after).
@@ -102,6 +112,16 @@ impl GroupNorm {
     pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
         kernels::group_norm(x, self.groups, &self.weight, &self.bias, self.epsilon, true)
     }
+
+    /// The norm, `norm(x) · (1 + scale) + shift` for each sample, then SiLU, in one pass.
+    ///
+    /// `scale`, `shift`: `(b, channels)`.
+    pub fn forward_scale_shift_silu(&self, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        let factor = (scale + 1.0)?;
+        let weight = factor.broadcast_mul(&self.weight)?;
+        let bias = (factor.broadcast_mul(&self.bias)? + shift)?;
+        kernels::group_norm(x, self.groups, &weight, &bias, self.epsilon, true)
+    }
 }
 
 /// A learned vector for each of a number of classes: `torch.nn.Embedding`.
@@ -119,5 +139,78 @@ impl Embedding {
     /// `indices`: `(b,)` u32, below `n`. Returns `(b, dim)`.
     pub fn forward(&self, indices: &Tensor) -> Result<Tensor> {
         Ok(self.weight.index_select(indices, 0)?)
+    }
+}
+
+/// By which statistics a network's [`BatchNorm`]s normalise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchNormMode {
+    /// By those of the batch, which also move the running ones. Two passes at once would race for these.
+    Train,
+    /// By the running ones: an image does not see its batch, and nothing is changed.
+    Eval,
+}
+
+/// Batch normalisation (Ioffe & Szegedy 2015) with the channels last: `torch.nn.BatchNorm2d`.
+#[derive(Clone, Debug)]
+pub struct BatchNorm {
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Buffer,
+    running_var: Buffer,
+    num_batches_tracked: Buffer,
+}
+
+impl BatchNorm {
+    /// The weight of a batch in the running statistics, PyTorch's default.
+    const MOMENTUM: f64 = 0.1;
+    /// PyTorch's default.
+    const EPSILON: f64 = 1e-5;
+
+    /// Running statistics start as mean 0 and variance 1.
+    pub fn new(channels: usize, b: &Builder) -> Result<Self> {
+        Ok(Self {
+            weight: b.get("weight", channels, Init::Ones)?,
+            bias: b.get("bias", channels, Init::Zeros)?,
+            running_mean: b.buffer("running_mean", channels, Init::Zeros)?,
+            running_var: b.buffer("running_var", channels, Init::Ones)?,
+            num_batches_tracked: b.counter("num_batches_tracked")?,
+        })
+    }
+
+    /// `x`: `(b, …, channels)`. Returns its shape. [`BatchNormMode::Train`] fails if `x` is a single position.
+    pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        self.apply(x, mode, false)
+    }
+
+    /// The norm, then ReLU, in one pass.
+    pub fn forward_relu(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        self.apply(x, mode, true)
+    }
+
+    fn apply(&self, x: &Tensor, mode: BatchNormMode, relu: bool) -> Result<Tensor> {
+        match mode {
+            BatchNormMode::Train => {
+                let (out, statistics) =
+                    kernels::batch_norm_train(x, &self.weight, &self.bias, Self::EPSILON, relu)?;
+                self.track(&statistics)?;
+                Ok(out)
+            }
+            BatchNormMode::Eval => {
+                let running =
+                    BatchStatistics { mean: self.running_mean.get(), variance: self.running_var.get() };
+                kernels::batch_norm_eval(x, &running, &self.weight, &self.bias, Self::EPSILON, relu)
+            }
+        }
+    }
+
+    /// `running = (1 - momentum) · running + momentum · batch`.
+    fn track(&self, batch: &BatchStatistics) -> Result<()> {
+        for (running, batch) in [(&self.running_mean, &batch.mean), (&self.running_var, &batch.variance)] {
+            let kept = (running.get() * (1.0 - Self::MOMENTUM))?;
+            running.set(&(kept + (batch * Self::MOMENTUM)?)?)?;
+        }
+        let batches = self.num_batches_tracked.get();
+        self.num_batches_tracked.set(&(&batches + Tensor::ones((), DType::I64, batches.device())?)?)
     }
 }

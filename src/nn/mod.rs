@@ -10,13 +10,15 @@ mod layers;
 mod lr;
 pub mod optim;
 mod params;
+mod resnet;
 mod small_cnn;
 mod unet;
 
 pub use classifier::{Architecture, Classifier, ClassifierConfig, Network};
-pub use layers::{Conv2d, Embedding, GroupNorm, Linear};
+pub use layers::{BatchNorm, BatchNormMode, Conv2d, Embedding, GroupNorm, Linear};
 pub use lr::{LrDecay, LrSchedule};
-pub use params::{Builder, Init, Params};
+pub use params::{Buffer, Builder, Init, Params};
+pub use resnet::{ResNet, ResNetConfig};
 pub use small_cnn::{SmallCnn, SmallCnnConfig};
 pub(crate) use unet::DIFFUSERS_VERSION;
 pub use unet::{SampleSize, UNet, UNetConfig};

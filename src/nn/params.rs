@@ -60,7 +60,7 @@ pub struct Builder<'a> {
 
 enum Source {
     Declare(RefCell<Vec<Declaration>>),
-    Tensors(HashMap<String, Tensor>),
+    Values { tensors: HashMap<String, Tensor>, buffers: HashMap<String, Buffer> },
 }
 
 struct Declaration {
@@ -68,11 +68,63 @@ struct Declaration {
     names: Vec<String>,
     shape: Shape,
     init: Init,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Parameter,
+    Buffer,
+    /// A buffer that counts: I64, the rest is F32.
+    Counter,
 }
 
 impl Declaration {
     fn name(&self) -> &str {
         &self.names[0]
+    }
+
+    fn initial(&self, seed: u64, device: &Device) -> Result<Var> {
+        if self.kind == Kind::Counter {
+            return Ok(Var::zeros(self.shape.clone(), DType::I64, device)?);
+        }
+        let values = self.init.values(seed, self.name(), self.shape.elem_count());
+        Ok(Var::from_vec(values, self.shape.clone(), device)?)
+    }
+
+    /// The values in a file, or what is wrong with them.
+    fn read(&self, view: &TensorView, device: &Device) -> Result<std::result::Result<Var, String>> {
+        if self.kind == Kind::Counter {
+            if view.dtype() != Dtype::I64 {
+                return Ok(Err(format!("is of type {:?}, expected I64", view.dtype())));
+            }
+            let tensor = Tensor::from_raw_buffer(view.data(), DType::I64, view.shape(), device)?;
+            return Ok(Ok(Var::from_tensor(&tensor)?));
+        }
+        Ok(match finite_f32(view)? {
+            Ok(values) => Ok(Var::from_vec(values, self.shape.clone(), device)?),
+            Err(fault) => Err(fault),
+        })
+    }
+}
+
+/// Numbers that belong to a network but are not learned, such as running statistics: no optimiser sees them,
+/// the network itself may change them, and they are saved with it.
+///
+/// A clone is another handle on the same numbers.
+#[derive(Clone, Debug)]
+pub struct Buffer(Var);
+
+impl Buffer {
+    /// The numbers, outside of any graph; a later [`Buffer::set`] is seen in them.
+    pub fn get(&self) -> Tensor {
+        self.0.as_detached_tensor()
+    }
+
+    /// Overwrites the numbers in place. All views of the network's parameters see it. Fails if the shape or
+    /// the type is another.
+    pub fn set(&self, values: &Tensor) -> Result<()> {
+        Ok(self.0.set(values)?)
     }
 }
 
@@ -100,27 +152,64 @@ impl<'a> Builder<'a> {
     /// values: constructors keep them and do not compute with them.
     pub fn get(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
         let shape = shape.into();
-        let names: Vec<_> = self.prefixes.iter().map(|prefix| format!("{prefix}{name}")).collect();
         match self.source {
             Source::Declare(declared) => {
                 let placeholder = Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(&shape)?;
-                declared.borrow_mut().push(Declaration { names, shape, init });
+                declared.borrow_mut().push(self.declaration(name, shape, init, Kind::Parameter));
                 Ok(placeholder)
             }
-            Source::Tensors(tensors) => match tensors.get(&names[0]) {
-                Some(tensor) if tensor.shape() == &shape => Ok(tensor.clone()),
-                Some(tensor) => bail!(
-                    Alarm,
-                    "parameter {} has shape {:?}, expected {:?}",
-                    names[0],
-                    tensor.dims(),
-                    shape.dims()
-                ),
-                None => {
-                    bail!(Alarm, "parameter {} was not declared by the network it is asked for", names[0])
-                }
-            },
+            Source::Values { tensors, .. } => find(tensors, &self.names(name)[0], &shape, Tensor::shape),
         }
+    }
+
+    /// The buffer `name` of this part, f32 of the given shape: see [`Buffer`].
+    pub fn buffer(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Buffer> {
+        self.any_buffer(name, shape.into(), init, Kind::Buffer)
+    }
+
+    /// The buffer `name` of this part, an i64 scalar that starts as 0.
+    pub fn counter(&self, name: &str) -> Result<Buffer> {
+        self.any_buffer(name, Shape::from(()), Init::Zeros, Kind::Counter)
+    }
+
+    fn any_buffer(&self, name: &str, shape: Shape, init: Init, kind: Kind) -> Result<Buffer> {
+        match self.source {
+            Source::Declare(declared) => {
+                let declaration = self.declaration(name, shape, init, kind);
+                let placeholder = Buffer(declaration.initial(0, &Device::Cpu)?);
+                declared.borrow_mut().push(declaration);
+                Ok(placeholder)
+            }
+            Source::Values { buffers, .. } => find(buffers, &self.names(name)[0], &shape, |b| b.0.shape()),
+        }
+    }
+
+    fn declaration(&self, name: &str, shape: Shape, init: Init, kind: Kind) -> Declaration {
+        Declaration { names: self.names(name), shape, init, kind }
+    }
+
+    /// The full name, then those of older programs.
+    fn names(&self, name: &str) -> Vec<String> {
+        self.prefixes.iter().map(|prefix| format!("{prefix}{name}")).collect()
+    }
+}
+
+/// What has this name, if it has this shape.
+fn find<T: Clone>(
+    among: &HashMap<String, T>,
+    name: &str,
+    shape: &Shape,
+    shape_of: impl Fn(&T) -> &Shape,
+) -> Result<T> {
+    match among.get(name) {
+        Some(found) if shape_of(found) == shape => Ok(found.clone()),
+        Some(found) => bail!(
+            Alarm,
+            "parameter {name} has shape {:?}, expected {:?}",
+            shape_of(found).dims(),
+            shape.dims()
+        ),
+        None => bail!(Alarm, "parameter {name} was not declared by the network it is asked for"),
     }
 }
 
@@ -140,26 +229,36 @@ fn declare<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, Vec<Decla
 /// A network that has shapes but takes no memory for parameters, and how many numbers they would be.
 pub(super) fn skeleton<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, usize)> {
     let (net, declared) = declare(build)?;
-    Ok((net, declared.iter().map(|d| d.shape.elem_count()).sum()))
+    let parameters = declared.iter().filter(|d| d.kind == Kind::Parameter);
+    Ok((net, parameters.map(|d| d.shape.elem_count()).sum()))
 }
 
-/// The parameters of a network, f32, in the order in which its constructor asks for them.
+/// The parameters of a network, f32, in the order in which its constructor asks for them, and its buffers.
 ///
 /// A clone is another handle on the same numbers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Params {
     vars: Vec<(String, Var)>,
+    buffers: Vec<(String, Buffer)>,
 }
 
 impl Params {
     /// Fresh parameters of the network that `build` makes; the same for the same seed, on any device.
     pub fn init<N>(seed: u64, device: &Device, build: impl FnOnce(&Builder) -> Result<N>) -> Result<Self> {
-        let vars = declare(build)?.1.into_iter().map(|declaration| {
-            let values = declaration.init.values(seed, declaration.name(), declaration.shape.elem_count());
-            let var = Var::from_vec(values, declaration.shape.clone(), device)?;
-            Ok((declaration.name().to_owned(), var))
-        });
-        Ok(Self { vars: vars.collect::<Result<_>>()? })
+        let mut params = Self::default();
+        for declaration in declare(build)?.1 {
+            let var = declaration.initial(seed, device)?;
+            params.push(&declaration, var);
+        }
+        Ok(params)
+    }
+
+    fn push(&mut self, declaration: &Declaration, var: Var) {
+        let name = declaration.name().to_owned();
+        match declaration.kind {
+            Kind::Parameter => self.vars.push((name, var)),
+            Kind::Buffer | Kind::Counter => self.buffers.push((name, Buffer(var))),
+        }
     }
 
     /// Reads the parameters of the network that `build` makes from a safetensors file, into memory.
@@ -172,7 +271,7 @@ impl Params {
 
     /// Takes the parameters of the network that `build` makes from the bytes of a safetensors file.
     ///
-    /// f32, f16 and bf16 tensors are taken and held as f32. Fails with [`Error::Data`], naming the `origin`
+    /// f32, f16 and bf16 tensors are taken and held as f32, counters as the i64 that they are. Fails with [`Error::Data`], naming the `origin`
     /// of the bytes and *every* tensor that is missing, unexpected, misshapen, of another type or not finite.
     pub fn from_safetensors<N>(
         bytes: &[u8],
@@ -184,7 +283,7 @@ impl Params {
             .map_err(|e| Error::Data(format!("{origin}: not a safetensors file: {e}")))?;
         let mut faults = Faults::default();
         let mut found: BTreeMap<_, _> = file.iter().collect();
-        let mut vars = Vec::new();
+        let mut params = Self::default();
         for declaration in declare(build)?.1 {
             let name = declaration.name();
             let Some(view) = declaration.names.iter().find_map(|name| found.remove(name.as_str())) else {
@@ -195,16 +294,14 @@ impl Params {
                 faults.shape(name, view.shape(), declaration.shape.dims());
                 continue;
             }
-            match finite_f32(&view)? {
-                Ok(values) => {
-                    vars.push((name.to_owned(), Var::from_vec(values, declaration.shape.clone(), device)?));
-                }
+            match declaration.read(&view, device)? {
+                Ok(var) => params.push(&declaration, var),
                 Err(fault) => faults.add(format!("{name} {fault}")),
             }
         }
         found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
         faults.check(origin)?;
-        Ok(Self { vars })
+        Ok(params)
     }
 
     /// The network over these parameters, with gradients: an optimiser's updates in place are seen.
@@ -214,7 +311,7 @@ impl Params {
 
     /// The network over these parameters without gradients, so that an attack does not pay for them.
     ///
-    /// The storage is shared: updates in place are seen here too.
+    /// The storage is shared: updates in place are seen here too. So are the buffers.
     pub fn frozen<N>(&self, build: impl FnOnce(&Builder) -> Result<N>) -> Result<N> {
         self.view(build, Var::as_detached_tensor)
     }
@@ -225,7 +322,8 @@ impl Params {
         tensor: impl Fn(&Var) -> Tensor,
     ) -> Result<N> {
         let tensors = self.vars.iter().map(|(name, var)| (name.clone(), tensor(var))).collect();
-        build(&Builder::new(&Source::Tensors(tensors)))
+        let buffers = self.buffers.iter().cloned().collect();
+        build(&Builder::new(&Source::Values { tensors, buffers }))
     }
 
     /// The parameters and their names, in the order of their declaration.
@@ -233,12 +331,18 @@ impl Params {
         &self.vars
     }
 
-    /// How many numbers the parameters are.
+    /// The buffers and their names, in the order of their declaration.
+    pub fn buffers(&self) -> &[(String, Buffer)] {
+        &self.buffers
+    }
+
+    /// How many numbers the parameters are, the buffers not counted.
     pub fn count(&self) -> usize {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()
     }
 
-    /// Overwrites every parameter in place. All views of these parameters see it.
+    /// Overwrites every parameter in place, and the buffers that are given: others stay as they are. All views
+    /// of these parameters see it.
     ///
     /// Fails with [`Error::Data`], naming every tensor that is missing, unexpected or misshapen; then nothing
     /// is overwritten.
@@ -253,30 +357,45 @@ impl Params {
                 None => faults.add(format!("{name} is missing")),
             }
         }
+        for (name, Buffer(var)) in &self.buffers {
+            match found.remove(name.as_str()) {
+                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor)),
+                Some(tensor) => faults.shape(name, tensor.dims(), var.dims()),
+                None => {}
+            }
+        }
         found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
         faults.check("the tensors given")?;
         for (var, tensor) in pairs {
-            var.set(&tensor.to_dtype(DType::F32)?.to_device(var.device())?)?;
+            var.set(&tensor.to_dtype(var.dtype())?.to_device(var.device())?)?;
         }
         Ok(())
     }
 
-    /// The parameters as the bytes of a safetensors file: the same bytes for the same values and metadata.
+    /// The parameters and buffers as the bytes of a safetensors file: the same bytes for the same values and metadata.
     ///
     /// `metadata` goes into the header, beside `format: pt`, which PyTorch's readers look for.
     pub fn to_safetensors(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
         // Written here because the `safetensors` crate keeps metadata in a HashMap, whose order varies.
         let metadata: BTreeMap<_, _> = metadata.iter().copied().chain(iter::once(("format", "pt"))).collect();
         let mut header = serde_json::Map::from_iter([("__metadata__".into(), serde_json::json!(metadata))]);
-        let mut sorted: Vec<_> = self.vars.iter().collect();
-        sorted.sort_by_key(|(name, _)| name);
+        let buffers = self.buffers.iter().map(|(name, Buffer(var))| (name, var));
+        let mut sorted: Vec<_> = self.vars.iter().map(|(name, var)| (name, var)).chain(buffers).collect();
+        // Readers map the data: the eight bytes of an i64 must not begin between two f32s.
+        sorted.sort_by_key(|&(name, var)| (var.dtype() != DType::I64, name));
         let mut data = Vec::with_capacity(4 * self.count());
         for (name, var) in sorted {
             let start = data.len();
-            let values = var.flatten_all()?.to_vec1::<f32>()?;
-            data.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            let flat = var.flatten_all()?;
+            let dtype = if var.dtype() == DType::I64 {
+                data.extend(flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes()));
+                "I64"
+            } else {
+                data.extend(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()));
+                "F32"
+            };
             let entry =
-                serde_json::json!({"dtype": "F32", "shape": var.dims(), "data_offsets": [start, data.len()]});
+                serde_json::json!({"dtype": dtype, "shape": var.dims(), "data_offsets": [start, data.len()]});
             header.insert(name.clone(), entry);
         }
         let mut header = serde_json::Value::Object(header).to_string().into_bytes();
@@ -470,5 +589,61 @@ mod tests {
         let error = params.copy_from([("in.weight", &ones), ("out.weight", &ones)]).unwrap_err();
         assert!(error.to_string().contains("out.weight has shape [2, 3], expected [4]"), "{error}");
         assert_eq!(values(&params.vars()[0].1), before);
+    }
+    fn with_buffers(b: &Builder) -> Result<(Tensor, Buffer, Buffer)> {
+        let b = b.pp("norm");
+        Ok((b.get("weight", 3, Init::Ones)?, b.buffer("mean", 3, Init::Zeros)?, b.counter("count")?))
+    }
+
+    #[test]
+    fn buffers_are_saved_and_loaded_but_are_no_parameters() {
+        let params = Params::init(1, &Device::Cpu, with_buffers).unwrap();
+        assert_eq!((params.count(), skeleton(with_buffers).unwrap().1), (3, 3));
+        assert_eq!(params.vars().len(), 1);
+        let (_, mean, count) = params.tracked(with_buffers).unwrap();
+        mean.set(&Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap()).unwrap();
+        count.set(&Tensor::new(1i64 << 40, &Device::Cpu).unwrap()).unwrap();
+        let bytes = params.to_safetensors(&[]).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let view = file.tensor("norm.count").unwrap();
+        assert_eq!(
+            (view.dtype(), view.shape(), view.data()),
+            (Dtype::I64, &[][..], &[0, 0, 0, 0, 0, 1, 0, 0][..])
+        );
+        let back = Params::from_safetensors(&bytes, "bytes", &Device::Cpu, with_buffers).unwrap();
+        let (_, mean, count) = back.frozen(with_buffers).unwrap();
+        assert!(!mean.get().track_op());
+        assert_eq!(
+            (values(&mean.get()), count.get().to_scalar::<i64>().unwrap()),
+            (vec![1.0, 2.0, 3.0], 1 << 40)
+        );
+        assert_eq!(back.to_safetensors(&[]).unwrap(), bytes);
+    }
+
+    #[test]
+    fn buffers_are_copied_if_they_are_given() {
+        let params = Params::init(1, &Device::Cpu, with_buffers).unwrap();
+        let fours = Tensor::full(4f32, 3, &Device::Cpu).unwrap();
+        params.copy_from([("norm.weight", &fours)]).unwrap();
+        assert_eq!(values(&params.buffers()[0].1.get()), [0.0; 3]);
+        let count = Tensor::new(7i64, &Device::Cpu).unwrap();
+        params.copy_from([("norm.weight", &fours), ("norm.mean", &fours), ("norm.count", &count)]).unwrap();
+        assert_eq!(values(&params.buffers()[0].1.get()), [4.0; 3]);
+        assert_eq!(params.buffers()[1].1.get().to_scalar::<i64>().unwrap(), 7);
+    }
+
+    #[test]
+    fn a_counter_of_another_type_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(
+            dir.path(),
+            &[
+                ("norm.weight", Dtype::F32, &[3], &[0; 12]),
+                ("norm.mean", Dtype::F32, &[3], &[0; 12]),
+                ("norm.count", Dtype::F32, &[], &[0; 4]),
+            ],
+        );
+        let error = Params::load(&path, &Device::Cpu, with_buffers).unwrap_err().to_string();
+        assert!(error.ends_with("norm.count is of type F32, expected I64"), "{error}");
     }
 }

@@ -4,7 +4,11 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{Builder, Conv2d, GroupNorm, Linear, params};
+use super::{
+    Builder, Conv2d, GroupNorm, Linear,
+    classifier::{expect_images, expect_positive},
+    params,
+};
 use crate::{Result, kernels};
 
 /// PyTorch's default for norms.
@@ -30,13 +34,11 @@ impl SmallCnnConfig {
     /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
     pub fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, channels, num_classes, groups } = self;
-        for (key, value) in
-            [("in_channels", in_channels), ("image_size", image_size), ("num_classes", num_classes)]
-        {
-            if *value == 0 {
-                bail!(Data, "{key} is 0, expected at least 1");
-            }
-        }
+        expect_positive(&[
+            ("in_channels", *in_channels),
+            ("image_size", *image_size),
+            ("num_classes", *num_classes),
+        ])?;
         if channels.is_empty() || channels.contains(&0) {
             bail!(Data, "channels is {channels:?}, expected a positive number for each stage");
         }
@@ -68,7 +70,7 @@ impl SmallCnn {
         let channels = &config.channels;
         let layer = |c_in, c_out, stride, b: &Builder| {
             Ok::<_, crate::Error>(ConvNormSilu {
-                conv: Conv2d::without_bias(c_in, c_out, stride, &b.pp("conv"))?,
+                conv: Conv2d::without_bias(c_in, c_out, 3, stride, &b.pp("conv"))?,
                 norm: GroupNorm::new(config.groups, c_out, NORM_EPS, &b.pp("norm"))?,
             })
         };
@@ -88,15 +90,7 @@ impl SmallCnn {
     /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the logits,
     /// `(b, num_classes)`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let SmallCnnConfig { in_channels, image_size, .. } = self.config;
-        let (_, height, width, channels) = x.dims4()?;
-        if (height, width, channels) != (image_size, image_size, in_channels) {
-            bail!(
-                Usage,
-                "images are {height} x {width} x {channels}, the classifier expects {image_size} x {image_size} \
-                 x {in_channels}"
-            );
-        }
+        expect_images(x, self.config.image_size, self.config.in_channels)?;
         let mut x = self.stem.forward(&x.affine(2.0, -1.0)?)?;
         for layer in self.stages.iter().flatten() {
             x = layer.forward(&x)?;

@@ -48,14 +48,13 @@ impl ResnetBlock {
     /// `x`: `(b, h, w, c_in)`; `temb`: `(b, time)`, behind its SiLU. Returns `(b, h, w, c_out)`.
     pub(super) fn forward(&self, x: &Tensor, temb: &Tensor) -> Result<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let temb = self.time_emb_proj.forward(temb)?.unsqueeze(1)?.unsqueeze(1)?;
+        let temb = self.time_emb_proj.forward(temb)?;
         let h = if self.scale_shift {
             let n = temb.dim(D::Minus1)? / 2;
             let (scale, shift) = (temb.narrow(D::Minus1, 0, n)?, temb.narrow(D::Minus1, n, n)?);
-            let h = self.norm2.forward(&h)?;
-            kernels::silu(&h.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(&shift)?)?
+            self.norm2.forward_scale_shift_silu(&h, &scale, &shift)?
         } else {
-            self.norm2.forward_silu(&h.broadcast_add(&temb)?)?
+            self.norm2.forward_silu(&h.broadcast_add(&temb.unsqueeze(1)?.unsqueeze(1)?)?)?
         };
         let h = self.conv2.forward(&h)?;
         let x = match &self.conv_shortcut {

@@ -1,0 +1,509 @@
+//! Batch normalisation, with ReLU in the same pass.
+//!
+//! The work is done by functions of slices, [`statistics`] and those of [`Norm`]; the custom op is a shell
+//! over them.
+
+use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Shape, Tensor};
+
+use super::{
+    Elements, elements, for_each_chunk,
+    microkernel::{Arithmetic, Loop, run},
+    on_cpu,
+    reduce::{block_sums, sums_and_squares},
+    reference, tensor,
+};
+use crate::{Result, device::CpuLevel};
+
+/// Mean and variance of each channel, both `(c,)`, outside of any graph.
+#[derive(Clone, Debug)]
+pub struct BatchStatistics {
+    /// The means.
+    pub mean: Tensor,
+    /// The variances: what [`batch_norm_train`] returns is the unbiased estimate, as running averages take it.
+    pub variance: Tensor,
+}
+
+/// Batch normalisation over `(…, c)` by the statistics of `x` itself (Ioffe & Szegedy 2015, Alg. 1), then ReLU
+/// if `relu`.
+///
+/// The statistics of a channel go over all positions of all samples; it is normalised with the *biased*
+/// variance, and the unbiased one is returned. `weight`, `bias`: `(c,)`. Gradients go through the statistics.
+///
+/// Fails if `x` has fewer than two positions, or if `weight` or `bias` has another shape.
+pub fn batch_norm_train(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<(Tensor, BatchStatistics)> {
+    let c = channels(x, &[weight, bias])?;
+    if x.elem_count() < 2 * c {
+        bail!(Alarm, "images {:?} have one value a channel, expected two for a variance", x.dims());
+    }
+    if on_cpu(&[x, weight, bias]) {
+        batch_norm_train_at(CpuLevel::get(), x, weight, bias, epsilon, relu)
+    } else {
+        reference::batch_norm_train(x, weight, bias, epsilon, relu)
+    }
+}
+
+/// Batch normalisation over `(…, c)` by given statistics, then ReLU if `relu`: a sample does not see its batch.
+///
+/// `weight`, `bias`: `(c,)`. No gradient goes to the statistics. Fails if a shape is another.
+pub fn batch_norm_eval(
+    x: &Tensor,
+    statistics: &BatchStatistics,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<Tensor> {
+    let BatchStatistics { mean, variance } = statistics;
+    channels(x, &[mean, variance, weight, bias])?;
+    if on_cpu(&[x, mean, variance, weight, bias]) {
+        batch_norm_eval_at(CpuLevel::get(), x, statistics, weight, bias, epsilon, relu)
+    } else {
+        reference::batch_norm_eval(x, statistics, weight, bias, epsilon, relu)
+    }
+}
+
+/// The number of channels, which all `vectors` must have.
+fn channels(x: &Tensor, vectors: &[&Tensor]) -> Result<usize> {
+    let c = x.dim(D::Minus1)?;
+    if let Some(other) = vectors.iter().find(|v| v.dims() != [c]) {
+        bail!(Alarm, "{c} channels are normalised with a vector of shape {:?}", other.dims());
+    }
+    Ok(c)
+}
+
+fn batch_norm_train_at(
+    level: CpuLevel,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<(Tensor, BatchStatistics)> {
+    let x = x.contiguous()?;
+    let c = x.dim(D::Minus1)?;
+    let statistics = statistics(level, &Elements::of(&x)?, c);
+    let moments = Moments::new(&statistics, epsilon);
+    let op = BatchNorm { level, moments, of_batch: true, relu };
+    let out = x.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
+    let rows = (x.elem_count() / c.max(1)) as f64;
+    let vector = |values: &[f64], factor: f64| {
+        Tensor::from_vec(values.iter().map(|v| (v * factor) as f32).collect(), c, &Device::Cpu)
+    };
+    let mean = vector(&statistics.mean, 1.0)?;
+    Ok((out, BatchStatistics { mean, variance: vector(&statistics.variance, rows / (rows - 1.0))? }))
+}
+
+fn batch_norm_eval_at(
+    level: CpuLevel,
+    x: &Tensor,
+    statistics: &BatchStatistics,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<Tensor> {
+    let doubles = |t: &Tensor| -> Result<Vec<f64>> {
+        Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
+    };
+    let statistics =
+        Statistics { mean: doubles(&statistics.mean)?, variance: doubles(&statistics.variance)? };
+    let op = BatchNorm { level, moments: Moments::new(&statistics, epsilon), of_batch: false, relu };
+    Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
+}
+
+/// Mean and biased variance of each channel.
+pub(super) struct Statistics {
+    pub mean: Vec<f64>,
+    pub variance: Vec<f64>,
+}
+
+/// Mean and 1 / √(variance + ε) of each channel.
+pub(super) struct Moments {
+    pub mean: Vec<f32>,
+    pub inverse: Vec<f32>,
+}
+
+impl Moments {
+    pub fn new(statistics: &Statistics, epsilon: f64) -> Self {
+        Self {
+            mean: statistics.mean.iter().map(|&mean| mean as f32).collect(),
+            inverse: statistics.variance.iter().map(|v| (1.0 / (v + epsilon).sqrt()) as f32).collect(),
+        }
+    }
+}
+
+/// Rows of a task, and of a partial sum: a function of the channels only.
+fn block_rows(c: usize) -> usize {
+    ((1 << 15) / c.max(1)).max(1)
+}
+
+/// The statistics of the channels of a matrix with `c` columns.
+pub(super) fn statistics(level: CpuLevel, x: &[f32], c: usize) -> Statistics {
+    struct Sums<'a>(&'a [f32], usize);
+    impl Loop for Sums<'_> {
+        type Output = [Vec<f64>; 2];
+        #[inline(always)]
+        fn run<A: Arithmetic>(self) -> [Vec<f64>; 2] {
+            sums_and_squares(self.0, self.1)
+        }
+    }
+    let [sums, squares] = block_sums(x.len(), c, block_rows(c), |block| run(level, Sums(&x[block], c)));
+    let rows = (x.len() / c.max(1)) as f64;
+    let mean: Vec<f64> = sums.iter().map(|sum| sum / rows).collect();
+    // Double precision: the cancellation costs at most half of its 16 digits for mean / σ up to 1e4.
+    let variance = squares.iter().zip(&mean).map(|(s, mean)| (s / rows - mean * mean).max(0.0)).collect();
+    Statistics { mean, variance }
+}
+
+/// What the channels are normalised with: `z = x̂ · weight + bias`, `x̂ = (x - mean) · inverse`; the output is
+/// `max(z, 0)` if `relu`, else `z`.
+#[derive(Clone, Copy)]
+pub(super) struct Norm<'a> {
+    pub level: CpuLevel,
+    pub moments: &'a Moments,
+    pub weight: &'a [f32],
+    pub bias: &'a [f32],
+    pub relu: bool,
+}
+
+/// The gradients of weight and bias.
+pub(super) struct WeightGradients {
+    /// `Σ dz · x̂` for each channel.
+    pub weight: Vec<f64>,
+    /// `Σ dz` for each channel.
+    pub bias: Vec<f64>,
+}
+
+impl Norm<'_> {
+    /// Writes the output.
+    pub fn normalize(&self, x: &[f32], out: &mut [f32]) {
+        let channels = self.channels();
+        let block = block_rows(self.weight.len()) * self.weight.len();
+        for_each_chunk(out, block, x.len(), |i, out| {
+            run(self.level, Normalize { x: &x[i * block..][..out.len()], channels: &channels, out });
+        });
+    }
+
+    /// The gradients of weight and bias for `dy`, that of the output.
+    pub fn weight_gradients(&self, x: &[f32], dy: &[f32]) -> WeightGradients {
+        let (c, channels) = (self.weight.len(), self.channels());
+        let [bias, mut weight] = block_sums(x.len(), c, block_rows(c), |block| {
+            run(self.level, GradientSums { x: &x[block.clone()], dy: &dy[block], channels: &channels })
+        });
+        weight.iter_mut().zip(&self.moments.inverse).for_each(|(w, &inverse)| *w *= f64::from(inverse));
+        WeightGradients { weight, bias }
+    }
+
+    /// Writes the gradient of the input for `dy`, that of the output.
+    ///
+    /// If the moments are those of `x`, the gradient goes through them as well, which takes the gradients of
+    /// weight and bias: `dx = inverse · weight · (dz - mean(dz) - x̂ · mean(dz · x̂))`, means over the rows.
+    pub fn input_gradient(&self, x: &[f32], dy: &[f32], of_batch: Option<&WeightGradients>, dx: &mut [f32]) {
+        let (c, channels) = (self.weight.len(), self.channels());
+        let rows = (x.len() / c.max(1)) as f64;
+        let (mut offset, mut slope) = (vec![0f32; c], vec![0f32; c]);
+        if let Some(sums) = of_batch {
+            for i in 0..c {
+                let scale = f64::from(channels.scale[i]);
+                offset[i] = (-scale * sums.bias[i] / rows) as f32;
+                slope[i] = (-scale * f64::from(self.moments.inverse[i]) * sums.weight[i] / rows) as f32;
+            }
+        }
+        let block = block_rows(c) * c;
+        for_each_chunk(dx, block, x.len(), |i, dx| {
+            let range = i * block..i * block + dx.len();
+            let (x, dy) = (&x[range.clone()], &dy[range]);
+            run(self.level, InputGradient { x, dy, channels: &channels, offset: &offset, slope: &slope, dx });
+        });
+    }
+
+    fn channels(&self) -> Channels<'_> {
+        Channels {
+            mean: &self.moments.mean,
+            scale: self.moments.inverse.iter().zip(self.weight).map(|(i, w)| i * w).collect(),
+            bias: self.bias,
+            floor: if self.relu { 0.0 } else { f32::NEG_INFINITY },
+        }
+    }
+}
+
+/// `z = (x - mean) · scale + bias`, not below `floor`.
+struct Channels<'a> {
+    mean: &'a [f32],
+    scale: Vec<f32>,
+    bias: &'a [f32],
+    floor: f32,
+}
+
+struct Normalize<'a> {
+    x: &'a [f32],
+    channels: &'a Channels<'a>,
+    out: &'a mut [f32],
+}
+
+impl Loop for Normalize<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { x, channels, out } = self;
+        let (c, floor) = (channels.bias.len(), channels.floor);
+        let (mean, scale, bias) = (&channels.mean[..c], &channels.scale[..c], &channels.bias[..c]);
+        for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+            for i in 0..c {
+                let z = A::mul_add(x[i] - mean[i], scale[i], bias[i]);
+                // Not `max`: a NaN stays one.
+                out[i] = if z < floor { floor } else { z };
+            }
+        }
+    }
+}
+
+/// `dz`, the gradient of what ReLU gets: 0 where that is not above 0. The same operations as in [`Normalize`],
+/// so that both agree on the sign.
+#[inline(always)]
+fn inner_gradient<A: Arithmetic>(centered: f32, dy: f32, scale: f32, bias: f32, floor: f32) -> f32 {
+    if A::mul_add(centered, scale, bias) <= floor { 0.0 } else { dy }
+}
+
+struct GradientSums<'a> {
+    x: &'a [f32],
+    dy: &'a [f32],
+    channels: &'a Channels<'a>,
+}
+
+impl Loop for GradientSums<'_> {
+    /// For each channel `[Σ dz, Σ dz · (x - mean)]`.
+    type Output = [Vec<f64>; 2];
+
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) -> [Vec<f64>; 2] {
+        let Self { x, dy, channels } = self;
+        let (c, floor) = (channels.bias.len(), channels.floor);
+        let (mean, scale, bias) = (&channels.mean[..c], &channels.scale[..c], &channels.bias[..c]);
+        let (mut sums, mut products) = (vec![0f64; c], vec![0f64; c]);
+        for (x, dy) in x.chunks_exact(c).zip(dy.chunks_exact(c)) {
+            let (sums, products) = (&mut sums[..c], &mut products[..c]);
+            for i in 0..c {
+                let centered = x[i] - mean[i];
+                let dz = inner_gradient::<A>(centered, dy[i], scale[i], bias[i], floor);
+                sums[i] += f64::from(dz);
+                products[i] += f64::from(dz * centered);
+            }
+        }
+        [sums, products]
+    }
+}
+
+struct InputGradient<'a> {
+    x: &'a [f32],
+    dy: &'a [f32],
+    channels: &'a Channels<'a>,
+    offset: &'a [f32],
+    slope: &'a [f32],
+    dx: &'a mut [f32],
+}
+
+impl Loop for InputGradient<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        let Self { x, dy, channels, offset, slope, dx } = self;
+        let (c, floor) = (channels.bias.len(), channels.floor);
+        let (mean, scale, bias) = (&channels.mean[..c], &channels.scale[..c], &channels.bias[..c]);
+        let (offset, slope) = (&offset[..c], &slope[..c]);
+        let rows = x.chunks_exact(c).zip(dy.chunks_exact(c));
+        for (dx, (x, dy)) in dx.chunks_exact_mut(c).zip(rows) {
+            for i in 0..c {
+                let centered = x[i] - mean[i];
+                let dz = inner_gradient::<A>(centered, dy[i], scale[i], bias[i], floor);
+                dx[i] = A::mul_add(dz, scale[i], A::mul_add(centered, slope[i], offset[i]));
+            }
+        }
+    }
+}
+
+struct BatchNorm {
+    level: CpuLevel,
+    moments: Moments,
+    /// Whether the moments are those of the operand, so that gradients go through them.
+    of_batch: bool,
+    relu: bool,
+}
+
+impl BatchNorm {
+    fn norm<'a>(&'a self, weight: &'a [f32], bias: &'a [f32]) -> Norm<'a> {
+        Norm { level: self.level, moments: &self.moments, weight, bias, relu: self.relu }
+    }
+}
+
+impl CustomOp3 for BatchNorm {
+    fn name(&self) -> &'static str {
+        "batch-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = elements(x, x_layout)?;
+        let mut out = vec![0f32; x.len()];
+        self.norm(elements(weight, weight_layout)?, elements(bias, bias_layout)?).normalize(x, &mut out);
+        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (dy, x_values) = (Elements::of(&dy)?, Elements::of(x)?);
+        let (weight_values, bias_values) = (Elements::of(weight)?, Elements::of(bias)?);
+        let norm = self.norm(&weight_values, &bias_values);
+        let to_weights = weight.track_op() || bias.track_op();
+        let sums = (to_weights || self.of_batch).then(|| norm.weight_gradients(&x_values, &dy));
+        let dx = if x.track_op() {
+            let mut dx = vec![0f32; dy.len()];
+            norm.input_gradient(&x_values, &dy, sums.as_ref().filter(|_| self.of_batch), &mut dx);
+            Some(tensor(dx, x)?)
+        } else {
+            None
+        };
+        let gradient = |of: &Tensor, values: fn(&WeightGradients) -> &[f64]| {
+            let tracked = sums.as_ref().filter(|_| of.track_op());
+            tracked.map(|sums| tensor(values(sums).iter().map(|&v| v as f32).collect(), of)).transpose()
+        };
+        Ok((dx, gradient(weight, |sums| &sums.weight)?, gradient(bias, |sums| &sums.bias)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+
+    use super::{super::testing::*, *};
+
+    const EPSILON: f64 = 1e-5;
+
+    fn operands(shape: (usize, usize, usize, usize)) -> [Tensor; 3] {
+        let x = (random(1, shape) * 2.0).unwrap();
+        [(x + 0.7).unwrap(), (random(2, shape.3) + 1.0).unwrap(), random(3, shape.3)]
+    }
+
+    fn running(c: usize) -> BatchStatistics {
+        BatchStatistics {
+            mean: random(4, c),
+            variance: (random(5, c).sqr().unwrap() + 0.1).unwrap().to_dtype(candle_core::DType::F32).unwrap(),
+        }
+    }
+
+    fn train(t: &[Tensor], relu: bool) -> Result<Tensor> {
+        Ok(batch_norm_train(&t[0], &t[1], &t[2], EPSILON, relu)?.0)
+    }
+
+    fn eval(t: &[Tensor], relu: bool) -> Result<Tensor> {
+        batch_norm_eval(&t[0], &running(t[1].elem_count()), &t[1], &t[2], EPSILON, relu)
+    }
+
+    #[test]
+    fn outputs_and_gradients_match_the_reference_in_double_precision() {
+        for shape in [(2, 3, 5, 1), (1, 2, 1, 6), (3, 4, 4, 17), (2, 32, 32, 64), (3, 5, 5, 300)] {
+            let statistics = running(shape.3);
+            let doubles = {
+                let double = |t: &Tensor| t.to_dtype(candle_core::DType::F64).unwrap();
+                BatchStatistics { mean: double(&statistics.mean), variance: double(&statistics.variance) }
+            };
+            for relu in [false, true] {
+                check(
+                    &operands(shape),
+                    |level, t| Ok(batch_norm_train_at(level, &t[0], &t[1], &t[2], EPSILON, relu)?.0),
+                    |t| Ok(reference::batch_norm_train(&t[0], &t[1], &t[2], EPSILON, relu)?.0),
+                );
+                check(
+                    &operands(shape),
+                    |level, t| batch_norm_eval_at(level, &t[0], &statistics, &t[1], &t[2], EPSILON, relu),
+                    |t| reference::batch_norm_eval(&t[0], &doubles, &t[1], &t[2], EPSILON, relu),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_statistics_are_the_mean_and_the_unbiased_variance() {
+        // Channel 0: 1, 3, 5, 7 with squares about the mean 9 + 1 + 1 + 9; channel 1: constant.
+        let x = Tensor::new(&[[1f32, 2.0], [3.0, 2.0], [5.0, 2.0], [7.0, 2.0]], &Device::Cpu).unwrap();
+        let (ones, zeros) = (Tensor::new(&[1f32, 1.0], x.device()), Tensor::new(&[0f32, 0.0], x.device()));
+        for of in [batch_norm_train, reference::batch_norm_train] {
+            let (out, found) = of(&x, ones.as_ref().unwrap(), zeros.as_ref().unwrap(), 0.0, false).unwrap();
+            assert_eq!(values(&found.mean), [4.0, 2.0]);
+            let variance = values(&found.variance);
+            assert!((variance[0] - 20.0 / 3.0).abs() < 1e-6 && variance[1] == 0.0, "{variance:?}");
+            assert!((values(&out)[6] - 3.0 / 5f32.sqrt()).abs() < 1e-6, "the biased variance is 5");
+        }
+    }
+
+    #[test]
+    fn a_large_mean_does_not_drown_the_variance() {
+        let [x, ..] = operands((2, 16, 16, 4));
+        let x = (x + 1000.0).unwrap();
+        let weights = (Tensor::new(&[1f32; 4], x.device()).unwrap(), Tensor::new(&[0f32; 4], x.device()));
+        let out = values(&train(&[x, weights.0, weights.1.unwrap()], false).unwrap());
+        for channel in 0..4 {
+            let squares: f32 = out.iter().skip(channel).step_by(4).map(|v| v * v).sum();
+            assert!((squares / 512.0 - 1.0).abs() < 1e-4, "variance {}", squares / 512.0);
+        }
+    }
+
+    #[test]
+    fn the_bits_do_not_depend_on_the_threads_and_with_given_statistics_not_on_the_batch() {
+        let operands = operands((7, 24, 24, 24));
+        check_threads(&operands, |t| train(t, true));
+        check_invariance(&operands, 1, |t| eval(t, true));
+    }
+
+    #[test]
+    fn gradients_are_finite_differences() {
+        check_finite_differences(&operands((2, 2, 3, 4)), |t| train(t, false));
+        check_finite_differences(&operands((2, 2, 3, 4)), |t| eval(t, false));
+    }
+
+    #[test]
+    fn untracked_operands_get_no_gradient() {
+        check_untracked(&operands((2, 2, 3, 4)), |t| train(t, true));
+        check_untracked(&operands((2, 2, 3, 4)), |t| eval(t, true));
+    }
+
+    #[test]
+    fn the_gradient_of_relu_at_zero_is_zero() {
+        let x = Var::new(&[[0f32], [2.0], [4.0]], &Device::Cpu).unwrap();
+        let one = Tensor::new(&[1f32], x.device()).unwrap();
+        let statistics = BatchStatistics { mean: (&one * 2.0).unwrap(), variance: one.clone() };
+        let out = batch_norm_eval(&x, &statistics, &one, &one.zeros_like().unwrap(), 0.0, true).unwrap();
+        assert_eq!(values(&out), [0.0, 0.0, 2.0]);
+        let gradients = out.sum_all().unwrap().backward().unwrap();
+        assert_eq!(values(gradients.get(&x).unwrap()), [0.0, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn what_has_no_variance_or_another_shape_is_refused() {
+        let [x, weight, bias] = operands((1, 1, 1, 6));
+        let error = batch_norm_train(&x, &weight, &bias, EPSILON, false).unwrap_err().to_string();
+        assert_eq!(error, "images [1, 1, 1, 6] have one value a channel, expected two for a variance");
+        let error = batch_norm_eval(&x, &running(5), &weight, &bias, EPSILON, false).unwrap_err();
+        assert_eq!(error.to_string(), "6 channels are normalised with a vector of shape [5]");
+    }
+}

@@ -1,0 +1,307 @@
+//! The residual network of the robustness benchmarks, under RobustBench's names.
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    BatchNorm, BatchNormMode, Builder, Conv2d, Linear,
+    classifier::{expect_images, expect_positive},
+    params,
+};
+use crate::{Result, kernels};
+
+/// The shape of a [`ResNet`]. `widths` and `blocks` are by default those of ResNet-18.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResNetConfig {
+    /// Channels of the images: 1 or 3, as a rule.
+    pub in_channels: usize,
+    /// Height and width of the images.
+    pub image_size: usize,
+    /// How many logits come out.
+    pub num_classes: usize,
+    /// Channels of each stage; from the second on a stage halves the image.
+    #[serde(default = "resnet18_widths")]
+    pub widths: Vec<usize>,
+    /// Residual blocks of each stage.
+    #[serde(default = "resnet18_blocks")]
+    pub blocks: Vec<usize>,
+}
+
+fn resnet18_widths() -> Vec<usize> {
+    vec![64, 128, 256, 512]
+}
+
+fn resnet18_blocks() -> Vec<usize> {
+    vec![2; 4]
+}
+
+impl ResNetConfig {
+    /// ResNet-18.
+    pub fn resnet18(in_channels: usize, image_size: usize, num_classes: usize) -> Self {
+        let (widths, blocks) = (resnet18_widths(), resnet18_blocks());
+        Self { in_channels, image_size, num_classes, widths, blocks }
+    }
+
+    /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
+    pub fn validate(&self) -> Result<()> {
+        let Self { in_channels, image_size, num_classes, widths, blocks } = self;
+        expect_positive(&[
+            ("in_channels", *in_channels),
+            ("image_size", *image_size),
+            ("num_classes", *num_classes),
+        ])?;
+        if widths.is_empty() || widths.contains(&0) {
+            bail!(Data, "widths is {widths:?}, expected a positive number for each stage");
+        }
+        if blocks.len() != widths.len() || blocks.contains(&0) {
+            bail!(
+                Data,
+                "blocks is {blocks:?}, expected a positive number for each of {} stages",
+                widths.len()
+            );
+        }
+        Ok(())
+    }
+
+    /// [`ResNet::macs`] without making the parameters. Fails if the configuration cannot be built.
+    pub fn macs(&self) -> Result<u64> {
+        Ok(params::skeleton(|b| ResNet::new(self, b))?.0.macs())
+    }
+}
+
+/// ResNet (He et al. 2016) in its form for small images: a 3 × 3 stem without pooling, stages of basic blocks,
+/// the mean over what is left of the image, and a linear layer.
+pub struct ResNet {
+    conv1: Conv2d,
+    bn1: BatchNorm,
+    stages: Vec<Vec<BasicBlock>>,
+    linear: Linear,
+    config: ResNetConfig,
+}
+
+impl ResNet {
+    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if the configuration cannot be built.
+    pub fn new(config: &ResNetConfig, b: &Builder) -> Result<Self> {
+        config.validate()?;
+        let ResNetConfig { in_channels, num_classes, widths, blocks, .. } = config;
+        let stages = blocks.iter().enumerate().map(|(i, &n)| {
+            let b = b.pp(format!("layer{}", i + 1));
+            let block = |j: usize| {
+                let first = j == 0 && i > 0;
+                let (c_in, stride) = if first { (widths[i - 1], 2) } else { (widths[i], 1) };
+                BasicBlock::new(c_in, widths[i], stride, &b.pp(j))
+            };
+            (0..n).map(block).collect::<Result<_>>()
+        });
+        Ok(Self {
+            conv1: Conv2d::without_bias(*in_channels, widths[0], 3, 1, &b.pp("conv1"))?,
+            bn1: BatchNorm::new(widths[0], &b.pp("bn1"))?,
+            stages: stages.collect::<Result<_>>()?,
+            linear: Linear::new(widths[widths.len() - 1], *num_classes, &b.pp("linear"))?,
+            config: config.clone(),
+        })
+    }
+
+    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the logits,
+    /// `(b, num_classes)`.
+    pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        expect_images(x, self.config.image_size, self.config.in_channels)?;
+        let mut x = self.bn1.forward_relu(&self.conv1.forward(x)?, mode)?;
+        for block in self.stages.iter().flatten() {
+            x = block.forward(&x, mode)?;
+        }
+        self.linear.forward(&kernels::global_avg_pool(&x)?)
+    }
+
+    /// Multiply-adds of convolutions and the linear layer for one image.
+    pub fn macs(&self) -> u64 {
+        let mut side = self.config.image_size;
+        let mut macs = self.conv1.macs(side * side) + self.linear.macs(1);
+        for (i, blocks) in self.stages.iter().enumerate() {
+            if i > 0 {
+                side = side.div_ceil(2);
+            }
+            macs += blocks.iter().map(|block| block.macs(side * side)).sum::<u64>();
+        }
+        macs
+    }
+}
+
+/// Two 3 × 3 convolutions with norms, and the input added before the second ReLU.
+struct BasicBlock {
+    conv1: Conv2d,
+    bn1: BatchNorm,
+    conv2: Conv2d,
+    bn2: BatchNorm,
+    /// Where the shape changes.
+    shortcut: Option<(Conv2d, BatchNorm)>,
+}
+
+impl BasicBlock {
+    fn new(c_in: usize, c_out: usize, stride: usize, b: &Builder) -> Result<Self> {
+        let shortcut = || {
+            let b = b.pp("shortcut");
+            Ok::<_, crate::Error>((
+                Conv2d::without_bias(c_in, c_out, 1, stride, &b.pp(0))?,
+                BatchNorm::new(c_out, &b.pp(1))?,
+            ))
+        };
+        Ok(Self {
+            conv1: Conv2d::without_bias(c_in, c_out, 3, stride, &b.pp("conv1"))?,
+            bn1: BatchNorm::new(c_out, &b.pp("bn1"))?,
+            conv2: Conv2d::without_bias(c_out, c_out, 3, 1, &b.pp("conv2"))?,
+            bn2: BatchNorm::new(c_out, &b.pp("bn2"))?,
+            shortcut: (stride != 1 || c_in != c_out).then(shortcut).transpose()?,
+        })
+    }
+
+    /// `x`: `(b, h, w, c_in)`. Returns `(b, h / stride, w / stride, c_out)`, rounded up.
+    fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        let h = self.bn1.forward_relu(&self.conv1.forward(x)?, mode)?;
+        let h = self.bn2.forward(&self.conv2.forward(&h)?, mode)?;
+        let x = match &self.shortcut {
+            Some((conv, bn)) => bn.forward(&conv.forward(x)?, mode)?,
+            None => x.clone(),
+        };
+        kernels::relu(&(h + x)?)
+    }
+
+    /// Multiply-adds for an output of `positions` pixels.
+    fn macs(&self, positions: usize) -> u64 {
+        let shortcut = self.shortcut.as_ref().map_or(0, |(conv, _)| conv.macs(positions));
+        self.conv1.macs(positions) + self.conv2.macs(positions) + shortcut
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, path::PathBuf};
+
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+    use crate::nn::Params;
+
+    /// tests/golden/resnet.py: an odd image, a stage of two blocks, widths that differ.
+    fn golden() -> (ResNetConfig, BTreeMap<String, Tensor>, Params) {
+        let config =
+            ResNetConfig { widths: vec![4, 6, 10], blocks: vec![1, 2, 1], ..ResNetConfig::resnet18(3, 9, 5) };
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/resnet.safetensors");
+        let tensors: BTreeMap<_, _> =
+            candle_core::safetensors::load(path, &Device::Cpu).unwrap().into_iter().collect();
+        let params = Params::init(0, &Device::Cpu, |b| ResNet::new(&config, b)).unwrap();
+        params.copy_from(part(&tensors, "model.")).unwrap();
+        (config, tensors, params)
+    }
+
+    fn part<'a>(
+        tensors: &'a BTreeMap<String, Tensor>,
+        prefix: &str,
+    ) -> impl Iterator<Item = (&'a str, &'a Tensor)> {
+        tensors.iter().filter_map(move |(k, v)| Some((k.strip_prefix(prefix)?, v)))
+    }
+
+    fn nhwc(t: &Tensor) -> Tensor {
+        t.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()
+    }
+
+    /// max |found - expected| ≤ 1e-5 · max |expected|
+    #[track_caller]
+    fn assert_close(what: &str, found: &Tensor, expected: &Tensor) {
+        assert_eq!(found.dims(), expected.dims(), "{what}");
+        let max = |t: Tensor| {
+            let t = t.to_dtype(DType::F64).unwrap().abs().unwrap();
+            t.flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
+        };
+        let error = max((found - expected).unwrap()) / max(expected.clone());
+        assert!(error <= 1e-5, "{what} differs by {error:e} of its scale");
+    }
+
+    #[test]
+    fn names_are_those_of_robustbench() {
+        let (config, tensors, params) = golden();
+        let theirs: Vec<_> = part(&tensors, "model.").map(|(name, _)| name).collect();
+        let mut ours: Vec<_> = params.vars().iter().map(|(name, _)| name.as_str()).collect();
+        ours.extend(params.buffers().iter().map(|(name, _)| name.as_str()));
+        ours.sort_unstable();
+        assert_eq!(ours, theirs);
+        // And a file of PyTorch's tensors loads as it is.
+        let state: std::collections::HashMap<_, _> =
+            part(&tensors, "model.").map(|(k, v)| (k.to_owned(), v.clone())).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        candle_core::safetensors::save(&state, &path).unwrap();
+        let loaded = Params::load(&path, &Device::Cpu, |b| ResNet::new(&config, b)).unwrap();
+        assert_eq!(loaded.to_safetensors(&[]).unwrap(), params.to_safetensors(&[]).unwrap());
+    }
+
+    #[test]
+    fn logits_by_running_statistics_are_those_of_pytorch_and_move_nothing() {
+        let (config, tensors, params) = golden();
+        let before = params.to_safetensors(&[]).unwrap();
+        let net = params.frozen(|b| ResNet::new(&config, b)).unwrap();
+        let logits = net.forward(&nhwc(&tensors["x"]), BatchNormMode::Eval).unwrap();
+        assert_close("logits", &logits, &tensors["logits_eval"]);
+        assert_eq!(params.to_safetensors(&[]).unwrap(), before);
+    }
+
+    #[test]
+    fn logits_gradients_and_running_statistics_of_a_training_step_are_those_of_pytorch() {
+        let (config, tensors, params) = golden();
+        let net = params.tracked(|b| ResNet::new(&config, b)).unwrap();
+        let x = Var::from_tensor(&nhwc(&tensors["x"])).unwrap();
+        let logits = net.forward(&x, BatchNormMode::Train).unwrap();
+        assert_close("logits", &logits, &tensors["logits_train"]);
+        let labels = tensors["labels"].to_dtype(DType::U32).unwrap();
+        let loss = kernels::cross_entropy(&logits, &labels).unwrap().mean_all().unwrap();
+        let grads = loss.backward().unwrap();
+        assert_close("gradient of x", grads.get(&x).unwrap(), &nhwc(&tensors["grad_x"]));
+        for (name, var) in params.vars() {
+            assert_close(name, grads.get(var).unwrap(), &tensors[&format!("grad.{name}")]);
+        }
+        assert_eq!(params.buffers().len(), part(&tensors, "after.").count());
+        for (name, buffer) in params.buffers() {
+            assert_close(name, &buffer.get(), &tensors[&format!("after.{name}")]);
+        }
+    }
+
+    #[test]
+    fn an_image_sees_its_batch_only_in_training() {
+        let (config, tensors, params) = golden();
+        let net = params.frozen(|b| ResNet::new(&config, b)).unwrap();
+        let x = nhwc(&tensors["x"]);
+        let first = |x: &Tensor, mode| net.forward(x, mode).unwrap().to_vec2::<f32>().unwrap().swap_remove(0);
+        let alone = x.narrow(0, 0, 1).unwrap();
+        assert_eq!(first(&x, BatchNormMode::Eval), first(&alone, BatchNormMode::Eval));
+        assert_ne!(first(&x, BatchNormMode::Train), first(&alone, BatchNormMode::Train));
+    }
+
+    /// Counted by hand: stem 32² · 27 · 64; stage 1 32² · 4 · 576 · 64, a quarter of it for each convolution; in
+    /// each later stage the first convolution has half the inputs, and a shortcut a ninth of that; linear 5120.
+    #[test]
+    fn resnet18_has_the_known_parameters_and_multiply_adds() {
+        let config = ResNetConfig::resnet18(3, 32, 10);
+        assert_eq!(params::skeleton(|b| ResNet::new(&config, b)).unwrap().1, 11_173_962);
+        let stage = 150_994_944;
+        let later = stage - stage / 8 + stage / 72;
+        assert_eq!(config.macs().unwrap(), 1_769_472 + stage + 3 * later + 5120);
+        assert_eq!(config.macs().unwrap(), 555_422_720);
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_named() {
+        let config = ResNetConfig::resnet18(3, 32, 10);
+        let error = ResNetConfig { blocks: vec![2, 2], ..config.clone() }.validate().unwrap_err();
+        assert_eq!(error.to_string(), "blocks is [2, 2], expected a positive number for each of 4 stages");
+        let error = ResNetConfig { num_classes: 0, ..config }.validate().unwrap_err();
+        assert_eq!(error.to_string(), "num_classes is 0, expected at least 1");
+    }
+
+    #[test]
+    fn widths_and_blocks_are_by_default_those_of_resnet18() {
+        let json = r#"{"in_channels": 3, "image_size": 32, "num_classes": 10}"#;
+        let config: ResNetConfig = serde_json::from_str(json).unwrap();
+        assert_eq!(config, ResNetConfig::resnet18(3, 32, 10));
+    }
+}
