@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Buffer, Builder, Init};
+use super::{Buffer, Builder, Init, Packed};
 use crate::{
     Result,
     kernels::{self, BatchStatistics},
@@ -15,6 +15,7 @@ pub struct Conv2d {
     bias: Option<Tensor>,
     stride: usize,
     padding: (usize, usize),
+    packed: Option<Packed>,
 }
 
 impl Conv2d {
@@ -26,6 +27,7 @@ impl Conv2d {
             bias: Some(b.get("bias", c_out, init)?),
             stride: 1,
             padding: (kernel / 2, kernel / 2),
+            packed: b.packed("weight"),
         })
     }
 
@@ -39,7 +41,8 @@ impl Conv2d {
     ) -> Result<Self> {
         let init = Init::FanIn(c_in * kernel * kernel);
         let weight = b.get("weight", (c_out, c_in, kernel, kernel), init)?;
-        Ok(Self { weight, bias: None, stride, padding: (kernel / 2, kernel / 2) })
+        let packed = b.packed("weight");
+        Ok(Self { weight, bias: None, stride, padding: (kernel / 2, kernel / 2), packed })
     }
 
     /// The same parameters, moved by `stride` over an image padded by `padding` = (before, after).
@@ -49,7 +52,13 @@ impl Conv2d {
 
     /// `x`: `(b, h, w, c_in)`. Returns `(b, h', w', c_out)`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::conv2d(x, &self.weight, self.bias.as_ref(), self.stride, self.padding)
+        let Self { weight, bias, stride, padding, packed } = self;
+        match packed {
+            Some(packed) => {
+                kernels::conv2d_packed(x, weight, bias.as_ref(), *stride, *padding, &packed.get())
+            }
+            None => kernels::conv2d(x, weight, bias.as_ref(), *stride, *padding),
+        }
     }
 
     /// Multiply-adds for an output of `positions` pixels.

@@ -17,7 +17,7 @@ mod unet;
 pub use classifier::{Architecture, Classifier, ClassifierConfig, Network};
 pub use layers::{BatchNorm, BatchNormMode, Conv2d, Embedding, GroupNorm, Linear};
 pub use lr::{LrDecay, LrSchedule};
-pub use params::{Buffer, Builder, Init, Params};
+pub use params::{Buffer, Builder, Init, Packed, Params};
 pub use resnet::{ResNet, ResNetConfig};
 pub use small_cnn::{SmallCnn, SmallCnnConfig};
 pub(crate) use unet::DIFFUSERS_VERSION;

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
 
+use super::Params;
 use crate::{Result, kernels::Elements};
 
 /// Elements of a parallel task.
@@ -176,8 +177,8 @@ fn load_count(state: &[(String, Tensor)], name: &str) -> Result<u64> {
 
 /// What turns gradients into updates.
 pub trait Optimizer {
-    /// Updates every variable from its gradient. Fails, naming it, if one has none.
-    fn step(&mut self, vars: &[(String, Var)], grads: &GradStore, lr: f64) -> Result<()>;
+    /// Updates every parameter from its gradient. Fails, naming it, if one has none.
+    fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()>;
     /// What [`Optimizer::load_state`] needs to go on bit for bit: moments and the number of steps.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
     /// Takes up a state that was saved for the same variables.
@@ -217,7 +218,8 @@ impl Adam {
 }
 
 impl Optimizer for Adam {
-    fn step(&mut self, vars: &[(String, Var)], grads: &GradStore, lr: f64) -> Result<()> {
+    fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()> {
+        let vars = params.vars();
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         let step = self.moments.advance(vars)? as f64;
@@ -249,6 +251,7 @@ impl Optimizer for Adam {
                 }
             }
         }
+        params.touch();
         Ok(())
     }
 
@@ -287,7 +290,8 @@ impl Sgd {
 }
 
 impl Optimizer for Sgd {
-    fn step(&mut self, vars: &[(String, Var)], grads: &GradStore, lr: f64) -> Result<()> {
+    fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()> {
+        let vars = params.vars();
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         self.moments.advance(vars)?;
@@ -314,6 +318,7 @@ impl Optimizer for Sgd {
                 }
             }
         }
+        params.touch();
         Ok(())
     }
 
@@ -450,6 +455,10 @@ mod tests {
 
     const SIZES: [usize; 2] = [5, 40_000];
 
+    fn params(vars: &[(String, Var)]) -> Params {
+        Params::from(vars.to_vec())
+    }
+
     fn variables() -> Vec<(String, Var)> {
         let var = |(i, n): (usize, usize)| {
             let mut data = vec![0f32; n];
@@ -515,7 +524,7 @@ mod tests {
         });
         let (vars, mut adam) = (variables(), Adam::new(ADAM));
         for step in 1..=5 {
-            adam.step(&vars, &gradients(&vars, step), 0.01).unwrap();
+            adam.step(&params(&vars), &gradients(&vars, step), 0.01).unwrap();
         }
         assert_weights(&vars, &expected);
     }
@@ -530,7 +539,7 @@ mod tests {
             });
             let (vars, mut sgd) = (variables(), Sgd::new(SgdConfig { nesterov, ..SGD }));
             for step in 1..=5 {
-                sgd.step(&vars, &gradients(&vars, step), 0.1).unwrap();
+                sgd.step(&params(&vars), &gradients(&vars, step), 0.1).unwrap();
             }
             assert_weights(&vars, &expected);
         }
@@ -552,10 +561,10 @@ mod tests {
             for ((_, var), (_, double)) in vars.iter().zip(&doubles) {
                 double_grads.insert(double, grads.get(var).unwrap().to_dtype(DType::F64).unwrap());
             }
-            adam.step(&vars, &grads, 0.01).unwrap();
-            adam_double.step(&doubles, &double_grads, 0.01).unwrap();
-            sgd.step(&vars, &grads, 0.01).unwrap();
-            sgd_double.step(&doubles, &double_grads, 0.01).unwrap();
+            adam.step(&params(&vars), &grads, 0.01).unwrap();
+            adam_double.step(&params(&doubles), &double_grads, 0.01).unwrap();
+            sgd.step(&params(&vars), &grads, 0.01).unwrap();
+            sgd_double.step(&params(&doubles), &double_grads, 0.01).unwrap();
             ema.update(&vars).unwrap();
             ema_double.update(&doubles).unwrap();
         }
@@ -587,8 +596,8 @@ mod tests {
                 [(&straight, &mut adam, &mut sgd, &mut ema), (&resumed, &mut adam_2, &mut sgd_2, &mut ema_2)];
             for (vars, adam, sgd, ema) in steps {
                 let grads = gradients(vars, step);
-                adam.step(vars, &grads, 0.01).unwrap();
-                sgd.step(vars, &grads, 0.01).unwrap();
+                adam.step(&params(vars), &grads, 0.01).unwrap();
+                sgd.step(&params(vars), &grads, 0.01).unwrap();
                 ema.update(vars).unwrap();
             }
         }
@@ -604,9 +613,9 @@ mod tests {
         let mut grads = gradients(&vars, 1);
         grads.remove(&vars[1].1);
         let before = values(&vars[0].1);
-        let error = Adam::new(ADAM).step(&vars, &grads, 0.1).unwrap_err().to_string();
+        let error = Adam::new(ADAM).step(&params(&vars), &grads, 0.1).unwrap_err().to_string();
         assert_eq!(error, "variable 'w1' has no gradient");
-        assert!(Sgd::new(SGD).step(&vars, &grads, 0.1).is_err());
+        assert!(Sgd::new(SGD).step(&params(&vars), &grads, 0.1).is_err());
         assert_eq!(values(&vars[0].1), before);
     }
 
@@ -614,7 +623,7 @@ mod tests {
     fn a_state_of_other_variables_is_refused() {
         let vars = variables();
         let mut adam = Adam::new(ADAM);
-        adam.step(&vars, &gradients(&vars, 1), 0.1).unwrap();
+        adam.step(&params(&vars), &gradients(&vars, 1), 0.1).unwrap();
         let mut state = adam.state().unwrap();
         state.pop();
         let error = Adam::new(ADAM).load_state(&vars, &state).unwrap_err().to_string();
@@ -622,7 +631,7 @@ mod tests {
         state.push(("w1.exp_avg_sq".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap()));
         let error = Adam::new(ADAM).load_state(&vars, &state).unwrap_err().to_string();
         assert_eq!(error, "'w1.exp_avg_sq' of the state has shape [3], expected [40000]");
-        assert!(adam.step(&vars[..1], &gradients(&vars, 2), 0.1).is_err());
+        assert!(adam.step(&params(&vars[..1]), &gradients(&vars, 2), 0.1).is_err());
     }
 
     #[test]

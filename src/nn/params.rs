@@ -6,12 +6,16 @@ use std::{
     fmt::Display,
     fs, iter,
     path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use crate::{Error, Result, rng};
+use crate::{Error, Result, kernels::PackedWeights, rng};
 
 /// How a parameter starts out. The distributions are PyTorch's defaults for the layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,7 +64,39 @@ pub struct Builder<'a> {
 
 enum Source {
     Declare(RefCell<Vec<Declaration>>),
-    Values { tensors: HashMap<String, Tensor>, buffers: HashMap<String, Buffer> },
+    Values { tensors: HashMap<String, Tensor>, buffers: HashMap<String, Buffer>, packs: Arc<Packs> },
+}
+
+/// What the kernels make of the weights, for as long as these stay as they are; shared by all views.
+#[derive(Debug, Default)]
+struct Packs {
+    /// Counts the updates of the weights.
+    version: AtomicU64,
+    /// By the weights' names, each with the version of which it was made.
+    slots: Mutex<HashMap<String, (u64, Arc<PackedWeights>)>>,
+}
+
+/// Where a layer finds what the kernels made of its weight: see [`Builder::packed`].
+#[derive(Clone, Debug)]
+pub struct Packed {
+    packs: Arc<Packs>,
+    name: String,
+}
+
+impl Packed {
+    /// That of the weight as it is now, empty after an update.
+    pub fn get(&self) -> Arc<PackedWeights> {
+        let version = self.packs.version.load(Ordering::Acquire);
+        let mut slots = self.packs.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        match slots.get(&self.name) {
+            Some((made_of, packed)) if *made_of == version => Arc::clone(packed),
+            _ => {
+                let packed = Arc::default();
+                slots.insert(self.name.clone(), (version, Arc::clone(&packed)));
+                packed
+            }
+        }
+    }
 }
 
 struct Declaration {
@@ -188,6 +224,12 @@ impl<'a> Builder<'a> {
         Declaration { names: self.names(name), shape, init, kind }
     }
 
+    /// Where all views of the parameter `name` find what a kernel made of it; none while a network is declared.
+    pub fn packed(&self, name: &str) -> Option<Packed> {
+        let Source::Values { packs, .. } = self.source else { return None };
+        Some(Packed { packs: Arc::clone(packs), name: format!("{}{name}", self.prefixes[0]) })
+    }
+
     /// The full name, then those of older programs.
     fn names(&self, name: &str) -> Vec<String> {
         self.prefixes.iter().map(|prefix| format!("{prefix}{name}")).collect()
@@ -240,6 +282,7 @@ pub(super) fn skeleton<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(
 pub struct Params {
     vars: Vec<(String, Var)>,
     buffers: Vec<(String, Buffer)>,
+    packs: Arc<Packs>,
 }
 
 impl Params {
@@ -323,12 +366,19 @@ impl Params {
     ) -> Result<N> {
         let tensors = self.vars.iter().map(|(name, var)| (name.clone(), tensor(var))).collect();
         let buffers = self.buffers.iter().cloned().collect();
-        build(&Builder::new(&Source::Values { tensors, buffers }))
+        let packs = Arc::clone(&self.packs);
+        build(&Builder::new(&Source::Values { tensors, buffers, packs }))
     }
 
-    /// The parameters and their names, in the order of their declaration.
+    /// The parameters and their names, in the order of their declaration. Whoever overwrites one says so by
+    /// [`Params::touch`].
     pub fn vars(&self) -> &[(String, Var)] {
         &self.vars
+    }
+
+    /// Tells all views that parameters were overwritten: what kernels made of them is made again.
+    pub fn touch(&self) {
+        self.packs.version.fetch_add(1, Ordering::Release);
     }
 
     /// The buffers and their names, in the order of their declaration.
@@ -369,6 +419,7 @@ impl Params {
         for (var, tensor) in pairs {
             var.set(&tensor.to_dtype(var.dtype())?.to_device(var.device())?)?;
         }
+        self.touch();
         Ok(())
     }
 
@@ -404,6 +455,13 @@ impl Params {
         bytes.append(&mut header);
         bytes.append(&mut data);
         Ok(bytes)
+    }
+}
+
+/// Parameters of no network, by their names.
+impl From<Vec<(String, Var)>> for Params {
+    fn from(vars: Vec<(String, Var)>) -> Self {
+        Self { vars, ..Self::default() }
     }
 }
 
@@ -579,6 +637,19 @@ mod tests {
         assert_eq!(values(&frozen.b), [4.0; 4]);
         let grads = tracked.a.sqr().unwrap().sum_all().unwrap().backward().unwrap();
         assert_eq!(values(grads.get(params.vars()[0].1.as_tensor()).unwrap()), [2.0; 6]);
+    }
+
+    #[test]
+    fn what_kernels_made_of_a_weight_is_shared_by_views_until_an_update() {
+        let build = |b: &Builder| Ok((b.get("weight", 4, Init::Ones)?, b.packed("weight")));
+        let params = Params::init(1, &Device::Cpu, build).unwrap();
+        let (tracked, frozen) = (params.tracked(build).unwrap().1, params.frozen(build).unwrap().1);
+        let (tracked, frozen) = (tracked.unwrap(), frozen.unwrap());
+        let before = tracked.get();
+        assert!(Arc::ptr_eq(&before, &frozen.get()));
+        params.copy_from([("weight", &Tensor::zeros(4, DType::F32, &Device::Cpu).unwrap())]).unwrap();
+        assert!(!Arc::ptr_eq(&before, &frozen.get()));
+        assert!(Arc::ptr_eq(&tracked.get(), &frozen.get()));
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl<'a> Trainer<'a> {
                 self.state.step
             );
         }
-        self.optimizer.step(self.params.vars(), &grads, learning_rate)?;
+        self.optimizer.step(self.params, &grads, learning_rate)?;
         self.ema.update(self.params.vars())?;
         self.state.step += 1;
         self.state.losses.0 += loss;
