@@ -169,6 +169,25 @@ fn multiply_rows(level: CpuLevel, a: View, panels: &[f32], k: usize, n: usize, o
     }
 }
 
+/// `x · weightᵀ + bias` over rows of `k`, to rows of `bias.len()`.
+pub(super) fn linear_rows(level: CpuLevel, x: &[f32], k: usize, weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    let sizes = Sizes { batch: 1, m: x.len() / k.max(1), k, n: bias.len() };
+    products(level, View::rows(x, k), View::rows(weight, k).transposed(), Some(bias), sizes)
+}
+
+/// The gradients of [`linear_rows`] for `dy`, rows of `n`: of its input, and of its weight.
+pub(super) fn linear_input_gradient(level: CpuLevel, dy: &[f32], n: usize, weight: &[f32]) -> Vec<f32> {
+    let k = weight.len() / n.max(1);
+    let sizes = Sizes { batch: 1, m: dy.len() / n.max(1), k: n, n: k };
+    products(level, View::rows(dy, n), View::rows(weight, k), None, sizes)
+}
+
+/// See [`linear_input_gradient`].
+pub(super) fn linear_weight_gradient(level: CpuLevel, x: &[f32], k: usize, dy: &[f32], n: usize) -> Vec<f32> {
+    let sizes = Sizes { batch: 1, m: n, k: dy.len() / n.max(1), n: k };
+    products(level, View::rows(dy, n).transposed(), View::rows(x, k), None, sizes)
+}
+
 struct MatMul {
     level: CpuLevel,
 }
@@ -236,21 +255,13 @@ impl Linear {
         dy: &[f32],
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         let Self { level, n, k } = *self;
-        let rows = dy.len() / n.max(1);
-        let dy = View::rows(dy, n);
-        let dx = if x.track_op() {
-            let weight = Elements::of(weight)?;
-            let sizes = Sizes { batch: 1, m: rows, k: n, n: k };
-            Some(tensor(products(level, dy, View::rows(&weight, k), None, sizes), x)?)
-        } else {
-            None
+        let dx = match x.track_op() {
+            true => Some(tensor(linear_input_gradient(level, dy, n, &Elements::of(weight)?), x)?),
+            false => None,
         };
-        let dw = if weight.track_op() {
-            let x = Elements::of(x)?;
-            let sizes = Sizes { batch: 1, m: n, k: rows, n: k };
-            Some(tensor(products(level, dy.transposed(), View::rows(&x, k), None, sizes), weight)?)
-        } else {
-            None
+        let dw = match weight.track_op() {
+            true => Some(tensor(linear_weight_gradient(level, &Elements::of(x)?, k, dy, n), weight)?),
+            false => None,
         };
         Ok((dx, dw))
     }

@@ -22,6 +22,7 @@ mod microkernel;
 mod reduce;
 pub mod reference;
 mod resample;
+mod resnet_block;
 #[cfg(test)]
 mod testing;
 
@@ -38,6 +39,7 @@ pub use group_norm::group_norm;
 pub use loss::{cross_entropy, kl_divergence};
 pub use matmul::{linear, matmul};
 pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};
+pub use resnet_block::{BlockWeights, ResnetBlock, resnet_block};
 
 /// Whether the fast paths of the CPU take these operands.
 fn on_cpu(operands: &[&Tensor]) -> bool {

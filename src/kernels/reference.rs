@@ -1,9 +1,11 @@
 //! Every op in plain candle ops: the specification, the oracle of the fast versions, and what runs on
 //! devices without one.
 
-use candle_core::{D, Tensor};
+use std::collections::HashMap;
 
-use super::BatchStatistics;
+use candle_core::{D, Shape, Tensor};
+
+use super::{BatchStatistics, ResnetBlock};
 use crate::Result;
 
 /// 2-D convolution. `x`: `(b, h, w, c_in)` f32; `weight`: `(c_out, c_in, kh, kw)`; `bias`: `(c_out,)`.
@@ -191,4 +193,42 @@ pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
     };
     let (log_p, log_q) = (log_softmax(p_logits)?, log_softmax(q_logits)?);
     Ok((log_p.exp()? * (log_p - log_q)?)?.sum(D::Minus1)?)
+}
+
+/// A residual block of the U-Net, one operation after the other: see [`super::resnet_block`].
+pub fn resnet_block(x: &Tensor, temb: &Tensor, theta: &Tensor, block: &ResnetBlock) -> Result<Tensor> {
+    let parts = split(theta, &block.parameters())?;
+    let ResnetBlock { groups, epsilon, .. } = *block;
+    let part = |name: &str| &parts[name];
+    let (weight, bias) = (part("norm1.weight"), part("norm1.bias"));
+    let h = group_norm(x, groups, weight, bias, epsilon, true)?;
+    let h = conv2d(&h, part("conv1.weight"), Some(part("conv1.bias")), 1, (1, 1))?;
+    let step = linear(temb, part("time_emb_proj.weight"), Some(part("time_emb_proj.bias")))?;
+    let (weight, bias) = (part("norm2.weight"), part("norm2.bias"));
+    let h = if block.scale_shift {
+        let factor = (step.narrow(1, 0, block.c_out)? + 1.0)?;
+        let shift = step.narrow(1, block.c_out, block.c_out)?;
+        let bias = (factor.broadcast_mul(bias)? + shift)?;
+        group_norm(&h, groups, &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
+    } else {
+        let h = h.broadcast_add(&step.unsqueeze(1)?.unsqueeze(1)?)?;
+        group_norm(&h, groups, weight, bias, epsilon, true)?
+    };
+    let h = conv2d(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1))?;
+    let x = match block.has_shortcut() {
+        true => conv2d(x, part("conv_shortcut.weight"), Some(part("conv_shortcut.bias")), 1, (0, 0))?,
+        false => x.clone(),
+    };
+    Ok(((x + h)? / block.output_scale)?)
+}
+
+/// The parameters that lie in a vector one behind another.
+fn split(theta: &Tensor, parameters: &[(&'static str, Shape)]) -> Result<HashMap<&'static str, Tensor>> {
+    let mut start = 0;
+    let mut parts = HashMap::new();
+    for (name, shape) in parameters {
+        parts.insert(*name, theta.narrow(0, start, shape.elem_count())?.reshape(shape)?);
+        start += shape.elem_count();
+    }
+    Ok(parts)
 }

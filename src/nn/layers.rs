@@ -15,7 +15,7 @@ pub struct Conv2d {
     bias: Option<Tensor>,
     stride: usize,
     padding: (usize, usize),
-    packed: Option<Packed>,
+    packed: Packed,
 }
 
 impl Conv2d {
@@ -53,12 +53,7 @@ impl Conv2d {
     /// `x`: `(b, h, w, c_in)`. Returns `(b, h', w', c_out)`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Self { weight, bias, stride, padding, packed } = self;
-        match packed {
-            Some(packed) => {
-                kernels::conv2d_packed(x, weight, bias.as_ref(), *stride, *padding, &packed.get())
-            }
-            None => kernels::conv2d(x, weight, bias.as_ref(), *stride, *padding),
-        }
+        kernels::conv2d_packed(x, weight, bias.as_ref(), *stride, *padding, &packed.get())
     }
 
     /// Multiply-adds for an output of `positions` pixels.
@@ -120,16 +115,6 @@ impl GroupNorm {
     /// The norm, then SiLU, in one pass.
     pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
         kernels::group_norm(x, self.groups, &self.weight, &self.bias, self.epsilon, true)
-    }
-
-    /// The norm, `norm(x) · (1 + scale) + shift` for each sample, then SiLU, in one pass.
-    ///
-    /// `scale`, `shift`: `(b, channels)`.
-    pub fn forward_scale_shift_silu(&self, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
-        let factor = (scale + 1.0)?;
-        let weight = factor.broadcast_mul(&self.weight)?;
-        let bias = (factor.broadcast_mul(&self.bias)? + shift)?;
-        kernels::group_norm(x, self.groups, &weight, &bias, self.epsilon, true)
     }
 }
 

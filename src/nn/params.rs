@@ -99,12 +99,20 @@ impl Packed {
     }
 }
 
+/// One variable, as a constructor asks for it.
 struct Declaration {
+    name: String,
+    shape: Shape,
+    kind: Kind,
+    /// What it is in files: itself, or the tensors that lie in it one behind another.
+    parts: Vec<Part>,
+}
+
+struct Part {
     /// The name, then the names under which old files may have it.
     names: Vec<String>,
     shape: Shape,
     init: Init,
-    kind: Kind,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -115,32 +123,52 @@ enum Kind {
     Counter,
 }
 
-impl Declaration {
+impl Part {
     fn name(&self) -> &str {
         &self.names[0]
     }
+}
 
+impl Declaration {
     fn initial(&self, seed: u64, device: &Device) -> Result<Var> {
         if self.kind == Kind::Counter {
             return Ok(Var::zeros(self.shape.clone(), DType::I64, device)?);
         }
-        let values = self.init.values(seed, self.name(), self.shape.elem_count());
+        let values = |part: &Part| part.init.values(seed, part.name(), part.shape.elem_count());
+        let values = self.parts.iter().flat_map(values).collect::<Vec<_>>();
         Ok(Var::from_vec(values, self.shape.clone(), device)?)
     }
 
-    /// The values in a file, or what is wrong with them.
-    fn read(&self, view: &TensorView, device: &Device) -> Result<std::result::Result<Var, String>> {
-        if self.kind == Kind::Counter {
-            if view.dtype() != Dtype::I64 {
-                return Ok(Err(format!("is of type {:?}, expected I64", view.dtype())));
+    /// Takes the values out of a file; none if something is wrong with them, which goes to `faults`.
+    fn read<'a>(
+        &self,
+        found: &mut BTreeMap<&'a str, TensorView<'a>>,
+        faults: &mut Faults,
+        device: &Device,
+    ) -> Result<Option<Var>> {
+        let mut values = Vec::with_capacity(self.shape.elem_count());
+        for part in &self.parts {
+            let Some(view) = part.names.iter().find_map(|name| found.remove(name.as_str())) else {
+                faults.add(format!("{} is missing", part.name()));
+                continue;
+            };
+            if view.shape() != part.shape.dims() {
+                faults.shape(part.name(), view.shape(), part.shape.dims());
+            } else if self.kind == Kind::Counter {
+                if view.dtype() == Dtype::I64 {
+                    let tensor = Tensor::from_raw_buffer(view.data(), DType::I64, view.shape(), device)?;
+                    return Ok(Some(Var::from_tensor(&tensor)?));
+                }
+                faults.add(format!("{} is of type {:?}, expected I64", part.name(), view.dtype()));
+            } else {
+                match finite_f32(&view)? {
+                    Ok(part) => values.extend(part),
+                    Err(fault) => faults.add(format!("{} {fault}", part.name())),
+                }
             }
-            let tensor = Tensor::from_raw_buffer(view.data(), DType::I64, view.shape(), device)?;
-            return Ok(Ok(Var::from_tensor(&tensor)?));
         }
-        Ok(match finite_f32(view)? {
-            Ok(values) => Ok(Var::from_vec(values, self.shape.clone(), device)?),
-            Err(fault) => Err(fault),
-        })
+        let whole = values.len() == self.shape.elem_count() && self.kind != Kind::Counter;
+        Ok(if whole { Some(Var::from_vec(values, self.shape.clone(), device)?) } else { None })
     }
 }
 
@@ -187,14 +215,30 @@ impl<'a> Builder<'a> {
     /// Tensors that a constructor gets while parameters are being declared have the right shape but no
     /// values: constructors keep them and do not compute with them.
     pub fn get(&self, name: &str, shape: impl Into<Shape>, init: Init) -> Result<Tensor> {
-        let shape = shape.into();
+        self.parameter(self.declaration(name, shape.into(), init, Kind::Parameter))
+    }
+
+    /// Several parameters of this part as one vector, in which they lie one behind another, row-major: what a
+    /// fused block takes. In files they are tensors of their own, under their names.
+    pub fn flat(&self, parts: impl IntoIterator<Item = (&'static str, Shape, Init)>) -> Result<Tensor> {
+        let part = |(name, shape, init)| Part { names: self.names(name), shape, init };
+        let parts: Vec<Part> = parts.into_iter().map(part).collect();
+        let shape = Shape::from(parts.iter().map(|part| part.shape.elem_count()).sum::<usize>());
+        let name = self.prefixes[0].trim_end_matches('.').to_owned();
+        self.parameter(Declaration { name, shape, kind: Kind::Parameter, parts })
+    }
+
+    fn parameter(&self, declaration: Declaration) -> Result<Tensor> {
         match self.source {
             Source::Declare(declared) => {
-                let placeholder = Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(&shape)?;
-                declared.borrow_mut().push(self.declaration(name, shape, init, Kind::Parameter));
+                let scalar = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+                let placeholder = scalar.broadcast_as(&declaration.shape)?;
+                declared.borrow_mut().push(declaration);
                 Ok(placeholder)
             }
-            Source::Values { tensors, .. } => find(tensors, &self.names(name)[0], &shape, Tensor::shape),
+            Source::Values { tensors, .. } => {
+                find(tensors, &declaration.name, &declaration.shape, Tensor::shape)
+            }
         }
     }
 
@@ -221,13 +265,18 @@ impl<'a> Builder<'a> {
     }
 
     fn declaration(&self, name: &str, shape: Shape, init: Init, kind: Kind) -> Declaration {
-        Declaration { names: self.names(name), shape, init, kind }
+        let names = self.names(name);
+        let parts = vec![Part { names, shape: shape.clone(), init }];
+        Declaration { name: parts[0].name().to_owned(), shape, kind, parts }
     }
 
-    /// Where all views of the parameter `name` find what a kernel made of it; none while a network is declared.
-    pub fn packed(&self, name: &str) -> Option<Packed> {
-        let Source::Values { packs, .. } = self.source else { return None };
-        Some(Packed { packs: Arc::clone(packs), name: format!("{}{name}", self.prefixes[0]) })
+    /// Where all views of the parameter `name` find what a kernel made of it.
+    pub fn packed(&self, name: &str) -> Packed {
+        let packs = match self.source {
+            Source::Declare(_) => Arc::default(),
+            Source::Values { packs, .. } => Arc::clone(packs),
+        };
+        Packed { packs, name: format!("{}{name}", self.prefixes[0]) }
     }
 
     /// The full name, then those of older programs.
@@ -262,7 +311,7 @@ fn declare<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, Vec<Decla
     let Source::Declare(declared) = source else { unreachable!("the source is made above") };
     let declared = declared.into_inner();
     let mut seen = HashSet::new();
-    if let Some(twice) = declared.iter().find(|d| !seen.insert(d.name())) {
+    if let Some(twice) = declared.iter().flat_map(|d| &d.parts).find(|part| !seen.insert(part.name())) {
         bail!(Alarm, "the network declares parameter {} twice", twice.name());
     }
     Ok((net, declared))
@@ -281,6 +330,8 @@ pub(super) fn skeleton<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(
 #[derive(Clone, Debug, Default)]
 pub struct Params {
     vars: Vec<(String, Var)>,
+    /// For each variable the names and shapes of its parts in files.
+    parts: Vec<Vec<(String, Shape)>>,
     buffers: Vec<(String, Buffer)>,
     packs: Arc<Packs>,
 }
@@ -297,9 +348,13 @@ impl Params {
     }
 
     fn push(&mut self, declaration: &Declaration, var: Var) {
-        let name = declaration.name().to_owned();
+        let name = declaration.name.clone();
         match declaration.kind {
-            Kind::Parameter => self.vars.push((name, var)),
+            Kind::Parameter => {
+                let part = |part: &Part| (part.name().to_owned(), part.shape.clone());
+                self.parts.push(declaration.parts.iter().map(part).collect());
+                self.vars.push((name, var));
+            }
             Kind::Buffer | Kind::Counter => self.buffers.push((name, Buffer(var))),
         }
     }
@@ -325,21 +380,11 @@ impl Params {
         let file = SafeTensors::deserialize(bytes)
             .map_err(|e| Error::Data(format!("{origin}: not a safetensors file: {e}")))?;
         let mut faults = Faults::default();
-        let mut found: BTreeMap<_, _> = file.iter().collect();
+        let mut found: BTreeMap<&str, TensorView> = file.iter().collect();
         let mut params = Self::default();
         for declaration in declare(build)?.1 {
-            let name = declaration.name();
-            let Some(view) = declaration.names.iter().find_map(|name| found.remove(name.as_str())) else {
-                faults.add(format!("{name} is missing"));
-                continue;
-            };
-            if view.shape() != declaration.shape.dims() {
-                faults.shape(name, view.shape(), declaration.shape.dims());
-                continue;
-            }
-            match declaration.read(&view, device)? {
-                Ok(var) => params.push(&declaration, var),
-                Err(fault) => faults.add(format!("{name} {fault}")),
+            if let Some(var) = declaration.read(&mut found, &mut faults, device)? {
+                params.push(&declaration, var);
             }
         }
         found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
@@ -391,8 +436,23 @@ impl Params {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()
     }
 
+    /// Every parameter under its name in files, as `of` gives it for its variable: the value, a gradient. Fails
+    /// with `of`, or if a tensor has not the elements of its variable.
+    pub fn named(&self, of: impl Fn(&Var) -> Result<Tensor>) -> Result<Vec<(String, Tensor)>> {
+        let mut named = Vec::new();
+        for ((_, var), parts) in self.vars.iter().zip(&self.parts) {
+            let (flat, mut start) = (of(var)?.flatten_all()?, 0);
+            for (name, shape) in parts {
+                named.push((name.clone(), flat.narrow(0, start, shape.elem_count())?.reshape(shape)?));
+                start += shape.elem_count();
+            }
+        }
+        Ok(named)
+    }
+
     /// Overwrites every parameter in place, and the buffers that are given: others stay as they are. All views
-    /// of these parameters see it.
+    /// of these parameters see it. Of parameters that share a variable, either the variable is given or all of
+    /// them.
     ///
     /// Fails with [`Error::Data`], naming every tensor that is missing, unexpected or misshapen; then nothing
     /// is overwritten.
@@ -400,16 +460,30 @@ impl Params {
         let mut faults = Faults::default();
         let mut found: BTreeMap<_, _> = named.into_iter().collect();
         let mut pairs = Vec::with_capacity(self.vars.len());
-        for (name, var) in &self.vars {
+        for ((name, var), parts) in self.vars.iter().zip(&self.parts) {
+            if parts.len() > 1 && !found.contains_key(name.as_str()) {
+                let mut flat = Vec::with_capacity(parts.len());
+                for (name, shape) in parts {
+                    match found.remove(name.as_str()) {
+                        Some(tensor) if tensor.shape() == shape => flat.push(tensor.flatten_all()?),
+                        Some(tensor) => faults.shape(name, tensor.dims(), shape.dims()),
+                        None => faults.add(format!("{name} is missing")),
+                    }
+                }
+                if flat.len() == parts.len() {
+                    pairs.push((var, Tensor::cat(&flat, 0)?));
+                }
+                continue;
+            }
             match found.remove(name.as_str()) {
-                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor)),
+                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor.clone())),
                 Some(tensor) => faults.shape(name, tensor.dims(), var.dims()),
                 None => faults.add(format!("{name} is missing")),
             }
         }
         for (name, Buffer(var)) in &self.buffers {
             match found.remove(name.as_str()) {
-                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor)),
+                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor.clone())),
                 Some(tensor) => faults.shape(name, tensor.dims(), var.dims()),
                 None => {}
             }
@@ -430,24 +504,23 @@ impl Params {
         // Written here because the `safetensors` crate keeps metadata in a HashMap, whose order varies.
         let metadata: BTreeMap<_, _> = metadata.iter().copied().chain(iter::once(("format", "pt"))).collect();
         let mut header = serde_json::Map::from_iter([("__metadata__".into(), serde_json::json!(metadata))]);
-        let buffers = self.buffers.iter().map(|(name, Buffer(var))| (name, var));
-        let mut sorted: Vec<_> = self.vars.iter().map(|(name, var)| (name, var)).chain(buffers).collect();
+        let mut sorted = self.named(|var| Ok(var.as_detached_tensor()))?;
+        sorted.extend(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.get())));
         // Readers map the data: the eight bytes of an i64 must not begin between two f32s.
-        sorted.sort_by_key(|&(name, var)| (var.dtype() != DType::I64, name));
+        sorted.sort_by(|(a, x), (b, y)| (x.dtype() != DType::I64, a).cmp(&(y.dtype() != DType::I64, b)));
         let mut data = Vec::with_capacity(4 * self.count());
-        for (name, var) in sorted {
+        for (name, tensor) in sorted {
             let start = data.len();
-            let flat = var.flatten_all()?;
-            let dtype = if var.dtype() == DType::I64 {
+            let flat = tensor.flatten_all()?;
+            let dtype = if tensor.dtype() == DType::I64 {
                 data.extend(flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes()));
                 "I64"
             } else {
                 data.extend(flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()));
                 "F32"
             };
-            let entry =
-                serde_json::json!({"dtype": dtype, "shape": var.dims(), "data_offsets": [start, data.len()]});
-            header.insert(name.clone(), entry);
+            let entry = serde_json::json!({"dtype": dtype, "shape": tensor.dims(), "data_offsets": [start, data.len()]});
+            header.insert(name, entry);
         }
         let mut header = serde_json::Value::Object(header).to_string().into_bytes();
         header.resize(header.len().next_multiple_of(8), b' ');
@@ -461,7 +534,8 @@ impl Params {
 /// Parameters of no network, by their names.
 impl From<Vec<(String, Var)>> for Params {
     fn from(vars: Vec<(String, Var)>) -> Self {
-        Self { vars, ..Self::default() }
+        let parts = vars.iter().map(|(name, var)| vec![(name.clone(), var.shape().clone())]).collect();
+        Self { vars, parts, ..Self::default() }
     }
 }
 
@@ -644,7 +718,6 @@ mod tests {
         let build = |b: &Builder| Ok((b.get("weight", 4, Init::Ones)?, b.packed("weight")));
         let params = Params::init(1, &Device::Cpu, build).unwrap();
         let (tracked, frozen) = (params.tracked(build).unwrap().1, params.frozen(build).unwrap().1);
-        let (tracked, frozen) = (tracked.unwrap(), frozen.unwrap());
         let before = tracked.get();
         assert!(Arc::ptr_eq(&before, &frozen.get()));
         params.copy_from([("weight", &Tensor::zeros(4, DType::F32, &Device::Cpu).unwrap())]).unwrap();

@@ -3,7 +3,10 @@
 
 use rayon::prelude::*;
 
-use super::geometry::{Block, Geometry};
+use super::{
+    Bias,
+    geometry::{Block, Geometry},
+};
 use crate::{
     device::CpuLevel,
     kernels::{
@@ -98,19 +101,11 @@ pub(super) fn pack(
 const TERMS: usize = 1024;
 
 /// The convolution with packed weights.
-pub(super) fn forward(
-    level: CpuLevel,
-    g: &Geometry,
-    x: &[f32],
-    panels: &[f32],
-    bias: Option<&[f32]>,
-) -> Vec<f32> {
+pub(super) fn forward(level: CpuLevel, g: &Geometry, x: &[f32], panels: &[f32], bias: Bias) -> Vec<f32> {
     let mut out = vec![0f32; g.out_pixels() * g.c_out];
     if out.is_empty() {
         return out;
     }
-    let bias = bias.map(pad_columns);
-    let start = bias.as_deref().map_or(Start::Zero, Start::Bias);
     // Large enough to use a panel of weights often while it is in the cache, small enough for all threads.
     let pixels = (g.out_pixels() / (4 * rayon::current_num_threads())).clamp(48, 240);
     let mut tasks = Vec::new();
@@ -124,16 +119,29 @@ pub(super) fn forward(
         let view = View::new(g, x, &block, scratch);
         // Long sums are cut at the kernel's rows, which bounds their rounding error.
         let (cuts, rows) = if g.terms() > TERMS { (g.kh, 1) } else { (1, g.kh) };
-        for cut in 0..cuts {
-            let operands = Product {
-                a: &view.data[cut * view.pitch..],
-                rows: view.pixels,
-                segments: Segments::new(rows, g.kw * g.c_in, view.pitch, 1),
-                panels: &panels[cut * g.kw * g.c_in * NR..],
-                panel_len: g.terms() * NR,
-                columns: g.c_out,
-            };
-            product(level, &operands, if cut == 0 { start } else { Start::Add }, out, g.c_out);
+        // A bias of its own for each image takes them one by one.
+        let step = if let Bias::Samples(_) = bias { 1 } else { block.images.len() };
+        let pixels = step * block.rows.len() * g.out_w;
+        for ((image, out), pixels) in
+            block.images.step_by(step).zip(out.chunks_mut(pixels * g.c_out)).zip(view.pixels.chunks(pixels))
+        {
+            let bias = bias.of(image, g.c_out).map(pad_columns);
+            for cut in 0..cuts {
+                let operands = Product {
+                    a: &view.data[cut * view.pitch..],
+                    rows: pixels,
+                    segments: Segments::new(rows, g.kw * g.c_in, view.pitch, 1),
+                    panels: &panels[cut * g.kw * g.c_in * NR..],
+                    panel_len: g.terms() * NR,
+                    columns: g.c_out,
+                };
+                let start = match &bias {
+                    _ if cut > 0 => Start::Add,
+                    Some(bias) => Start::Bias(bias),
+                    None => Start::Zero,
+                };
+                product(level, &operands, start, out, g.c_out);
+            }
         }
     };
     if g.work() < PARALLEL_WORK {
@@ -204,11 +212,11 @@ pub(super) fn input_gradient(
     if let ([phase], [panels]) = (phases, panels)
         && g.stride == 1
     {
-        return forward(level, &phase.geometry, dy, panels, None);
+        return forward(level, &phase.geometry, dy, panels, Bias::None);
     }
     let mut dx = vec![0f32; g.images * g.h * g.w * g.c_in];
     for (phase, panels) in phases.iter().zip(panels) {
-        let part = forward(level, &phase.geometry, dy, panels, None);
+        let part = forward(level, &phase.geometry, dy, panels, Bias::None);
         let mut part = part.chunks_exact(g.c_in);
         for image in dx.chunks_exact_mut(g.h * g.w * g.c_in) {
             for row in image.chunks_exact_mut(g.w * g.c_in).skip(phase.residue.0).step_by(g.stride) {
@@ -236,58 +244,35 @@ const PIXELS: usize = 256;
 /// Taps and channels whose inputs are brought together for the micro-kernel: whole tiles at any level.
 const GROUP: usize = 12;
 
-/// The gradient of the weights, in the weights' order. Each element adds the sums of blocks of pixels whose
-/// cut depends on the sizes only, in order.
+/// The places of a group's inputs beside each other.
+const ROWS: [usize; GROUP] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
+
+/// Up to how many weights parts of the image get sums of their own; with more, threads share the weights.
+const FEW_WEIGHTS: usize = 1 << 15;
+
+/// The gradient of the weights, in the weights' order. Each element adds the sums of blocks of pixels in an order
+/// that depends on the sizes only.
 pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f32]) -> Vec<f32> {
-    let n_panels = g.c_out.div_ceil(NR);
-    let pitch = n_panels * NR;
-    let mut sums = vec![0f32; g.terms() * pitch];
-    let (mut scratch, mut panels) = (Scratch::default(), Vec::new());
-    for block in g.blocks(if sums.is_empty() { 0 } else { PIXELS }) {
-        let view = View::new(g, x, &block, &mut scratch);
-        let n_pixels = view.pixels.len();
-        panels.clear();
-        panels.resize(n_panels * n_pixels * NR, 0f32);
-        let dy = &dy[block.first_pixel(g) * g.c_out..][..n_pixels * g.c_out];
-        for (p, panel) in panels.chunks_exact_mut(n_pixels * NR).enumerate() {
-            let columns = p * NR..((p + 1) * NR).min(g.c_out);
-            for (row, dy) in panel.chunks_exact_mut(NR).zip(dy.chunks_exact(g.c_out)) {
-                match dy[columns.clone()].first_chunk::<NR>() {
-                    Some(dy) => row.copy_from_slice(dy),
-                    None => row[..columns.len()].copy_from_slice(&dy[columns.clone()]),
-                }
-            }
-        }
-        let taps: Vec<usize> =
-            (0..g.kh).flat_map(|ky| (0..g.kw * g.c_in).map(move |k| ky * view.pitch + k)).collect();
-        let add = |inputs: &mut Vec<f32>, (taps, sums): (&[usize], &mut [f32])| {
-            inputs.clear();
-            match (taps.first(), taps.last()) {
-                // Neighbours in memory, nearly always.
-                (Some(first), Some(last)) if last - first + 1 == taps.len() => {
-                    view.pixels
-                        .iter()
-                        .for_each(|p| inputs.extend_from_slice(&view.data[p + first..=p + last]));
-                }
-                _ => {
-                    view.pixels.iter().for_each(|p| inputs.extend(taps.iter().map(|tap| view.data[p + tap])));
-                }
-            }
-            let operands = Product {
-                a: inputs,
-                rows: &ROWS[..taps.len()],
-                segments: Segments::new(1, n_pixels, 0, taps.len()),
-                panels: &panels,
-                panel_len: n_pixels * NR,
-                columns: g.c_out,
-            };
-            product(level, &operands, Start::Add, sums, pitch);
+    let pitch = g.c_out.next_multiple_of(NR);
+    let len = g.terms() * pitch;
+    let blocks = g.blocks(PIXELS);
+    let mut sums = vec![0f32; len];
+    if len > FEW_WEIGHTS {
+        let mut scratch = GradientScratch::default();
+        blocks.iter().for_each(|block| add_block(level, g, x, dy, block, &mut scratch, &mut sums, true));
+    } else {
+        let parts = blocks.chunks(blocks.len().div_ceil(16).max(1));
+        let of_part = |part: &[Block]| {
+            let (mut scratch, mut sums) = (GradientScratch::default(), vec![0f32; len]);
+            part.iter().for_each(|block| add_block(level, g, x, dy, block, &mut scratch, &mut sums, false));
+            sums
         };
-        let groups = taps.chunks(GROUP).zip(sums.chunks_mut(GROUP * pitch));
-        if g.work() < PARALLEL_WORK {
-            groups.for_each(|group| add(&mut Vec::new(), group));
-        } else {
-            groups.collect::<Vec<_>>().into_par_iter().for_each_init(Vec::new, add);
+        let parts: Vec<Vec<f32>> = match g.work() < PARALLEL_WORK {
+            true => parts.map(of_part).collect(),
+            false => parts.collect::<Vec<_>>().into_par_iter().map(of_part).collect(),
+        };
+        for part in parts {
+            sums.iter_mut().zip(&part).for_each(|(sum, part)| *sum += part);
         }
     }
     let kernel = g.kh * g.kw;
@@ -300,5 +285,68 @@ pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f3
     dw
 }
 
-/// The places of a group's inputs beside each other.
-const ROWS: [usize; GROUP] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
+/// Buffers that are kept from block to block.
+#[derive(Default)]
+struct GradientScratch {
+    view: Scratch,
+    panels: Vec<f32>,
+    inputs: Vec<f32>,
+}
+
+/// Adds the products of a block of pixels to the sums, which have a row for each tap and channel.
+#[expect(clippy::too_many_arguments, reason = "the operands of one loop")]
+fn add_block(
+    level: CpuLevel,
+    g: &Geometry,
+    x: &[f32],
+    dy: &[f32],
+    block: &Block,
+    scratch: &mut GradientScratch,
+    sums: &mut [f32],
+    in_parallel: bool,
+) {
+    let GradientScratch { view, panels, inputs } = scratch;
+    let view = View::new(g, x, block, view);
+    let (n_pixels, pitch) = (view.pixels.len(), g.c_out.next_multiple_of(NR));
+    panels.clear();
+    panels.resize(pitch * n_pixels, 0f32);
+    let dy = &dy[block.first_pixel(g) * g.c_out..][..n_pixels * g.c_out];
+    for (p, panel) in panels.chunks_exact_mut(n_pixels * NR).enumerate() {
+        let columns = p * NR..((p + 1) * NR).min(g.c_out);
+        for (row, dy) in panel.chunks_exact_mut(NR).zip(dy.chunks_exact(g.c_out)) {
+            match dy[columns.clone()].first_chunk::<NR>() {
+                Some(dy) => row.copy_from_slice(dy),
+                None => row[..columns.len()].copy_from_slice(&dy[columns.clone()]),
+            }
+        }
+    }
+    let taps: Vec<usize> =
+        (0..g.kh).flat_map(|ky| (0..g.kw * g.c_in).map(move |k| ky * view.pitch + k)).collect();
+    let add = |inputs: &mut Vec<f32>, (taps, sums): (&[usize], &mut [f32])| {
+        inputs.clear();
+        match (taps.first(), taps.last()) {
+            // Neighbours in memory, nearly always.
+            (Some(first), Some(last)) if last - first + 1 == taps.len() => {
+                view.pixels.iter().for_each(|p| inputs.extend_from_slice(&view.data[p + first..=p + last]));
+            }
+            _ => {
+                view.pixels.iter().for_each(|p| inputs.extend(taps.iter().map(|tap| view.data[p + tap])));
+            }
+        }
+        let operands = Product {
+            a: inputs,
+            rows: &ROWS[..taps.len()],
+            segments: Segments::new(1, n_pixels, 0, taps.len()),
+            panels,
+            panel_len: n_pixels * NR,
+            columns: g.c_out,
+        };
+        product(level, &operands, Start::Add, sums, pitch);
+    };
+    let groups = taps.chunks(GROUP).zip(sums.chunks_mut((GROUP * pitch).max(1)));
+    if in_parallel {
+        groups.collect::<Vec<_>>().into_par_iter().for_each_init(Vec::new, add);
+    } else {
+        groups.for_each(|group| add(inputs, group));
+    }
+}

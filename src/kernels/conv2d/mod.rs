@@ -84,8 +84,57 @@ pub struct PackedWeights {
     backward: OnceLock<(ImageSize, BackwardKernels)>,
 }
 
+impl PackedWeights {
+    /// Runs `body` with the weights packed for the forward pass.
+    pub(super) fn forward<T>(
+        &self,
+        convolution: &Convolution,
+        weight: &[f32],
+        body: impl FnOnce(&Kernels) -> T,
+    ) -> T {
+        let size = convolution.image_size();
+        match self.forward.get_or_init(|| (size, convolution.pack(weight))) {
+            (packed_for, kernels) if *packed_for == size => body(kernels),
+            _ => body(&convolution.pack(weight)),
+        }
+    }
+
+    /// Runs `body` with the weights packed for the input's gradient.
+    pub(super) fn backward<T>(
+        &self,
+        convolution: &Convolution,
+        weight: &[f32],
+        body: impl FnOnce(&BackwardKernels) -> T,
+    ) -> T {
+        let size = convolution.image_size();
+        match self.backward.get_or_init(|| (size, convolution.pack_backward(weight))) {
+            (packed_for, kernels) if *packed_for == size => body(kernels),
+            _ => body(&convolution.pack_backward(weight)),
+        }
+    }
+}
+
 /// For which height and width weights are packed: the choice of the algorithm depends on it.
 type ImageSize = (usize, usize);
+
+/// What is added to each output channel.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Bias<'a> {
+    None,
+    Channels(&'a [f32]),
+    /// For each image its own.
+    Samples(&'a [f32]),
+}
+
+impl<'a> Bias<'a> {
+    fn of(self, image: usize, channels: usize) -> Option<&'a [f32]> {
+        match self {
+            Self::None => None,
+            Self::Channels(bias) => Some(bias),
+            Self::Samples(biases) => Some(&biases[image * channels..][..channels]),
+        }
+    }
+}
 
 /// A convolution of known sizes over slices.
 #[derive(Clone, Copy, Debug)]
@@ -170,10 +219,24 @@ impl Convolution {
         }
     }
 
-    pub(super) fn forward(&self, x: &[f32], kernels: &Kernels, bias: Option<&[f32]>) -> Vec<f32> {
+    pub(super) fn forward(&self, x: &[f32], kernels: &Kernels, bias: Bias) -> Vec<f32> {
         match kernels {
             Kernels::Direct(panels) => direct::forward(self.level, &self.g, x, panels, bias),
-            Kernels::Winograd(kernels) => winograd::forward(self.level, &self.g, x, kernels, bias),
+            Kernels::Winograd(kernels) => winograd::forward(self.level, &self.g, x, kernels, bias, None),
+        }
+    }
+
+    /// The convolution, added to `onto`.
+    pub(super) fn forward_onto(&self, x: &[f32], kernels: &Kernels, bias: Bias, onto: Vec<f32>) -> Vec<f32> {
+        match kernels {
+            Kernels::Direct(panels) => {
+                let mut out = direct::forward(self.level, &self.g, x, panels, bias);
+                out.iter_mut().zip(&onto).for_each(|(out, onto)| *out += onto);
+                out
+            }
+            Kernels::Winograd(kernels) => {
+                winograd::forward(self.level, &self.g, x, kernels, bias, Some(onto))
+            }
         }
     }
 
@@ -197,7 +260,7 @@ impl Convolution {
                 direct::input_gradient(self.level, &self.g, dy, &phases, panels)
             }
             BackwardKernels::Winograd(kernels) => {
-                winograd::forward(self.level, &phases[0].geometry, dy, kernels, None)
+                winograd::forward(self.level, &phases[0].geometry, dy, kernels, Bias::None, None)
             }
         }
     }
@@ -219,11 +282,8 @@ struct Conv2d {
 impl Conv2d {
     fn forward(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
         let convolution = &self.convolution;
-        let size = convolution.image_size();
-        let out = match self.packed.forward.get_or_init(|| (size, convolution.pack(weight))) {
-            (packed_for, kernels) if *packed_for == size => convolution.forward(x, kernels, bias),
-            _ => convolution.forward(x, &convolution.pack(weight), bias),
-        };
+        let bias = bias.map_or(Bias::None, Bias::Channels);
+        let out = self.packed.forward(convolution, weight, |kernels| convolution.forward(x, kernels, bias));
         (CpuStorage::F32(out), convolution.out_shape())
     }
 
@@ -237,11 +297,8 @@ impl Conv2d {
         let convolution = &self.convolution;
         let dx = if x.track_op() {
             let weight = Elements::of(weight)?;
-            let size = convolution.image_size();
-            let dx = match self.packed.backward.get_or_init(|| (size, convolution.pack_backward(&weight))) {
-                (packed_for, kernels) if *packed_for == size => convolution.input_gradient(dy, kernels),
-                _ => convolution.input_gradient(dy, &convolution.pack_backward(&weight)),
-            };
+            let dx =
+                self.packed.backward(convolution, &weight, |kernels| convolution.input_gradient(dy, kernels));
             Some(tensor(dx, x)?)
         } else {
             None
@@ -339,7 +396,7 @@ mod tests {
     type Case = ([usize; 4], [usize; 3], usize, (usize, usize));
 
     /// `(b, h, w, c_in)`, `(c_out, kh, kw)`, stride, padding.
-    const CASES: [Case; 19] = [
+    const CASES: [Case; 21] = [
         ([2, 5, 7, 1], [16, 3, 3], 1, (1, 1)),
         ([3, 8, 8, 3], [5, 3, 3], 1, (1, 1)),
         ([2, 7, 5, 5], [33, 3, 3], 2, (1, 1)),
@@ -360,6 +417,9 @@ mod tests {
         ([2, 7, 15, 17], [33, 3, 3], 1, (1, 1)),
         ([2, 13, 10, 9], [16, 3, 3], 1, (0, 0)),
         ([2, 11, 12, 8], [24, 3, 3], 1, (2, 1)),
+        ([2, 12, 8, 24], [3, 3, 3], 1, (1, 1)),
+        // More weights than get sums of their own for parts of the image.
+        ([2, 6, 5, 60], [70, 3, 3], 2, (1, 1)),
     ];
 
     fn operands(i: u64, ([b, h, w, c_in], [c_out, kh, kw], ..): Case) -> [Tensor; 3] {

@@ -9,7 +9,7 @@ use std::{cell::Cell, ops::Range};
 
 use rayon::prelude::*;
 
-use super::geometry::Geometry;
+use super::{Bias, geometry::Geometry};
 use crate::{
     device::CpuLevel,
     kernels::{
@@ -24,13 +24,11 @@ use crate::{
 /// Between the 36 elements: else they are powers of two apart, and in one set of the cache.
 const GAP: usize = NR;
 
-/// Whether the tiles fit the image and there are channels enough to be worth their transforms. Independent of
+/// Whether the tiles fit the image and there are input channels enough to be worth their transforms. Independent of
 /// the number of images, whose bits may not depend on it.
 pub(super) fn suits(g: &Geometry) -> bool {
     let tiles = g.out_h.div_ceil(OUTPUT) * g.out_w.div_ceil(OUTPUT);
-    (g.kh, g.kw, g.stride) == (3, 3, 1)
-        && g.c_in.min(g.c_out) >= 8
-        && 2 * INPUT * tiles <= TAPS * g.out_h * g.out_w
+    (g.kh, g.kw, g.stride) == (3, 3, 1) && g.c_in >= 8 && 2 * INPUT * tiles <= TAPS * g.out_h * g.out_w
 }
 
 thread_local! {
@@ -153,15 +151,17 @@ impl Kernels {
 /// Tiles that are transformed, multiplied and transformed back together.
 const TILES: usize = 32;
 
-/// The convolution with transformed kernels.
+/// The convolution with transformed kernels, added to `onto` if there is that.
 pub(super) fn forward(
     level: CpuLevel,
     g: &Geometry,
     x: &[f32],
     kernels: &Kernels,
-    bias: Option<&[f32]>,
+    bias: Bias,
+    onto: Option<Vec<f32>>,
 ) -> Vec<f32> {
-    let mut out = vec![0f32; g.out_pixels() * g.c_out];
+    let add = onto.is_some();
+    let mut out = onto.unwrap_or_else(|| vec![0f32; g.out_pixels() * g.c_out]);
     if out.is_empty() {
         return out;
     }
@@ -203,7 +203,8 @@ pub(super) fn forward(
             }
             for (t, (row, column)) in places().enumerate() {
                 let window = tiles.output(row, column, rows.start);
-                output_tile(level, &m[t * g.c_out..], m_element, bias, out, &window);
+                let bias = bias.of(row / tiles.rows, g.c_out);
+                output_tile(level, &m[t * g.c_out..], m_element, bias, add, out, &window);
             }
         });
     };

@@ -116,7 +116,7 @@ pub(in super::super) fn gradient_tile(
 }
 
 /// `Aᵀ m A + bias`, to the pixels of a window of `out`, for all its channels: element `p` of channel `c` of
-/// `m` is `m[p · element + c]`.
+/// `m` is `m[p · element + c]`. It is added to what is there if `add`.
 ///
 /// # Panics
 /// If the window or `m` is out of bounds, or `bias` too short.
@@ -125,6 +125,7 @@ pub(in super::super) fn output_tile(
     m: &[f32],
     element: usize,
     bias: Option<&[f32]>,
+    add: bool,
     out: &mut [f32],
     window: &Window,
 ) {
@@ -133,7 +134,7 @@ pub(in super::super) fn output_tile(
     assert!(bias.is_none_or(|bias| bias.len() >= window.channels), "a bias shorter than {}", window.channels);
     // SAFETY: window, elements and bias are inside, as checked.
     unsafe {
-        dispatch!(level, output, (m: &[f32], element: usize, bias: Option<&[f32]>, out: &mut [f32], window: &Window));
+        dispatch!(level, output, (m: &[f32], element: usize, bias: Option<&[f32]>, add: bool, out: &mut [f32], window: &Window));
     }
 }
 
@@ -397,6 +398,7 @@ unsafe fn output<V: Vector, R: Arithmetic + Copy>(
     m: &[f32],
     element: usize,
     bias: Option<&[f32]>,
+    add: bool,
     out: &mut [f32],
     window: &Window,
 ) {
@@ -407,6 +409,7 @@ unsafe fn output<V: Vector, R: Arithmetic + Copy>(
         m: &[f32],
         element: usize,
         bias: Option<&[f32]>,
+        add: bool,
         out: &mut [f32],
         window: &Window,
         c: usize,
@@ -423,13 +426,15 @@ unsafe fn output<V: Vector, R: Arithmetic + Copy>(
                 6 to 4 by a_transposed,
                 |i, j| V::load(m.add((6 * i + j) * element)),
                 |i, j, v| if window.rows.contains(&i) && window.cols.contains(&j) {
-                    v.add(bias).store(out.add(window.offset(i, j) + c));
+                    let out = out.add(window.offset(i, j) + c);
+                    let v = v.add(bias);
+                    if add { v.add(V::load(out)) } else { v }.store(out);
                 }
             );
         }
     }
     // SAFETY: by the contract.
-    unsafe { for_channels!(window.channels, at(m, element, bias, out, window)) }
+    unsafe { for_channels!(window.channels, at(m, element, bias, add, out, window)) }
 }
 
 /// # Safety
@@ -483,7 +488,7 @@ mod tests {
             transform_kernel(level, &kernels, &mut u, NR);
             let m: Vec<f32> = (0..36).map(|p| v[p] * u[p * NR + 5]).collect();
             let mut y = [0f32; 16];
-            output_tile(level, &m, 1, Some(&[0.5]), &mut y, &window(4));
+            output_tile(level, &m, 1, Some(&[0.5]), false, &mut y, &window(4));
             for (i, y) in y.iter().enumerate() {
                 let at = |t: usize| f64::from(d[(i / 4 + t / 3) * 6 + i % 4 + t % 3]);
                 let expected = 0.5 + (0..9).map(|t| at(t) * f64::from(g[t])).sum::<f64>();
@@ -529,7 +534,7 @@ mod tests {
             assert_eq!(a, b);
             let mut out = vec![7f32; 3 * 11 * 5];
             let small = Window { start: 0, pitch: 55, channels: 11, rows: 0..2, cols: 0..4 };
-            output_tile(level, &a, 16, None, &mut out, &small);
+            output_tile(level, &a, 16, None, false, &mut out, &small);
             let touched = |i: usize| i / 55 < 2 && i % 55 / 11 < 4;
             assert!(out.iter().enumerate().all(|(i, &v)| touched(i) != (v == 7.0)));
         }

@@ -1,23 +1,18 @@
 //! The parts of the U-Net, under `diffusers`' names.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, Shape, Tensor};
 
 use super::UNetConfig;
 use crate::{
     Result, kernels,
-    nn::{Builder, Conv2d, GroupNorm, Linear},
+    nn::{Builder, Conv2d, GroupNorm, Init, Linear, Packed},
 };
 
-/// `ResnetBlock2D`: norm, SiLU, convolution, the step, norm, SiLU, convolution, and the input added.
+/// `ResnetBlock2D`, all its parameters one vector: see [`kernels::resnet_block`].
 pub(super) struct ResnetBlock {
-    norm1: GroupNorm,
-    conv1: Conv2d,
-    time_emb_proj: Linear,
-    norm2: GroupNorm,
-    conv2: Conv2d,
-    conv_shortcut: Option<Conv2d>,
-    scale_shift: bool,
-    output_scale: f64,
+    theta: Tensor,
+    shape: kernels::ResnetBlock,
+    packed: [Packed; 3],
 }
 
 impl ResnetBlock {
@@ -28,45 +23,44 @@ impl ResnetBlock {
         config: &UNetConfig,
         b: &Builder,
     ) -> Result<Self> {
-        let (groups, epsilon) = (config.norm_num_groups, config.norm_eps);
-        let scale_shift = config.scale_shift();
-        let n_time = if scale_shift { 2 * c_out } else { c_out };
-        Ok(Self {
-            norm1: GroupNorm::new(groups, c_in, epsilon, &b.pp("norm1"))?,
-            conv1: Conv2d::new(c_in, c_out, 3, &b.pp("conv1"))?,
-            time_emb_proj: Linear::new(config.time_dim(), n_time, &b.pp("time_emb_proj"))?,
-            norm2: GroupNorm::new(groups, c_out, epsilon, &b.pp("norm2"))?,
-            conv2: Conv2d::new(c_out, c_out, 3, &b.pp("conv2"))?,
-            conv_shortcut: (c_in != c_out)
-                .then(|| Conv2d::new(c_in, c_out, 1, &b.pp("conv_shortcut")))
-                .transpose()?,
-            scale_shift,
+        let shape = kernels::ResnetBlock {
+            c_in,
+            c_out,
+            time_dim: config.time_dim(),
+            groups: config.norm_num_groups,
+            epsilon: config.norm_eps,
+            scale_shift: config.scale_shift(),
             output_scale,
-        })
+        };
+        let parts = shape.parameters().into_iter().map(|(name, part)| {
+            let init = match name {
+                "norm1.weight" | "norm2.weight" => Init::Ones,
+                "norm1.bias" | "norm2.bias" => Init::Zeros,
+                "conv1.weight" | "conv1.bias" => Init::FanIn(9 * c_in),
+                "conv2.weight" | "conv2.bias" => Init::FanIn(9 * c_out),
+                "time_emb_proj.weight" | "time_emb_proj.bias" => Init::FanIn(shape.time_dim),
+                _ => Init::FanIn(c_in),
+            };
+            (name, part, init)
+        });
+        let theta = b.flat(parts)?;
+        let packed = ["conv1", "conv2", "conv_shortcut"].map(|name| b.packed(name));
+        Ok(Self { theta, shape, packed })
     }
 
     /// `x`: `(b, h, w, c_in)`; `temb`: `(b, time)`, behind its SiLU. Returns `(b, h, w, c_out)`.
     pub(super) fn forward(&self, x: &Tensor, temb: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let temb = self.time_emb_proj.forward(temb)?;
-        let h = if self.scale_shift {
-            let n = temb.dim(D::Minus1)? / 2;
-            let (scale, shift) = (temb.narrow(D::Minus1, 0, n)?, temb.narrow(D::Minus1, n, n)?);
-            self.norm2.forward_scale_shift_silu(&h, &scale, &shift)?
-        } else {
-            self.norm2.forward_silu(&h.broadcast_add(&temb.unsqueeze(1)?.unsqueeze(1)?)?)?
-        };
-        let h = self.conv2.forward(&h)?;
-        let x = match &self.conv_shortcut {
-            Some(conv) => conv.forward(x)?,
-            None => x.clone(),
-        };
-        scaled(x + h, self.output_scale)
+        let packed = self.packed.each_ref().map(Packed::get);
+        kernels::resnet_block(x, temb, &self.theta, &self.shape, &packed)
     }
 
     pub(super) fn macs(&self, positions: usize) -> u64 {
-        let shortcut = self.conv_shortcut.as_ref().map_or(0, |conv| conv.macs(positions));
-        self.conv1.macs(positions) + self.conv2.macs(positions) + self.time_emb_proj.macs(1) + shortcut
+        let macs = |(name, shape): (&str, Shape)| match (shape.rank(), name) {
+            (1, _) => 0,
+            (_, "time_emb_proj.weight") => shape.elem_count(),
+            _ => shape.elem_count() * positions,
+        };
+        self.shape.parameters().into_iter().map(macs).sum::<usize>() as u64
     }
 }
 

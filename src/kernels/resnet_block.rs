@@ -1,0 +1,528 @@
+//! The residual block of the diffusion U-Net as one node of the tape.
+//!
+//! Of the block's seven intermediate images only one is kept for the backward pass; the others are computed again
+//! from it, which is cheaper than the memory. No image is cleared, copied or added between the operations.
+
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
+
+use super::{
+    Elements, PackedWeights,
+    conv2d::{Bias, Convolution},
+    elements, for_each_chunk,
+    group_norm::{ChannelSums, Moments, Norm},
+    matmul::{linear_input_gradient, linear_rows, linear_weight_gradient},
+    on_cpu,
+    reduce::{bias_gradient, column_sums},
+    reference, tensor,
+};
+use crate::{
+    Result,
+    device::{ConvAlgorithm, CpuLevel},
+};
+
+/// The sizes of a residual block: norm, SiLU, convolution, the step, norm, SiLU, convolution, and the input added
+/// (`diffusers`' `ResnetBlock2D`; Ho et al. 2020, App. B).
+#[derive(Clone, Copy, Debug)]
+pub struct ResnetBlock {
+    /// Channels of the input.
+    pub c_in: usize,
+    /// Channels of the output.
+    pub c_out: usize,
+    /// Features of the step's embedding.
+    pub time_dim: usize,
+    /// Groups of the norms.
+    pub groups: usize,
+    /// Added to the variances of the norms.
+    pub epsilon: f64,
+    /// Whether the step scales and shifts the second norm's output, instead of being added before it.
+    pub scale_shift: bool,
+    /// What the sum of the block and its input is divided by.
+    pub output_scale: f64,
+}
+
+/// Where each parameter of a block is in its vector.
+struct Parts {
+    norm1: [Range<usize>; 2],
+    conv1: [Range<usize>; 2],
+    time: [Range<usize>; 2],
+    norm2: [Range<usize>; 2],
+    conv2: [Range<usize>; 2],
+    shortcut: [Range<usize>; 2],
+}
+
+impl ResnetBlock {
+    /// The shapes of the parameters, in the order in which they lie in the block's vector: weight and bias of
+    /// `norm1`, `conv1`, `time_emb_proj`, `norm2`, `conv2` and, if the number of channels changes,
+    /// `conv_shortcut`.
+    pub fn parameters(&self) -> Vec<(&'static str, Shape)> {
+        let Self { c_in, c_out, time_dim, .. } = *self;
+        let mut parameters: Vec<(&str, Shape)> = vec![
+            ("norm1.weight", c_in.into()),
+            ("norm1.bias", c_in.into()),
+            ("conv1.weight", (c_out, c_in, 3, 3).into()),
+            ("conv1.bias", c_out.into()),
+            ("time_emb_proj.weight", (self.time_out(), time_dim).into()),
+            ("time_emb_proj.bias", self.time_out().into()),
+            ("norm2.weight", c_out.into()),
+            ("norm2.bias", c_out.into()),
+            ("conv2.weight", (c_out, c_out, 3, 3).into()),
+            ("conv2.bias", c_out.into()),
+        ];
+        if self.has_shortcut() {
+            parameters.push(("conv_shortcut.weight", (c_out, c_in, 1, 1).into()));
+            parameters.push(("conv_shortcut.bias", c_out.into()));
+        }
+        parameters
+    }
+
+    /// Whether the input goes through a 1 × 1 convolution before it is added.
+    pub fn has_shortcut(&self) -> bool {
+        self.c_in != self.c_out
+    }
+
+    fn time_out(&self) -> usize {
+        if self.scale_shift { 2 * self.c_out } else { self.c_out }
+    }
+
+    fn parts(&self) -> Parts {
+        let mut end = 0;
+        let mut ranges = self.parameters().into_iter().map(move |(_, shape)| {
+            end += shape.elem_count();
+            end - shape.elem_count()..end
+        });
+        let mut next = || std::array::from_fn(|_| ranges.next().unwrap_or(0..0));
+        Parts { norm1: next(), conv1: next(), time: next(), norm2: next(), conv2: next(), shortcut: next() }
+    }
+}
+
+/// What the kernels made of the weights of `conv1`, `conv2` and `conv_shortcut`.
+pub type BlockWeights = [Arc<PackedWeights>; 3];
+
+/// A residual block of the U-Net. `x`: `(b, h, w, c_in)`; `temb`: `(b, time_dim)`, behind its SiLU; `theta`: the
+/// parameters, one vector in the order of [`ResnetBlock::parameters`]. Returns `(b, h, w, c_out)`.
+///
+/// `packed` belongs to these parameters alone. Fails if a shape does not fit.
+pub fn resnet_block(
+    x: &Tensor,
+    temb: &Tensor,
+    theta: &Tensor,
+    block: &ResnetBlock,
+    packed: &BlockWeights,
+) -> Result<Tensor> {
+    if on_cpu(&[x, temb, theta]) {
+        let how = (CpuLevel::get(), ConvAlgorithm::get());
+        resnet_block_at(how, x, temb, theta, block, packed)
+    } else {
+        reference::resnet_block(x, temb, theta, block)
+    }
+}
+
+fn resnet_block_at(
+    (level, algorithm): (CpuLevel, ConvAlgorithm),
+    x: &Tensor,
+    temb: &Tensor,
+    theta: &Tensor,
+    block: &ResnetBlock,
+    packed: &BlockWeights,
+) -> Result<Tensor> {
+    let ResnetBlock { c_in, c_out, time_dim, groups, .. } = *block;
+    let (b, h, w, c) = x.dims4()?;
+    let count: usize = block.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+    if c != c_in || temb.dims() != [b, time_dim] || theta.dims() != [count] {
+        bail!(
+            Alarm,
+            "a residual block of {c_in} channels, {time_dim} features of the step and {count} parameters got {:?}, {:?} \
+             and {:?}",
+            x.dims(),
+            temb.dims(),
+            theta.dims()
+        );
+    }
+    if groups == 0 || c_in % groups != 0 || c_out % groups != 0 {
+        bail!(Alarm, "{c_in} and {c_out} channels cannot be normalised in {groups} groups");
+    }
+    let convolution = |c_in: usize, k: usize| {
+        Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, k, k), 1, (k / 2, k / 2))
+    };
+    let norm = |c: usize| Norm { level, groups, c, sample: h * w * c, epsilon: block.epsilon, silu: true };
+    let op = Op {
+        level,
+        block: *block,
+        parts: block.parts(),
+        conv1: convolution(c_in, 3)?,
+        conv2: convolution(c_out, 3)?,
+        shortcut: convolution(c_in, 1)?,
+        norm1: norm(c_in),
+        norm2: norm(c_out),
+        packed: packed.clone(),
+        keep: x.track_op() || temb.track_op() || theta.track_op(),
+        kept: OnceLock::new(),
+    };
+    Ok(x.contiguous()?.apply_op3(&temb.contiguous()?, &theta.contiguous()?, op)?)
+}
+
+struct Op {
+    level: CpuLevel,
+    block: ResnetBlock,
+    parts: Parts,
+    conv1: Convolution,
+    conv2: Convolution,
+    shortcut: Convolution,
+    norm1: Norm,
+    norm2: Norm,
+    packed: BlockWeights,
+    /// Whether there will be a backward pass.
+    keep: bool,
+    kept: OnceLock<Kept>,
+}
+
+/// What the backward pass needs of the forward pass.
+struct Kept {
+    moments1: Vec<Moments>,
+    /// What the second norm gets.
+    middle: Vec<f32>,
+    moments2: Vec<Moments>,
+    /// Weight and bias of the second norm, for each sample its own if the step scales and shifts it.
+    affine: [Vec<f32>; 2],
+}
+
+impl Op {
+    /// For each sample what the step adds, or its scale and shift.
+    fn step(&self, temb: &[f32], theta: &[f32]) -> Vec<f32> {
+        let [weight, bias] = self.parts.time.each_ref().map(|range| &theta[range.clone()]);
+        linear_rows(self.level, temb, self.block.time_dim, weight, bias)
+    }
+
+    /// Weight and bias of the second norm.
+    fn affine(&self, step: &[f32], theta: &[f32]) -> [Vec<f32>; 2] {
+        let [weight, bias] = self.parts.norm2.each_ref().map(|range| &theta[range.clone()]);
+        if !self.block.scale_shift {
+            return [weight.to_vec(), bias.to_vec()];
+        }
+        let c = self.block.c_out;
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for (scale, shift) in step.chunks_exact(2 * c).map(|step| step.split_at(c)) {
+            weights.extend(weight.iter().zip(scale).map(|(w, scale)| w * (1.0 + scale)));
+            biases.extend(
+                bias.iter().zip(scale).zip(shift).map(|((b, scale), shift)| b * (1.0 + scale) + shift),
+            );
+        }
+        [weights, biases]
+    }
+
+    fn forward(&self, x: &[f32], temb: &[f32], theta: &[f32]) -> Vec<f32> {
+        let part = |range: &Range<usize>| &theta[range.clone()];
+        let Parts { norm1, conv1, conv2, shortcut, .. } = &self.parts;
+        let c = self.block.c_out;
+        let step = self.step(temb, theta);
+        let mut normed = vec![0f32; x.len()];
+        let moments1 = self.norm1.forward(x, part(&norm1[0]), part(&norm1[1]), &mut normed);
+        let bias = part(&conv1[1]);
+        let added: Vec<f32> = match self.block.scale_shift {
+            true => Vec::new(),
+            false => {
+                step.chunks_exact(c).flat_map(|step| step.iter().zip(bias).map(|(s, b)| s + b)).collect()
+            }
+        };
+        let bias = if self.block.scale_shift { Bias::Channels(bias) } else { Bias::Samples(&added) };
+        let middle = self.packed[0]
+            .forward(&self.conv1, part(&conv1[0]), |kernels| self.conv1.forward(&normed, kernels, bias));
+        let affine = self.affine(&step, theta);
+        normed.resize(middle.len(), 0.0);
+        let moments2 = self.norm2.forward(&middle, &affine[0], &affine[1], &mut normed);
+        let residual = match self.block.has_shortcut() {
+            true => self.packed[2].forward(&self.shortcut, part(&shortcut[0]), |kernels| {
+                self.shortcut.forward(x, kernels, Bias::Channels(part(&shortcut[1])))
+            }),
+            false => x.to_vec(),
+        };
+        let mut out = self.packed[1].forward(&self.conv2, part(&conv2[0]), |kernels| {
+            self.conv2.forward_onto(&normed, kernels, Bias::Channels(part(&conv2[1])), residual)
+        });
+        self.divide(&mut out);
+        if self.keep {
+            self.kept.get_or_init(|| Kept { moments1, middle, moments2, affine });
+        }
+        out
+    }
+
+    /// Divides by the scale of the output, which is 1 nearly always.
+    fn divide(&self, values: &mut [f32]) {
+        let scale = self.block.output_scale as f32;
+        if scale != 1.0 {
+            let len = values.len();
+            for_each_chunk(values, 1 << 14, len, |_, values| values.iter_mut().for_each(|v| *v /= scale));
+        }
+    }
+
+    /// The gradients of `x`, `temb` and `theta`, those that are wanted.
+    fn backward(
+        &self,
+        [x, temb, theta]: [&[f32]; 3],
+        kept: &Kept,
+        dy: &[f32],
+        [want_x, want_temb, want_theta]: [bool; 3],
+    ) -> [Option<Vec<f32>>; 3] {
+        let level = self.level;
+        let part = |range: &Range<usize>| &theta[range.clone()];
+        let Parts { norm1, conv1, time, norm2, conv2, shortcut } = &self.parts;
+        let c_out = self.block.c_out;
+        let mut scaled = Vec::new();
+        let dy = match self.block.output_scale {
+            1.0 => dy,
+            _ => {
+                scaled.extend_from_slice(dy);
+                self.divide(&mut scaled);
+                &scaled[..]
+            }
+        };
+        let mut dtheta = vec![0f32; if want_theta { theta.len() } else { 0 }];
+        let mut set = |range: &Range<usize>, values: &[f32]| dtheta[range.clone()].copy_from_slice(values);
+        let Kept { moments1, middle, moments2, affine } = kept;
+        let [weight2, bias2] = affine;
+
+        let mut normed = Vec::new();
+        if want_theta {
+            normed.resize(middle.len(), 0f32);
+            self.norm2.forward(middle, weight2, bias2, &mut normed);
+            set(&conv2[0], &self.conv2.weight_gradient(&normed, dy));
+            set(&conv2[1], &bias_gradient(level, dy, c_out));
+            if self.block.has_shortcut() {
+                set(&shortcut[0], &self.shortcut.weight_gradient(x, dy));
+                set(&shortcut[1], &bias_gradient(level, dy, c_out));
+            }
+        }
+        let dnormed = self.packed[1]
+            .backward(&self.conv2, part(&conv2[0]), |kernels| self.conv2.input_gradient(dy, kernels));
+        let mut dmiddle = vec![0f32; middle.len()];
+        let sums = self.norm2.backward(middle, &dnormed, weight2, bias2, moments2, &mut dmiddle);
+        drop(dnormed);
+        let mut dtemb = None;
+        if want_temb || want_theta {
+            let (dstep, dweight, dbias) = self.step_gradients(temb, theta, &dmiddle, &sums);
+            if want_theta {
+                set(&norm2[0], &dweight);
+                set(&norm2[1], &dbias);
+                let n = self.block.time_out();
+                set(&time[0], &linear_weight_gradient(level, temb, self.block.time_dim, &dstep, n));
+                set(&time[1], &bias_gradient(level, &dstep, n));
+            }
+            if want_temb {
+                dtemb = Some(linear_input_gradient(level, &dstep, self.block.time_out(), part(&time[0])));
+            }
+        }
+        if want_theta {
+            normed.clear();
+            normed.resize(x.len(), 0f32);
+            self.norm1.forward(x, part(&norm1[0]), part(&norm1[1]), &mut normed);
+            set(&conv1[0], &self.conv1.weight_gradient(&normed, &dmiddle));
+            set(&conv1[1], &bias_gradient(level, &dmiddle, c_out));
+        }
+        let mut dx = None;
+        if want_x || want_theta {
+            let dnormed = self.packed[0].backward(&self.conv1, part(&conv1[0]), |kernels| {
+                self.conv1.input_gradient(&dmiddle, kernels)
+            });
+            let mut through = vec![0f32; x.len()];
+            let (weight, bias) = (part(&norm1[0]), part(&norm1[1]));
+            let sums = self.norm1.backward(x, &dnormed, weight, bias, moments1, &mut through);
+            if want_theta {
+                let total = |k: usize| -> Vec<f32> {
+                    (0..self.block.c_in).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect()
+                };
+                set(&norm1[0], &total(1));
+                set(&norm1[1], &total(0));
+            }
+            if want_x {
+                let direct;
+                let residual = match self.block.has_shortcut() {
+                    true => {
+                        direct = self.packed[2].backward(&self.shortcut, part(&shortcut[0]), |kernels| {
+                            self.shortcut.input_gradient(dy, kernels)
+                        });
+                        &direct[..]
+                    }
+                    false => dy,
+                };
+                let len = through.len();
+                for_each_chunk(&mut through, 1 << 14, len, |i, out| {
+                    let residual = &residual[i << 14..][..out.len()];
+                    out.iter_mut().zip(residual).for_each(|(out, r)| *out += r);
+                });
+                dx = Some(through);
+            }
+        }
+        [dx, dtemb, want_theta.then_some(dtheta)]
+    }
+
+    /// The gradients of what the step adds, or of its scale and shift, and of the second norm's weight and bias.
+    fn step_gradients(
+        &self,
+        temb: &[f32],
+        theta: &[f32],
+        dmiddle: &[f32],
+        sums: &[ChannelSums],
+    ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+        let c = self.block.c_out;
+        let total = |f: &dyn Fn(usize, usize) -> f64| -> Vec<f32> {
+            (0..c).map(|i| (0..sums.len()).map(|sample| f(sample, i)).sum::<f64>() as f32).collect()
+        };
+        if !self.block.scale_shift {
+            let sample = dmiddle.len() / sums.len().max(1);
+            let step = dmiddle.chunks_exact(sample.max(1)).flat_map(|d| column_sums(self.level, d, c));
+            let step = step.map(|v| v as f32).collect();
+            return (step, total(&|s, i| sums[s][1][i]), total(&|s, i| sums[s][0][i]));
+        }
+        let [weight, bias] = self.parts.norm2.each_ref().map(|range| &theta[range.clone()]);
+        let step = self.step(temb, theta);
+        let factor = |sample: usize, i: usize| 1.0 + f64::from(step[sample * 2 * c + i]);
+        let scale = |[dbias, dweight]: &ChannelSums, i: usize| {
+            (dweight[i] * f64::from(weight[i]) + dbias[i] * f64::from(bias[i])) as f32
+        };
+        let dstep = sums
+            .iter()
+            .flat_map(|sums| (0..c).map(|i| scale(sums, i)).chain(sums[0].iter().map(|&v| v as f32)))
+            .collect();
+        (dstep, total(&|s, i| sums[s][1][i] * factor(s, i)), total(&|s, i| sums[s][0][i] * factor(s, i)))
+    }
+}
+
+impl CustomOp3 for Op {
+    fn name(&self) -> &'static str {
+        "resnet-block"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        temb: &CpuStorage,
+        temb_layout: &Layout,
+        theta: &CpuStorage,
+        theta_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (x, temb, theta) =
+            (elements(x, x_layout)?, elements(temb, temb_layout)?, elements(theta, theta_layout)?);
+        Ok((CpuStorage::F32(self.forward(x, temb, theta)), self.conv2.out_shape()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        temb: &Tensor,
+        theta: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(kept) = self.kept.get() else {
+            candle_core::bail!("a block that was not tracked has no gradient")
+        };
+        let dy = dy.contiguous()?;
+        let want = [x, temb, theta].map(Tensor::track_op);
+        let values = [&*Elements::of(x)?, &*Elements::of(temb)?, &*Elements::of(theta)?];
+        let [dx, dtemb, dtheta] = self.backward(values, kept, &Elements::of(&dy)?, want);
+        let shaped = |values: Option<Vec<f32>>, like| values.map(|values| tensor(values, like)).transpose();
+        Ok((shaped(dx, x)?, shaped(dtemb, temb)?, shaped(dtheta, theta)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::*, *};
+
+    const BLOCKS: [ResnetBlock; 4] = [
+        ResnetBlock {
+            c_in: 8,
+            c_out: 8,
+            time_dim: 5,
+            groups: 4,
+            epsilon: 1e-5,
+            scale_shift: false,
+            output_scale: 1.0,
+        },
+        ResnetBlock {
+            c_in: 6,
+            c_out: 9,
+            time_dim: 7,
+            groups: 3,
+            epsilon: 1e-6,
+            scale_shift: true,
+            output_scale: 1.0,
+        },
+        ResnetBlock {
+            c_in: 16,
+            c_out: 8,
+            time_dim: 3,
+            groups: 4,
+            epsilon: 1e-5,
+            scale_shift: false,
+            output_scale: 1.5,
+        },
+        ResnetBlock {
+            c_in: 12,
+            c_out: 12,
+            time_dim: 4,
+            groups: 2,
+            epsilon: 1e-5,
+            scale_shift: true,
+            output_scale: 2.0,
+        },
+    ];
+
+    fn operands(block: &ResnetBlock, (b, h, w): (usize, usize, usize)) -> [Tensor; 3] {
+        let count: usize = block.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        [random(1, (b, h, w, block.c_in)), random(2, (b, block.time_dim)), (random(3, count) * 0.3).unwrap()]
+    }
+
+    fn at(level: CpuLevel, block: &ResnetBlock, t: &[Tensor]) -> Result<Tensor> {
+        resnet_block_at(
+            (level, ConvAlgorithm::Winograd),
+            &t[0],
+            &t[1],
+            &t[2],
+            block,
+            &BlockWeights::default(),
+        )
+    }
+
+    #[test]
+    fn a_block_is_its_operations_one_after_the_other() {
+        for block in &BLOCKS {
+            for size in [(2, 5, 7), (3, 8, 8), (1, 4, 4)] {
+                check(
+                    &operands(block, size),
+                    |level, t| at(level, block, t),
+                    |t| reference::resnet_block(&t[0], &t[1], &t[2], block),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_sample_does_not_see_its_batch_nor_the_threads() {
+        for block in &BLOCKS {
+            let [x, temb, theta] = operands(block, (7, 12, 8));
+            check_invariance(&[x, temb, theta], 2, |t| at(CpuLevel::get(), block, t));
+        }
+    }
+
+    #[test]
+    fn frozen_parameters_get_no_gradient() {
+        for block in &BLOCKS {
+            check_untracked(&operands(block, (2, 4, 4)), |t| at(CpuLevel::get(), block, t));
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_named() {
+        let [x, _, theta] = operands(&BLOCKS[0], (2, 4, 4));
+        let error =
+            resnet_block(&x, &random(2, (2, 6)), &theta, &BLOCKS[0], &BlockWeights::default()).unwrap_err();
+        assert!(error.to_string().contains("5 features of the step"), "{error}");
+    }
+}
