@@ -12,6 +12,7 @@
 
 mod activation;
 mod attention;
+mod basic_block;
 mod batch_norm;
 mod conv2d;
 mod group_norm;
@@ -33,6 +34,7 @@ use rayon::prelude::*;
 
 pub use activation::{relu, silu};
 pub use attention::{attention, softmax};
+pub use basic_block::{BasicBlock, basic_block};
 pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train};
 pub use conv2d::{PackedWeights, conv2d, conv2d_packed};
 pub use group_norm::group_norm;

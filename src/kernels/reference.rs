@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use candle_core::{D, Shape, Tensor};
 
-use super::{BatchStatistics, ResnetBlock};
+use super::{BasicBlock, BatchStatistics, ResnetBlock};
 use crate::Result;
 
 /// 2-D convolution. `x`: `(b, h, w, c_in)` f32; `weight`: `(c_out, c_in, kh, kw)`; `bias`: `(c_out,)`.
@@ -220,6 +220,36 @@ pub fn resnet_block(x: &Tensor, temb: &Tensor, theta: &Tensor, block: &ResnetBlo
         false => x.clone(),
     };
     Ok(((x + h)? / block.output_scale)?)
+}
+
+/// A residual block of a ResNet, one operation after the other: see [`super::basic_block`].
+pub fn basic_block(
+    x: &Tensor,
+    theta: &Tensor,
+    running: Option<&[BatchStatistics]>,
+    block: &BasicBlock,
+) -> Result<(Tensor, Vec<BatchStatistics>)> {
+    let parts = split(theta, &block.parameters())?;
+    let mut seen = Vec::new();
+    let mut norm = |i: usize, name: &str, x: &Tensor, relu: bool| -> Result<Tensor> {
+        let (weight, bias) = (&parts[&*format!("{name}.weight")], &parts[&*format!("{name}.bias")]);
+        let Some(running) = running else {
+            let (out, statistics) = batch_norm_train(x, weight, bias, block.epsilon, relu)?;
+            seen.push(statistics);
+            return Ok(out);
+        };
+        batch_norm_eval(x, &running[i], weight, bias, block.epsilon, relu)
+    };
+    let h = norm(0, "bn1", &conv2d(x, &parts["conv1.weight"], None, block.stride, (1, 1))?, true)?;
+    let h = norm(1, "bn2", &conv2d(&h, &parts["conv2.weight"], None, 1, (1, 1))?, false)?;
+    let x = match block.has_shortcut() {
+        true => {
+            let x = conv2d(x, &parts["shortcut.0.weight"], None, block.stride, (0, 0))?;
+            norm(2, "shortcut.1", &x, false)?
+        }
+        false => x.clone(),
+    };
+    Ok((relu(&(h + x)?)?, seen))
 }
 
 /// The parameters that lie in a vector one behind another.

@@ -150,25 +150,19 @@ pub enum BatchNormMode {
 pub struct BatchNorm {
     weight: Tensor,
     bias: Tensor,
-    running_mean: Buffer,
-    running_var: Buffer,
-    num_batches_tracked: Buffer,
+    running: RunningStatistics,
 }
 
 impl BatchNorm {
-    /// The weight of a batch in the running statistics, PyTorch's default.
-    const MOMENTUM: f64 = 0.1;
     /// PyTorch's default.
-    const EPSILON: f64 = 1e-5;
+    pub(super) const EPSILON: f64 = 1e-5;
 
     /// Running statistics start as mean 0 and variance 1.
     pub fn new(channels: usize, b: &Builder) -> Result<Self> {
         Ok(Self {
             weight: b.get("weight", channels, Init::Ones)?,
             bias: b.get("bias", channels, Init::Zeros)?,
-            running_mean: b.buffer("running_mean", channels, Init::Zeros)?,
-            running_var: b.buffer("running_var", channels, Init::Ones)?,
-            num_batches_tracked: b.counter("num_batches_tracked")?,
+            running: RunningStatistics::new(channels, b)?,
         })
     }
 
@@ -187,20 +181,46 @@ impl BatchNorm {
             BatchNormMode::Train => {
                 let (out, statistics) =
                     kernels::batch_norm_train(x, &self.weight, &self.bias, Self::EPSILON, relu)?;
-                self.track(&statistics)?;
+                self.running.track(&statistics)?;
                 Ok(out)
             }
             BatchNormMode::Eval => {
-                let running =
-                    BatchStatistics { mean: self.running_mean.get(), variance: self.running_var.get() };
+                let running = self.running.get();
                 kernels::batch_norm_eval(x, &running, &self.weight, &self.bias, Self::EPSILON, relu)
             }
         }
     }
+}
+
+/// The running statistics of a batch norm, under PyTorch's names.
+#[derive(Clone, Debug)]
+pub(super) struct RunningStatistics {
+    mean: Buffer,
+    var: Buffer,
+    num_batches_tracked: Buffer,
+}
+
+impl RunningStatistics {
+    /// The weight of a batch in the running statistics, PyTorch's default.
+    const MOMENTUM: f64 = 0.1;
+
+    /// They start as mean 0 and variance 1.
+    pub fn new(channels: usize, b: &Builder) -> Result<Self> {
+        Ok(Self {
+            mean: b.buffer("running_mean", channels, Init::Zeros)?,
+            var: b.buffer("running_var", channels, Init::Ones)?,
+            num_batches_tracked: b.counter("num_batches_tracked")?,
+        })
+    }
+
+    /// As they are now.
+    pub fn get(&self) -> BatchStatistics {
+        BatchStatistics { mean: self.mean.get(), variance: self.var.get() }
+    }
 
     /// `running = (1 - momentum) · running + momentum · batch`.
-    fn track(&self, batch: &BatchStatistics) -> Result<()> {
-        for (running, batch) in [(&self.running_mean, &batch.mean), (&self.running_var, &batch.variance)] {
+    pub fn track(&self, batch: &BatchStatistics) -> Result<()> {
+        for (running, batch) in [(&self.mean, &batch.mean), (&self.var, &batch.variance)] {
             let kept = (running.get() * (1.0 - Self::MOMENTUM))?;
             running.set(&(kept + (batch * Self::MOMENTUM)?)?)?;
         }

@@ -4,8 +4,9 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BatchNorm, BatchNormMode, Builder, Conv2d, Linear,
+    BatchNorm, BatchNormMode, Builder, Conv2d, Init, Linear, Packed,
     classifier::{expect_images, expect_positive},
+    layers::RunningStatistics,
     params,
 };
 use crate::{Result, kernels};
@@ -128,49 +129,51 @@ impl ResNet {
     }
 }
 
-/// Two 3 × 3 convolutions with norms, and the input added before the second ReLU.
+/// All parameters of a block are one vector: see [`kernels::basic_block`].
 struct BasicBlock {
-    conv1: Conv2d,
-    bn1: BatchNorm,
-    conv2: Conv2d,
-    bn2: BatchNorm,
-    /// Where the shape changes.
-    shortcut: Option<(Conv2d, BatchNorm)>,
+    theta: Tensor,
+    shape: kernels::BasicBlock,
+    /// One for each norm.
+    running: Vec<RunningStatistics>,
+    packed: [Packed; 3],
 }
 
 impl BasicBlock {
     fn new(c_in: usize, c_out: usize, stride: usize, b: &Builder) -> Result<Self> {
-        let shortcut = || {
-            let b = b.pp("shortcut");
-            Ok::<_, crate::Error>((
-                Conv2d::without_bias(c_in, c_out, 1, stride, &b.pp(0))?,
-                BatchNorm::new(c_out, &b.pp(1))?,
-            ))
-        };
-        Ok(Self {
-            conv1: Conv2d::without_bias(c_in, c_out, 3, stride, &b.pp("conv1"))?,
-            bn1: BatchNorm::new(c_out, &b.pp("bn1"))?,
-            conv2: Conv2d::without_bias(c_out, c_out, 3, 1, &b.pp("conv2"))?,
-            bn2: BatchNorm::new(c_out, &b.pp("bn2"))?,
-            shortcut: (stride != 1 || c_in != c_out).then(shortcut).transpose()?,
-        })
+        let shape = kernels::BasicBlock { c_in, c_out, stride, epsilon: BatchNorm::EPSILON };
+        let parts = shape.parameters().into_iter().map(|(name, part)| {
+            let init = match *part.dims() {
+                [_, c_in, kh, kw] => Init::FanIn(c_in * kh * kw),
+                _ if name.ends_with("weight") => Init::Ones,
+                _ => Init::Zeros,
+            };
+            (name, part, init)
+        });
+        let theta = b.flat(parts)?;
+        let norms = ["bn1", "bn2", "shortcut.1"].into_iter().take(shape.norms());
+        let running = norms.map(|name| RunningStatistics::new(c_out, &b.pp(name))).collect::<Result<_>>()?;
+        let packed = ["conv1", "conv2", "shortcut.0"].map(|name| b.packed(name));
+        Ok(Self { theta, shape, running, packed })
     }
 
     /// `x`: `(b, h, w, c_in)`. Returns `(b, h / stride, w / stride, c_out)`, rounded up.
     fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
-        let h = self.bn1.forward_relu(&self.conv1.forward(x)?, mode)?;
-        let h = self.bn2.forward(&self.conv2.forward(&h)?, mode)?;
-        let x = match &self.shortcut {
-            Some((conv, bn)) => bn.forward(&conv.forward(x)?, mode)?,
-            None => x.clone(),
+        let packed = self.packed.each_ref().map(Packed::get);
+        let running = match mode {
+            BatchNormMode::Train => None,
+            BatchNormMode::Eval => Some(self.running.iter().map(RunningStatistics::get).collect::<Vec<_>>()),
         };
-        kernels::relu(&(h + x)?)
+        let (out, batch) = kernels::basic_block(x, &self.theta, running.as_deref(), &self.shape, &packed)?;
+        for (running, batch) in self.running.iter().zip(&batch) {
+            running.track(batch)?;
+        }
+        Ok(out)
     }
 
     /// Multiply-adds for an output of `positions` pixels.
     fn macs(&self, positions: usize) -> u64 {
-        let shortcut = self.shortcut.as_ref().map_or(0, |(conv, _)| conv.macs(positions));
-        self.conv1.macs(positions) + self.conv2.macs(positions) + shortcut
+        let convolutions = self.shape.parameters().into_iter().filter(|(_, shape)| shape.rank() == 4);
+        convolutions.map(|(_, shape)| (shape.elem_count() * positions) as u64).sum()
     }
 }
 
@@ -222,7 +225,8 @@ mod tests {
     fn names_are_those_of_robustbench() {
         let (config, tensors, params) = golden();
         let theirs: Vec<_> = part(&tensors, "model.").map(|(name, _)| name).collect();
-        let mut ours: Vec<_> = params.vars().iter().map(|(name, _)| name.as_str()).collect();
+        let named = params.named(|var| Ok(var.as_detached_tensor())).unwrap();
+        let mut ours: Vec<_> = named.iter().map(|(name, _)| name.as_str()).collect();
         ours.extend(params.buffers().iter().map(|(name, _)| name.as_str()));
         ours.sort_unstable();
         assert_eq!(ours, theirs);
@@ -257,8 +261,9 @@ mod tests {
         let loss = kernels::cross_entropy(&logits, &labels).unwrap().mean_all().unwrap();
         let grads = loss.backward().unwrap();
         assert_close("gradient of x", grads.get(&x).unwrap(), &nhwc(&tensors["grad_x"]));
-        for (name, var) in params.vars() {
-            assert_close(name, grads.get(var).unwrap(), &tensors[&format!("grad.{name}")]);
+        let gradients = params.named(|var| Ok(grads.get(var).unwrap().clone())).unwrap();
+        for (name, gradient) in &gradients {
+            assert_close(name, gradient, &tensors[&format!("grad.{name}")]);
         }
         assert_eq!(params.buffers().len(), part(&tensors, "after.").count());
         for (name, buffer) in params.buffers() {

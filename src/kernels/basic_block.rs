@@ -1,0 +1,485 @@
+//! The residual block of ResNets as one node of the tape.
+
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
+
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Tensor};
+
+use super::{
+    BatchStatistics, BlockWeights, Elements,
+    batch_norm::{Moments, Norm, Statistics, statistics},
+    conv2d::{Bias, Convolution},
+    elements, for_each_chunk,
+    microkernel::{Arithmetic, Loop, run},
+    on_cpu, reference, tensor,
+};
+use crate::{
+    Result,
+    device::{ConvAlgorithm, CpuLevel},
+};
+
+/// The sizes of a basic block: two 3 × 3 convolutions with batch norms, ReLU between them, the input added and
+/// ReLU again (He et al. 2016, §4.1). Where the shape changes, the input goes through a 1 × 1 convolution and a
+/// batch norm.
+#[derive(Clone, Copy, Debug)]
+pub struct BasicBlock {
+    /// Channels of the input.
+    pub c_in: usize,
+    /// Channels of the output.
+    pub c_out: usize,
+    /// Of the first convolution and the shortcut.
+    pub stride: usize,
+    /// Added to the variances.
+    pub epsilon: f64,
+}
+
+impl BasicBlock {
+    /// The shapes of the parameters, in the order in which they lie in the block's vector: `conv1.weight`, weight
+    /// and bias of `bn1`, the same of `conv2` and `bn2` and, if the shape changes, of `shortcut.0` and
+    /// `shortcut.1`.
+    pub fn parameters(&self) -> Vec<(&'static str, Shape)> {
+        let Self { c_in, c_out, .. } = *self;
+        let mut parameters: Vec<(&str, Shape)> = vec![
+            ("conv1.weight", (c_out, c_in, 3, 3).into()),
+            ("bn1.weight", c_out.into()),
+            ("bn1.bias", c_out.into()),
+            ("conv2.weight", (c_out, c_out, 3, 3).into()),
+            ("bn2.weight", c_out.into()),
+            ("bn2.bias", c_out.into()),
+        ];
+        if self.has_shortcut() {
+            parameters.push(("shortcut.0.weight", (c_out, c_in, 1, 1).into()));
+            parameters.push(("shortcut.1.weight", c_out.into()));
+            parameters.push(("shortcut.1.bias", c_out.into()));
+        }
+        parameters
+    }
+
+    /// Whether the shape changes.
+    pub fn has_shortcut(&self) -> bool {
+        self.stride != 1 || self.c_in != self.c_out
+    }
+
+    /// How many batch norms there are: 2, or 3 with that of the shortcut.
+    pub fn norms(&self) -> usize {
+        if self.has_shortcut() { 3 } else { 2 }
+    }
+}
+
+/// A basic block. `x`: `(b, h, w, c_in)`; `theta`: the parameters, one vector in the order of
+/// [`BasicBlock::parameters`]. Returns `(b, h / stride, w / stride, c_out)`, rounded up, and the statistics of the
+/// batch for each norm if the block normalised by them.
+///
+/// `running`: the statistics to normalise by, one for each norm; without them it is by those of the batch, to
+/// which gradients then go as well. `packed` belongs to these parameters alone. Fails if a shape does not fit.
+pub fn basic_block(
+    x: &Tensor,
+    theta: &Tensor,
+    running: Option<&[BatchStatistics]>,
+    block: &BasicBlock,
+    packed: &BlockWeights,
+) -> Result<(Tensor, Vec<BatchStatistics>)> {
+    if on_cpu(&[x, theta]) {
+        let how = (CpuLevel::get(), ConvAlgorithm::get());
+        basic_block_at(how, x, theta, running, block, packed)
+    } else {
+        reference::basic_block(x, theta, running, block)
+    }
+}
+
+fn basic_block_at(
+    (level, algorithm): (CpuLevel, ConvAlgorithm),
+    x: &Tensor,
+    theta: &Tensor,
+    running: Option<&[BatchStatistics]>,
+    block: &BasicBlock,
+    packed: &BlockWeights,
+) -> Result<(Tensor, Vec<BatchStatistics>)> {
+    let BasicBlock { c_in, c_out, stride, epsilon } = *block;
+    let (b, h, w, c) = x.dims4()?;
+    let mut end = 0;
+    let parts: Vec<Range<usize>> = block
+        .parameters()
+        .into_iter()
+        .map(|(_, shape)| {
+            end += shape.elem_count();
+            end - shape.elem_count()..end
+        })
+        .collect();
+    if c != c_in || theta.dims() != [end] {
+        bail!(
+            Alarm,
+            "a basic block of {c_in} channels and {end} parameters got {:?} and {:?}",
+            x.dims(),
+            theta.dims()
+        );
+    }
+    let conv1 = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 3, 3), stride, (1, 1))?;
+    let (out_h, out_w) = (h.div_ceil(stride), w.div_ceil(stride));
+    let conv2 =
+        Convolution::new(level, algorithm, (b, out_h, out_w, c_out), (c_out, c_out, 3, 3), 1, (1, 1))?;
+    let shortcut = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 1, 1), stride, (0, 0))?;
+    let rows = b * out_h * out_w;
+    if running.is_none() && rows < 2 {
+        bail!(Alarm, "images {:?} have one value a channel, expected two for a variance", x.dims());
+    }
+    let running = match running {
+        None => None,
+        Some(running) => {
+            if running.len() != block.norms() {
+                bail!(Alarm, "a block of {} norms got statistics for {}", block.norms(), running.len());
+            }
+            let doubles = |t: &Tensor| -> Result<Vec<f64>> {
+                if t.dims() != [c_out] {
+                    bail!(Alarm, "{c_out} channels are normalised with a vector of shape {:?}", t.dims());
+                }
+                Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
+            };
+            let statistics = |s: &BatchStatistics| {
+                Ok(Statistics { mean: doubles(&s.mean)?, variance: doubles(&s.variance)? })
+            };
+            Some(running.iter().map(statistics).collect::<Result<Vec<_>>>()?)
+        }
+    };
+    let of_batch = running.is_none();
+    let seen: Arc<OnceLock<Vec<Statistics>>> = Arc::default();
+    let op = Op {
+        level,
+        epsilon,
+        parts,
+        conv1,
+        conv2,
+        shortcut: block.has_shortcut().then_some(shortcut),
+        packed: packed.clone(),
+        running,
+        seen: Arc::clone(&seen),
+        keep: x.track_op() || theta.track_op(),
+        kept: OnceLock::new(),
+    };
+    let out = x.contiguous()?.apply_op2(&theta.contiguous()?, op)?;
+    let mut batch = Vec::new();
+    if of_batch {
+        let unbiased = rows as f64 / (rows - 1) as f64;
+        for Statistics { mean, variance } in seen.get().into_iter().flatten() {
+            let vector = |values: &[f64], factor: f64| {
+                Tensor::from_vec(values.iter().map(|v| (v * factor) as f32).collect(), c_out, &Device::Cpu)
+            };
+            batch.push(BatchStatistics { mean: vector(mean, 1.0)?, variance: vector(variance, unbiased)? });
+        }
+    }
+    Ok((out, batch))
+}
+
+struct Op {
+    level: CpuLevel,
+    epsilon: f64,
+    /// Where the parameters are in the vector.
+    parts: Vec<Range<usize>>,
+    conv1: Convolution,
+    conv2: Convolution,
+    shortcut: Option<Convolution>,
+    packed: BlockWeights,
+    /// The statistics to normalise by, if not by those of the batch.
+    running: Option<Vec<Statistics>>,
+    /// The statistics of the batch.
+    seen: Arc<OnceLock<Vec<Statistics>>>,
+    /// Whether there will be a backward pass.
+    keep: bool,
+    kept: OnceLock<Kept>,
+}
+
+/// What the backward pass needs of the forward pass: what each norm gets, and what it is normalised with.
+struct Kept {
+    inputs: Vec<Vec<f32>>,
+    moments: Vec<Moments>,
+}
+
+/// `max(z + residual, 0)` over `z`.
+struct AddRelu<'a> {
+    z: &'a mut [f32],
+    residual: &'a [f32],
+}
+
+impl Loop for AddRelu<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<A: Arithmetic>(self) {
+        for (z, residual) in self.z.iter_mut().zip(self.residual) {
+            let sum = *z + residual;
+            // Not `max`: a NaN stays one.
+            *z = if sum < 0.0 { 0.0 } else { sum };
+        }
+    }
+}
+
+/// Elements of a task.
+const CHUNK: usize = 1 << 14;
+
+impl Op {
+    fn part<'a>(&self, theta: &'a [f32], i: usize) -> &'a [f32] {
+        self.parts.get(i).map_or(&[], |range| &theta[range.clone()])
+    }
+
+    /// Norm `i` of the block, which normalises with `moments`.
+    fn norm<'a>(&self, theta: &'a [f32], i: usize, moments: &'a Moments) -> Norm<'a> {
+        let (weight, bias) = (self.part(theta, 3 * i + 1), self.part(theta, 3 * i + 2));
+        Norm { level: self.level, moments, weight, bias, relu: i == 0 }
+    }
+
+    fn forward(&self, x: &[f32], theta: &[f32]) -> Vec<f32> {
+        let c = self.part(theta, 1).len();
+        let (mut seen, mut all_moments) = (Vec::new(), Vec::new());
+        // What norm `i` makes of its input.
+        let mut normalize = |i: usize, input: &[f32]| {
+            let moments = match &self.running {
+                Some(running) => Moments::new(&running[i], self.epsilon),
+                None => {
+                    seen.push(statistics(self.level, input, c));
+                    Moments::new(&seen[i], self.epsilon)
+                }
+            };
+            let mut out = vec![0f32; input.len()];
+            self.norm(theta, i, &moments).normalize(input, &mut out);
+            all_moments.push(moments);
+            out
+        };
+        let convolve = |i: usize, convolution: &Convolution, x: &[f32]| {
+            self.packed[i].forward(convolution, self.part(theta, 3 * i), |kernels| {
+                convolution.forward(x, kernels, Bias::None)
+            })
+        };
+        let first = convolve(0, &self.conv1, x);
+        let hidden = normalize(0, &first);
+        let second = convolve(1, &self.conv2, &hidden);
+        drop(hidden);
+        let mut out = normalize(1, &second);
+        let mut inputs = vec![first, second];
+        let through;
+        let residual = match &self.shortcut {
+            None => x,
+            Some(shortcut) => {
+                inputs.push(convolve(2, shortcut, x));
+                through = normalize(2, &inputs[2]);
+                &through[..]
+            }
+        };
+        let len = out.len();
+        for_each_chunk(&mut out, CHUNK, len, |i, z| {
+            run(self.level, AddRelu { residual: &residual[i * CHUNK..][..z.len()], z });
+        });
+        if self.running.is_none() {
+            self.seen.get_or_init(|| seen);
+        }
+        if self.keep {
+            self.kept.get_or_init(|| Kept { inputs, moments: all_moments });
+        }
+        out
+    }
+
+    /// The gradients of `x` and `theta`, those that are wanted.
+    fn backward(
+        &self,
+        x: &[f32],
+        theta: &[f32],
+        kept: &Kept,
+        out: &[f32],
+        dy: &[f32],
+        [want_x, want_theta]: [bool; 2],
+    ) -> [Option<Vec<f32>>; 2] {
+        let mut dtheta = vec![0f32; if want_theta { theta.len() } else { 0 }];
+        let mut set = |i: usize, values: &[f32]| dtheta[self.parts[i].clone()].copy_from_slice(values);
+        // Of what the last ReLU gets.
+        let mut dsum = vec![0f32; dy.len()];
+        for_each_chunk(&mut dsum, CHUNK, dy.len(), |i, d| {
+            let range = i * CHUNK..i * CHUNK + d.len();
+            for ((d, &out), &dy) in d.iter_mut().zip(&out[range.clone()]).zip(&dy[range]) {
+                *d = if out > 0.0 { dy } else { 0.0 };
+            }
+        });
+        // Of norm `i`'s input, for the gradient of its output.
+        let mut through_norm = |i: usize, dz: &[f32]| {
+            let norm = self.norm(theta, i, &kept.moments[i]);
+            let input = &kept.inputs[i];
+            let mut d = vec![0f32; input.len()];
+            let sums = (want_theta || self.running.is_none()).then(|| norm.weight_gradients(input, dz));
+            if let (true, Some(sums)) = (want_theta, &sums) {
+                let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<_>>();
+                set(3 * i + 1, &single(&sums.weight));
+                set(3 * i + 2, &single(&sums.bias));
+            }
+            norm.input_gradient(input, dz, sums.as_ref().filter(|_| self.running.is_none()), &mut d);
+            d
+        };
+        let through_convolution = |i: usize, convolution: &Convolution, d: &[f32]| {
+            self.packed[i].backward(convolution, self.part(theta, 3 * i), |kernels| {
+                convolution.input_gradient(d, kernels)
+            })
+        };
+        let dsecond = through_norm(1, &dsum);
+        let dhidden = through_convolution(1, &self.conv2, &dsecond);
+        let dfirst = through_norm(0, &dhidden);
+        drop(dhidden);
+        let dshortcut = self.shortcut.as_ref().map(|shortcut| (shortcut, through_norm(2, &dsum)));
+        if want_theta {
+            let mut hidden = vec![0f32; dsecond.len()];
+            self.norm(theta, 0, &kept.moments[0]).normalize(&kept.inputs[0], &mut hidden);
+            set(3, &self.conv2.weight_gradient(&hidden, &dsecond));
+            set(0, &self.conv1.weight_gradient(x, &dfirst));
+            if let Some((shortcut, d)) = &dshortcut {
+                set(6, &shortcut.weight_gradient(x, d));
+            }
+        }
+        let dx = want_x.then(|| {
+            let mut dx = through_convolution(0, &self.conv1, &dfirst);
+            let residual = match &dshortcut {
+                Some((shortcut, d)) => through_convolution(2, shortcut, d),
+                None => dsum,
+            };
+            let len = dx.len();
+            for_each_chunk(&mut dx, CHUNK, len, |i, dx| {
+                dx.iter_mut().zip(&residual[i * CHUNK..]).for_each(|(dx, r)| *dx += r);
+            });
+            dx
+        });
+        [dx, want_theta.then_some(dtheta)]
+    }
+}
+
+impl CustomOp2 for Op {
+    fn name(&self) -> &'static str {
+        "basic-block"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        theta: &CpuStorage,
+        theta_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (x, theta) = (elements(x, x_layout)?, elements(theta, theta_layout)?);
+        Ok((CpuStorage::F32(self.forward(x, theta)), self.conv2.out_shape()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        theta: &Tensor,
+        out: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let Some(kept) = self.kept.get() else {
+            candle_core::bail!("a block that was not tracked has no gradient")
+        };
+        let dy = dy.contiguous()?;
+        let want = [x, theta].map(Tensor::track_op);
+        let (x_values, theta_values) = (Elements::of(x)?, Elements::of(theta)?);
+        let [dx, dtheta] =
+            self.backward(&x_values, &theta_values, kept, &Elements::of(out)?, &Elements::of(&dy)?, want);
+        let shaped = |values: Option<Vec<f32>>, like| values.map(|values| tensor(values, like)).transpose();
+        Ok((shaped(dx, x)?, shaped(dtheta, theta)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::*, *};
+
+    const BLOCKS: [BasicBlock; 3] = [
+        BasicBlock { c_in: 8, c_out: 8, stride: 1, epsilon: 1e-5 },
+        BasicBlock { c_in: 6, c_out: 9, stride: 1, epsilon: 1e-5 },
+        BasicBlock { c_in: 8, c_out: 12, stride: 2, epsilon: 1e-3 },
+    ];
+
+    fn operands(block: &BasicBlock, (b, h, w): (usize, usize, usize)) -> [Tensor; 2] {
+        let count: usize = block.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        [random(1, (b, h, w, block.c_in)), (random(2, count) * 0.4).unwrap()]
+    }
+
+    fn at(
+        level: CpuLevel,
+        block: &BasicBlock,
+        running: Option<&[BatchStatistics]>,
+        t: &[Tensor],
+    ) -> Result<(Tensor, Vec<BatchStatistics>)> {
+        let how = (level, ConvAlgorithm::Winograd);
+        basic_block_at(how, &t[0], &t[1], running, block, &BlockWeights::default())
+    }
+
+    fn running(block: &BasicBlock) -> Vec<BatchStatistics> {
+        let positive = |key| (random(key, block.c_out).sqr().unwrap() + 0.1).unwrap();
+        (0..block.norms() as u64)
+            .map(|i| BatchStatistics { mean: random(50 + i, block.c_out), variance: positive(60 + i) })
+            .collect()
+    }
+
+    #[test]
+    fn a_block_is_its_operations_one_after_the_other() {
+        for block in &BLOCKS {
+            for size in [(2, 5, 7), (3, 8, 8)] {
+                let operands = operands(block, size);
+                check(
+                    &operands,
+                    |level, t| Ok(at(level, block, None, t)?.0),
+                    |t| Ok(reference::basic_block(&t[0], &t[1], None, block)?.0),
+                );
+                let running = running(block);
+                let doubles: Vec<BatchStatistics> = running
+                    .iter()
+                    .map(|s| {
+                        let double = |t: &Tensor| t.to_dtype(candle_core::DType::F64).unwrap();
+                        BatchStatistics { mean: double(&s.mean), variance: double(&s.variance) }
+                    })
+                    .collect();
+                check(
+                    &operands,
+                    |level, t| Ok(at(level, block, Some(&running), t)?.0),
+                    |t| Ok(reference::basic_block(&t[0], &t[1], Some(&doubles), block)?.0),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_statistics_of_the_batch_are_those_of_the_operations() {
+        for block in &BLOCKS {
+            let operands = operands(block, (3, 6, 5));
+            let (_, found) = at(CpuLevel::get(), block, None, &operands).unwrap();
+            let (_, expected) = reference::basic_block(&operands[0], &operands[1], None, block).unwrap();
+            assert_eq!((found.len(), expected.len()), (block.norms(), block.norms()));
+            for (found, expected) in found.iter().zip(&expected) {
+                let pairs = [(&found.mean, &expected.mean), (&found.variance, &expected.variance)];
+                for (found, expected) in pairs {
+                    for (f, e) in values(found).into_iter().zip(values(expected)) {
+                        assert!((f - e).abs() <= 1e-5 * e.abs().max(1.0), "{f}, expected {e}");
+                    }
+                }
+            }
+            assert!(at(CpuLevel::get(), block, Some(&running(block)), &operands).unwrap().1.is_empty());
+        }
+    }
+
+    #[test]
+    fn threads_do_not_show_and_by_given_statistics_the_batch_does_not_either() {
+        for block in &BLOCKS {
+            let operands = operands(block, (7, 12, 8));
+            check_threads(&operands, |t| Ok(at(CpuLevel::get(), block, None, t)?.0));
+            let running = running(block);
+            check_invariance(&operands, 1, |t| Ok(at(CpuLevel::get(), block, Some(&running), t)?.0));
+        }
+    }
+
+    #[test]
+    fn frozen_parameters_get_no_gradient() {
+        for block in &BLOCKS {
+            let running = running(block);
+            for running in [None, Some(&running[..])] {
+                check_untracked(&operands(block, (2, 4, 4)), |t| {
+                    Ok(at(CpuLevel::get(), block, running, t)?.0)
+                });
+            }
+        }
+    }
+}
