@@ -1,0 +1,221 @@
+"""proxyset and PyTorch on the same work, in turn, in one run: `make bench-peers`; see README.md beside this file."""
+
+import argparse
+import datetime
+import fnmatch
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from pathlib import Path
+
+import diffusers
+import torch
+from cases import ROOT, Variant, cases
+from safetensors.torch import load_file
+
+VARIANTS = [Variant(compiled, channels_last) for compiled in (False, True) for channels_last in (False, True)]
+# Shorter work is repeated until a repetition lasts this long, longer work than the second has no warm-up.
+REPETITION_MS = 20
+WARMUP_BELOW_MS = 1000
+TOLERANCE = 1e-3
+
+
+class Runner:
+    """benches/peers, one engine of it."""
+
+    def __init__(self, command, engine, threads):
+        pools = {"RAYON_NUM_THREADS": str(threads), "CANDLE_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [*shlex.split(command), engine],
+            cwd=ROOT,
+            env=os.environ | pools,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, op, **arguments):
+        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the runner ended with status {self.process.wait()} at '{op}'")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"the runner says at '{op}': {answer['error']}")
+        return answer
+
+    def time(self, warmup, iterations):
+        return self.ask("time", warmup=warmup, iterations=iterations)["ms"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Timer:
+    """Repetitions of one side's work; `measure(warmup, iterations)` is in ms an iteration."""
+
+    def __init__(self, measure):
+        self.measure = measure
+        # The first runs are those that compile, allocate and choose algorithms.
+        measure(0, 1)
+        once = measure(0, 1)
+        self.iterations = max(1, math.ceil(REPETITION_MS / once))
+        self.warmup = int(once < WARMUP_BELOW_MS)
+        self.times = []
+
+    def repeat(self):
+        self.times.append(self.measure(self.warmup, self.iterations))
+
+    def median(self):
+        return statistics.median(self.times)
+
+
+def timer_of(run):
+    def measure(warmup, iterations):
+        for _ in range(warmup):
+            run()
+        start = time.perf_counter()
+        for _ in range(iterations):
+            run()
+        return 1e3 * (time.perf_counter() - start) / iterations
+
+    return Timer(measure)
+
+
+def relative_error(found, expected):
+    """The largest ||found - expected|| / ||expected||, tensors `group.name` of a group taken together."""
+    if found.keys() != expected.keys():
+        raise RuntimeError(f"the sides computed different things: {sorted(found.keys() ^ expected.keys())}")
+    squares = {}
+    for name, tensor in expected.items():
+        error, norm = squares.get(name.split(".")[0], (0, 0))
+        tensor = tensor.detach().double()
+        error += (found[name].double() - tensor).square().sum().item()
+        squares[name.split(".")[0]] = (error, norm + tensor.square().sum().item())
+    # Not a number is the worst of all.
+    return max(math.inf if math.isnan(e) else math.sqrt(e / n) for e, n in squares.values())
+
+
+def stock_candle_ms(runner, case, folder):
+    """Once, for the record: no warm-up unless the work is short."""
+    runner.ask("prepare", dir=str(folder), work=case.work)
+    once = runner.time(0, 1)
+    return once if once >= WARMUP_BELOW_MS else runner.time(1, max(1, math.ceil(REPETITION_MS / once)))
+
+
+def measure(name, case, ours, candle, repetitions, scratch):
+    """One row of the table."""
+    folder = Path(scratch) / name
+    folder.mkdir()
+    case.save(folder)
+    row = {"name": name}
+
+    ours.ask("prepare", dir=str(folder), work=case.work)
+    output = folder / "output.safetensors"
+    ours.ask("output", path=str(output))
+    row["relative_error"] = relative_error(load_file(output), case.peer(VARIANTS[0]).outputs())
+
+    timers = {"ours": Timer(ours.time)}
+    torch._dynamo.reset()
+    for variant in VARIANTS:
+        try:
+            timers[variant.name] = timer_of(case.peer(variant).run)
+        except Exception:
+            print(f"{name}: {variant.name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    for _ in range(repetitions):
+        for timer in timers.values():
+            timer.repeat()
+
+    row["ours_ms"] = timers["ours"].median()
+    row["variants_ms"] = {v.name: timers[v.name].median() if v.name in timers else None for v in VARIANTS}
+    for kind in ("eager", "compile"):
+        times = [ms for variant, ms in row["variants_ms"].items() if variant.startswith(kind) and ms]
+        row[f"torch_{kind}_ms"] = min(times, default=None)
+        row[f"ratio_{kind}"] = min(times) / row["ours_ms"] if times else None
+    row["candle_ms"] = stock_candle_ms(candle, case, folder) if candle else None
+    return row
+
+
+def environment(ours, threads):
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].split(":")[1].strip() if models else cpu
+    hello = ours.ask("hello")
+    if hello["threads"] != threads:
+        raise RuntimeError(f"the runner has {hello['threads']} threads, expected {threads}")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu,
+        "threads": threads,
+        "proxyset": f"{hello['version']} ({commit.stdout.strip() or 'no commit'}), {hello['device_class']}",
+        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cell(value, digits=2):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def line(row):
+    numbers = [cell(row[key]) for key in ("ours_ms", "torch_eager_ms", "torch_compile_ms", "candle_ms")]
+    ratios = [cell(row[key]) for key in ("ratio_eager", "ratio_compile")]
+    return " ".join([f"{row['name']:<32}", *(f"{n:>10}" for n in numbers + ratios), f"{row['relative_error']:>9.1e}"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cases whose names match, such as 'conv*_fwd'")
+    parser.add_argument("--repetitions", type=int, default=7, help="the median of so many (default: 7)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every side (default: PyTorch's)")
+    parser.add_argument("--skip-candle", action="store_true", help="leave stock candle out")
+    parser.add_argument("--out", type=Path, default=ROOT / "target" / "bench-peers.json", help="the JSON file")
+    parser.add_argument("--runner", default="cargo bench --quiet --bench peers --", help="the command of the Rust side")
+    arguments = parser.parse_args()
+    chosen = {name: make for name, make in cases().items() if fnmatch.fnmatch(name, arguments.only)}
+    if not chosen or arguments.repetitions < 1:
+        parser.error(f"nothing to do; the cases are {', '.join(cases())}")
+
+    torch.set_num_threads(arguments.threads)
+    ours = Runner(arguments.runner, "ours", arguments.threads)
+    candle = None if arguments.skip_candle else Runner(arguments.runner, "candle", arguments.threads)
+    settings = environment(ours, arguments.threads) | {"repetitions": arguments.repetitions}
+    print("\n".join(f"{key}: {value}" for key, value in settings.items()))
+    print("medians in ms; ratios are PyTorch's time over ours, above 1 we are faster\n")
+    heads = ("ours", "eager", "compile", "candle", "eager/ours", "comp./ours")
+    print(" ".join([f"{'case':<32}", *(f"{head:>10}" for head in heads), f"{'rel. err.':>9}"]), flush=True)
+
+    rows, faults = [], []
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as scratch:
+        for name, make in chosen.items():
+            torch.manual_seed(zlib.crc32(name.encode()))
+            row = measure(name, make(Path(scratch)), ours, candle, arguments.repetitions, scratch)
+            rows.append(row | {"environment": settings})
+            print(line(row), flush=True)
+            if not row["relative_error"] <= TOLERANCE:
+                faults.append(f"{name}: the sides differ by {row['relative_error']:.1e}, expected at most {TOLERANCE:.0e}")
+            # After every case: what was measured is kept if a later one fails.
+            arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
+    for runner in (ours, candle):
+        if runner:
+            runner.close()
+    sys.exit("\n".join(faults) or None)
+
+
+if __name__ == "__main__":
+    main()
