@@ -5,8 +5,8 @@
 //! - `{"op": "hello"}`: version, device class and threads.
 //! - `{"op": "prepare", "dir": …, "work": {"kind": …, …}}`: loads the inputs and weights that the driver wrote
 //!   to `dir`; see [`Work`]. The case before it is dropped.
-//! - `{"op": "output", "path": …}`: writes what both sides must agree on as safetensors, images in NCHW. For a
-//!   training step this does the step, so it comes before `time`.
+//! - `{"op": "output", "path": …}`: writes what all sides must agree on as safetensors, images in NCHW: in full for
+//!   `ours`, the network's output alone for `candle`. It comes before `time`, which changes weights that train.
 //! - `{"op": "time", "warmup": n, "iterations": m}`: `{"ms": …}`, the mean of `m` runs after `n` untimed ones.
 //!
 //! The one argument is the engine: `ours`, or `candle` for the same work in stock candle ops.
@@ -83,7 +83,7 @@ trait Case {
     /// Does once what is timed.
     fn run(&mut self) -> Result<()>;
 
-    /// What both sides must agree on.
+    /// What all sides must agree on.
     fn outputs(&mut self) -> Result<Named>;
 }
 

@@ -2,7 +2,7 @@
 
 use std::{hint::black_box, ops::Range, path::Path};
 
-use candle_core::{D, Device, Tensor, Var, backprop::GradStore};
+use candle_core::{Device, Tensor, Var, backprop::GradStore};
 use proxyset::{
     attack::{Epsilon, Norm, Pgd, PgdConfig, Threat},
     diffusion::DiffusionModel,
@@ -202,7 +202,10 @@ impl Case for DenoiseGradients {
     }
 
     fn outputs(&mut self) -> Result<Named> {
-        Ok(named_gradients(&self.params, &self.gradients()?))
+        let mut outputs = named_gradients(&self.params, &self.gradients()?);
+        let eps = self.network.forward(&self.x, &self.t, self.labels.as_ref())?;
+        outputs.insert("eps".into(), nchw(&eps)?);
+        Ok(outputs)
     }
 }
 
@@ -233,33 +236,42 @@ struct PgdStep {
     parts: usize,
 }
 
+impl PgdStep {
+    /// The loss of each image of a part, attacked.
+    fn losses(&self, range: &Range<usize>) -> proxyset::Result<Tensor> {
+        pgd_at(
+            &|x| self.network.logits(x),
+            &|x| self.classifier.logits(x),
+            &part(&self.x, range)?,
+            &part(&self.labels, range)?,
+            &self.attack,
+            &range.clone().map(|i| i as u64).collect::<Vec<_>>(),
+        )
+    }
+}
+
 impl Case for PgdStep {
     fn run(&mut self) -> Result<()> {
         let items = self.x.dim(0)?;
         let grads = gradients(self.classifier.params(), items, self.parts, |range| {
-            let ids: Vec<u64> = range.clone().map(|i| i as u64).collect();
-            let losses = pgd_at(
-                &|x| self.network.logits(x),
-                &|x| self.classifier.logits(x),
-                &part(&self.x, &range)?,
-                &part(&self.labels, &range)?,
-                &self.attack,
-                &ids,
-            )?;
-            Ok((losses.sum_all()? / items as f64)?)
+            Ok((self.losses(&range)?.sum_all()? / items as f64)?)
         })?;
         self.optimizer.step(self.classifier.params().vars(), &grads, self.learning_rate)?;
         Ok(())
     }
 
-    /// The gradients on the images as they are, which depend on them smoothly; then the weights after a step.
+    /// Logits and gradients on the images as they are, then the loss under attack and the weights after a step.
+    /// Not the attacked images: where a gradient is nearly 0, rounding decides on its sign.
     fn outputs(&mut self) -> Result<Named> {
         let x = Var::from_tensor(&self.x)?;
-        let losses = kernels::cross_entropy(&self.network.logits(x.as_tensor())?, &self.labels)?;
-        let grads = losses.mean(D::Minus1)?.backward()?;
+        let logits = self.network.logits(x.as_tensor())?;
+        let grads = kernels::cross_entropy(&logits, &self.labels)?.mean_all()?.backward()?;
         let mut outputs = named_gradients(self.classifier.params(), &grads);
         let to_images = grads.get(&x).ok_or("the images have no gradient")?;
         outputs.insert("image_gradient".into(), nchw(to_images)?);
+        outputs.insert("logits".into(), logits);
+        let attacked = self.losses(&(0..self.x.dim(0)?))?.mean_all()?;
+        outputs.insert("attacked_loss".into(), attacked);
         self.run()?;
         for (name, var) in self.classifier.params().vars() {
             outputs.insert(format!("updated.{name}"), var.as_detached_tensor());

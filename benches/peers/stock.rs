@@ -18,44 +18,47 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
     let x = take(&mut inputs, "x")?;
     Ok(match work {
         Work::Conv2d { stride, padding, backward } => {
-            let operand = |name: &str, t: Tensor| -> Result<(String, Tensor)> {
-                let t = if backward { Var::from_tensor(&t)?.as_tensor().clone() } else { t };
-                Ok((name.into(), t))
+            let operand = |t: Tensor| -> CandleResult<Tensor> {
+                Ok(if backward { Var::from_tensor(&t)?.as_tensor().clone() } else { t })
             };
-            let weight = operand("weight", take(&mut inputs, "weight")?)?;
-            let bias = operand("bias", take(&mut inputs, "bias")?)?;
-            let x = operand("x", x)?.1;
-            let weights = Named::from([weight, bias]);
-            Box::new(Forward(move || {
-                let y = conv(&Weights::new(&weights), &x, stride, (padding, padding))?;
-                if backward {
-                    black_box(y.backward()?);
-                }
-                Ok(y)
-            }))
+            let (weight, bias) = (take(&mut inputs, "weight")?, take(&mut inputs, "bias")?);
+            let weights = Named::from([("weight".into(), operand(weight)?), ("bias".into(), operand(bias)?)]);
+            let x = operand(x)?;
+            Box::new(Forward {
+                output: "y",
+                forward: move || conv(&Weights::new(&weights), &x, stride, (padding, padding)),
+                loss: backward.then(|| -> Loss { Box::new(|y| Ok(y.clone())) }),
+            })
         }
         Work::Denoise { t } => {
             let model = DiffusionModel::load(dir, &Device::Cpu)?;
             let (config, weights) = (model.config().clone(), frozen(model.params()));
             let (t, labels) = (steps(t, &x)?, inputs.remove("labels"));
-            Box::new(Forward(move || unet(&Weights::new(&weights), &config, &x, &t, labels.as_ref())))
+            Box::new(Forward {
+                output: "eps",
+                forward: move || unet(&Weights::new(&weights), &config, &x, &t, labels.as_ref()),
+                loss: None,
+            })
         }
         Work::DenoiseGradients { t, .. } => {
             let model = DiffusionModel::load(dir, &Device::Cpu)?;
             let (config, weights) = (model.config().clone(), tracked(model.params()));
             let (t, labels, noise) = (steps(t, &x)?, inputs.remove("labels"), take(&mut inputs, "noise")?);
-            Box::new(Forward(move || {
-                let eps = unet(&Weights::new(&weights), &config, &x, &t, labels.as_ref())?;
-                let loss = (eps - &noise)?.sqr()?.mean_all()?;
-                black_box(loss.backward()?);
-                Ok(loss)
-            }))
+            Box::new(Forward {
+                output: "eps",
+                forward: move || unet(&Weights::new(&weights), &config, &x, &t, labels.as_ref()),
+                loss: Some(Box::new(move |eps| (eps - &noise)?.sqr()?.mean_all())),
+            })
         }
         Work::Logits => {
             let classifier = Classifier::load(dir, &Device::Cpu)?;
             let weights = frozen(classifier.params());
             let architecture = classifier.config().architecture.clone();
-            Box::new(Forward(move || logits(&architecture, &Weights::new(&weights), &x)))
+            Box::new(Forward {
+                output: "logits",
+                forward: move || logits(&architecture, &Weights::new(&weights), &x),
+                loss: None,
+            })
         }
         Work::PgdStep { attack, sgd, .. } => {
             let classifier = Classifier::load(dir, &Device::Cpu)?;
@@ -76,17 +79,27 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
     })
 }
 
-/// Work that is one function, of which there is nothing to compare: PyTorch is the oracle of proxyset.
-struct Forward<F>(F);
+type Loss = Box<dyn Fn(&Tensor) -> CandleResult<Tensor>>;
 
-impl<F: FnMut() -> CandleResult<Tensor>> Case for Forward<F> {
+/// A network's output and, if there is a loss of it, the gradients of its sum. The output alone is compared.
+struct Forward<F> {
+    output: &'static str,
+    forward: F,
+    loss: Option<Loss>,
+}
+
+impl<F: Fn() -> CandleResult<Tensor>> Case for Forward<F> {
     fn run(&mut self) -> Result<()> {
-        black_box(self.0()?);
+        let output = (self.forward)()?;
+        if let Some(loss) = &self.loss {
+            black_box(loss(&output)?.backward()?);
+        }
+        black_box(output);
         Ok(())
     }
 
     fn outputs(&mut self) -> Result<Named> {
-        Ok(Named::from([("out".into(), self.0()?)]))
+        Ok(Named::from([(self.output.into(), (self.forward)()?)]))
     }
 }
 

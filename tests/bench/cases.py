@@ -20,7 +20,7 @@ PARTS = 4
 
 @dataclass
 class Peer:
-    """PyTorch's side of a case. `outputs` computes what both sides must agree on; before `run` if at all."""
+    """PyTorch's side of a case. `outputs` computes what all sides must agree on; before `run` if at all."""
 
     run: Callable[[], object]
     outputs: Callable[[], dict[str, torch.Tensor]]
@@ -39,10 +39,10 @@ class Variant:
 
     def place(self, value):
         """A copy of a tensor or module in this memory format."""
-        format = torch.channels_last if self.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         if isinstance(value, torch.nn.Module):
-            return copy.deepcopy(value).to(memory_format=format)
-        return value.clone(memory_format=format if value.dim() == 4 else torch.contiguous_format)
+            return copy.deepcopy(value).to(memory_format=layout)
+        return value.clone(memory_format=layout if value.dim() == 4 else torch.contiguous_format)
 
     def compile(self, function):
         return torch.compile(function, dynamic=False) if self.compiled else function
@@ -129,10 +129,11 @@ class DenoisingStep:
             F.mse_loss(predict(), noise).backward()
 
         def outputs():
-            if not self.backward:
-                return {"eps": forward()}
-            step()
-            return {f"gradient.{name}": p.grad for name, p in model.named_parameters()}
+            found = {"eps": forward()}
+            if self.backward:
+                step()
+                found |= {f"gradient.{name}": p.grad for name, p in model.named_parameters()}
+            return found
 
         return Peer(step if self.backward else forward, outputs)
 
@@ -208,9 +209,11 @@ class Classifier:
             if not self.attack:
                 return {"logits": forward()}
             images = x.clone().requires_grad_()
-            F.cross_entropy(logits_of(images), labels).backward()
-            found = {f"gradient.{name}": p.grad.clone() for name, p in model.named_parameters()}
-            found["image_gradient"] = images.grad
+            logits = logits_of(images)
+            F.cross_entropy(logits, labels).backward()
+            found = {f"gradient.{name}": p.grad for name, p in model.named_parameters()}
+            found |= {"logits": logits, "image_gradient": images.grad}
+            found["attacked_loss"] = F.cross_entropy(logits_of(perturb()), labels)
             step()
             return found | {f"updated.{name}": p.detach() for name, p in model.named_parameters()}
 

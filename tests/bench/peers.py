@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import fnmatch
+import functools
 import json
 import math
 import os
@@ -57,7 +58,10 @@ class Runner:
     def time(self, warmup, iterations):
         return self.ask("time", warmup=warmup, iterations=iterations)["ms"]
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.process.stdin.close()
         self.process.wait()
 
@@ -101,30 +105,42 @@ def relative_error(found, expected):
     for name, tensor in expected.items():
         error, norm = squares.get(name.split(".")[0], (0, 0))
         tensor = tensor.detach().double()
+        if found[name].shape != tensor.shape:
+            raise RuntimeError(f"'{name}' has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
         error += (found[name].double() - tensor).square().sum().item()
         squares[name.split(".")[0]] = (error, norm + tensor.square().sum().item())
     # Not a number is the worst of all.
     return max(math.inf if math.isnan(e) else math.sqrt(e / n) for e, n in squares.values())
 
 
-def stock_candle_ms(runner, case, folder):
-    """Once, for the record: no warm-up unless the work is short."""
+def outputs(runner, case, folder):
+    """What a runner computes, after it has loaded the case."""
+    path = folder / "output.safetensors"
     runner.ask("prepare", dir=str(folder), work=case.work)
+    runner.ask("output", path=str(path))
+    return load_file(path)
+
+
+def stock_candle(runner, case, folder, expected):
+    """Its time, once, for the record: no warm-up unless the work is short."""
+    found = outputs(runner, case, folder)
+    error = relative_error(found, {name: expected[name] for name in found})
     once = runner.time(0, 1)
-    return once if once >= WARMUP_BELOW_MS else runner.time(1, max(1, math.ceil(REPETITION_MS / once)))
+    ms = once if once >= WARMUP_BELOW_MS else runner.time(1, max(1, math.ceil(REPETITION_MS / once)))
+    return {"candle_ms": ms, "candle_relative_error": error}
 
 
-def measure(name, case, ours, candle, repetitions, scratch):
-    """One row of the table."""
+def measure(name, case, ours, start_candle, repetitions, scratch):
+    """One row of the table. candle's process is gone before the others are timed."""
     folder = Path(scratch) / name
     folder.mkdir()
     case.save(folder)
-    row = {"name": name}
-
-    ours.ask("prepare", dir=str(folder), work=case.work)
-    output = folder / "output.safetensors"
-    ours.ask("output", path=str(output))
-    row["relative_error"] = relative_error(load_file(output), case.peer(VARIANTS[0]).outputs())
+    expected = case.peer(VARIANTS[0]).outputs()
+    row = {"name": name, "relative_error": relative_error(outputs(ours, case, folder), expected)}
+    row["candle_ms"] = None
+    if start_candle:
+        with start_candle() as candle:
+            row |= stock_candle(candle, case, folder, expected)
 
     timers = {"ours": Timer(ours.time)}
     torch._dynamo.reset()
@@ -143,7 +159,6 @@ def measure(name, case, ours, candle, repetitions, scratch):
         times = [ms for variant, ms in row["variants_ms"].items() if variant.startswith(kind) and ms]
         row[f"torch_{kind}_ms"] = min(times, default=None)
         row[f"ratio_{kind}"] = min(times) / row["ours_ms"] if times else None
-    row["candle_ms"] = stock_candle_ms(candle, case, folder) if candle else None
     return row
 
 
@@ -191,29 +206,28 @@ def main():
         parser.error(f"nothing to do; the cases are {', '.join(cases())}")
 
     torch.set_num_threads(arguments.threads)
-    ours = Runner(arguments.runner, "ours", arguments.threads)
-    candle = None if arguments.skip_candle else Runner(arguments.runner, "candle", arguments.threads)
-    settings = environment(ours, arguments.threads) | {"repetitions": arguments.repetitions}
-    print("\n".join(f"{key}: {value}" for key, value in settings.items()))
-    print("medians in ms; ratios are PyTorch's time over ours, above 1 we are faster\n")
-    heads = ("ours", "eager", "compile", "candle", "eager/ours", "comp./ours")
-    print(" ".join([f"{'case':<32}", *(f"{head:>10}" for head in heads), f"{'rel. err.':>9}"]), flush=True)
-
-    rows, faults = [], []
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-peers-") as scratch:
+    start = functools.partial(Runner, arguments.runner, threads=arguments.threads)
+    start_candle = None if arguments.skip_candle else functools.partial(start, "candle")
+    faults = []
+    with start("ours") as ours, tempfile.TemporaryDirectory(prefix="bench-peers-") as scratch:
+        settings = environment(ours, arguments.threads) | {"repetitions": arguments.repetitions}
+        print("\n".join(f"{key}: {value}" for key, value in settings.items()))
+        print("medians in ms; ratios are PyTorch's time over ours, above 1 we are faster\n")
+        heads = ("ours", "eager", "compile", "candle", "eager/ours", "comp./ours")
+        print(" ".join([f"{'case':<32}", *(f"{head:>10}" for head in heads), f"{'rel. err.':>9}"]), flush=True)
+        rows = []
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         for name, make in chosen.items():
             torch.manual_seed(zlib.crc32(name.encode()))
-            row = measure(name, make(Path(scratch)), ours, candle, arguments.repetitions, scratch)
-            rows.append(row | {"environment": settings})
+            row = measure(name, make(Path(scratch)), ours, start_candle, arguments.repetitions, scratch)
             print(line(row), flush=True)
-            if not row["relative_error"] <= TOLERANCE:
-                faults.append(f"{name}: the sides differ by {row['relative_error']:.1e}, expected at most {TOLERANCE:.0e}")
+            rows.append(row | {"environment": settings})
             # After every case: what was measured is kept if a later one fails.
             arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
-    for runner in (ours, candle):
-        if runner:
-            runner.close()
+            for side in ("", "candle_"):
+                error = row.get(f"{side}relative_error", 0)
+                if not error <= TOLERANCE:
+                    faults.append(f"{name}: {side}relative_error is {error:.1e}, expected at most {TOLERANCE:.0e}")
     sys.exit("\n".join(faults) or None)
 
 
