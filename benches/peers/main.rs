@@ -150,6 +150,7 @@ fn serve(prepare: fn(&Path, Work) -> Result<Box<dyn Case>>) -> Result<()> {
 }
 
 fn main() -> Result<()> {
+    proxyset::device::CpuLevel::check_env()?;
     // Cargo adds `--bench`.
     let engine = std::env::args().skip(1).find(|argument| argument != "--bench");
     match engine.as_deref() {
