@@ -4,8 +4,9 @@ CARGO ?= cargo
 # One optimised profile for everything, so that dependencies are built once.
 PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
+PEERS = target/peers
 
-.PHONY: build curate experiment test ci format lint docs smoke test-interop cuda test-cuda clean
+.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers test-interop cuda test-cuda clean
 
 build:
 	$(CARGO) build --release
@@ -42,6 +43,19 @@ smoke: build
 	  --set curate.allow_short=true --set curate.require_agreement=false \
 	  --set train.steps=60 --set experiment.seeds=[0,1]
 	$(PROXYSET) check target/smoke
+
+# The kernels one by one, with criterion. A part of them: `make bench ONLY=conv2d`.
+bench:
+	$(CARGO) bench --bench ops -- $(ONLY)
+
+# proxyset, PyTorch and stock candle on the same work in one run; makes its own environment, and takes a while.
+# A part of it: `make bench-peers ARGS="--only 'conv*'"`. See tests/bench/README.md.
+bench-peers:
+	test -d $(PEERS) || python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r tests/bench/requirements.txt
+	$(CARGO) bench --bench peers --no-run
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(PEERS)/inductor $(PEERS)/bin/python tests/bench/peers.py \
+	  --runner "$(CARGO) bench --quiet --bench peers --" $(ARGS)
 
 # The data set of `make curate` in Python's datasets, duckdb and polars; makes its own environment.
 test-interop:

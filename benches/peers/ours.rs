@@ -1,0 +1,281 @@
+//! The work on proxyset's own networks and kernels.
+
+use std::{hint::black_box, ops::Range, path::Path};
+
+use candle_core::{Device, Tensor, Var, backprop::GradStore};
+use proxyset::{
+    attack::{Epsilon, Norm, Pgd, PgdConfig, Threat},
+    diffusion::DiffusionModel,
+    kernels,
+    nn::{
+        Classifier, Network, Params, UNet,
+        optim::{Optimizer, Sgd, SgdConfig},
+    },
+    objective::pgd_at,
+};
+use rayon::prelude::*;
+
+use super::{Attack, Case, Descent, Named, Result, Work, inputs, take};
+
+pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
+    let mut inputs = inputs(dir)?;
+    let x = nhwc(&take(&mut inputs, "x")?)?;
+    Ok(match work {
+        Work::Conv2d { stride, padding, backward } => {
+            let grad = nhwc(&take(&mut inputs, "grad")?)?;
+            let operand = |t: Tensor| -> Result<Tensor> {
+                Ok(if backward { Var::from_tensor(&t)?.as_tensor().clone() } else { t })
+            };
+            let [weight, bias] = [take(&mut inputs, "weight")?, take(&mut inputs, "bias")?];
+            let (x, weight, bias) = (operand(x)?, operand(weight)?, operand(bias)?);
+            Box::new(Conv2d { x, weight, bias, grad, stride, padding: (padding, padding), backward })
+        }
+        Work::Denoise { t } => {
+            let model = DiffusionModel::load(dir, &Device::Cpu)?;
+            Box::new(Denoise { model, x, t, labels: inputs.remove("labels") })
+        }
+        Work::DenoiseGradients { t, parts } => {
+            let model = DiffusionModel::load(dir, &Device::Cpu)?;
+            Box::new(DenoiseGradients {
+                network: model.tracked()?,
+                params: model.params().clone(),
+                t: Tensor::full(t as f32, x.dim(0)?, &Device::Cpu)?,
+                noise: nhwc(&take(&mut inputs, "noise")?)?,
+                labels: inputs.remove("labels"),
+                x,
+                parts,
+            })
+        }
+        Work::Logits => Box::new(Logits { classifier: Classifier::load(dir, &Device::Cpu)?, x }),
+        Work::PgdStep { attack, sgd, parts } => {
+            let classifier = Classifier::load(dir, &Device::Cpu)?;
+            let Attack { epsilon, step_size, steps } = attack;
+            let Descent { learning_rate, momentum, weight_decay } = sgd;
+            Box::new(PgdStep {
+                network: classifier.tracked()?,
+                classifier,
+                labels: take(&mut inputs, "labels")?,
+                attack: Pgd {
+                    threat: Threat::new(Norm::Linf, Epsilon::try_from(epsilon)?)?,
+                    config: PgdConfig { steps, step_size, restarts: 1, random_start: false },
+                    seed: 0,
+                },
+                optimizer: Sgd::new(SgdConfig { momentum, nesterov: false, weight_decay }),
+                learning_rate,
+                x,
+                parts,
+            })
+        }
+    })
+}
+
+fn nhwc(images: &Tensor) -> candle_core::Result<Tensor> {
+    images.permute((0, 2, 3, 1))?.contiguous()
+}
+
+fn nchw(images: &Tensor) -> candle_core::Result<Tensor> {
+    images.permute((0, 3, 1, 2))?.contiguous()
+}
+
+/// The gradients of the sum of the contributions of all parts of a batch, computed side by side and added in
+/// order, as the training stages do.
+fn gradients(
+    params: &Params,
+    items: usize,
+    parts: usize,
+    contribution: impl Fn(Range<usize>) -> proxyset::Result<Tensor> + Sync,
+) -> proxyset::Result<GradStore> {
+    let one = |part: usize| -> proxyset::Result<GradStore> {
+        Ok(contribution(items * part / parts..items * (part + 1) / parts)?.backward()?)
+    };
+    let mut parts = (0..parts).into_par_iter().map(one).collect::<proxyset::Result<Vec<_>>>()?.into_iter();
+    let mut sum = parts.next().expect("a batch has a part");
+    for grads in parts {
+        for (_, var) in params.vars() {
+            if let (Some(a), Some(b)) = (sum.get(var), grads.get(var)) {
+                let both = (a + b)?;
+                sum.insert(var, both);
+            }
+        }
+    }
+    Ok(sum)
+}
+
+/// The gradient of each parameter that has one, as `gradient.NAME`.
+fn named_gradients(params: &Params, grads: &GradStore) -> Named {
+    let found = params.vars().iter().filter_map(|(name, var)| Some((name, grads.get(var)?)));
+    found.map(|(name, grad)| (format!("gradient.{name}"), grad.clone())).collect()
+}
+
+/// The samples of one part.
+fn part(tensor: &Tensor, range: &Range<usize>) -> candle_core::Result<Tensor> {
+    tensor.narrow(0, range.start, range.len())
+}
+
+struct Conv2d {
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grad: Tensor,
+    stride: usize,
+    padding: (usize, usize),
+    backward: bool,
+}
+
+impl Conv2d {
+    fn forward(&self) -> proxyset::Result<Tensor> {
+        kernels::conv2d(&self.x, &self.weight, Some(&self.bias), self.stride, self.padding)
+    }
+}
+
+impl Case for Conv2d {
+    fn run(&mut self) -> Result<()> {
+        let y = self.forward()?;
+        if self.backward {
+            black_box(y.backward()?);
+        }
+        black_box(y);
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Named> {
+        let y = self.forward()?;
+        let mut outputs = Named::from([("y".into(), nchw(&y)?)]);
+        if self.backward {
+            let grads = (y * &self.grad)?.sum_all()?.backward()?;
+            let operands = [("x", &self.x), ("weight", &self.weight), ("bias", &self.bias)];
+            for (name, operand) in operands {
+                let grad = grads.get(operand).ok_or_else(|| format!("'{name}' has no gradient"))?;
+                let grad = if name == "x" { nchw(grad)? } else { grad.clone() };
+                outputs.insert(format!("grad_{name}"), grad);
+            }
+        }
+        Ok(outputs)
+    }
+}
+
+struct Denoise {
+    model: DiffusionModel,
+    x: Tensor,
+    t: usize,
+    labels: Option<Tensor>,
+}
+
+impl Case for Denoise {
+    fn run(&mut self) -> Result<()> {
+        black_box(self.model.eps(&self.x, self.t, self.labels.as_ref())?);
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Named> {
+        let eps = self.model.eps(&self.x, self.t, self.labels.as_ref())?;
+        Ok(Named::from([("eps".into(), nchw(&eps)?)]))
+    }
+}
+
+struct DenoiseGradients {
+    network: UNet,
+    params: Params,
+    x: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    labels: Option<Tensor>,
+    parts: usize,
+}
+
+impl DenoiseGradients {
+    fn gradients(&self) -> proxyset::Result<GradStore> {
+        let elements = self.noise.elem_count() as f64;
+        gradients(&self.params, self.x.dim(0)?, self.parts, |range| {
+            let labels = self.labels.as_ref().map(|labels| part(labels, &range)).transpose()?;
+            let eps =
+                self.network.forward(&part(&self.x, &range)?, &part(&self.t, &range)?, labels.as_ref())?;
+            Ok(((eps - part(&self.noise, &range)?)?.sqr()?.sum_all()? / elements)?)
+        })
+    }
+}
+
+impl Case for DenoiseGradients {
+    fn run(&mut self) -> Result<()> {
+        black_box(self.gradients()?);
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Named> {
+        let mut outputs = named_gradients(&self.params, &self.gradients()?);
+        let eps = self.network.forward(&self.x, &self.t, self.labels.as_ref())?;
+        outputs.insert("eps".into(), nchw(&eps)?);
+        Ok(outputs)
+    }
+}
+
+struct Logits {
+    classifier: Classifier,
+    x: Tensor,
+}
+
+impl Case for Logits {
+    fn run(&mut self) -> Result<()> {
+        black_box(self.classifier.logits(&self.x)?);
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Named> {
+        Ok(Named::from([("logits".into(), self.classifier.logits(&self.x)?)]))
+    }
+}
+
+struct PgdStep {
+    classifier: Classifier,
+    network: Network,
+    x: Tensor,
+    labels: Tensor,
+    attack: Pgd,
+    optimizer: Sgd,
+    learning_rate: f64,
+    parts: usize,
+}
+
+impl PgdStep {
+    /// The loss of each image of a part, attacked.
+    fn losses(&self, range: &Range<usize>) -> proxyset::Result<Tensor> {
+        pgd_at(
+            &|x| self.network.logits(x),
+            &|x| self.classifier.logits(x),
+            &part(&self.x, range)?,
+            &part(&self.labels, range)?,
+            &self.attack,
+            &range.clone().map(|i| i as u64).collect::<Vec<_>>(),
+        )
+    }
+}
+
+impl Case for PgdStep {
+    fn run(&mut self) -> Result<()> {
+        let items = self.x.dim(0)?;
+        let grads = gradients(self.classifier.params(), items, self.parts, |range| {
+            Ok((self.losses(&range)?.sum_all()? / items as f64)?)
+        })?;
+        self.optimizer.step(self.classifier.params().vars(), &grads, self.learning_rate)?;
+        Ok(())
+    }
+
+    /// Logits and gradients on the images as they are, then the loss under attack and the weights after a step.
+    /// Not the attacked images: where a gradient is nearly 0, rounding decides on its sign.
+    fn outputs(&mut self) -> Result<Named> {
+        let x = Var::from_tensor(&self.x)?;
+        let logits = self.network.logits(x.as_tensor())?;
+        let grads = kernels::cross_entropy(&logits, &self.labels)?.mean_all()?.backward()?;
+        let mut outputs = named_gradients(self.classifier.params(), &grads);
+        let to_images = grads.get(&x).ok_or("the images have no gradient")?;
+        outputs.insert("image_gradient".into(), nchw(to_images)?);
+        outputs.insert("logits".into(), logits);
+        let attacked = self.losses(&(0..self.x.dim(0)?))?.mean_all()?;
+        outputs.insert("attacked_loss".into(), attacked);
+        self.run()?;
+        for (name, var) in self.classifier.params().vars() {
+            outputs.insert(format!("updated.{name}"), var.as_detached_tensor());
+        }
+        Ok(outputs)
+    }
+}
