@@ -8,7 +8,7 @@ use proxyset::{
     diffusion::DiffusionModel,
     kernels,
     nn::{
-        Classifier, Network, Params, UNet,
+        BatchNormMode, Classifier, Network, Params, UNet,
         optim::{Optimizer, Sgd, SgdConfig},
     },
     objective::pgd_at,
@@ -52,8 +52,9 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
             let Attack { epsilon, step_size, steps } = attack;
             let Descent { learning_rate, momentum, weight_decay } = sgd;
             Box::new(PgdStep {
-                network: classifier.tracked()?,
-                classifier,
+                tracked: classifier.tracked()?,
+                frozen: classifier.params().frozen(|b| Network::new(&classifier.config().architecture, b))?,
+                params: classifier.params().clone(),
                 labels: take(&mut inputs, "labels")?,
                 attack: Pgd {
                     threat: Threat::new(Norm::Linf, Epsilon::try_from(epsilon)?)?,
@@ -226,8 +227,9 @@ impl Case for Logits {
 }
 
 struct PgdStep {
-    classifier: Classifier,
-    network: Network,
+    params: Params,
+    tracked: Network,
+    frozen: Network,
     x: Tensor,
     labels: Tensor,
     attack: Pgd,
@@ -240,8 +242,8 @@ impl PgdStep {
     /// The loss of each image of a part, attacked.
     fn losses(&self, range: &Range<usize>) -> proxyset::Result<Tensor> {
         pgd_at(
-            &|x| self.network.logits(x),
-            &|x| self.classifier.logits(x),
+            &|x| self.tracked.logits_by(x, BatchNormMode::Train),
+            &|x| self.frozen.logits_by(x, BatchNormMode::Train),
             &part(&self.x, range)?,
             &part(&self.labels, range)?,
             &self.attack,
@@ -253,10 +255,10 @@ impl PgdStep {
 impl Case for PgdStep {
     fn run(&mut self) -> Result<()> {
         let items = self.x.dim(0)?;
-        let grads = gradients(self.classifier.params(), items, self.parts, |range| {
+        let grads = gradients(&self.params, items, self.parts, |range| {
             Ok((self.losses(&range)?.sum_all()? / items as f64)?)
         })?;
-        self.optimizer.step(self.classifier.params().vars(), &grads, self.learning_rate)?;
+        self.optimizer.step(self.params.vars(), &grads, self.learning_rate)?;
         Ok(())
     }
 
@@ -264,16 +266,16 @@ impl Case for PgdStep {
     /// Not the attacked images: where a gradient is nearly 0, rounding decides on its sign.
     fn outputs(&mut self) -> Result<Named> {
         let x = Var::from_tensor(&self.x)?;
-        let logits = self.network.logits(x.as_tensor())?;
+        let logits = self.tracked.logits_by(x.as_tensor(), BatchNormMode::Train)?;
         let grads = kernels::cross_entropy(&logits, &self.labels)?.mean_all()?.backward()?;
-        let mut outputs = named_gradients(self.classifier.params(), &grads);
+        let mut outputs = named_gradients(&self.params, &grads);
         let to_images = grads.get(&x).ok_or("the images have no gradient")?;
         outputs.insert("image_gradient".into(), nchw(to_images)?);
         outputs.insert("logits".into(), logits);
         let attacked = self.losses(&(0..self.x.dim(0)?))?.mean_all()?;
         outputs.insert("attacked_loss".into(), attacked);
         self.run()?;
-        for (name, var) in self.classifier.params().vars() {
+        for (name, var) in self.params.vars() {
             outputs.insert(format!("updated.{name}"), var.as_detached_tensor());
         }
         Ok(outputs)

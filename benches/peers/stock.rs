@@ -5,7 +5,7 @@
 use std::{hint::black_box, path::Path};
 
 use candle_core::{D, Device, Result as CandleResult, Tensor, Var};
-use candle_nn::{GroupNorm, Module, ops};
+use candle_nn::{BatchNorm, GroupNorm, Module, ModuleT, ops};
 use proxyset::{
     diffusion::DiffusionModel,
     nn::{Architecture, Classifier, Params, UNetConfig},
@@ -323,6 +323,7 @@ fn sinusoids(t: &Tensor, config: &UNetConfig) -> CandleResult<Tensor> {
 
 fn logits(architecture: &Architecture, w: &Weights, x: &Tensor) -> CandleResult<Tensor> {
     match architecture {
+        Architecture::Resnet(config) => resnet(w, &config.blocks, x),
         Architecture::SmallCnn(config) => small_cnn(w, config.channels.len(), Groups(config.groups, 1e-5), x),
     }
 }
@@ -338,4 +339,30 @@ fn small_cnn(w: &Weights, stages: usize, groups: Groups, x: &Tensor) -> CandleRe
         x = layer(w.pp("1"), &x, 1)?;
     }
     linear(&w.pp("fc"), &x.mean((2, 3))?)
+}
+
+/// ResNet in the form for 32 × 32 images, under RobustBench's names, with the statistics of the batch.
+fn resnet(w: &Weights, blocks: &[usize], x: &Tensor) -> CandleResult<Tensor> {
+    let mut x = batch_norm(&w.pp("bn1"), &conv(&w.pp("conv1"), x, 1, (1, 1))?)?.relu()?;
+    for (stage, &blocks) in blocks.iter().enumerate() {
+        for block in 0..blocks {
+            let w = w.pp(&format!("layer{}.{block}", stage + 1));
+            let stride = if stage > 0 && block == 0 { 2 } else { 1 };
+            let h = batch_norm(&w.pp("bn1"), &conv(&w.pp("conv1"), &x, stride, (1, 1))?)?.relu()?;
+            let h = batch_norm(&w.pp("bn2"), &conv(&w.pp("conv2"), &h, 1, (1, 1))?)?;
+            let shortcut = w.pp("shortcut");
+            if shortcut.has("0") {
+                x = batch_norm(&shortcut.pp("1"), &conv(&shortcut.pp("0"), &x, stride, (0, 0))?)?;
+            }
+            x = (x + h)?.relu()?;
+        }
+    }
+    linear(&w.pp("linear"), &x.mean((2, 3))?)
+}
+
+fn batch_norm(w: &Weights, x: &Tensor) -> CandleResult<Tensor> {
+    let channels = x.dim(1)?;
+    let running = |value: f32| Tensor::full(value, channels, x.device());
+    let (weight, bias) = (w.get("weight")?.clone(), w.get("bias")?.clone());
+    BatchNorm::new(channels, running(0.0)?, running(1.0)?, weight, bias, 1e-5)?.forward_t(x, true)
 }

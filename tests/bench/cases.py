@@ -10,7 +10,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from networks import SmallCNN
+from networks import ResNet, SmallCNN
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
@@ -157,10 +157,7 @@ class Classifier:
             self.work = {"kind": "pgd_step", "attack": attack, "sgd": self.SGD, "parts": parts}
 
     def save(self, folder):
-        # PyTorch counts the batches that a norm has seen; the momentum that is used does not depend on it.
-        counters = ".num_batches_tracked"
-        weights = {k: v.contiguous() for k, v in self.model.state_dict().items() if not k.endswith(counters)}
-        save_file(weights, folder / "model.safetensors")
+        save_file(self.model.state_dict(), folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.config))
         save_inputs(folder, x=self.x, labels=self.labels.to(torch.uint32))
 
@@ -258,6 +255,12 @@ def small_cnn(batch, **options):
     return Classifier(model, config, (batch, 1, 8, 8), **options)
 
 
+def resnet18(batch, **options):
+    """In the form for CIFAR-10."""
+    config = {"arch": "resnet", "in_channels": 3, "image_size": 32, "num_classes": 10}
+    return Classifier(ResNet((2, 2, 2, 2), config["num_classes"]), config, (batch, 3, 32, 32), **options)
+
+
 CONVOLUTIONS = {
     "conv3x3_32_32_32": (3, 32, 32, 32),
     "conv3x3_64_64_32": (3, 64, 64, 32),
@@ -284,4 +287,6 @@ def cases():
     found["digits_unet_b64_fwdbwd"] = lambda _: DenoisingStep(DIGITS_DDPM, 64, backward=True)
     found["small_cnn_b128"] = lambda _: small_cnn(128)
     found["small_cnn_pgd10_b128"] = lambda _: small_cnn(128, attack=PGD10, parts=PARTS)
+    # Batch statistics need the whole batch.
+    found["resnet18_pgd10_b64"] = lambda _: resnet18(64, attack=PGD10, parts=1)
     return found
