@@ -7,7 +7,10 @@ use candle_core::{Device, Tensor, Var, backprop::GradStore};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use proxyset::{
     Result, kernels,
-    nn::optim::{Adam, AdamConfig, Ema, Optimizer, Sgd, SgdConfig},
+    nn::{
+        Params,
+        optim::{Adam, AdamConfig, Ema, Optimizer, Sgd, SgdConfig},
+    },
     rng,
 };
 
@@ -133,6 +136,7 @@ fn parameters() -> (Vec<(String, Var)>, GradStore) {
 
 fn steps(c: &mut Criterion) {
     let (vars, grads) = parameters();
+    let params = Params::from(vars.clone());
     let elements: usize = vars.iter().map(|(_, var)| var.elem_count()).sum();
     let mut group = c.benchmark_group("step");
     group.throughput(Throughput::Elements(elements as u64));
@@ -143,7 +147,7 @@ fn steps(c: &mut Criterion) {
     ];
     for (name, mut optimizer) in optimizers {
         group.bench_function(name, |b| {
-            b.iter(|| optimizer.step(&vars, &grads, 1e-6).expect("every variable has a gradient"));
+            b.iter(|| optimizer.step(&params, &grads, 1e-6).expect("every variable has a gradient"));
         });
     }
     let mut ema = Ema::new(&vars, 0.999).expect("a copy on the CPU");
@@ -152,8 +156,8 @@ fn steps(c: &mut Criterion) {
 }
 
 fn main() {
-    // SAFETY: as in the program, and for its reason: no other thread exists yet.
-    unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    // SAFETY: no other thread exists yet.
+    unsafe { proxyset::process::tune() };
     let mut c = Criterion::default()
         .sample_size(10)
         .warm_up_time(Duration::from_millis(500))

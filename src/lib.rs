@@ -36,7 +36,7 @@
 //! nn | data                           networks, optimisers, checkpoints | sources, shards, cards, checks
 //! kernels                             the ops that dominate: a reference each, and a fast CPU version
 //! rng | stats                         counter-based random numbers | intervals and comparisons
-//! device | fs | progress | error      devices and their classes | durable files | bars, signals | exit codes
+//! device | fs | progress | process | error   devices, their classes | durable files | bars, signals | set-up | exit codes
 //! ```
 //! Attacks, losses and samplers take networks as closures; networks know no shards. What depends on the feature
 //! `cuda` is in [`device`] and [`kernels`] alone.
@@ -55,6 +55,7 @@ pub mod kernels;
 pub mod nn;
 pub mod objective;
 pub mod pipeline;
+pub mod process;
 pub mod progress;
 pub mod proxy;
 pub mod rng;

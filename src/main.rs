@@ -7,9 +7,7 @@ use std::process::ExitCode;
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    // candle's pool for elementwise operations spins at its barriers and serves one caller at a time, while
-    // we compute the parts of a batch side by side: with one thread it runs in the caller's, and all is faster.
-    // SAFETY: no other thread exists yet that could read the environment.
-    unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    // SAFETY: no other thread exists yet.
+    unsafe { proxyset::process::tune() };
     proxyset::cli::main()
 }

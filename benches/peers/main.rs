@@ -155,8 +155,8 @@ fn main() -> Result<()> {
     let engine = std::env::args().skip(1).find(|argument| argument != "--bench");
     match engine.as_deref() {
         Some("ours") => {
-            // SAFETY: as in the program, and for its reason: no other thread exists yet.
-            unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+            // SAFETY: no other thread exists yet.
+            unsafe { proxyset::process::tune() };
             serve(ours::prepare)
         }
         Some("candle") => serve(stock::prepare),

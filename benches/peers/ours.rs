@@ -102,10 +102,13 @@ fn gradients(
     Ok(sum)
 }
 
-/// The gradient of each parameter that has one, as `gradient.NAME`.
-fn named_gradients(params: &Params, grads: &GradStore) -> Named {
-    let found = params.vars().iter().filter_map(|(name, var)| Some((name, grads.get(var)?)));
-    found.map(|(name, grad)| (format!("gradient.{name}"), grad.clone())).collect()
+/// The gradient of each parameter, as `gradient.NAME`.
+fn named_gradients(params: &Params, grads: &GradStore) -> proxyset::Result<Named> {
+    let gradient = |var: &Var| match grads.get(var) {
+        Some(grad) => Ok(grad.clone()),
+        None => Ok(var.zeros_like()?),
+    };
+    Ok(params.named(gradient)?.into_iter().map(|(name, grad)| (format!("gradient.{name}"), grad)).collect())
 }
 
 /// The samples of one part.
@@ -198,12 +201,14 @@ impl DenoiseGradients {
 
 impl Case for DenoiseGradients {
     fn run(&mut self) -> Result<()> {
+        // As after an optimiser's step: nothing that was made of the weights can be used again.
+        self.params.touch();
         black_box(self.gradients()?);
         Ok(())
     }
 
     fn outputs(&mut self) -> Result<Named> {
-        let mut outputs = named_gradients(&self.params, &self.gradients()?);
+        let mut outputs = named_gradients(&self.params, &self.gradients()?)?;
         let eps = self.network.forward(&self.x, &self.t, self.labels.as_ref())?;
         outputs.insert("eps".into(), nchw(&eps)?);
         Ok(outputs)
@@ -258,7 +263,7 @@ impl Case for PgdStep {
         let grads = gradients(&self.params, items, self.parts, |range| {
             Ok((self.losses(&range)?.sum_all()? / items as f64)?)
         })?;
-        self.optimizer.step(self.params.vars(), &grads, self.learning_rate)?;
+        self.optimizer.step(&self.params, &grads, self.learning_rate)?;
         Ok(())
     }
 
@@ -268,16 +273,15 @@ impl Case for PgdStep {
         let x = Var::from_tensor(&self.x)?;
         let logits = self.tracked.logits_by(x.as_tensor(), BatchNormMode::Train)?;
         let grads = kernels::cross_entropy(&logits, &self.labels)?.mean_all()?.backward()?;
-        let mut outputs = named_gradients(&self.params, &grads);
+        let mut outputs = named_gradients(&self.params, &grads)?;
         let to_images = grads.get(&x).ok_or("the images have no gradient")?;
         outputs.insert("image_gradient".into(), nchw(to_images)?);
         outputs.insert("logits".into(), logits);
         let attacked = self.losses(&(0..self.x.dim(0)?))?.mean_all()?;
         outputs.insert("attacked_loss".into(), attacked);
         self.run()?;
-        for (name, var) in self.params.vars() {
-            outputs.insert(format!("updated.{name}"), var.as_detached_tensor());
-        }
+        let updated = self.params.named(|var| Ok(var.as_detached_tensor()))?;
+        outputs.extend(updated.into_iter().map(|(name, weights)| (format!("updated.{name}"), weights)));
         Ok(outputs)
     }
 }

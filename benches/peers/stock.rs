@@ -32,7 +32,7 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
         }
         Work::Denoise { t } => {
             let model = DiffusionModel::load(dir, &Device::Cpu)?;
-            let (config, weights) = (model.config().clone(), frozen(model.params()));
+            let (config, weights) = (model.config().clone(), frozen(&variables(model.params())?));
             let (t, labels) = (steps(t, &x)?, inputs.remove("labels"));
             Box::new(Forward {
                 output: "eps",
@@ -42,7 +42,7 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
         }
         Work::DenoiseGradients { t, .. } => {
             let model = DiffusionModel::load(dir, &Device::Cpu)?;
-            let (config, weights) = (model.config().clone(), tracked(model.params()));
+            let (config, weights) = (model.config().clone(), tracked(&variables(model.params())?));
             let (t, labels, noise) = (steps(t, &x)?, inputs.remove("labels"), take(&mut inputs, "noise")?);
             Box::new(Forward {
                 output: "eps",
@@ -52,7 +52,7 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
         }
         Work::Logits => {
             let classifier = Classifier::load(dir, &Device::Cpu)?;
-            let weights = frozen(classifier.params());
+            let weights = frozen(&variables(classifier.params())?);
             let architecture = classifier.config().architecture.clone();
             Box::new(Forward {
                 output: "logits",
@@ -62,12 +62,13 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
         }
         Work::PgdStep { attack, sgd, .. } => {
             let classifier = Classifier::load(dir, &Device::Cpu)?;
-            let vars: Vec<_> = classifier.params().vars().iter().map(|(_, var)| var.clone()).collect();
+            let named = variables(classifier.params())?;
+            let vars: Vec<_> = named.iter().map(|(_, var)| var.clone()).collect();
             let momenta = vars.iter().map(|var| var.zeros_like()).collect::<CandleResult<_>>()?;
             Box::new(PgdStep {
                 architecture: classifier.config().architecture.clone(),
-                tracked: tracked(classifier.params()),
-                frozen: frozen(classifier.params()),
+                tracked: tracked(&named),
+                frozen: frozen(&named),
                 labels: take(&mut inputs, "labels")?,
                 vars,
                 momenta,
@@ -148,12 +149,18 @@ impl Case for PgdStep {
     }
 }
 
-fn tracked(params: &Params) -> Named {
-    params.vars().iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
+/// A variable for each tensor that the network has in files.
+fn variables(params: &Params) -> Result<Vec<(String, Var)>> {
+    let named = params.named(|var| Ok(var.as_detached_tensor()))?;
+    Ok(named.iter().map(|(name, t)| Ok((name.clone(), Var::from_tensor(t)?))).collect::<CandleResult<_>>()?)
 }
 
-fn frozen(params: &Params) -> Named {
-    params.vars().iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
+fn tracked(vars: &[(String, Var)]) -> Named {
+    vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect()
+}
+
+fn frozen(vars: &[(String, Var)]) -> Named {
+    vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
 }
 
 fn steps(t: usize, x: &Tensor) -> CandleResult<Tensor> {
