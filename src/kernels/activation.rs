@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use super::{
     Elements, elements, for_each_chunk, math,
-    microkernel::{Arithmetic, Loop, run},
+    microkernel::{Arithmetic, Loop, run, zeros},
     on_cpu, reference, tensor,
 };
 use crate::{Result, device::CpuLevel};
@@ -84,7 +84,7 @@ impl CustomOp1 for Activation {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let x = elements(x, layout)?;
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         for_each_chunk(&mut out, CHUNK, x.len(), |i, out| {
             run(self.level, Values(self.function, &x[i * CHUNK..][..out.len()], out));
         });
@@ -97,7 +97,7 @@ impl CustomOp1 for Activation {
         }
         let dy = dy.contiguous()?;
         let (x_values, dy) = (Elements::of(x)?, Elements::of(&dy)?);
-        let mut dx = vec![0f32; dy.len()];
+        let mut dx = zeros(dy.len());
         for_each_chunk(&mut dx, CHUNK, dy.len(), |i, dx| {
             let range = i * CHUNK..i * CHUNK + dx.len();
             run(self.level, Gradients(self.function, &x_values[range.clone()], &dy[range], dx));

@@ -6,7 +6,7 @@ use super::{
     Elements, elements, for_each_chunk,
     math::{exp, max, sum},
     matmul::matmul_at,
-    microkernel::{Arithmetic, Loop, run},
+    microkernel::{Arithmetic, Loop, run, zeros},
     on_cpu, reference, tensor,
 };
 use crate::{Result, device::CpuLevel};
@@ -100,7 +100,7 @@ impl CustomOp1 for Softmax {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let columns = layout.shape().dim(D::Minus1)?.max(1);
         let x = elements(x, layout)?;
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         for_each_chunk(&mut out, ROWS * columns, x.len(), |i, out| {
             let x = &x[i * ROWS * columns..][..out.len()];
             run(self.level, Rows { scale: self.scale, columns, x, out });
@@ -115,7 +115,7 @@ impl CustomOp1 for Softmax {
         let columns = x.dim(D::Minus1)?.max(1);
         let dp = dp.contiguous()?;
         let (p, dp) = (Elements::of(p)?, Elements::of(&dp)?);
-        let mut dx = vec![0f32; p.len()];
+        let mut dx = zeros(p.len());
         for_each_chunk(&mut dx, ROWS * columns, p.len(), |i, dx| {
             let range = i * ROWS * columns..i * ROWS * columns + dx.len();
             let (p, dp) = (&p[range.clone()], &dp[range]);

@@ -12,7 +12,7 @@ use super::{
     batch_norm::{Moments, Norm, Statistics, statistics},
     conv2d::{Bias, Convolution},
     elements, for_each_chunk,
-    microkernel::{Arithmetic, Loop, run},
+    microkernel::{Arithmetic, Loop, run, zeros},
     on_cpu, reference, tensor,
 };
 use crate::{
@@ -240,7 +240,7 @@ impl Op {
                     Moments::new(&seen[i], self.epsilon)
                 }
             };
-            let mut out = vec![0f32; input.len()];
+            let mut out = zeros(input.len());
             self.norm(theta, i, &moments).normalize(input, &mut out);
             all_moments.push(moments);
             out
@@ -288,10 +288,10 @@ impl Op {
         dy: &[f32],
         [want_x, want_theta]: [bool; 2],
     ) -> [Option<Vec<f32>>; 2] {
-        let mut dtheta = vec![0f32; if want_theta { theta.len() } else { 0 }];
+        let mut dtheta = zeros(if want_theta { theta.len() } else { 0 });
         let mut set = |i: usize, values: &[f32]| dtheta[self.parts[i].clone()].copy_from_slice(values);
         // Of what the last ReLU gets.
-        let mut dsum = vec![0f32; dy.len()];
+        let mut dsum = zeros(dy.len());
         for_each_chunk(&mut dsum, CHUNK, dy.len(), |i, d| {
             let range = i * CHUNK..i * CHUNK + d.len();
             for ((d, &out), &dy) in d.iter_mut().zip(&out[range.clone()]).zip(&dy[range]) {
@@ -302,7 +302,7 @@ impl Op {
         let mut through_norm = |i: usize, dz: &[f32]| {
             let norm = self.norm(theta, i, &kept.moments[i]);
             let input = &kept.inputs[i];
-            let mut d = vec![0f32; input.len()];
+            let mut d = zeros(input.len());
             let sums = (want_theta || self.running.is_none()).then(|| norm.weight_gradients(input, dz));
             if let (true, Some(sums)) = (want_theta, &sums) {
                 let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<_>>();
@@ -323,7 +323,7 @@ impl Op {
         drop(dhidden);
         let dshortcut = self.shortcut.as_ref().map(|shortcut| (shortcut, through_norm(2, &dsum)));
         if want_theta {
-            let mut hidden = vec![0f32; dsecond.len()];
+            let mut hidden = zeros(dsecond.len());
             self.norm(theta, 0, &kept.moments[0]).normalize(&kept.inputs[0], &mut hidden);
             set(3, &self.conv2.weight_gradient(&hidden, &dsecond));
             set(0, &self.conv1.weight_gradient(x, &dfirst));

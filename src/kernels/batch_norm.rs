@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Shape, Tensor};
 
 use super::{
     Elements, elements, for_each_chunk,
-    microkernel::{Arithmetic, Loop, run},
+    microkernel::{Arithmetic, Loop, run, zeros},
     on_cpu,
     reduce::{block_sums, sums_and_squares},
     reference, tensor,
@@ -357,7 +357,7 @@ impl CustomOp3 for BatchNorm {
         bias_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let x = elements(x, x_layout)?;
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         self.norm(elements(weight, weight_layout)?, elements(bias, bias_layout)?).normalize(x, &mut out);
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
     }
@@ -377,7 +377,7 @@ impl CustomOp3 for BatchNorm {
         let to_weights = weight.track_op() || bias.track_op();
         let sums = (to_weights || self.of_batch).then(|| norm.weight_gradients(&x_values, &dy));
         let dx = if x.track_op() {
-            let mut dx = vec![0f32; dy.len()];
+            let mut dx = zeros(dy.len());
             norm.input_gradient(&x_values, &dy, sums.as_ref().filter(|_| self.of_batch), &mut dx);
             Some(tensor(dx, x)?)
         } else {

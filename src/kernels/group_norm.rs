@@ -11,7 +11,7 @@ use super::{
     Elements, PARALLEL_WORK,
     activation::silu_slope,
     elements, math,
-    microkernel::{Arithmetic, Loop, run},
+    microkernel::{Arithmetic, Loop, run, zeros},
     on_cpu,
     reduce::sums_and_squares,
     reference, tensor,
@@ -306,7 +306,7 @@ impl CustomOp3 for GroupNorm {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, weight, bias) =
             (elements(x, x_layout)?, elements(weight, weight_layout)?, elements(bias, bias_layout)?);
-        let mut out = vec![0f32; x.len()];
+        let mut out = zeros(x.len());
         let moments = self.norm.forward(x, weight, bias, &mut out);
         self.moments.get_or_init(|| moments);
         Ok((CpuStorage::F32(out), x_layout.shape().clone()))
@@ -324,7 +324,7 @@ impl CustomOp3 for GroupNorm {
         let (dy, x_values) = (Elements::of(&dy)?, Elements::of(x)?);
         let (weight_values, bias_values) = (Elements::of(weight)?, Elements::of(bias)?);
         let moments = self.moments.get().map_or(&[][..], Vec::as_slice);
-        let mut dx = vec![0f32; dy.len()];
+        let mut dx = zeros(dy.len());
         let sums = self.norm.backward(&x_values, &dy, &weight_values, &bias_values, moments, &mut dx);
         let gradient = |of: &Tensor, k: usize| {
             let values = if of.rank() == 2 {

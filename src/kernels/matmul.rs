@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     Elements, PARALLEL_WORK, elements, for_each_chunk,
-    microkernel::{NR, Product, Segments, Start, product},
+    microkernel::{NR, Product, Segments, Start, product, zeros},
     on_cpu,
     reduce::bias_gradient,
     reference, tensor,
@@ -104,7 +104,7 @@ const ROWS: usize = 96;
 /// The products, in row-major order, plus `bias` in each row.
 fn products(level: CpuLevel, a: View, b: View, bias: Option<&[f32]>, sizes: Sizes) -> Vec<f32> {
     let Sizes { batch, m, k, n } = sizes;
-    let mut out = vec![0f32; batch * m * n];
+    let mut out = zeros(batch * m * n);
     if out.is_empty() {
         return out;
     }

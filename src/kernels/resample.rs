@@ -2,7 +2,9 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
-use super::{Elements, elements, for_each_chunk, on_cpu, reduce::column_sums, reference, tensor};
+use super::{
+    Elements, elements, for_each_chunk, microkernel::zeros, on_cpu, reduce::column_sums, reference, tensor,
+};
 use crate::{Result, device::CpuLevel};
 
 /// Nearest-neighbour upsampling by two. `x`: `(b, h, w, c)`. Returns `(b, 2h, 2w, c)`.
@@ -50,7 +52,7 @@ impl CustomOp1 for Upsample {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (b, h, w, c) = layout.shape().dims4()?;
         let x = elements(x, layout)?;
-        let mut out = vec![0f32; 4 * x.len()];
+        let mut out = zeros(4 * x.len());
         for_each_chunk(&mut out, 4 * w * c, x.len(), |row, out| {
             let x = &x[row * w * c..][..w * c];
             let (upper, lower) = out.split_at_mut(2 * w * c);
@@ -71,7 +73,7 @@ impl CustomOp1 for Upsample {
         let (_, _, w, c) = x.dims4()?;
         let dy = dy.contiguous()?;
         let dy = Elements::of(&dy)?;
-        let mut dx = vec![0f32; dy.len() / 4];
+        let mut dx = zeros(dy.len() / 4);
         for_each_chunk(&mut dx, w * c, dy.len(), |row, dx| {
             let (upper, lower) = dy[row * 4 * w * c..][..4 * w * c].split_at(2 * w * c);
             let fours = upper.chunks_exact(2 * c).zip(lower.chunks_exact(2 * c));
@@ -112,7 +114,7 @@ impl CustomOp1 for AvgPool {
         let (_, h, w, c) = x.dims4()?;
         let dy = (dy.contiguous()? * (1.0 / (h * w) as f64))?;
         let dy = Elements::of(&dy)?;
-        let mut dx = vec![0f32; x.elem_count()];
+        let mut dx = zeros(x.elem_count());
         for_each_chunk(&mut dx, h * w * c, x.elem_count(), |i, dx| {
             dx.chunks_exact_mut(c).for_each(|dx| dx.copy_from_slice(&dy[i * c..][..c]));
         });
@@ -157,7 +159,7 @@ impl CustomOp1 for WindowPool {
         let (out_h, out_w) = (h / k, w / k);
         let dy = (dy.contiguous()? * (1.0 / (k * k) as f64))?;
         let dy = Elements::of(&dy)?;
-        let mut dx = vec![0f32; x.elem_count()];
+        let mut dx = zeros(x.elem_count());
         for_each_chunk(&mut dx, w * c, x.elem_count(), |row, dx| {
             let (sample, y) = (row / h, row % h / k);
             if y == out_h {

@@ -16,6 +16,7 @@ use super::{
     elements, for_each_chunk,
     group_norm::{ChannelSums, Moments, Norm},
     matmul::{linear_input_gradient, linear_rows, linear_weight_gradient},
+    microkernel::zeros,
     on_cpu,
     reduce::{bias_gradient, column_sums},
     reference, tensor,
@@ -220,7 +221,7 @@ impl Op {
         let Parts { norm1, conv1, conv2, shortcut, .. } = &self.parts;
         let c = self.block.c_out;
         let step = self.step(temb, theta);
-        let mut normed = vec![0f32; x.len()];
+        let mut normed = zeros(x.len());
         let moments1 = self.norm1.forward(x, part(&norm1[0]), part(&norm1[1]), &mut normed);
         let bias = part(&conv1[1]);
         let added: Vec<f32> = match self.block.scale_shift {
@@ -281,7 +282,7 @@ impl Op {
                 &scaled[..]
             }
         };
-        let mut dtheta = vec![0f32; if want_theta { theta.len() } else { 0 }];
+        let mut dtheta = zeros(if want_theta { theta.len() } else { 0 });
         let mut set = |range: &Range<usize>, values: &[f32]| dtheta[range.clone()].copy_from_slice(values);
         let Kept { moments1, middle, moments2, affine } = kept;
         let [weight2, bias2] = affine;
@@ -299,7 +300,7 @@ impl Op {
         }
         let dnormed = self.packed[1]
             .backward(&self.conv2, part(&conv2[0]), |kernels| self.conv2.input_gradient(dy, kernels));
-        let mut dmiddle = vec![0f32; middle.len()];
+        let mut dmiddle = zeros(middle.len());
         let sums = self.norm2.backward(middle, &dnormed, weight2, bias2, moments2, &mut dmiddle);
         drop(dnormed);
         let mut dtemb = None;
@@ -328,7 +329,7 @@ impl Op {
             let dnormed = self.packed[0].backward(&self.conv1, part(&conv1[0]), |kernels| {
                 self.conv1.input_gradient(&dmiddle, kernels)
             });
-            let mut through = vec![0f32; x.len()];
+            let mut through = zeros(x.len());
             let (weight, bias) = (part(&norm1[0]), part(&norm1[1]));
             let sums = self.norm1.backward(x, &dnormed, weight, bias, moments1, &mut through);
             if want_theta {

@@ -11,7 +11,7 @@ use crate::{
     device::CpuLevel,
     kernels::{
         PARALLEL_WORK,
-        microkernel::{NR, Product, Segments, Start, pad_columns, product},
+        microkernel::{NR, Product, Segments, Start, pad_columns, product, zeros},
     },
 };
 
@@ -78,7 +78,7 @@ pub(super) fn pack(
     (columns, column_stride): (usize, usize),
 ) -> Vec<f32> {
     let panel_len = taps.len() * channels * NR;
-    let mut panels = vec![0f32; columns.div_ceil(NR) * panel_len];
+    let mut panels = zeros(columns.div_ceil(NR) * panel_len);
     let pack = |(p, panel): (usize, &mut [f32])| {
         let first = p * NR;
         let used = (columns - first).min(NR);
@@ -102,7 +102,7 @@ const TERMS: usize = 1024;
 
 /// The convolution with packed weights.
 pub(super) fn forward(level: CpuLevel, g: &Geometry, x: &[f32], panels: &[f32], bias: Bias) -> Vec<f32> {
-    let mut out = vec![0f32; g.out_pixels() * g.c_out];
+    let mut out = zeros(g.out_pixels() * g.c_out);
     if out.is_empty() {
         return out;
     }
@@ -214,7 +214,7 @@ pub(super) fn input_gradient(
     {
         return forward(level, &phase.geometry, dy, panels, Bias::None);
     }
-    let mut dx = vec![0f32; g.images * g.h * g.w * g.c_in];
+    let mut dx = zeros(g.images * g.h * g.w * g.c_in);
     for (phase, panels) in phases.iter().zip(panels) {
         let part = forward(level, &phase.geometry, dy, panels, Bias::None);
         let mut part = part.chunks_exact(g.c_in);

@@ -15,8 +15,8 @@ use crate::{
     kernels::{
         PARALLEL_WORK,
         microkernel::{
-            INPUT, NR, OUTPUT, Place, Product, Segments, Start, TAPS, Window, gradient_tile, input_tile,
-            kernel_gradient, output_tile, product, transform_kernel,
+            INPUT, NR, OUTPUT, Place, Product, Segments, Start, TAPS, Transformed, Window, gradient_tile,
+            input_tile, kernel_gradient, output_tile, product, transform_kernel, zeros,
         },
     },
 };
@@ -130,7 +130,7 @@ impl Kernels {
     ) -> Self {
         let element = channels * NR + GAP;
         let panel_len = INPUT * element;
-        let mut data = vec![0f32; columns.div_ceil(NR) * panel_len];
+        let mut data = zeros(columns.div_ceil(NR) * panel_len);
         let pack = |(panel, data): (usize, &mut [f32])| {
             let mut taps = [[0f32; NR]; TAPS];
             for channel in 0..channels {
@@ -151,6 +151,9 @@ impl Kernels {
 /// Tiles that are transformed, multiplied and transformed back together.
 const TILES: usize = 32;
 
+/// Columns that are multiplied before they are transformed back.
+const COLUMNS: usize = 64;
+
 /// The convolution with transformed kernels, added to `onto` if there is that.
 pub(super) fn forward(
     level: CpuLevel,
@@ -161,7 +164,7 @@ pub(super) fn forward(
     onto: Option<Vec<f32>>,
 ) -> Vec<f32> {
     let add = onto.is_some();
-    let mut out = onto.unwrap_or_else(|| vec![0f32; g.out_pixels() * g.c_out]);
+    let mut out = onto.unwrap_or_else(|| zeros(g.out_pixels() * g.c_out));
     if out.is_empty() {
         return out;
     }
@@ -182,7 +185,8 @@ pub(super) fn forward(
     }
     let run = |(rows, out): (Range<usize>, &mut [f32])| {
         let n = rows.len() * tiles.columns;
-        let (v_element, m_element) = (n * g.c_in + GAP, n * g.c_out + GAP);
+        let width = COLUMNS.min(g.c_out.next_multiple_of(NR));
+        let (v_element, m_element) = (n * g.c_in + GAP, n * width + GAP);
         with_buffers([INPUT * v_element, INPUT * m_element], |v, m| {
             let places = || rows.clone().flat_map(|row| (0..tiles.columns).map(move |column| (row, column)));
             for (t, (row, column)) in places().enumerate() {
@@ -190,21 +194,30 @@ pub(super) fn forward(
                 input_tile(level, x, &tiles.input(row, column), &mut v[t * g.c_in..], place);
             }
             let starts: Vec<usize> = (0..n).map(|t| t * g.c_in).collect();
-            for p in 0..INPUT {
-                let operands = Product {
-                    a: &v[p * v_element..],
-                    rows: &starts,
-                    segments: Segments::one(g.c_in),
-                    panels: &kernels.data[p * kernels.element..],
-                    panel_len: kernels.panel_len,
-                    columns: g.c_out,
-                };
-                product(level, &operands, Start::Zero, &mut m[p * m_element..], g.c_out);
-            }
-            for (t, (row, column)) in places().enumerate() {
-                let window = tiles.output(row, column, rows.start);
-                let bias = bias.of(row / tiles.rows, g.c_out);
-                output_tile(level, &m[t * g.c_out..], m_element, bias, add, out, &window);
+            for first in (0..g.c_out).step_by(width) {
+                let columns = width.min(g.c_out - first);
+                for p in 0..INPUT {
+                    let operands = Product {
+                        a: &v[p * v_element..],
+                        rows: &starts,
+                        segments: Segments::one(g.c_in),
+                        panels: &kernels.data[first / NR * kernels.panel_len + p * kernels.element..],
+                        panel_len: kernels.panel_len,
+                        columns,
+                    };
+                    product(level, &operands, Start::Zero, &mut m[p * m_element..], width);
+                }
+                for (t, (row, column)) in places().enumerate() {
+                    let window = tiles.output(row, column, rows.start);
+                    let from = Transformed {
+                        m: &m[t * width..],
+                        element: m_element,
+                        channels: columns,
+                        bias: bias.of(row / tiles.rows, g.c_out).map(|bias| &bias[first..]),
+                        add,
+                    };
+                    output_tile(level, from, &mut out[first..], &window);
+                }
             }
         });
     };
@@ -227,7 +240,7 @@ pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f3
     let (v_chunk, w_chunk) = (INPUT * v_element, INPUT * w_element);
     let n_chunks = CHUNKS.min(all.div_ceil(chunk));
     let pitch = out_panels * NR;
-    let mut sums = vec![0f32; INPUT * g.c_in * pitch];
+    let mut sums = zeros(INPUT * g.c_in * pitch);
     let parallel = g.work() >= PARALLEL_WORK;
     let in_place = Place { element: v_element, panel: chunk * NR };
     let out_place = Place { element: w_element, panel: chunk * NR };
@@ -264,7 +277,7 @@ pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f3
             for_each(parallel, sums.chunks_exact_mut(g.c_in * pitch).enumerate(), multiply);
         }
     });
-    let mut dw = vec![0f32; g.c_out * g.c_in * TAPS];
+    let mut dw = zeros(g.c_out * g.c_in * TAPS);
     let gradients = |(panel, dw): (usize, &mut [f32])| {
         let mut taps = [[0f32; NR]; TAPS];
         for c in 0..g.c_in {

@@ -9,9 +9,13 @@ mod vector;
 
 pub(super) use product::{NR, Product, Segments, Start, pad_columns, product};
 pub(super) use transform::{
-    INPUT, OUTPUT, Place, TAPS, Window, gradient_tile, input_tile, kernel_gradient, output_tile,
+    INPUT, OUTPUT, Place, TAPS, Transformed, Window, gradient_tile, input_tile, kernel_gradient, output_tile,
     transform_kernel,
 };
+
+use std::mem::MaybeUninit;
+
+use rayon::prelude::*;
 
 use crate::device::CpuLevel;
 
@@ -57,6 +61,20 @@ macro_rules! dispatch {
     }};
 }
 use dispatch;
+
+/// `vec![0.0; len]`, cleared by all threads if it is long: one thread alone would be seen in every operation.
+pub(super) fn zeros(len: usize) -> Vec<f32> {
+    const CHUNK: usize = 1 << 16;
+    if len < 4 * CHUNK {
+        return vec![0.0; len];
+    }
+    let mut zeros = Vec::with_capacity(len);
+    let elements: &mut [MaybeUninit<f32>] = &mut zeros.spare_capacity_mut()[..len];
+    elements.par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(MaybeUninit::new(0.0)));
+    // SAFETY: the capacity is at least `len`, and the first `len` elements have just been written.
+    unsafe { zeros.set_len(len) };
+    zeros
+}
 
 /// How a level multiplies and adds.
 pub(super) trait Arithmetic {

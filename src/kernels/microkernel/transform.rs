@@ -52,11 +52,12 @@ impl Window {
         self.rows.is_empty() || self.cols.is_empty()
     }
 
-    fn check(&self, side: usize, len: usize) {
+    /// Asserts that the first `channels` of all pixels are inside.
+    fn check(&self, side: usize, channels: usize, len: usize) {
         assert!(self.rows.end <= side && self.cols.end <= side, "{self:?} of a tile of {side}");
         if !self.is_empty() {
-            let end = self.offset(self.rows.end - 1, self.cols.end - 1) + self.channels;
-            assert!(end <= len, "{end} elements of {len}");
+            let end = self.offset(self.rows.end - 1, self.cols.end - 1) + channels;
+            assert!(channels <= self.channels && end <= len, "{end} elements of {len}");
         }
     }
 }
@@ -92,7 +93,7 @@ pub(in super::super) fn input_tile(
     out: &mut [f32],
     place: Place,
 ) {
-    window.check(6, x.len());
+    window.check(6, window.channels, x.len());
     place.check(window.channels, out.len());
     // SAFETY: window and place are inside, as checked.
     unsafe { dispatch!(level, input, (x: &[f32], window: &Window, out: &mut [f32], place: Place)) }
@@ -109,33 +110,37 @@ pub(in super::super) fn gradient_tile(
     out: &mut [f32],
     place: Place,
 ) {
-    window.check(OUTPUT, dy.len());
+    window.check(OUTPUT, window.channels, dy.len());
     place.check(window.channels, out.len());
     // SAFETY: window and place are inside, as checked.
     unsafe { dispatch!(level, gradient, (dy: &[f32], window: &Window, out: &mut [f32], place: Place)) }
 }
 
-/// `Aᵀ m A + bias`, to the pixels of a window of `out`, for all its channels: element `p` of channel `c` of
-/// `m` is `m[p · element + c]`. It is added to what is there if `add`.
+/// What [`output_tile`] transforms back.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Transformed<'a> {
+    /// Element `p` of channel `c` is `m[p · element + c]`.
+    pub m: &'a [f32],
+    pub element: usize,
+    /// How many channels there are: of an output pixel the first so many.
+    pub channels: usize,
+    /// What is added to each channel.
+    pub bias: Option<&'a [f32]>,
+    /// Whether it is added to what is in the output.
+    pub add: bool,
+}
+
+/// `Aᵀ m A + bias`, to the pixels of a window of `out`.
 ///
 /// # Panics
 /// If the window or `m` is out of bounds, or `bias` too short.
-pub(in super::super) fn output_tile(
-    level: CpuLevel,
-    m: &[f32],
-    element: usize,
-    bias: Option<&[f32]>,
-    add: bool,
-    out: &mut [f32],
-    window: &Window,
-) {
-    window.check(OUTPUT, out.len());
-    Place { element, panel: NR }.check(window.channels, m.len());
-    assert!(bias.is_none_or(|bias| bias.len() >= window.channels), "a bias shorter than {}", window.channels);
+pub(in super::super) fn output_tile(level: CpuLevel, from: Transformed, out: &mut [f32], window: &Window) {
+    let Transformed { m, element, channels, bias, .. } = from;
+    window.check(OUTPUT, channels, out.len());
+    Place { element, panel: NR }.check(channels, m.len());
+    assert!(bias.is_none_or(|bias| bias.len() >= channels), "a bias shorter than {channels}");
     // SAFETY: window, elements and bias are inside, as checked.
-    unsafe {
-        dispatch!(level, output, (m: &[f32], element: usize, bias: Option<&[f32]>, add: bool, out: &mut [f32], window: &Window));
-    }
+    unsafe { dispatch!(level, output, (from: Transformed, out: &mut [f32], window: &Window)) }
 }
 
 /// `G g Gᵀ` of 16 kernels side by side, to `out[p · element ..][.. 16]`.
@@ -394,47 +399,32 @@ unsafe fn gradient<V: Vector, R: Arithmetic + Copy>(
 /// # Safety
 /// Elements, bias and window are inside of their slices; the CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn output<V: Vector, R: Arithmetic + Copy>(
-    m: &[f32],
-    element: usize,
-    bias: Option<&[f32]>,
-    add: bool,
-    out: &mut [f32],
-    window: &Window,
-) {
+unsafe fn output<V: Vector, R: Arithmetic + Copy>(from: Transformed, out: &mut [f32], window: &Window) {
     /// # Safety
     /// As [`output`].
     #[inline(always)]
-    unsafe fn at<V: Vector>(
-        m: &[f32],
-        element: usize,
-        bias: Option<&[f32]>,
-        add: bool,
-        out: &mut [f32],
-        window: &Window,
-        c: usize,
-    ) {
+    unsafe fn at<V: Vector>(from: Transformed, out: &mut [f32], window: &Window, c: usize) {
         // SAFETY: by the contract.
         unsafe {
-            let m = m.as_ptr().add(c);
-            let bias = match bias {
+            let m = from.m.as_ptr().add(c);
+            let bias = match from.bias {
                 Some(bias) => V::load(bias.as_ptr().add(c)),
                 None => V::splat(0.0),
             };
             let out = out.as_mut_ptr();
             both_directions!(
                 6 to 4 by a_transposed,
-                |i, j| V::load(m.add((6 * i + j) * element)),
+                |i, j| V::load(m.add((6 * i + j) * from.element)),
                 |i, j, v| if window.rows.contains(&i) && window.cols.contains(&j) {
                     let out = out.add(window.offset(i, j) + c);
                     let v = v.add(bias);
-                    if add { v.add(V::load(out)) } else { v }.store(out);
+                    if from.add { v.add(V::load(out)) } else { v }.store(out);
                 }
             );
         }
     }
     // SAFETY: by the contract.
-    unsafe { for_channels!(window.channels, at(m, element, bias, add, out, window)) }
+    unsafe { for_channels!(from.channels, at(from, out, window)) }
 }
 
 /// # Safety
@@ -488,7 +478,8 @@ mod tests {
             transform_kernel(level, &kernels, &mut u, NR);
             let m: Vec<f32> = (0..36).map(|p| v[p] * u[p * NR + 5]).collect();
             let mut y = [0f32; 16];
-            output_tile(level, &m, 1, Some(&[0.5]), false, &mut y, &window(4));
+            let from = Transformed { m: &m, element: 1, channels: 1, bias: Some(&[0.5]), add: false };
+            output_tile(level, from, &mut y, &window(4));
             for (i, y) in y.iter().enumerate() {
                 let at = |t: usize| f64::from(d[(i / 4 + t / 3) * 6 + i % 4 + t % 3]);
                 let expected = 0.5 + (0..9).map(|t| at(t) * f64::from(g[t])).sum::<f64>();
@@ -534,7 +525,8 @@ mod tests {
             assert_eq!(a, b);
             let mut out = vec![7f32; 3 * 11 * 5];
             let small = Window { start: 0, pitch: 55, channels: 11, rows: 0..2, cols: 0..4 };
-            output_tile(level, &a, 16, None, false, &mut out, &small);
+            let from = Transformed { m: &a, element: 16, channels: 11, bias: None, add: false };
+            output_tile(level, from, &mut out, &small);
             let touched = |i: usize| i / 55 < 2 && i % 55 / 11 < 4;
             assert!(out.iter().enumerate().all(|(i, &v)| touched(i) != (v == 7.0)));
         }
