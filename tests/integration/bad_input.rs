@@ -88,12 +88,15 @@ fn pipeline_files_that_cannot_be_are_usage_errors() {
 }
 
 #[test]
-fn an_unknown_cpu_level_is_a_usage_error() {
-    let output = crate::run::proxyset("plan x").env("PROXYSET_CPU", "mmx").output().unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    assert!(
-        String::from_utf8_lossy(&output.stderr).contains("PROXYSET_CPU is 'mmx', expected portable or avx2")
-    );
+fn an_unknown_cpu_level_or_convolution_is_a_usage_error() {
+    for (variable, value, said) in [
+        ("PROXYSET_CPU", "mmx", "PROXYSET_CPU is 'mmx', expected portable, avx2 or avx512"),
+        ("PROXYSET_CONV", "fft", "PROXYSET_CONV is 'fft', expected winograd or direct"),
+    ] {
+        let output = crate::run::proxyset("plan x").env(variable, value).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(said));
+    }
 }
 
 /// A source of 60 grey 8x8 images of two classes, three columns of which the caller may spoil.
