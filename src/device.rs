@@ -122,8 +122,8 @@ impl CpuLevel {
 /// How 3 × 3 convolutions at stride 1 are computed on the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConvAlgorithm {
-    /// By Winograd's minimal filtering wherever it is less work: two to three times faster, about twice the
-    /// rounding error.
+    /// By Winograd's minimal filtering wherever it is less work: about twice as fast, two to
+    /// three times the rounding error.
     Winograd,
     /// As sums over the window.
     Direct,
@@ -146,7 +146,8 @@ impl ConvAlgorithm {
     }
 }
 
-/// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90-cudnn91900`.
+/// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90-cudnn91900`; a
+/// CPU without Winograd's filtering is `…-direct`.
 ///
 /// Across classes results agree up to rounding. Every record names the class that made it.
 pub fn device_class(device: &Device) -> String {

@@ -93,10 +93,12 @@ fn gradients(
     let mut sum = parts.next().expect("a batch has a part");
     for grads in parts {
         for (_, var) in params.vars() {
-            if let (Some(a), Some(b)) = (sum.get(var), grads.get(var)) {
-                let both = (a + b)?;
-                sum.insert(var, both);
-            }
+            let total = match (sum.get(var), grads.get(var)) {
+                (Some(a), Some(b)) => (a + b)?,
+                (None, Some(b)) => b.clone(),
+                _ => continue,
+            };
+            sum.insert(var, total);
         }
     }
     Ok(sum)

@@ -8,7 +8,7 @@ use std::{
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Tensor};
 
 use super::{
-    BatchStatistics, BlockWeights, Elements,
+    BatchStatistics, BlockWeights, Elements, add,
     batch_norm::{Moments, Norm, Statistics, statistics},
     conv2d::{Bias, Convolution},
     elements, for_each_chunk,
@@ -62,6 +62,38 @@ impl BasicBlock {
         self.stride != 1 || self.c_in != self.c_out
     }
 
+    /// Fails if operands do not fit.
+    fn check(&self, x: &Tensor, theta: &Tensor, running: Option<&[BatchStatistics]>) -> Result<()> {
+        let Self { c_in, c_out, stride, .. } = *self;
+        let (b, h, w, c) = x.dims4()?;
+        let count: usize = self.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        if c != c_in || theta.dims() != [count] {
+            bail!(
+                Alarm,
+                "a basic block of {c_in} channels and {count} parameters got {:?} and {:?}",
+                x.dims(),
+                theta.dims()
+            );
+        }
+        if [c_in, c_out, stride].contains(&0) {
+            bail!(Alarm, "{c_in} to {c_out} channels at stride {stride}, expected at least 1 of each");
+        }
+        let Some(running) = running else {
+            if b * h.div_ceil(stride) * w.div_ceil(stride) < 2 {
+                bail!(Alarm, "images {:?} have one value a channel, expected two for a variance", x.dims());
+            }
+            return Ok(());
+        };
+        if running.len() != self.norms() {
+            bail!(Alarm, "a block of {} norms got statistics for {}", self.norms(), running.len());
+        }
+        let mut vectors = running.iter().flat_map(|s| [&s.mean, &s.variance]);
+        if let Some(vector) = vectors.find(|vector| vector.dims() != [c_out]) {
+            bail!(Alarm, "{c_out} channels are normalised with a vector of shape {:?}", vector.dims());
+        }
+        Ok(())
+    }
+
     /// How many batch norms there are: 2, or 3 with that of the shortcut.
     pub fn norms(&self) -> usize {
         if self.has_shortcut() { 3 } else { 2 }
@@ -81,6 +113,7 @@ pub fn basic_block(
     block: &BasicBlock,
     packed: &BlockWeights,
 ) -> Result<(Tensor, Vec<BatchStatistics>)> {
+    block.check(x, theta, running)?;
     if on_cpu(&[x, theta]) {
         let how = (CpuLevel::get(), ConvAlgorithm::get());
         basic_block_at(how, x, theta, running, block, packed)
@@ -98,7 +131,7 @@ fn basic_block_at(
     packed: &BlockWeights,
 ) -> Result<(Tensor, Vec<BatchStatistics>)> {
     let BasicBlock { c_in, c_out, stride, epsilon } = *block;
-    let (b, h, w, c) = x.dims4()?;
+    let (b, h, w, _) = x.dims4()?;
     let mut end = 0;
     let parts: Vec<Range<usize>> = block
         .parameters()
@@ -108,33 +141,16 @@ fn basic_block_at(
             end - shape.elem_count()..end
         })
         .collect();
-    if c != c_in || theta.dims() != [end] {
-        bail!(
-            Alarm,
-            "a basic block of {c_in} channels and {end} parameters got {:?} and {:?}",
-            x.dims(),
-            theta.dims()
-        );
-    }
     let conv1 = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 3, 3), stride, (1, 1))?;
     let (out_h, out_w) = (h.div_ceil(stride), w.div_ceil(stride));
     let conv2 =
         Convolution::new(level, algorithm, (b, out_h, out_w, c_out), (c_out, c_out, 3, 3), 1, (1, 1))?;
     let shortcut = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 1, 1), stride, (0, 0))?;
     let rows = b * out_h * out_w;
-    if running.is_none() && rows < 2 {
-        bail!(Alarm, "images {:?} have one value a channel, expected two for a variance", x.dims());
-    }
     let running = match running {
         None => None,
         Some(running) => {
-            if running.len() != block.norms() {
-                bail!(Alarm, "a block of {} norms got statistics for {}", block.norms(), running.len());
-            }
             let doubles = |t: &Tensor| -> Result<Vec<f64>> {
-                if t.dims() != [c_out] {
-                    bail!(Alarm, "{c_out} channels are normalised with a vector of shape {:?}", t.dims());
-                }
                 Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
             };
             let statistics = |s: &BatchStatistics| {
@@ -246,9 +262,8 @@ impl Op {
             out
         };
         let convolve = |i: usize, convolution: &Convolution, x: &[f32]| {
-            self.packed[i].forward(convolution, self.part(theta, 3 * i), |kernels| {
-                convolution.forward(x, kernels, Bias::None)
-            })
+            let kernels = self.packed[i].forward(convolution, self.part(theta, 3 * i));
+            convolution.forward(x, &kernels, Bias::None)
         };
         let first = convolve(0, &self.conv1, x);
         let hidden = normalize(0, &first);
@@ -313,9 +328,7 @@ impl Op {
             d
         };
         let through_convolution = |i: usize, convolution: &Convolution, d: &[f32]| {
-            self.packed[i].backward(convolution, self.part(theta, 3 * i), |kernels| {
-                convolution.input_gradient(d, kernels)
-            })
+            convolution.input_gradient(d, &self.packed[i].backward(convolution, self.part(theta, 3 * i)))
         };
         let dsecond = through_norm(1, &dsum);
         let dhidden = through_convolution(1, &self.conv2, &dsecond);
@@ -337,10 +350,7 @@ impl Op {
                 Some((shortcut, d)) => through_convolution(2, shortcut, d),
                 None => dsum,
             };
-            let len = dx.len();
-            for_each_chunk(&mut dx, CHUNK, len, |i, dx| {
-                dx.iter_mut().zip(&residual[i * CHUNK..]).for_each(|(dx, r)| *dx += r);
-            });
+            add(&mut dx, &residual);
             dx
         });
         [dx, want_theta.then_some(dtheta)]
@@ -469,6 +479,17 @@ mod tests {
             let running = running(block);
             check_invariance(&operands, 1, |t| Ok(at(CpuLevel::get(), block, Some(&running), t)?.0));
         }
+    }
+
+    #[test]
+    fn operands_that_do_not_fit_are_named() {
+        let block = &BLOCKS[0];
+        let [x, theta] = operands(block, (2, 4, 4));
+        let said = |theta: &Tensor, running: Option<&[BatchStatistics]>| {
+            basic_block(&x, theta, running, block, &BlockWeights::default()).unwrap_err().to_string()
+        };
+        assert!(said(&random(1, 7), None).contains("1184 parameters got [2, 4, 4, 8] and [7]"));
+        assert_eq!(said(&theta, Some(&running(block)[..1])), "a block of 2 norms got statistics for 1");
     }
 
     #[test]

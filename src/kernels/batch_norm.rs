@@ -71,6 +71,9 @@ pub fn batch_norm_eval(
 /// The number of channels, which all `vectors` must have.
 fn channels(x: &Tensor, vectors: &[&Tensor]) -> Result<usize> {
     let c = x.dim(D::Minus1)?;
+    if c == 0 {
+        bail!(Alarm, "images {:?} have no channels, expected at least 1", x.dims());
+    }
     if let Some(other) = vectors.iter().find(|v| v.dims() != [c]) {
         bail!(Alarm, "{c} channels are normalised with a vector of shape {:?}", other.dims());
     }

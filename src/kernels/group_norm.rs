@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::{
     Elements, PARALLEL_WORK,
     activation::silu_slope,
-    elements, math,
+    elements, for_each_chunk, math,
     microkernel::{Arithmetic, Loop, run, zeros},
     on_cpu,
     reduce::sums_and_squares,
@@ -95,11 +95,10 @@ impl Norm {
     ///
     /// `weight` and `bias` hold `c` numbers, or as many for each sample.
     pub fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) -> Vec<Moments> {
-        let Self { level, groups, c, epsilon, silu, .. } = *self;
+        let Self { level, groups, c, epsilon, .. } = *self;
         let normalize = |(i, (x, out)): (usize, (&[f32], &mut [f32]))| {
             let moments = run(level, Statistics { x, c, groups, epsilon });
-            let channels = Channels::new(&moments, of_sample(weight, c, i), of_sample(bias, c, i));
-            run(level, Normalize { x, channels, silu, out });
+            self.normalize_sample(i, x, &moments, weight, bias, out);
             moments
         };
         let sample = self.sample.max(1);
@@ -110,6 +109,29 @@ impl Norm {
             samples.enumerate().map(normalize).collect()
         };
         moments.concat()
+    }
+
+    /// Writes the output again, with the moments that [`Norm::forward`] returned.
+    pub fn normalize(&self, x: &[f32], moments: &[Moments], weight: &[f32], bias: &[f32], out: &mut [f32]) {
+        let sample = self.sample.max(1);
+        for_each_chunk(out, sample, x.len(), |i, out| {
+            let (x, moments) = (&x[i * sample..][..sample], &moments[i * self.groups..][..self.groups]);
+            self.normalize_sample(i, x, moments, weight, bias, out);
+        });
+    }
+
+    fn normalize_sample(
+        &self,
+        i: usize,
+        x: &[f32],
+        moments: &[Moments],
+        weight: &[f32],
+        bias: &[f32],
+        out: &mut [f32],
+    ) {
+        let Self { level, c, silu, .. } = *self;
+        let channels = Channels::new(moments, of_sample(weight, c, i), of_sample(bias, c, i));
+        run(level, Normalize { x, channels, silu, out });
     }
 
     /// Writes the gradient of the input for `dy`, that of the output; returns those of each sample's weights.
@@ -327,14 +349,17 @@ impl CustomOp3 for GroupNorm {
         let mut dx = zeros(dy.len());
         let sums = self.norm.backward(&x_values, &dy, &weight_values, &bias_values, moments, &mut dx);
         let gradient = |of: &Tensor, k: usize| {
+            if !of.track_op() {
+                return Ok(None);
+            }
             let values = if of.rank() == 2 {
                 sums.iter().flat_map(|sums| &sums[k]).map(|&v| v as f32).collect()
             } else {
                 (0..self.norm.c).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect()
             };
-            of.track_op().then(|| tensor(values, of)).transpose()
+            tensor(values, of).map(Some)
         };
-        let dx = if x.track_op() { Some(tensor(dx, x)?) } else { None };
+        let dx = x.track_op().then(|| tensor(dx, x)).transpose()?;
         Ok((dx, gradient(weight, 1)?, gradient(bias, 0)?))
     }
 }

@@ -100,6 +100,15 @@ fn tensor(data: Vec<f32>, like: &Tensor) -> candle_core::Result<Tensor> {
 /// The work in multiply-adds or elements under which waking threads costs more than they save.
 const PARALLEL_WORK: usize = 1 << 16;
 
+/// `out += other`, element by element.
+fn add(out: &mut [f32], other: &[f32]) {
+    const CHUNK: usize = 1 << 14;
+    let len = out.len();
+    for_each_chunk(out, CHUNK, len, |i, out| {
+        out.iter_mut().zip(&other[i * CHUNK..]).for_each(|(out, other)| *out += other);
+    });
+}
+
 /// Runs `body` on consecutive chunks of `out` with their number, in parallel if `work` is worth it.
 fn for_each_chunk(out: &mut [f32], chunk: usize, work: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
     if work < PARALLEL_WORK {

@@ -1,7 +1,8 @@
 //! The residual block of the diffusion U-Net as one node of the tape.
 //!
-//! Of the block's seven intermediate images only one is kept for the backward pass; the others are computed again
-//! from it, which is cheaper than the memory. No image is cleared, copied or added between the operations.
+//! Of the block's intermediate images only one is kept for the backward pass; the others are computed again from it,
+//! which is cheaper than the memory. The step is added by the first convolution; the input is added by the second
+//! one where that is done by Winograd's filtering.
 
 use std::{
     ops::Range,
@@ -11,7 +12,7 @@ use std::{
 use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
 
 use super::{
-    Elements, PackedWeights,
+    Elements, PackedWeights, add,
     conv2d::{Bias, Convolution},
     elements, for_each_chunk,
     group_norm::{ChannelSums, Moments, Norm},
@@ -86,6 +87,31 @@ impl ResnetBlock {
         self.c_in != self.c_out
     }
 
+    /// Fails if operands do not fit.
+    fn check(&self, x: &Tensor, temb: &Tensor, theta: &Tensor) -> Result<()> {
+        let ResnetBlock { c_in, c_out, time_dim, groups, .. } = *self;
+        let (b, _, _, c) = x.dims4()?;
+        let count: usize = self.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        if c != c_in || temb.dims() != [b, time_dim] || theta.dims() != [count] {
+            bail!(
+                Alarm,
+                "a residual block of {c_in} channels, {time_dim} features of the step and {count} parameters got {:?}, {:?} \
+                 and {:?}",
+                x.dims(),
+                temb.dims(),
+                theta.dims()
+            );
+        }
+        if [groups, c_in, c_out, time_dim].contains(&0) || c_in % groups != 0 || c_out % groups != 0 {
+            bail!(
+                Alarm,
+                "{c_in} and {c_out} channels, {groups} groups, {time_dim} features of the step: expected at least 1 of \
+                 each, and groups that divide the channels"
+            );
+        }
+        Ok(())
+    }
+
     fn time_out(&self) -> usize {
         if self.scale_shift { 2 * self.c_out } else { self.c_out }
     }
@@ -101,7 +127,7 @@ impl ResnetBlock {
     }
 }
 
-/// What the kernels made of the weights of `conv1`, `conv2` and `conv_shortcut`.
+/// What the kernels made of the weights of a block's convolutions: the first, the second, that of the shortcut.
 pub type BlockWeights = [Arc<PackedWeights>; 3];
 
 /// A residual block of the U-Net. `x`: `(b, h, w, c_in)`; `temb`: `(b, time_dim)`, behind its SiLU; `theta`: the
@@ -115,6 +141,7 @@ pub fn resnet_block(
     block: &ResnetBlock,
     packed: &BlockWeights,
 ) -> Result<Tensor> {
+    block.check(x, temb, theta)?;
     if on_cpu(&[x, temb, theta]) {
         let how = (CpuLevel::get(), ConvAlgorithm::get());
         resnet_block_at(how, x, temb, theta, block, packed)
@@ -131,22 +158,8 @@ fn resnet_block_at(
     block: &ResnetBlock,
     packed: &BlockWeights,
 ) -> Result<Tensor> {
-    let ResnetBlock { c_in, c_out, time_dim, groups, .. } = *block;
-    let (b, h, w, c) = x.dims4()?;
-    let count: usize = block.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
-    if c != c_in || temb.dims() != [b, time_dim] || theta.dims() != [count] {
-        bail!(
-            Alarm,
-            "a residual block of {c_in} channels, {time_dim} features of the step and {count} parameters got {:?}, {:?} \
-             and {:?}",
-            x.dims(),
-            temb.dims(),
-            theta.dims()
-        );
-    }
-    if groups == 0 || c_in % groups != 0 || c_out % groups != 0 {
-        bail!(Alarm, "{c_in} and {c_out} channels cannot be normalised in {groups} groups");
-    }
+    let ResnetBlock { c_in, c_out, groups, .. } = *block;
+    let (b, h, w, _) = x.dims4()?;
     let convolution = |c_in: usize, k: usize| {
         Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, k, k), 1, (k / 2, k / 2))
     };
@@ -231,20 +244,19 @@ impl Op {
             }
         };
         let bias = if self.block.scale_shift { Bias::Channels(bias) } else { Bias::Samples(&added) };
-        let middle = self.packed[0]
-            .forward(&self.conv1, part(&conv1[0]), |kernels| self.conv1.forward(&normed, kernels, bias));
+        let kernels = self.packed[0].forward(&self.conv1, part(&conv1[0]));
+        let middle = self.conv1.forward(&normed, &kernels, bias);
         let affine = self.affine(&step, theta);
         normed.resize(middle.len(), 0.0);
         let moments2 = self.norm2.forward(&middle, &affine[0], &affine[1], &mut normed);
-        let residual = match self.block.has_shortcut() {
-            true => self.packed[2].forward(&self.shortcut, part(&shortcut[0]), |kernels| {
-                self.shortcut.forward(x, kernels, Bias::Channels(part(&shortcut[1])))
-            }),
-            false => x.to_vec(),
+        let residual = if self.block.has_shortcut() {
+            let kernels = self.packed[2].forward(&self.shortcut, part(&shortcut[0]));
+            self.shortcut.forward(x, &kernels, Bias::Channels(part(&shortcut[1])))
+        } else {
+            x.to_vec()
         };
-        let mut out = self.packed[1].forward(&self.conv2, part(&conv2[0]), |kernels| {
-            self.conv2.forward_onto(&normed, kernels, Bias::Channels(part(&conv2[1])), residual)
-        });
+        let kernels = self.packed[1].forward(&self.conv2, part(&conv2[0]));
+        let mut out = self.conv2.forward_onto(&normed, &kernels, Bias::Channels(part(&conv2[1])), residual);
         self.divide(&mut out);
         if self.keep {
             self.kept.get_or_init(|| Kept { moments1, middle, moments2, affine });
@@ -290,16 +302,16 @@ impl Op {
         let mut normed = Vec::new();
         if want_theta {
             normed.resize(middle.len(), 0f32);
-            self.norm2.forward(middle, weight2, bias2, &mut normed);
+            self.norm2.normalize(middle, moments2, weight2, bias2, &mut normed);
             set(&conv2[0], &self.conv2.weight_gradient(&normed, dy));
-            set(&conv2[1], &bias_gradient(level, dy, c_out));
+            let dbias = bias_gradient(level, dy, c_out);
+            set(&conv2[1], &dbias);
             if self.block.has_shortcut() {
                 set(&shortcut[0], &self.shortcut.weight_gradient(x, dy));
-                set(&shortcut[1], &bias_gradient(level, dy, c_out));
+                set(&shortcut[1], &dbias);
             }
         }
-        let dnormed = self.packed[1]
-            .backward(&self.conv2, part(&conv2[0]), |kernels| self.conv2.input_gradient(dy, kernels));
+        let dnormed = self.conv2.input_gradient(dy, &self.packed[1].backward(&self.conv2, part(&conv2[0])));
         let mut dmiddle = zeros(middle.len());
         let sums = self.norm2.backward(middle, &dnormed, weight2, bias2, moments2, &mut dmiddle);
         drop(dnormed);
@@ -320,15 +332,14 @@ impl Op {
         if want_theta {
             normed.clear();
             normed.resize(x.len(), 0f32);
-            self.norm1.forward(x, part(&norm1[0]), part(&norm1[1]), &mut normed);
+            self.norm1.normalize(x, moments1, part(&norm1[0]), part(&norm1[1]), &mut normed);
             set(&conv1[0], &self.conv1.weight_gradient(&normed, &dmiddle));
             set(&conv1[1], &bias_gradient(level, &dmiddle, c_out));
         }
         let mut dx = None;
         if want_x || want_theta {
-            let dnormed = self.packed[0].backward(&self.conv1, part(&conv1[0]), |kernels| {
-                self.conv1.input_gradient(&dmiddle, kernels)
-            });
+            let dnormed =
+                self.conv1.input_gradient(&dmiddle, &self.packed[0].backward(&self.conv1, part(&conv1[0])));
             let mut through = zeros(x.len());
             let (weight, bias) = (part(&norm1[0]), part(&norm1[1]));
             let sums = self.norm1.backward(x, &dnormed, weight, bias, moments1, &mut through);
@@ -341,20 +352,14 @@ impl Op {
             }
             if want_x {
                 let direct;
-                let residual = match self.block.has_shortcut() {
-                    true => {
-                        direct = self.packed[2].backward(&self.shortcut, part(&shortcut[0]), |kernels| {
-                            self.shortcut.input_gradient(dy, kernels)
-                        });
-                        &direct[..]
-                    }
-                    false => dy,
+                let residual = if self.block.has_shortcut() {
+                    let kernels = self.packed[2].backward(&self.shortcut, part(&shortcut[0]));
+                    direct = self.shortcut.input_gradient(dy, &kernels);
+                    &direct[..]
+                } else {
+                    dy
                 };
-                let len = through.len();
-                for_each_chunk(&mut through, 1 << 14, len, |i, out| {
-                    let residual = &residual[i << 14..][..out.len()];
-                    out.iter_mut().zip(residual).for_each(|(out, r)| *out += r);
-                });
+                add(&mut through, residual);
                 dx = Some(through);
             }
         }

@@ -223,6 +223,7 @@ impl Optimizer for Adam {
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         let step = self.moments.advance(vars)? as f64;
+        params.touch();
         let AdamConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         let keep = 1.0 - lr * weight_decay;
         let step_size = lr / (1.0 - beta1.powf(step));
@@ -251,7 +252,6 @@ impl Optimizer for Adam {
                 }
             }
         }
-        params.touch();
         Ok(())
     }
 
@@ -295,6 +295,7 @@ impl Optimizer for Sgd {
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         self.moments.advance(vars)?;
+        params.touch();
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         for (((_, var), grad), slot) in vars.iter().zip(gradients).zip(&mut self.moments.slots) {
             match &mut slot.values {
@@ -318,7 +319,6 @@ impl Optimizer for Sgd {
                 }
             }
         }
-        params.touch();
         Ok(())
     }
 
@@ -450,6 +450,7 @@ impl Ema {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Builder, Conv2d};
     use super::*;
     use crate::rng;
 
@@ -604,6 +605,26 @@ mod tests {
         for (i, (name, var)) in straight.iter().enumerate() {
             assert_eq!(values(var), values(&resumed[i].1));
             assert_eq!(values(ema.get(name).unwrap()), values(ema_2.get(name).unwrap()));
+        }
+    }
+
+    /// Frozen views keep what kernels made of the weights, and must not keep it for longer than the weights.
+    #[test]
+    fn a_step_is_seen_by_networks_that_packed_their_weights() {
+        let build = |b: &Builder| Conv2d::new(8, 8, 3, b);
+        let x = Tensor::ones((1, 8, 8, 8), DType::F32, &Device::Cpu).unwrap();
+        let optimizers: [Box<dyn Optimizer>; 2] = [Box::new(Adam::new(ADAM)), Box::new(Sgd::new(SGD))];
+        for mut optimizer in optimizers {
+            let params = Params::init(1, &Device::Cpu, build).unwrap();
+            let (tracked, frozen) = (params.tracked(build).unwrap(), params.frozen(build).unwrap());
+            let before = values(&frozen.forward(&x).unwrap());
+            let grads = tracked.forward(&x).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            optimizer.step(&params, &grads, 0.1).unwrap();
+            let after = values(&frozen.forward(&x).unwrap());
+            assert_ne!(after, before);
+            let bytes = params.to_safetensors(&[]).unwrap();
+            let fresh = Params::from_safetensors(&bytes, "bytes", &Device::Cpu, build).unwrap();
+            assert_eq!(after, values(&fresh.frozen(build).unwrap().forward(&x).unwrap()));
         }
     }
 

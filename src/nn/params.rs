@@ -86,8 +86,8 @@ pub struct Packed {
 impl Packed {
     /// That of the weight as it is now, empty after an update.
     pub fn get(&self) -> Arc<PackedWeights> {
-        let version = self.packs.version.load(Ordering::Acquire);
         let mut slots = self.packs.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let version = self.packs.version.load(Ordering::Acquire);
         match slots.get(&self.name) {
             Some((made_of, packed)) if *made_of == version => Arc::clone(packed),
             _ => {
@@ -270,7 +270,8 @@ impl<'a> Builder<'a> {
         Declaration { name: parts[0].name().to_owned(), shape, kind, parts }
     }
 
-    /// Where all views of the parameter `name` find what a kernel made of it.
+    /// Where all views find what a kernel made of the weight that `name` stands for, a parameter or one that lies in a
+    /// vector of them.
     pub fn packed(&self, name: &str) -> Packed {
         let packs = match self.source {
             Source::Declare(_) => Arc::default(),
@@ -442,6 +443,9 @@ impl Params {
         let mut named = Vec::new();
         for ((_, var), parts) in self.vars.iter().zip(&self.parts) {
             let (flat, mut start) = (of(var)?.flatten_all()?, 0);
+            if flat.elem_count() != var.elem_count() {
+                bail!(Alarm, "a variable of {} numbers is given as {}", var.elem_count(), flat.elem_count());
+            }
             for (name, shape) in parts {
                 named.push((name.clone(), flat.narrow(0, start, shape.elem_count())?.reshape(shape)?));
                 start += shape.elem_count();
@@ -461,11 +465,13 @@ impl Params {
         let mut found: BTreeMap<_, _> = named.into_iter().collect();
         let mut pairs = Vec::with_capacity(self.vars.len());
         for ((name, var), parts) in self.vars.iter().zip(&self.parts) {
-            if parts.len() > 1 && !found.contains_key(name.as_str()) {
+            if !found.contains_key(name.as_str()) && parts.iter().any(|(part, _)| part != name) {
                 let mut flat = Vec::with_capacity(parts.len());
                 for (name, shape) in parts {
                     match found.remove(name.as_str()) {
-                        Some(tensor) if tensor.shape() == shape => flat.push(tensor.flatten_all()?),
+                        Some(tensor) if tensor.shape() == shape => {
+                            flat.push(tensor.flatten_all()?.to_dtype(DType::F32)?);
+                        }
                         Some(tensor) => faults.shape(name, tensor.dims(), shape.dims()),
                         None => faults.add(format!("{name} is missing")),
                     }
@@ -490,10 +496,10 @@ impl Params {
         }
         found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
         faults.check("the tensors given")?;
+        self.touch();
         for (var, tensor) in pairs {
             var.set(&tensor.to_dtype(var.dtype())?.to_device(var.device())?)?;
         }
-        self.touch();
         Ok(())
     }
 
@@ -734,6 +740,7 @@ mod tests {
         assert!(error.to_string().contains("out.weight has shape [2, 3], expected [4]"), "{error}");
         assert_eq!(values(&params.vars()[0].1), before);
     }
+
     fn with_buffers(b: &Builder) -> Result<(Tensor, Buffer, Buffer)> {
         let b = b.pp("norm");
         Ok((b.get("weight", 3, Init::Ones)?, b.buffer("mean", 3, Init::Zeros)?, b.counter("count")?))
@@ -762,6 +769,30 @@ mod tests {
             (vec![1.0, 2.0, 3.0], 1 << 40)
         );
         assert_eq!(back.to_safetensors(&[]).unwrap(), bytes);
+    }
+
+    #[test]
+    fn parameters_that_share_a_vector_have_their_names_in_files() {
+        let build = |b: &Builder| {
+            let parts =
+                [("weight", Shape::from((2, 3)), Init::FanIn(3)), ("bias", Shape::from(2), Init::Ones)];
+            b.pp("block").flat(parts)
+        };
+        let params = Params::init(1, &Device::Cpu, build).unwrap();
+        assert_eq!(params.vars().len(), 1);
+        let alone = |b: &Builder| {
+            let b = b.pp("block");
+            Ok((b.get("weight", (2, 3), Init::FanIn(3))?, b.get("bias", 2, Init::Ones)?))
+        };
+        // The same names, first values and file as without the vector.
+        let apart = Params::init(1, &Device::Cpu, alone).unwrap();
+        assert_eq!(params.to_safetensors(&[]).unwrap(), apart.to_safetensors(&[]).unwrap());
+        let changed = apart.named(|var| Ok((var.as_tensor() * 2.0)?)).unwrap();
+        params.copy_from(changed.iter().map(|(name, t)| (name.as_str(), t))).unwrap();
+        let expected: Vec<f32> = changed.iter().flat_map(|(_, t)| values(t)).collect();
+        assert_eq!(values(&params.vars()[0].1), expected);
+        let error = params.copy_from([("block.weight", &changed[0].1)]).unwrap_err().to_string();
+        assert!(error.contains("block.bias is missing"), "{error}");
     }
 
     #[test]

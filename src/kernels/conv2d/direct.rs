@@ -76,9 +76,11 @@ pub(super) fn pack(
     taps: &[usize],
     (channels, channel_stride): (usize, usize),
     (columns, column_stride): (usize, usize),
+    parallel: bool,
 ) -> Vec<f32> {
     let panel_len = taps.len() * channels * NR;
-    let mut panels = zeros(columns.div_ceil(NR) * panel_len);
+    let len = columns.div_ceil(NR) * panel_len;
+    let mut panels = if parallel { zeros(len) } else { vec![0.0; len] };
     let pack = |(p, panel): (usize, &mut [f32])| {
         let first = p * NR;
         let used = (columns - first).min(NR);
@@ -89,7 +91,7 @@ pub(super) fn pack(
             }
         }
     };
-    if panels.len() < PARALLEL_WORK {
+    if !parallel || len < PARALLEL_WORK {
         panels.chunks_exact_mut(panel_len).enumerate().for_each(pack);
     } else {
         panels.par_chunks_exact_mut(panel_len).enumerate().for_each(pack);
@@ -195,9 +197,10 @@ pub(super) fn phases(g: &Geometry) -> Vec<Phase> {
 }
 
 /// The weights of each phase.
-pub(super) fn pack_phases(g: &Geometry, weight: &[f32], phases: &[Phase]) -> Vec<Vec<f32>> {
+pub(super) fn pack_phases(g: &Geometry, weight: &[f32], phases: &[Phase], parallel: bool) -> Vec<Vec<f32>> {
     let kernel = g.kh * g.kw;
-    let pack = |phase: &Phase| pack(weight, &phase.taps, (g.c_out, g.c_in * kernel), (g.c_in, kernel));
+    let pack =
+        |phase: &Phase| pack(weight, &phase.taps, (g.c_out, g.c_in * kernel), (g.c_in, kernel), parallel);
     phases.iter().map(pack).collect()
 }
 

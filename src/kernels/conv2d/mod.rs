@@ -4,12 +4,12 @@ mod direct;
 mod geometry;
 mod winograd;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 use geometry::Geometry;
 
-use super::{Elements, elements, on_cpu, reduce::bias_gradient, reference, tensor};
+use super::{Elements, add, elements, on_cpu, reduce::bias_gradient, reference, tensor};
 use crate::{
     Result,
     device::{ConvAlgorithm, CpuLevel},
@@ -27,7 +27,7 @@ pub fn conv2d(
     stride: usize,
     padding: (usize, usize),
 ) -> Result<Tensor> {
-    conv2d_packed(x, weight, bias, stride, padding, &Arc::default())
+    conv2d_with(x, weight, bias, stride, padding, None)
 }
 
 /// [`conv2d`] with weights that stay the same from call to call: what the inner loops read of them is made once
@@ -39,6 +39,17 @@ pub fn conv2d_packed(
     stride: usize,
     padding: (usize, usize),
     packed: &Arc<PackedWeights>,
+) -> Result<Tensor> {
+    conv2d_with(x, weight, bias, stride, padding, Some(packed))
+}
+
+fn conv2d_with(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    stride: usize,
+    padding: (usize, usize),
+    packed: Option<&Arc<PackedWeights>>,
 ) -> Result<Tensor> {
     if on_cpu(&[x, weight, bias.unwrap_or(weight)]) {
         let how = (CpuLevel::get(), ConvAlgorithm::get());
@@ -55,7 +66,7 @@ pub(super) fn conv2d_at(
     bias: Option<&Tensor>,
     stride: usize,
     padding: (usize, usize),
-    packed: &Arc<PackedWeights>,
+    packed: Option<&Arc<PackedWeights>>,
 ) -> Result<Tensor> {
     let convolution = Convolution::new(level, algorithm, x.dims4()?, weight.dims4()?, stride, padding)?;
     if let Some(bias) = bias
@@ -68,7 +79,7 @@ pub(super) fn conv2d_at(
             bias.dims()
         );
     }
-    let op = Conv2d { convolution, packed: Arc::clone(packed) };
+    let op = Conv2d { convolution, packed: packed.cloned() };
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     Ok(match bias {
         Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op)?,
@@ -76,46 +87,57 @@ pub(super) fn conv2d_at(
     })
 }
 
-/// What the inner loops read of weights that do not change, made at first use: up to four times the weights
-/// themselves for each direction.
+/// What the inner loops read of weights that do not change, made at first use. By Winograd's filtering that is four
+/// times the weights for each direction, more where there are few output channels, which are padded to 16.
 #[derive(Debug, Default)]
 pub struct PackedWeights {
-    forward: OnceLock<(ImageSize, Kernels)>,
-    backward: OnceLock<(ImageSize, BackwardKernels)>,
+    forward: Slots<Kernels>,
+    backward: Slots<BackwardKernels>,
 }
 
 impl PackedWeights {
-    /// Runs `body` with the weights packed for the forward pass.
-    pub(super) fn forward<T>(
-        &self,
-        convolution: &Convolution,
-        weight: &[f32],
-        body: impl FnOnce(&Kernels) -> T,
-    ) -> T {
-        let size = convolution.image_size();
-        match self.forward.get_or_init(|| (size, convolution.pack(weight))) {
-            (packed_for, kernels) if *packed_for == size => body(kernels),
-            _ => body(&convolution.pack(weight)),
-        }
+    /// The weights packed for the forward pass.
+    pub(super) fn forward(&self, convolution: &Convolution, weight: &[f32]) -> Arc<Kernels> {
+        self.forward.get(convolution.forward_key(), || convolution.pack(weight, false))
     }
 
-    /// Runs `body` with the weights packed for the input's gradient.
-    pub(super) fn backward<T>(
-        &self,
-        convolution: &Convolution,
-        weight: &[f32],
-        body: impl FnOnce(&BackwardKernels) -> T,
-    ) -> T {
-        let size = convolution.image_size();
-        match self.backward.get_or_init(|| (size, convolution.pack_backward(weight))) {
-            (packed_for, kernels) if *packed_for == size => body(kernels),
-            _ => body(&convolution.pack_backward(weight)),
-        }
+    /// The weights packed for the input's gradient.
+    pub(super) fn backward(&self, convolution: &Convolution, weight: &[f32]) -> Arc<BackwardKernels> {
+        self.backward.get(convolution.backward_key(), || convolution.pack_backward(weight, false))
     }
 }
 
-/// For which height and width weights are packed: the choice of the algorithm depends on it.
-type ImageSize = (usize, usize);
+/// What was packed for each kind of use.
+#[derive(Debug)]
+struct Slots<T>(Mutex<Vec<(Key, Arc<T>)>>);
+
+impl<T> Default for Slots<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Slots<T> {
+    /// `make` must not wait for other tasks: one of these could ask for the same weights, and wait for the lock.
+    fn get(&self, key: Key, make: impl FnOnce() -> T) -> Arc<T> {
+        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, packed)) = slots.iter().find(|(of, _)| *of == key) {
+            return Arc::clone(packed);
+        }
+        let packed = Arc::new(make());
+        slots.push((key, Arc::clone(&packed)));
+        packed
+    }
+}
+
+/// All that packing depends on, besides the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Key {
+    winograd: bool,
+    stride: usize,
+    before: (isize, isize),
+    residues: (usize, usize),
+}
 
 /// What is added to each output channel.
 #[derive(Clone, Copy, Debug)]
@@ -171,6 +193,9 @@ impl Convolution {
         if c_in != weight_c_in {
             bail!(Alarm, "a convolution of {weight_c_in} channels got an image of {c_in}");
         }
+        if c_in == 0 || c_out == 0 {
+            bail!(Alarm, "a convolution of {c_in} to {c_out} channels, expected at least 1 of each");
+        }
         let (padded_h, padded_w) = (h + before + after, w + before + after);
         if stride == 0 || kh == 0 || kw == 0 || kh > padded_h || kw > padded_w {
             bail!(
@@ -194,8 +219,18 @@ impl Convolution {
         Ok(Self { level, algorithm, g })
     }
 
-    fn image_size(&self) -> ImageSize {
-        (self.g.h, self.g.w)
+    fn forward_key(&self) -> Key {
+        Key { winograd: self.by_winograd(&self.g), ..Key::default() }
+    }
+
+    fn backward_key(&self) -> Key {
+        let Geometry { stride, before, h, w, .. } = self.g;
+        Key {
+            winograd: matches!(&direct::phases(&self.g)[..], [phase] if self.by_winograd(&phase.geometry)),
+            stride,
+            before,
+            residues: (stride.min(h), stride.min(w)),
+        }
     }
 
     /// `(b, h', w', c_out)`.
@@ -207,15 +242,16 @@ impl Convolution {
         self.algorithm == ConvAlgorithm::Winograd && winograd::suits(g)
     }
 
-    pub(super) fn pack(&self, weight: &[f32]) -> Kernels {
+    /// `parallel`: whether all threads take part.
+    fn pack(&self, weight: &[f32], parallel: bool) -> Kernels {
         let g = &self.g;
         let kernel = g.kh * g.kw;
         let (channels, columns) = ((g.c_in, kernel), (g.c_out, g.c_in * kernel));
         if self.by_winograd(g) {
-            Kernels::Winograd(winograd::Kernels::new(self.level, weight, channels, columns, false))
+            Kernels::Winograd(winograd::Kernels::new(self.level, weight, channels, columns, false, parallel))
         } else {
             let taps: Vec<usize> = (0..kernel).collect();
-            Kernels::Direct(direct::pack(weight, &taps, channels, columns))
+            Kernels::Direct(direct::pack(weight, &taps, channels, columns, parallel))
         }
     }
 
@@ -231,7 +267,7 @@ impl Convolution {
         match kernels {
             Kernels::Direct(panels) => {
                 let mut out = direct::forward(self.level, &self.g, x, panels, bias);
-                out.iter_mut().zip(&onto).for_each(|(out, onto)| *out += onto);
+                add(&mut out, &onto);
                 out
             }
             Kernels::Winograd(kernels) => {
@@ -240,16 +276,19 @@ impl Convolution {
         }
     }
 
-    pub(super) fn pack_backward(&self, weight: &[f32]) -> BackwardKernels {
+    /// `parallel`: whether all threads take part.
+    fn pack_backward(&self, weight: &[f32], parallel: bool) -> BackwardKernels {
         let g = &self.g;
         let phases = direct::phases(g);
         match &phases[..] {
             [phase] if self.by_winograd(&phase.geometry) => {
                 let kernel = g.kh * g.kw;
                 let (channels, columns) = ((g.c_out, g.c_in * kernel), (g.c_in, kernel));
-                BackwardKernels::Winograd(winograd::Kernels::new(self.level, weight, channels, columns, true))
+                BackwardKernels::Winograd(winograd::Kernels::new(
+                    self.level, weight, channels, columns, true, parallel,
+                ))
             }
-            phases => BackwardKernels::Direct(direct::pack_phases(g, weight, phases)),
+            phases => BackwardKernels::Direct(direct::pack_phases(g, weight, phases, parallel)),
         }
     }
 
@@ -276,14 +315,18 @@ impl Convolution {
 
 struct Conv2d {
     convolution: Convolution,
-    packed: Arc<PackedWeights>,
+    packed: Option<Arc<PackedWeights>>,
 }
 
 impl Conv2d {
     fn forward(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
         let convolution = &self.convolution;
         let bias = bias.map_or(Bias::None, Bias::Channels);
-        let out = self.packed.forward(convolution, weight, |kernels| convolution.forward(x, kernels, bias));
+        let kernels = match &self.packed {
+            Some(packed) => packed.forward(convolution, weight),
+            None => Arc::new(convolution.pack(weight, true)),
+        };
+        let out = convolution.forward(x, &kernels, bias);
         (CpuStorage::F32(out), convolution.out_shape())
     }
 
@@ -297,8 +340,11 @@ impl Conv2d {
         let convolution = &self.convolution;
         let dx = if x.track_op() {
             let weight = Elements::of(weight)?;
-            let dx =
-                self.packed.backward(convolution, &weight, |kernels| convolution.input_gradient(dy, kernels));
+            let kernels = match &self.packed {
+                Some(packed) => packed.backward(convolution, &weight),
+                None => Arc::new(convolution.pack_backward(&weight, true)),
+            };
+            let dx = convolution.input_gradient(dy, &kernels);
             Some(tensor(dx, x)?)
         } else {
             None
@@ -388,7 +434,7 @@ mod tests {
         stride: usize,
         padding: (usize, usize),
     ) -> Result<Tensor> {
-        conv2d_at(how, &operands[0], &operands[1], operands.get(2), stride, padding, &Arc::default())
+        conv2d_at(how, &operands[0], &operands[1], operands.get(2), stride, padding, None)
     }
 
     const ALGORITHMS: [ConvAlgorithm; 2] = [ConvAlgorithm::Direct, ConvAlgorithm::Winograd];
@@ -545,6 +591,36 @@ mod tests {
         let packed = (strided.0.contiguous().unwrap(), strided.1.contiguous().unwrap());
         let out = |(x, w): &(Tensor, Tensor)| values(&conv2d(x, w, None, 1, (1, 1)).unwrap());
         assert_eq!(out(&strided), out(&packed));
+    }
+
+    /// Packed weights are those of the weights alone: every image and stride gets what it would get without.
+    #[test]
+    fn packed_weights_serve_all_sizes_and_strides() {
+        let (weight, packed) = (random(1, (9, 8, 3, 3)), Arc::default());
+        let uses = [((8, 8), 1), ((5, 4), 1), ((8, 8), 2), ((1, 1), 2), ((12, 9), 1), ((8, 8), 1)];
+        for (key, ((h, w), stride)) in uses.into_iter().enumerate() {
+            let x = Var::from_tensor(&random(10 + key as u64, (2, h, w, 8))).unwrap();
+            let outcome = |packed: Option<&Arc<PackedWeights>>| {
+                let how = (CpuLevel::get(), ConvAlgorithm::Winograd);
+                let out = conv2d_at(how, x.as_tensor(), &weight, None, stride, (1, 1), packed).unwrap();
+                let grads = out.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                (values(&out), values(grads.get(&x).unwrap()))
+            };
+            assert_eq!(outcome(Some(&packed)), outcome(None), "{h} x {w} at stride {stride}");
+        }
+    }
+
+    #[test]
+    fn an_empty_batch_has_empty_outputs_and_zero_gradients() {
+        for algorithm in ALGORITHMS {
+            let x = Var::zeros((0, 8, 8, 8), DType::F32, &candle_core::Device::Cpu).unwrap();
+            let weight = Var::from_tensor(&random(1, (8, 8, 3, 3))).unwrap();
+            let operands = [x.as_tensor().clone(), weight.as_tensor().clone()];
+            let out = at((CpuLevel::get(), algorithm), &operands, 1, (1, 1)).unwrap();
+            assert_eq!(out.dims(), [0, 8, 8, 8]);
+            let grads = out.sum_all().unwrap().backward().unwrap();
+            assert_eq!(values(grads.get(&weight).unwrap()), [0.0; 9 * 64]);
+        }
     }
 
     #[test]

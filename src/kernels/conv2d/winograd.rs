@@ -127,10 +127,12 @@ impl Kernels {
         (channels, channel_stride): (usize, usize),
         (columns, column_stride): (usize, usize),
         rotated: bool,
+        parallel: bool,
     ) -> Self {
         let element = channels * NR + GAP;
         let panel_len = INPUT * element;
-        let mut data = zeros(columns.div_ceil(NR) * panel_len);
+        let len = columns.div_ceil(NR) * panel_len;
+        let mut data = if parallel { zeros(len) } else { vec![0.0; len] };
         let pack = |(panel, data): (usize, &mut [f32])| {
             let mut taps = [[0f32; NR]; TAPS];
             for channel in 0..channels {
@@ -143,7 +145,7 @@ impl Kernels {
                 transform_kernel(level, &taps, &mut data[channel * NR..], element);
             }
         };
-        for_each(data.len() >= PARALLEL_WORK, data.chunks_exact_mut(panel_len).enumerate(), pack);
+        for_each(parallel && len >= PARALLEL_WORK, data.chunks_exact_mut(panel_len).enumerate(), pack);
         Self { data, element, panel_len }
     }
 }
@@ -234,6 +236,9 @@ const CHUNKS: usize = 4;
 pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f32]) -> Vec<f32> {
     let tiles = Tiles::new(g);
     let all = tiles.all_rows() * tiles.columns;
+    if all == 0 {
+        return vec![0.0; g.c_out * g.c_in * TAPS];
+    }
     let (in_panels, out_panels) = (g.c_in.div_ceil(NR), g.c_out.div_ceil(NR));
     let chunk = CHUNK.min(all);
     let (v_element, w_element) = (in_panels * chunk * NR + GAP, out_panels * chunk * NR + GAP);

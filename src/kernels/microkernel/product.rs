@@ -89,7 +89,7 @@ pub(in super::super) struct Product<'a> {
 /// the order of the segments, one sum per element: so an element's bits depend on its row and its column only.
 ///
 /// # Panics
-/// If a row, a panel or an element of the output is out of bounds.
+/// If a row, a panel or an element of the output is out of bounds, or there are no terms.
 pub(in super::super) fn product(
     level: CpuLevel,
     operands: &Product,
@@ -103,12 +103,11 @@ pub(in super::super) fn product(
         return;
     }
     let n_panels = columns.div_ceil(NR);
-    if segments.terms() > 0 {
-        let last = last_row + segments.reach();
-        assert!(last < a.len(), "element {last} of {}", a.len());
-        let end = (n_panels - 1) * panel_len + segments.panel_reach();
-        assert!(end <= panels.len(), "panels of {} for {segments:?}, {columns} columns", panels.len());
-    }
+    assert!(segments.terms() > 0, "a sum of no terms: {segments:?}");
+    let last = last_row + segments.reach();
+    assert!(last < a.len(), "element {last} of {}", a.len());
+    let end = (n_panels - 1) * panel_len + segments.panel_reach();
+    assert!(end <= panels.len(), "panels of {} for {segments:?}, {columns} columns", panels.len());
     if let Start::Bias(bias) = start {
         assert!(bias.len() >= n_panels * NR, "a bias of {} for {columns} columns", bias.len());
     }

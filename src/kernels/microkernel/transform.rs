@@ -77,6 +77,7 @@ impl Place {
     }
 
     fn check(&self, channels: usize, len: usize) {
+        assert!(self.panel >= NR || channels <= NR, "{self:?} of {channels} channels: panels overlap");
         let end = self.offset(INPUT - 1, channels.saturating_sub(1)) + 1;
         assert!(end <= len, "{end} elements of {len}");
     }
@@ -507,6 +508,13 @@ mod tests {
                 assert!((f64::from(dg[9]) - expected).abs() < 1e-5, "{level:?} {t}: {}, {expected}", dg[9]);
             }
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "33 elements of 32")]
+    fn a_window_out_of_bounds_panics() {
+        let window = Window { start: 0, pitch: 9, channels: 1, rows: 0..4, cols: 0..6 };
+        input_tile(CpuLevel::get(), &[0.0; 32], &window, &mut [0.0; 36], Place { element: 1, panel: NR });
     }
 
     #[test]
