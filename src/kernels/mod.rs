@@ -100,6 +100,15 @@ fn tensor(data: Vec<f32>, like: &Tensor) -> candle_core::Result<Tensor> {
 /// The work in multiply-adds or elements under which waking threads costs more than they save.
 const PARALLEL_WORK: usize = 1 << 16;
 
+/// Does all tasks, by all threads if that is worth it.
+fn for_each<T: Send>(parallel: bool, tasks: impl Iterator<Item = T>, body: impl Fn(T) + Sync + Send) {
+    if parallel {
+        tasks.collect::<Vec<_>>().into_par_iter().for_each(body);
+    } else {
+        tasks.for_each(body);
+    }
+}
+
 /// `out += other`, element by element.
 fn add(out: &mut [f32], other: &[f32]) {
     const CHUNK: usize = 1 << 14;

@@ -195,7 +195,7 @@ pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
     Ok((log_p.exp()? * (log_p - log_q)?)?.sum(D::Minus1)?)
 }
 
-/// A residual block of the U-Net, one operation after the other: see [`super::resnet_block`].
+/// A residual block of the U-Net, one operation after the other: see [`fn@super::resnet_block`].
 pub fn resnet_block(x: &Tensor, temb: &Tensor, theta: &Tensor, block: &ResnetBlock) -> Result<Tensor> {
     let parts = split(theta, &block.parameters())?;
     let ResnetBlock { groups, epsilon, .. } = *block;
@@ -222,7 +222,7 @@ pub fn resnet_block(x: &Tensor, temb: &Tensor, theta: &Tensor, block: &ResnetBlo
     Ok(((x + h)? / block.output_scale)?)
 }
 
-/// A residual block of a ResNet, one operation after the other: see [`super::basic_block`].
+/// A residual block of a ResNet, one operation after the other: see [`fn@super::basic_block`].
 pub fn basic_block(
     x: &Tensor,
     theta: &Tensor,

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     device::CpuLevel,
     kernels::{
-        PARALLEL_WORK,
+        PARALLEL_WORK, for_each,
         microkernel::{NR, Product, Segments, Start, pad_columns, product, zeros},
     },
 };
@@ -99,6 +99,9 @@ pub(super) fn pack(
     panels
 }
 
+/// Floats of the input that a block reads again for each panel of weights.
+const CACHED: usize = 1 << 14;
+
 /// Terms that are summed in registers: fixed, since it shows in the bits.
 const TERMS: usize = 1024;
 
@@ -108,8 +111,10 @@ pub(super) fn forward(level: CpuLevel, g: &Geometry, x: &[f32], panels: &[f32], 
     if out.is_empty() {
         return out;
     }
-    // Large enough to use a panel of weights often while it is in the cache, small enough for all threads.
-    let pixels = (g.out_pixels() / (4 * rayon::current_num_threads())).clamp(48, 240);
+    // Large enough to use a panel of weights often while it is in the cache, small enough to stay there with it,
+    // and for all threads to have work.
+    let cached = CACHED / (g.c_in * g.stride * g.stride);
+    let pixels = (g.out_pixels() / (4 * rayon::current_num_threads())).min(cached).clamp(48, 240);
     let mut tasks = Vec::new();
     let mut rest = &mut out[..];
     for block in g.blocks(pixels) {
@@ -250,8 +255,8 @@ const GROUP: usize = 12;
 /// The places of a group's inputs beside each other.
 const ROWS: [usize; GROUP] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 
-/// Up to how many weights parts of the image get sums of their own; with more, threads share the weights.
-const FEW_WEIGHTS: usize = 1 << 15;
+/// Up to how many weights parts of the images get sums of their own; with more, threads share the weights.
+const FEW_WEIGHTS: usize = 1 << 16;
 
 /// The gradient of the weights, in the weights' order. Each element adds the sums of blocks of pixels in an order
 /// that depends on the sizes only.
@@ -314,7 +319,7 @@ fn add_block(
     panels.clear();
     panels.resize(pitch * n_pixels, 0f32);
     let dy = &dy[block.first_pixel(g) * g.c_out..][..n_pixels * g.c_out];
-    for (p, panel) in panels.chunks_exact_mut(n_pixels * NR).enumerate() {
+    let gather = |(p, panel): (usize, &mut [f32])| {
         let columns = p * NR..((p + 1) * NR).min(g.c_out);
         for (row, dy) in panel.chunks_exact_mut(NR).zip(dy.chunks_exact(g.c_out)) {
             match dy[columns.clone()].first_chunk::<NR>() {
@@ -322,7 +327,8 @@ fn add_block(
                 None => row[..columns.len()].copy_from_slice(&dy[columns.clone()]),
             }
         }
-    }
+    };
+    for_each(in_parallel, panels.chunks_exact_mut(n_pixels * NR).enumerate(), gather);
     let taps: Vec<usize> =
         (0..g.kh).flat_map(|ky| (0..g.kw * g.c_in).map(move |k| ky * view.pitch + k)).collect();
     let add = |inputs: &mut Vec<f32>, (taps, sums): (&[usize], &mut [f32])| {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 use geometry::Geometry;
 
-use super::{Elements, add, elements, on_cpu, reduce::bias_gradient, reference, tensor};
+use super::{Elements, PARALLEL_WORK, add, elements, on_cpu, reduce::bias_gradient, reference, tensor};
 use crate::{
     Result,
     device::{ConvAlgorithm, CpuLevel},
@@ -306,10 +306,12 @@ impl Convolution {
 
     /// In the weights' order.
     pub(super) fn weight_gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
-        match self.by_winograd(&self.g) {
+        let gradient = || match self.by_winograd(&self.g) {
             true => winograd::weight_gradient(self.level, &self.g, x, dy),
             false => direct::weight_gradient(self.level, &self.g, x, dy),
-        }
+        };
+        // Into the pool once, not for each of many blocks.
+        if self.g.work() < PARALLEL_WORK { gradient() } else { rayon::scope(|_| gradient()) }
     }
 }
 

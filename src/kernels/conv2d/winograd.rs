@@ -7,13 +7,11 @@
 
 use std::{cell::Cell, ops::Range};
 
-use rayon::prelude::*;
-
 use super::{Bias, geometry::Geometry};
 use crate::{
     device::CpuLevel,
     kernels::{
-        PARALLEL_WORK,
+        PARALLEL_WORK, for_each,
         microkernel::{
             INPUT, NR, OUTPUT, Place, Product, Segments, Start, TAPS, Transformed, Window, gradient_tile,
             input_tile, kernel_gradient, output_tile, product, transform_kernel, zeros,
@@ -301,13 +299,4 @@ pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f3
 /// A tile without pixels.
 fn nothing(channels: usize) -> Window {
     Window { start: 0, pitch: 0, channels, rows: 0..0, cols: 0..0 }
-}
-
-/// Does all tasks, by all threads if that is worth it.
-fn for_each<T: Send>(parallel: bool, tasks: impl Iterator<Item = T>, body: impl Fn(T) + Sync + Send) {
-    if parallel {
-        tasks.collect::<Vec<_>>().into_par_iter().for_each(body);
-    } else {
-        tasks.for_each(body);
-    }
 }
