@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use candle_core::{CpuStorage, CustomOp2, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
 use super::{
     BatchStatistics, BlockWeights, Elements, add,
@@ -13,7 +13,7 @@ use super::{
     conv2d::{Bias, Convolution},
     elements, for_each_chunk,
     microkernel::{Arithmetic, Loop, run, zeros},
-    on_cpu, reference, tensor,
+    on_cpu, ranges, reference, tensor,
 };
 use crate::{
     Result,
@@ -66,7 +66,7 @@ impl BasicBlock {
     fn check(&self, x: &Tensor, theta: &Tensor, running: Option<&[BatchStatistics]>) -> Result<()> {
         let Self { c_in, c_out, stride, .. } = *self;
         let (b, h, w, c) = x.dims4()?;
-        let count: usize = self.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        let count = ranges(&self.parameters()).last().map_or(0, |last| last.end);
         if c != c_in || theta.dims() != [count] {
             bail!(
                 Alarm,
@@ -132,39 +132,19 @@ fn basic_block_at(
 ) -> Result<(Tensor, Vec<BatchStatistics>)> {
     let BasicBlock { c_in, c_out, stride, epsilon } = *block;
     let (b, h, w, _) = x.dims4()?;
-    let mut end = 0;
-    let parts: Vec<Range<usize>> = block
-        .parameters()
-        .into_iter()
-        .map(|(_, shape)| {
-            end += shape.elem_count();
-            end - shape.elem_count()..end
-        })
-        .collect();
     let conv1 = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 3, 3), stride, (1, 1))?;
     let (out_h, out_w) = (h.div_ceil(stride), w.div_ceil(stride));
     let conv2 =
         Convolution::new(level, algorithm, (b, out_h, out_w, c_out), (c_out, c_out, 3, 3), 1, (1, 1))?;
     let shortcut = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 1, 1), stride, (0, 0))?;
     let rows = b * out_h * out_w;
-    let running = match running {
-        None => None,
-        Some(running) => {
-            let doubles = |t: &Tensor| -> Result<Vec<f64>> {
-                Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
-            };
-            let statistics = |s: &BatchStatistics| {
-                Ok(Statistics { mean: doubles(&s.mean)?, variance: doubles(&s.variance)? })
-            };
-            Some(running.iter().map(statistics).collect::<Result<Vec<_>>>()?)
-        }
-    };
-    let of_batch = running.is_none();
+    let given = |running: &[BatchStatistics]| running.iter().map(Statistics::given).collect::<Result<_>>();
+    let running: Option<Vec<_>> = running.map(given).transpose()?;
     let seen: Arc<OnceLock<Vec<Statistics>>> = Arc::default();
     let op = Op {
         level,
         epsilon,
-        parts,
+        parts: ranges(&block.parameters()),
         conv1,
         conv2,
         shortcut: block.has_shortcut().then_some(shortcut),
@@ -175,16 +155,9 @@ fn basic_block_at(
         kept: OnceLock::new(),
     };
     let out = x.contiguous()?.apply_op2(&theta.contiguous()?, op)?;
-    let mut batch = Vec::new();
-    if of_batch {
-        let unbiased = rows as f64 / (rows - 1) as f64;
-        for Statistics { mean, variance } in seen.get().into_iter().flatten() {
-            let vector = |values: &[f64], factor: f64| {
-                Tensor::from_vec(values.iter().map(|v| (v * factor) as f32).collect(), c_out, &Device::Cpu)
-            };
-            batch.push(BatchStatistics { mean: vector(mean, 1.0)?, variance: vector(variance, unbiased)? });
-        }
-    }
+    // Nothing was seen where statistics were given.
+    let seen = seen.get().into_iter().flatten();
+    let batch = seen.map(|statistics| statistics.unbiased(rows)).collect::<Result<_>>()?;
     Ok((out, batch))
 }
 

@@ -94,12 +94,7 @@ fn batch_norm_train_at(
     let moments = Moments::new(&statistics, epsilon);
     let op = BatchNorm { level, moments, of_batch: true, relu };
     let out = x.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
-    let rows = (x.elem_count() / c.max(1)) as f64;
-    let vector = |values: &[f64], factor: f64| {
-        Tensor::from_vec(values.iter().map(|v| (v * factor) as f32).collect(), c, &Device::Cpu)
-    };
-    let mean = vector(&statistics.mean, 1.0)?;
-    Ok((out, BatchStatistics { mean, variance: vector(&statistics.variance, rows / (rows - 1.0))? }))
+    Ok((out, statistics.unbiased(x.elem_count() / c)?))
 }
 
 fn batch_norm_eval_at(
@@ -111,12 +106,8 @@ fn batch_norm_eval_at(
     epsilon: f64,
     relu: bool,
 ) -> Result<Tensor> {
-    let doubles = |t: &Tensor| -> Result<Vec<f64>> {
-        Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
-    };
-    let statistics =
-        Statistics { mean: doubles(&statistics.mean)?, variance: doubles(&statistics.variance)? };
-    let op = BatchNorm { level, moments: Moments::new(&statistics, epsilon), of_batch: false, relu };
+    let moments = Moments::new(&Statistics::given(statistics)?, epsilon);
+    let op = BatchNorm { level, moments, of_batch: false, relu };
     Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
 }
 
@@ -124,6 +115,27 @@ fn batch_norm_eval_at(
 pub(super) struct Statistics {
     pub mean: Vec<f64>,
     pub variance: Vec<f64>,
+}
+
+impl Statistics {
+    /// Those that a caller gives, whose variance is taken as it is.
+    pub fn given(statistics: &BatchStatistics) -> Result<Self> {
+        let doubles = |t: &Tensor| -> Result<Vec<f64>> {
+            Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
+        };
+        Ok(Self { mean: doubles(&statistics.mean)?, variance: doubles(&statistics.variance)? })
+    }
+
+    /// With the unbiased estimate of the variance, from those of `rows` rows.
+    pub fn unbiased(&self, rows: usize) -> Result<BatchStatistics> {
+        let rows = rows as f64;
+        let vector = |values: &[f64], factor: f64| {
+            let values: Vec<f32> = values.iter().map(|v| (v * factor) as f32).collect();
+            Tensor::new(values, &Device::Cpu)
+        };
+        let (mean, variance) = (vector(&self.mean, 1.0)?, vector(&self.variance, rows / (rows - 1.0))?);
+        Ok(BatchStatistics { mean, variance })
+    }
 }
 
 /// Mean and 1 / √(variance + ε) of each channel.

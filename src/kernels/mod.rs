@@ -29,7 +29,7 @@ mod testing;
 
 use std::ops::{Deref, Range};
 
-use candle_core::{CpuStorage, DType, Device, Layout, Storage, StorageRef, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Shape, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
 
 pub use activation::{relu, silu};
@@ -95,6 +95,16 @@ impl Deref for Elements<'_> {
 /// A tensor on the CPU, outside of any graph.
 fn tensor(data: Vec<f32>, like: &Tensor) -> candle_core::Result<Tensor> {
     Tensor::from_vec(data, like.shape(), &Device::Cpu)
+}
+
+/// Where each of the parameters lies in a vector that has them one behind another.
+fn ranges(parameters: &[(&str, Shape)]) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let next = |(_, shape): &(&str, Shape)| {
+        end += shape.elem_count();
+        end - shape.elem_count()..end
+    };
+    parameters.iter().map(next).collect()
 }
 
 /// The work in multiply-adds or elements under which waking threads costs more than they save.

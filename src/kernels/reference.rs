@@ -1,11 +1,11 @@
 //! Every op in plain candle ops: the specification, the oracle of the fast versions, and what runs on
 //! devices without one.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range};
 
 use candle_core::{D, Shape, Tensor};
 
-use super::{BasicBlock, BatchStatistics, ResnetBlock};
+use super::{BasicBlock, BatchStatistics, ResnetBlock, ranges};
 use crate::Result;
 
 /// 2-D convolution. `x`: `(b, h, w, c_in)` f32; `weight`: `(c_out, c_in, kh, kw)`; `bias`: `(c_out,)`.
@@ -254,11 +254,8 @@ pub fn basic_block(
 
 /// The parameters that lie in a vector one behind another.
 fn split(theta: &Tensor, parameters: &[(&'static str, Shape)]) -> Result<HashMap<&'static str, Tensor>> {
-    let mut start = 0;
-    let mut parts = HashMap::new();
-    for (name, shape) in parameters {
-        parts.insert(*name, theta.narrow(0, start, shape.elem_count())?.reshape(shape)?);
-        start += shape.elem_count();
-    }
-    Ok(parts)
+    let part = |((name, shape), range): (&(&'static str, Shape), Range<usize>)| {
+        Ok((*name, theta.narrow(0, range.start, range.len())?.reshape(shape)?))
+    };
+    parameters.iter().zip(ranges(parameters)).map(part).collect()
 }

@@ -18,7 +18,7 @@ use super::{
     group_norm::{ChannelSums, Moments, Norm},
     matmul::{linear_input_gradient, linear_rows, linear_weight_gradient},
     microkernel::zeros,
-    on_cpu,
+    on_cpu, ranges,
     reduce::{bias_gradient, column_sums},
     reference, tensor,
 };
@@ -91,7 +91,7 @@ impl ResnetBlock {
     fn check(&self, x: &Tensor, temb: &Tensor, theta: &Tensor) -> Result<()> {
         let ResnetBlock { c_in, c_out, time_dim, groups, .. } = *self;
         let (b, _, _, c) = x.dims4()?;
-        let count: usize = self.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        let count = ranges(&self.parameters()).last().map_or(0, |last| last.end);
         if c != c_in || temb.dims() != [b, time_dim] || theta.dims() != [count] {
             bail!(
                 Alarm,
@@ -117,11 +117,7 @@ impl ResnetBlock {
     }
 
     fn parts(&self) -> Parts {
-        let mut end = 0;
-        let mut ranges = self.parameters().into_iter().map(move |(_, shape)| {
-            end += shape.elem_count();
-            end - shape.elem_count()..end
-        });
+        let mut ranges = ranges(&self.parameters()).into_iter();
         let mut next = || std::array::from_fn(|_| ranges.next().unwrap_or(0..0));
         Parts { norm1: next(), conv1: next(), time: next(), norm2: next(), conv2: next(), shortcut: next() }
     }

@@ -91,11 +91,7 @@ pub(super) fn pack(
             }
         }
     };
-    if !parallel || len < PARALLEL_WORK {
-        panels.chunks_exact_mut(panel_len).enumerate().for_each(pack);
-    } else {
-        panels.par_chunks_exact_mut(panel_len).enumerate().for_each(pack);
-    }
+    for_each(parallel && len >= PARALLEL_WORK, panels.chunks_exact_mut(panel_len).enumerate(), pack);
     panels
 }
 
