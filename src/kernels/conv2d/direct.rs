@@ -11,7 +11,7 @@ use crate::{
     device::CpuLevel,
     kernels::{
         PARALLEL_WORK, for_each,
-        microkernel::{NR, Product, Segments, Start, pad_columns, product, zeros},
+        microkernel::{NR, Product, Segments, Start, filled, first_product, pad_columns, product, zeros},
     },
 };
 
@@ -103,57 +103,37 @@ const TERMS: usize = 1024;
 
 /// The convolution with packed weights.
 pub(super) fn forward(level: CpuLevel, g: &Geometry, x: &[f32], panels: &[f32], bias: Bias) -> Vec<f32> {
-    let mut out = zeros(g.out_pixels() * g.c_out);
-    if out.is_empty() {
-        return out;
-    }
+    let per_image = matches!(bias, Bias::Samples(_));
+    let g = if per_image { *g } else { g.flat() };
     // Large enough to use a panel of weights often while it is in the cache, small enough to stay there with it,
-    // and for all threads to have work.
+    // and for all threads to have work. Whole tiles at any level.
     let cached = CACHED / (g.c_in * g.stride * g.stride);
-    let pixels = (g.out_pixels() / (4 * rayon::current_num_threads())).min(cached).clamp(48, 240);
-    let mut tasks = Vec::new();
-    let mut rest = &mut out[..];
-    for block in g.blocks(pixels) {
-        let (piece, tail) = rest.split_at_mut(block.pixels(g) * g.c_out);
-        tasks.push((block, piece));
-        rest = tail;
+    let mut pixels =
+        (g.out_pixels() / (4 * rayon::current_num_threads())).min(cached).clamp(48, 240) / 12 * 12;
+    if per_image {
+        pixels = pixels.min(g.out_h * g.out_w);
     }
-    let run = |scratch: &mut Scratch, (block, out): (Block, &mut [f32])| {
-        let view = View::new(g, x, &block, scratch);
-        // Long sums are cut at the kernel's rows, which bounds their rounding error.
-        let (cuts, rows) = if g.terms() > TERMS { (g.kh, 1) } else { (1, g.kh) };
-        // A bias of its own for each image takes them one by one.
-        let step = if let Bias::Samples(_) = bias { 1 } else { block.images.len() };
-        let pixels = step * block.rows.len() * g.out_w;
-        for ((image, out), pixels) in
-            block.images.step_by(step).zip(out.chunks_mut(pixels * g.c_out)).zip(view.pixels.chunks(pixels))
-        {
-            let bias = bias.of(image, g.c_out).map(pad_columns);
-            for cut in 0..cuts {
-                let operands = Product {
-                    a: &view.data[cut * view.pitch..],
-                    rows: pixels,
-                    segments: Segments::new(rows, g.kw * g.c_in, view.pitch, 1),
-                    panels: &panels[cut * g.kw * g.c_in * NR..],
-                    panel_len: g.terms() * NR,
-                    columns: g.c_out,
-                };
-                let start = match &bias {
-                    _ if cut > 0 => Start::Add,
-                    Some(bias) => Start::Bias(bias),
-                    None => Start::Zero,
-                };
-                product(level, &operands, start, out, g.c_out);
-            }
+    // Long sums are cut at the kernel's rows, which bounds their rounding error.
+    let (cuts, rows) = if g.terms() > TERMS { (g.kh, 1) } else { (1, g.kh) };
+    let blocks = g.blocks(pixels).into_iter().map(|block| (block.pixels(&g) * g.c_out, block));
+    let parallel = g.work() >= PARALLEL_WORK;
+    filled(g.out_pixels() * g.c_out, blocks, parallel, |scratch: &mut Scratch, block: Block, out| {
+        let view = View::new(&g, x, &block, scratch);
+        let operands = |cut: usize| Product {
+            a: &view.data[cut * view.pitch..],
+            rows: view.pixels,
+            segments: Segments::new(rows, g.kw * g.c_in, view.pitch, 1),
+            panels: &panels[cut * g.kw * g.c_in * NR..],
+            panel_len: g.terms() * NR,
+            columns: g.c_out,
+        };
+        let bias = bias.of(block.images.start, g.c_out).map(pad_columns);
+        let out = first_product(level, &operands(0), bias.as_deref(), out);
+        for cut in 1..cuts {
+            product(level, &operands(cut), Start::Add, out, g.c_out);
         }
-    };
-    if g.work() < PARALLEL_WORK {
-        let mut scratch = Scratch::default();
-        tasks.into_iter().for_each(|task| run(&mut scratch, task));
-    } else {
-        tasks.into_par_iter().for_each_init(Scratch::default, run);
-    }
-    out
+        out
+    })
 }
 
 /// One of the convolutions that make the gradient of the input: of `dy`, at stride 1, for one residue of
@@ -251,26 +231,47 @@ const GROUP: usize = 12;
 /// The places of a group's inputs beside each other.
 const ROWS: [usize; GROUP] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 
+/// Up to how many channels times the stride the inputs of a block stay in the first cache where they are.
+const FEW_CHANNELS: usize = 4;
+
 /// Up to how many weights parts of the images get sums of their own; with more, threads share the weights.
 const FEW_WEIGHTS: usize = 1 << 16;
+
+/// Floats of the output's gradient that are brought together at once when threads share the weights.
+const AT_ONCE: usize = 1 << 21;
 
 /// The gradient of the weights, in the weights' order. Each element adds the sums of blocks of pixels in an order
 /// that depends on the sizes only.
 pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f32]) -> Vec<f32> {
+    let g = &g.flat();
     let pitch = g.c_out.next_multiple_of(NR);
     let len = g.terms() * pitch;
     let blocks = g.blocks(PIXELS);
     let mut sums = vec![0f32; len];
     if len > FEW_WEIGHTS {
-        let mut scratch = GradientScratch::default();
-        blocks.iter().for_each(|block| add_block(level, g, x, dy, block, &mut scratch, &mut sums, true));
+        let mut buffers = Vec::new();
+        buffers.resize_with(blocks.len().min((AT_ONCE / (PIXELS * pitch)).max(1)), Buffers::default);
+        let groups = g.terms().div_ceil(GROUP).div_ceil(4 * rayon::current_num_threads());
+        for blocks in blocks.chunks(buffers.len().max(1)) {
+            let operands = buffers.par_iter_mut().zip(blocks);
+            let operands: Vec<_> =
+                operands.map(|(buffers, block)| Pixels::new(g, x, dy, block, buffers)).collect();
+            sums.par_chunks_mut(groups * GROUP * pitch).enumerate().for_each_init(
+                Vec::new,
+                |inputs, (i, sums)| {
+                    operands.iter().for_each(|pixels| pixels.add(level, g, i * groups * GROUP, inputs, sums));
+                },
+            );
+        }
     } else {
-        let parts = blocks.chunks(blocks.len().div_ceil(16).max(1));
         let of_part = |part: &[Block]| {
-            let (mut scratch, mut sums) = (GradientScratch::default(), vec![0f32; len]);
-            part.iter().for_each(|block| add_block(level, g, x, dy, block, &mut scratch, &mut sums, false));
+            let (mut buffers, mut inputs, mut sums) = (Buffers::default(), Vec::new(), vec![0f32; len]);
+            for block in part {
+                Pixels::new(g, x, dy, block, &mut buffers).add(level, g, 0, &mut inputs, &mut sums);
+            }
             sums
         };
+        let parts = blocks.chunks(blocks.len().div_ceil(16).max(1));
         let parts: Vec<Vec<f32>> = match g.work() < PARALLEL_WORK {
             true => parts.map(of_part).collect(),
             false => parts.collect::<Vec<_>>().into_par_iter().map(of_part).collect(),
@@ -291,67 +292,84 @@ pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f3
 
 /// Buffers that are kept from block to block.
 #[derive(Default)]
-struct GradientScratch {
-    view: Scratch,
+struct Buffers {
+    input: Scratch,
     panels: Vec<f32>,
-    inputs: Vec<f32>,
 }
 
-/// Adds the products of a block of pixels to the sums, which have a row for each tap and channel.
-#[expect(clippy::too_many_arguments, reason = "the operands of one loop")]
-fn add_block(
-    level: CpuLevel,
-    g: &Geometry,
-    x: &[f32],
-    dy: &[f32],
-    block: &Block,
-    scratch: &mut GradientScratch,
-    sums: &mut [f32],
-    in_parallel: bool,
-) {
-    let GradientScratch { view, panels, inputs } = scratch;
-    let view = View::new(g, x, block, view);
-    let (n_pixels, pitch) = (view.pixels.len(), g.c_out.next_multiple_of(NR));
-    panels.clear();
-    panels.resize(pitch * n_pixels, 0f32);
-    let dy = &dy[block.first_pixel(g) * g.c_out..][..n_pixels * g.c_out];
-    let gather = |(p, panel): (usize, &mut [f32])| {
-        let columns = p * NR..((p + 1) * NR).min(g.c_out);
-        for (row, dy) in panel.chunks_exact_mut(NR).zip(dy.chunks_exact(g.c_out)) {
-            match dy[columns.clone()].first_chunk::<NR>() {
-                Some(dy) => row.copy_from_slice(dy),
-                None => row[..columns.len()].copy_from_slice(&dy[columns.clone()]),
+/// What a block of pixels brings to the gradient of the weights.
+struct Pixels<'a> {
+    input: View<'a>,
+    /// Of an image.
+    rows: usize,
+    /// The gradient of the output, in panels of its channels with a row for each pixel.
+    panels: &'a [f32],
+}
+
+impl<'a> Pixels<'a> {
+    fn new(g: &Geometry, x: &'a [f32], dy: &[f32], block: &Block, buffers: &'a mut Buffers) -> Self {
+        let pixels = block.pixels(g);
+        let dy = &dy[block.first_pixel(g) * g.c_out..][..pixels * g.c_out];
+        let panels = &mut buffers.panels;
+        panels.resize(g.c_out.next_multiple_of(NR) * pixels, 0.0);
+        for (p, panel) in panels.chunks_exact_mut(pixels * NR).enumerate() {
+            let columns = p * NR..((p + 1) * NR).min(g.c_out);
+            for (row, dy) in panel.chunks_exact_mut(NR).zip(dy.chunks_exact(g.c_out)) {
+                match dy[columns.clone()].first_chunk::<NR>() {
+                    Some(dy) => row.copy_from_slice(dy),
+                    None => row[..columns.len()].copy_from_slice(&dy[columns.clone()]),
+                }
             }
         }
-    };
-    for_each(in_parallel, panels.chunks_exact_mut(n_pixels * NR).enumerate(), gather);
-    let taps: Vec<usize> =
-        (0..g.kh).flat_map(|ky| (0..g.kw * g.c_in).map(move |k| ky * view.pitch + k)).collect();
-    let add = |inputs: &mut Vec<f32>, (taps, sums): (&[usize], &mut [f32])| {
-        inputs.clear();
-        match (taps.first(), taps.last()) {
-            // Neighbours in memory, nearly always.
-            (Some(first), Some(last)) if last - first + 1 == taps.len() => {
-                view.pixels.iter().for_each(|p| inputs.extend_from_slice(&view.data[p + first..=p + last]));
+        Self { input: View::new(g, x, block, &mut buffers.input), rows: block.rows.len(), panels }
+    }
+
+    /// Adds the products of the inputs from the term `first` on, a term of a window for each row of `sums`.
+    fn add(&self, level: CpuLevel, g: &Geometry, first: usize, inputs: &mut Vec<f32>, sums: &mut [f32]) {
+        let pitch = g.c_out.next_multiple_of(NR);
+        let View { data, pixels, pitch: input_pitch } = self.input;
+        let taps: Vec<usize> = (first..first + sums.len() / pitch)
+            .map(|term| term / (g.kw * g.c_in) * input_pitch + term % (g.kw * g.c_in))
+            .collect();
+        let panel_len = pixels.len() * NR;
+        if g.c_in * g.stride <= FEW_CHANNELS {
+            let image = self.rows * g.out_w;
+            for (first, pixel) in pixels.iter().enumerate().step_by(image) {
+                let operands = Product {
+                    a: &data[*pixel..],
+                    rows: &taps,
+                    segments: Segments::new(self.rows, g.out_w, g.stride * input_pitch, g.stride * g.c_in),
+                    panels: &self.panels[first * NR..],
+                    panel_len,
+                    columns: g.c_out,
+                };
+                product(level, &operands, Start::Add, sums, pitch);
             }
-            _ => {
-                view.pixels.iter().for_each(|p| inputs.extend(taps.iter().map(|tap| view.data[p + tap])));
-            }
+            return;
         }
-        let operands = Product {
-            a: inputs,
-            rows: &ROWS[..taps.len()],
-            segments: Segments::new(1, n_pixels, 0, taps.len()),
-            panels,
-            panel_len: n_pixels * NR,
-            columns: g.c_out,
-        };
-        product(level, &operands, Start::Add, sums, pitch);
-    };
-    let groups = taps.chunks(GROUP).zip(sums.chunks_mut((GROUP * pitch).max(1)));
-    if in_parallel {
-        groups.collect::<Vec<_>>().into_par_iter().for_each_init(Vec::new, add);
-    } else {
-        groups.for_each(|group| add(inputs, group));
+        for (taps, sums) in taps.chunks(GROUP).zip(sums.chunks_mut(GROUP * pitch)) {
+            match taps {
+                // Neighbours in memory, nearly always.
+                [first, .., last] if taps.len() == GROUP && last - first + 1 == GROUP => {
+                    inputs.resize(pixels.len() * GROUP, 0.0);
+                    for (inputs, pixel) in inputs.as_chunks_mut::<GROUP>().0.iter_mut().zip(pixels) {
+                        inputs.copy_from_slice(&data[pixel + first..][..GROUP]);
+                    }
+                }
+                _ => {
+                    inputs.clear();
+                    pixels.iter().for_each(|pixel| inputs.extend(taps.iter().map(|tap| data[pixel + tap])));
+                }
+            }
+            let operands = Product {
+                a: inputs,
+                rows: &ROWS[..taps.len()],
+                segments: Segments::new(1, pixels.len(), 0, taps.len()),
+                panels: self.panels,
+                panel_len,
+                columns: g.c_out,
+            };
+            product(level, &operands, Start::Add, sums, pitch);
+        }
     }
 }

@@ -33,6 +33,17 @@ impl Geometry {
         self.out_pixels() * self.terms() * self.c_out
     }
 
+    /// The same products without images if the kernel is a single pixel: pixels one below another, which blocks may
+    /// cut anywhere.
+    pub fn flat(self) -> Self {
+        let pixelwise = (self.kh, self.kw, self.stride, self.before) == (1, 1, 1, (0, 0));
+        if !pixelwise || (self.out_h, self.out_w) != (self.h, self.w) {
+            return self;
+        }
+        let pixels = self.out_pixels();
+        Self { images: 1, h: pixels, w: 1, out_h: pixels, out_w: 1, ..self }
+    }
+
     /// Cuts the output into blocks of at most about `pixels` pixels: rows of an image, or whole small images.
     /// In order, each block is a contiguous piece of the output.
     pub fn blocks(&self, pixels: usize) -> Vec<Block> {

@@ -444,7 +444,7 @@ mod tests {
     type Case = ([usize; 4], [usize; 3], usize, (usize, usize));
 
     /// `(b, h, w, c_in)`, `(c_out, kh, kw)`, stride, padding.
-    const CASES: [Case; 21] = [
+    const CASES: [Case; 23] = [
         ([2, 5, 7, 1], [16, 3, 3], 1, (1, 1)),
         ([3, 8, 8, 3], [5, 3, 3], 1, (1, 1)),
         ([2, 7, 5, 5], [33, 3, 3], 2, (1, 1)),
@@ -466,6 +466,9 @@ mod tests {
         ([2, 13, 10, 9], [16, 3, 3], 1, (0, 0)),
         ([2, 11, 12, 8], [24, 3, 3], 1, (2, 1)),
         ([2, 12, 8, 24], [3, 3, 3], 1, (1, 1)),
+        // Several small images in a block whose inputs are read where they are.
+        ([5, 8, 7, 3], [40, 3, 3], 1, (1, 1)),
+        ([7, 6, 5, 2], [20, 3, 3], 2, (1, 1)),
         // More weights than get sums of their own for parts of the image.
         ([2, 6, 5, 60], [70, 3, 3], 2, (1, 1)),
     ];

@@ -1,5 +1,7 @@
 //! The product of rows that lie anywhere and panels of columns.
 
+use std::mem::MaybeUninit;
+
 use super::{Arithmetic, dispatch, vector::Vector};
 use crate::device::CpuLevel;
 
@@ -97,6 +99,30 @@ pub(in super::super) fn product(
     out: &mut [f32],
     pitch: usize,
 ) {
+    // SAFETY: floats that may be written are floats that need not be there.
+    let out = unsafe { &mut *(std::ptr::from_mut(out) as *mut [MaybeUninit<f32>]) };
+    checked(level, operands, start, out, pitch);
+}
+
+/// [`product`] from zero or a bias into rows one behind another, which need not hold anything yet.
+///
+/// # Panics
+/// As [`product`], or if the output has not exactly the result's size.
+pub(in super::super) fn first_product<'a>(
+    level: CpuLevel,
+    operands: &Product,
+    bias: Option<&[f32]>,
+    out: &'a mut [MaybeUninit<f32>],
+) -> &'a mut [f32] {
+    let columns = operands.columns;
+    assert_eq!(out.len(), operands.rows.len() * columns, "the elements of a product");
+    checked(level, operands, bias.map_or(Start::Zero, Start::Bias), out, columns);
+    // SAFETY: the rows that have been written have no gaps.
+    unsafe { out.assume_init_mut() }
+}
+
+/// Writes every element of `rows · columns`, and reads none first unless it adds to them.
+fn checked(level: CpuLevel, operands: &Product, start: Start, out: &mut [MaybeUninit<f32>], pitch: usize) {
     let Product { a, rows, segments, panels, panel_len, columns } = *operands;
     let Some(&last_row) = rows.iter().max() else { return };
     if columns == 0 {
@@ -113,19 +139,16 @@ pub(in super::super) fn product(
     }
     let end = (rows.len() - 1) * pitch + columns;
     assert!(end <= out.len() && columns <= pitch, "{end} elements of {}, rows of {pitch}", out.len());
-    // SAFETY: every element that is read or written is inside its slice, as asserted.
-    unsafe { dispatch!(level, all_rows, (operands: &Product, start: Start, out: &mut [f32], pitch: usize)) }
+    let out = out.as_mut_ptr().cast::<f32>();
+    // SAFETY: every element that is read or written is inside its slice, as asserted; only `Start::Add` reads
+    // the output, which `first_product` never asks for.
+    unsafe { dispatch!(level, all_rows, (operands: &Product, start: Start, out: *mut f32, pitch: usize)) }
 }
 
 /// # Safety
-/// What [`product`] asserts; the CPU has the instructions of `V`.
+/// What [`checked`] asserts; the CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn all_rows<V: Vector, A: Arithmetic>(
-    operands: &Product,
-    start: Start,
-    out: &mut [f32],
-    pitch: usize,
-) {
+unsafe fn all_rows<V: Vector, A: Arithmetic>(operands: &Product, start: Start, out: *mut f32, pitch: usize) {
     let mut column = 0;
     while column < operands.columns {
         // SAFETY: the column is one of the result.
@@ -152,7 +175,7 @@ unsafe fn panel<V: Vector, const R: usize, const C: usize>(
     operands: &Product,
     start: Start,
     column: usize,
-    out: &mut [f32],
+    out: *mut f32,
     pitch: usize,
 ) -> usize {
     let mut first = 0;
@@ -186,11 +209,11 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
     start: Start,
     first: usize,
     column: usize,
-    out: &mut [f32],
+    out: *mut f32,
     pitch: usize,
 ) {
     let Product { a, rows, segments, panels, panel_len, columns } = *operands;
-    // SAFETY: all offsets are below the ends that `product` asserts; a panel has NR floats for each term, and
+    // SAFETY: all offsets are below the ends that `checked` asserts; a panel has NR floats for each term, and
     // so has the bias; what would lie behind the last column goes to a buffer.
     unsafe {
         let mut sums = [[V::splat(0.0); C]; R];
@@ -223,7 +246,7 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
             }
         }
         let used = (columns - column).min(C * V::LANES);
-        let out = out.as_mut_ptr().add(first * pitch + column);
+        let out = out.add(first * pitch + column);
         for (r, sums) in sums.iter().enumerate() {
             let out = out.add(r * pitch);
             if used == C * V::LANES {
@@ -318,8 +341,8 @@ mod tests {
                 let (mut narrow, mut wide) = (vec![0.5; n_rows * columns], vec![0.5; n_rows * columns]);
                 // SAFETY: the operands are those of a product that is checked in the other test.
                 unsafe {
-                    all_rows::<Plain<8>, Apart>(&operands, Start::Add, &mut narrow, columns);
-                    all_rows::<Plain<16>, Apart>(&operands, Start::Add, &mut wide, columns);
+                    all_rows::<Plain<8>, Apart>(&operands, Start::Add, narrow.as_mut_ptr(), columns);
+                    all_rows::<Plain<16>, Apart>(&operands, Start::Add, wide.as_mut_ptr(), columns);
                 }
                 assert_eq!(narrow, wide);
             }
