@@ -157,7 +157,8 @@ fn main() -> Result<()> {
         Some("ours") => {
             // SAFETY: no other thread exists yet.
             unsafe { proxyset::process::tune() };
-            serve(ours::prepare)
+            // In the pool, as the program.
+            Ok(rayon::scope(|_| serve(ours::prepare).map_err(|e| e.to_string()))?)
         }
         Some("candle") => serve(stock::prepare),
         _ => Err("run by `make bench-peers`; the engine is 'ours' or 'candle'".into()),

@@ -124,7 +124,12 @@ fn dispatch(cli: &Cli) -> Result<()> {
             .map_err(|e| Error::Usage(format!("threads is {}: {e}", global.threads)))?;
     }
     progress::install_signal_handler()?;
-    match &cli.verb {
+    // In the pool, whose threads else would have to be woken for every operation.
+    rayon::scope(|_| perform(&cli.verb, global))
+}
+
+fn perform(verb: &Verb, global: &Global) -> Result<()> {
+    match verb {
         Verb::Run(args) => run::main(args, global),
         Verb::Plan(args) => plan::main(args, global),
         Verb::Status(args) => status::main(args, global),

@@ -24,9 +24,13 @@ from cases import ROOT, Variant, cases
 from safetensors.torch import load_file
 
 VARIANTS = [Variant(compiled, channels_last) for compiled in (False, True) for channels_last in (False, True)]
-# Shorter work is repeated until a repetition lasts this long, longer work than the second has no warm-up.
-REPETITION_MS = 20
+# Shorter work is repeated until a repetition lasts this long, after untimed runs of the second length; work longer
+# than the third has no warm-up.
+REPETITION_MS = 50
+WARMUP_MS = 20
 WARMUP_BELOW_MS = 1000
+# Before each repetition: PyTorch's workers spin for milliseconds after their work.
+PAUSE_S = 0.05
 TOLERANCE = 1e-3
 
 
@@ -75,10 +79,11 @@ class Timer:
         measure(0, 1)
         once = measure(0, 1)
         self.iterations = max(1, math.ceil(REPETITION_MS / once))
-        self.warmup = int(once < WARMUP_BELOW_MS)
+        self.warmup = math.ceil(WARMUP_MS / once) if once < WARMUP_BELOW_MS else 0
         self.times = []
 
     def repeat(self):
+        time.sleep(PAUSE_S)
         self.times.append(self.measure(self.warmup, self.iterations))
 
     def median(self):
