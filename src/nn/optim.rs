@@ -177,8 +177,13 @@ fn load_count(state: &[(String, Tensor)], name: &str) -> Result<u64> {
 
 /// What turns gradients into updates.
 pub trait Optimizer {
+    /// Updates every parameter from its gradient times `scale`, see [`clip_scale`]. Fails, naming it, if one has
+    /// none.
+    fn step_scaled(&mut self, params: &Params, grads: &GradStore, scale: f64, lr: f64) -> Result<()>;
     /// Updates every parameter from its gradient. Fails, naming it, if one has none.
-    fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()>;
+    fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()> {
+        self.step_scaled(params, grads, 1.0, lr)
+    }
     /// What [`Optimizer::load_state`] needs to go on bit for bit: moments and the number of steps.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
     /// Takes up a state that was saved for the same variables.
@@ -218,7 +223,7 @@ impl Adam {
 }
 
 impl Optimizer for Adam {
-    fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()> {
+    fn step_scaled(&mut self, params: &Params, grads: &GradStore, scale: f64, lr: f64) -> Result<()> {
         let vars = params.vars();
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
@@ -233,11 +238,12 @@ impl Optimizer for Adam {
                 Values::Host { moments: [m, v], .. } => update(var, grad, |p, g| {
                     let [keep, step_size, correction] = [keep, step_size, correction].map(|x| x as f32);
                     let [b1, c1, b2, c2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(|x| x as f32);
-                    let epsilon = epsilon as f32;
+                    let [epsilon, scale] = [epsilon, scale].map(|x| x as f32);
                     let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
                     let chunks = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
                     chunks.for_each(|((p, g), (m, v))| {
                         for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+                            let g = scale * g;
                             *m = b1 * *m + c1 * g;
                             *v = b2 * *v + c2 * (g * g);
                             *p = *p * keep - step_size * (*m / (v.sqrt() / correction + epsilon));
@@ -245,7 +251,8 @@ impl Optimizer for Adam {
                     });
                 })?,
                 Values::Device([m, v]) => {
-                    *m = ((&*m * beta1)? + (grad * (1.0 - beta1))?)?.detach();
+                    let grad = (grad * scale)?;
+                    *m = ((&*m * beta1)? + (&grad * (1.0 - beta1))?)?.detach();
                     *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?.detach();
                     let direction = (&*m / ((v.sqrt()? / correction)? + epsilon)?)?;
                     var.set(&((var.as_detached_tensor() * keep)? - (direction * step_size)?)?)?;
@@ -290,7 +297,7 @@ impl Sgd {
 }
 
 impl Optimizer for Sgd {
-    fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()> {
+    fn step_scaled(&mut self, params: &Params, grads: &GradStore, scale: f64, lr: f64) -> Result<()> {
         let vars = params.vars();
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
@@ -300,11 +307,12 @@ impl Optimizer for Sgd {
         for (((_, var), grad), slot) in vars.iter().zip(gradients).zip(&mut self.moments.slots) {
             match &mut slot.values {
                 Values::Host { moments: [buffer], .. } => update(var, grad, |p, g| {
-                    let [lr, momentum, weight_decay] = [lr, momentum, weight_decay].map(|x| x as f32);
+                    let [lr, scale, momentum, weight_decay] =
+                        [lr, scale, momentum, weight_decay].map(|x| x as f32);
                     let chunks = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK));
                     chunks.zip(buffer.par_chunks_mut(CHUNK)).for_each(|((p, g), buffer)| {
                         for ((p, g), buffer) in p.iter_mut().zip(g).zip(buffer) {
-                            let g = g + weight_decay * *p;
+                            let g = scale * g + weight_decay * *p;
                             *buffer = momentum * *buffer + g;
                             *p -= lr * if nesterov { g + momentum * *buffer } else { *buffer };
                         }
@@ -312,7 +320,7 @@ impl Optimizer for Sgd {
                 })?,
                 Values::Device([buffer]) => {
                     let weights = var.as_detached_tensor();
-                    let grad = (grad + (&weights * weight_decay)?)?;
+                    let grad = ((grad * scale)? + (&weights * weight_decay)?)?;
                     *buffer = ((&*buffer * momentum)? + &grad)?.detach();
                     let direction = if nesterov { (grad + (&*buffer * momentum)?)? } else { buffer.clone() };
                     var.set(&(weights - (direction * lr)?)?)?;
@@ -331,25 +339,19 @@ impl Optimizer for Sgd {
     }
 }
 
-/// Scales all gradients by `max_norm / (norm + 1e-6)` if their joint ℓ2 norm is larger than `max_norm`; returns
-/// the norm before.
-///
-/// A norm that is not finite is returned, for the caller to stop at, and leaves the gradients as they are. Fails
-/// if a variable has no gradient.
-pub fn clip_grad_norm(vars: &[(String, Var)], grads: &mut GradStore, max_norm: f64) -> Result<f64> {
+/// The joint ℓ2 norm of the gradients of all variables. Fails, naming it, if one has none.
+pub fn grad_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     let mut squares = 0.0;
     for (name, var) in vars {
         squares += sum_of_squares(gradient(grads, name, var)?)?;
     }
-    let norm = squares.sqrt();
-    if norm.is_finite() && norm > max_norm {
-        let scale = max_norm / (norm + 1e-6);
-        for (name, var) in vars {
-            let scaled = (gradient(grads, name, var)? * scale)?;
-            grads.insert(var, scaled);
-        }
-    }
-    Ok(norm)
+    Ok(squares.sqrt())
+}
+
+/// What scales gradients of a joint norm to `max_norm`, if theirs is larger: PyTorch's `max_norm / (norm + 1e-6)`.
+/// 1 if the norm is not finite, for the caller to stop at.
+pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
+    if norm.is_finite() && norm > max_norm { max_norm / (norm + 1e-6) } else { 1.0 }
 }
 
 fn sum_of_squares(x: &Tensor) -> Result<f64> {
@@ -469,6 +471,11 @@ mod tests {
         SIZES.into_iter().enumerate().map(var).collect()
     }
 
+    fn of_type(dtype: DType) -> Vec<(String, Var)> {
+        let var = |v: &Var| Var::from_tensor(&v.to_dtype(dtype).unwrap()).unwrap();
+        variables().iter().map(|(name, v)| (name.clone(), var(v))).collect()
+    }
+
     /// Gradients of a step: random, the same each time.
     fn gradients(vars: &[(String, Var)], step: u32) -> GradStore {
         let mut grads = vars[0].1.sum_all().unwrap().backward().unwrap();
@@ -548,11 +555,7 @@ mod tests {
 
     #[test]
     fn other_types_take_the_same_steps_in_candle_ops() {
-        let doubles: Vec<(String, Var)> = variables()
-            .iter()
-            .map(|(name, v)| (name.clone(), Var::from_tensor(&v.to_dtype(DType::F64).unwrap()).unwrap()))
-            .collect();
-        let vars = variables();
+        let (vars, doubles) = (variables(), of_type(DType::F64));
         let (mut adam, mut adam_double) = (Adam::new(ADAM), Adam::new(ADAM));
         let (mut sgd, mut sgd_double) = (Sgd::new(SGD), Sgd::new(SGD));
         let (mut ema, mut ema_double) = (Ema::new(&vars, 0.9).unwrap(), Ema::new(&doubles, 0.9).unwrap());
@@ -656,22 +659,41 @@ mod tests {
     }
 
     #[test]
-    fn clipping_scales_to_the_norm_and_reports_the_one_before() {
+    fn clipping_is_a_step_on_gradients_scaled_to_the_norm() {
         let vars = variables();
-        let norm = |grads: &GradStore| {
-            let squares = |(_, v): &(String, Var)| -> f64 {
-                values(grads.get(v).unwrap()).iter().map(|&g| f64::from(g).powi(2)).sum()
-            };
-            vars.iter().map(squares).sum::<f64>().sqrt()
+        let grads = gradients(&vars, 1);
+        let square = |(_, v): &(String, Var)| -> f64 {
+            values(grads.get(v).unwrap()).iter().map(|&g| f64::from(g).powi(2)).sum()
         };
+        let norm = vars.iter().map(square).sum::<f64>().sqrt();
+        assert!((grad_norm(&vars, &grads).unwrap() / norm - 1.0).abs() < 1e-12);
+        assert_eq!(clip_scale(norm, 1e6), 1.0);
+        let scale = clip_scale(norm, 1.5);
+        assert!((scale * norm - 1.5).abs() < 1e-5);
+
+        let optimizers: [fn() -> Box<dyn Optimizer>; 2] =
+            [|| Box::new(Adam::new(ADAM)), || Box::new(Sgd::new(SGD))];
+        for optimizer in optimizers {
+            for dtype in [DType::F32, DType::F64] {
+                let (vars, copies) = (of_type(dtype), of_type(dtype));
+                let (mut grads, mut scaled) = (gradients(&vars, 1), gradients(&copies, 1));
+                for ((_, var), (_, copy)) in vars.iter().zip(&copies) {
+                    let grad = grads.get(var).unwrap().to_dtype(dtype).unwrap();
+                    scaled.insert(copy, (&grad * scale).unwrap());
+                    grads.insert(var, grad);
+                }
+                optimizer().step_scaled(&params(&vars), &grads, scale, 0.1).unwrap();
+                optimizer().step(&params(&copies), &scaled, 0.1).unwrap();
+                let floats = |var: &Var| values(&var.to_dtype(DType::F32).unwrap());
+                for ((_, var), (_, copy)) in vars.iter().zip(&copies) {
+                    assert_eq!(floats(var), floats(copy));
+                }
+            }
+        }
         let mut grads = gradients(&vars, 1);
-        let before = norm(&grads);
-        assert!((clip_grad_norm(&vars, &mut grads, 1e6).unwrap() / before - 1.0).abs() < 1e-12);
-        assert_eq!(norm(&grads), before);
-        assert!((clip_grad_norm(&vars, &mut grads, 1.5).unwrap() / before - 1.0).abs() < 1e-12);
-        assert!((norm(&grads) - 1.5).abs() < 1e-5);
         grads.insert(&vars[0].1, Tensor::new(&[f32::NAN; 5], &Device::Cpu).unwrap());
-        assert!(clip_grad_norm(&vars, &mut grads, 1.0).unwrap().is_nan());
+        let norm = grad_norm(&vars, &grads).unwrap();
+        assert!(norm.is_nan() && clip_scale(norm, 1.0) == 1.0);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::{
     nn::{
         Params,
         checkpoint::Checkpoints,
-        optim::{Ema, Optimizer, clip_grad_norm},
+        optim::{Ema, Optimizer, clip_scale, grad_norm},
     },
     progress,
     stage::checkpoint_interval,
@@ -93,8 +93,8 @@ impl<'a> Trainer<'a> {
         items: usize,
         contribution: &(dyn Fn(Range<usize>) -> Result<Tensor> + Sync),
     ) -> Result<()> {
-        let (loss, mut grads) = self.gradients(items, contribution)?;
-        let norm = clip_grad_norm(self.params.vars(), &mut grads, clip.unwrap_or(f64::INFINITY))?;
+        let (loss, grads) = self.gradients(items, contribution)?;
+        let norm = grad_norm(self.params.vars(), &grads)?;
         if !loss.is_finite() || !norm.is_finite() {
             bail!(
                 Alarm,
@@ -102,7 +102,8 @@ impl<'a> Trainer<'a> {
                 self.state.step
             );
         }
-        self.optimizer.step(self.params, &grads, learning_rate)?;
+        let scale = clip_scale(norm, clip.unwrap_or(f64::INFINITY));
+        self.optimizer.step_scaled(self.params, &grads, scale, learning_rate)?;
         self.ema.update(self.params.vars())?;
         self.state.step += 1;
         self.state.losses.0 += loss;
