@@ -1,15 +1,16 @@
-//! `make bench`: the kernels one by one, with criterion. Rates are in multiply-adds for convolutions, linear
-//! layers and attention, in elements for everything else.
+//! `make bench`: the kernels one by one, with criterion. Rates are in multiply-adds for products,
+//! convolutions, blocks and attention, in elements for everything else.
 
 use std::{hint::black_box, time::Duration};
 
-use candle_core::{Device, Tensor, Var, backprop::GradStore};
+use candle_core::{Device, Shape, Tensor, Var, backprop::GradStore};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use proxyset::{
-    Result, kernels,
+    Result,
+    kernels::{self, BasicBlock, BatchStatistics, BlockWeights, ResnetBlock},
     nn::{
         Params,
-        optim::{Adam, AdamConfig, Ema, Optimizer, Sgd, SgdConfig},
+        optim::{Adam, AdamConfig, Ema, Optimizer, Sgd, SgdConfig, grad_norm},
     },
     rng,
 };
@@ -115,10 +116,74 @@ fn others(c: &mut Criterion) {
     forward_and_backward(c, "upsample", "256, 16x16", 4 * BATCH * 16 * 16 * 256, &[image], |t| {
         kernels::upsample_nearest2x(&t[0])
     });
+    forward_and_backward(c, "avg_pool2d", "2x2 of 256, 16x16", BATCH * 16 * 16 * 256, &[image], |t| {
+        kernels::avg_pool2d(&t[0], 2)
+    });
+    forward_and_backward(c, "global_avg_pool", "256, 16x16", BATCH * 16 * 16 * 256, &[image], |t| {
+        kernels::global_avg_pool(&t[0])
+    });
+    for (name, op) in [("silu", kernels::silu as fn(&Tensor) -> Result<Tensor>), ("relu", kernels::relu)] {
+        forward_and_backward(c, name, "256, 16x16", BATCH * 16 * 16 * 256, &[image], |t| op(&t[0]));
+    }
+    forward_and_backward(
+        c,
+        "matmul",
+        "16 products of 256x256 and 256x256",
+        BATCH * 256 * 256 * 256,
+        &[[BATCH, 256, 256].as_slice(); 2],
+        |t| kernels::matmul(&t[0], &t[1]),
+    );
+    forward_and_backward(c, "softmax", "4096 rows of 256", rows * 256, &[&[rows, 256]], |t| {
+        kernels::softmax(&t[0])
+    });
+    forward_and_backward(
+        c,
+        "kl_divergence",
+        "512 images, 10 classes",
+        512 * 10,
+        &[[512, 10].as_slice(); 2],
+        |t| kernels::kl_divergence(&t[0], &t[1]),
+    );
     let labels = Tensor::from_vec((0..512u32).map(|i| i % 10).collect(), 512, &Device::Cpu)
         .expect("as many labels as the shape has");
     forward_and_backward(c, "cross_entropy", "512 images, 10 classes", 512 * 10, &[&[512, 10]], |t| {
         kernels::cross_entropy(&t[0], &labels)
+    });
+}
+
+fn norms_and_blocks(c: &mut Criterion) {
+    let image: &[usize] = &[BATCH, 32, 32, 128];
+    let operands: &[&[usize]] = &[image, &[128], &[128]];
+    let work = image.iter().product();
+    forward_and_backward(c, "batch_norm + relu", "128, 32x32, training", work, operands, |t| {
+        Ok(kernels::batch_norm_train(&t[0], &t[1], &t[2], 1e-5, true)?.0)
+    });
+    let running = BatchStatistics { mean: random(&[128]), variance: random(&[128]).sqr().expect("floats") };
+    forward_and_backward(c, "batch_norm + relu", "128, 32x32, evaluation", work, operands, |t| {
+        kernels::batch_norm_eval(&t[0], &running, &t[1], &t[2], 1e-5, true)
+    });
+    let basic = BasicBlock { c_in: 128, c_out: 128, stride: 1, epsilon: 1e-5 };
+    let (positions, kernel) = (BATCH * 16 * 16, 9 * 128 * 128);
+    let image: &[usize] = &[BATCH, 16, 16, 128];
+    let packed = BlockWeights::default();
+    let count = |shapes: Vec<(&str, Shape)>| shapes.iter().map(|(_, shape)| shape.elem_count()).sum();
+    let theta: usize = count(basic.parameters());
+    forward_and_backward(c, "basic_block", "128, 16x16", 2 * positions * kernel, &[image, &[theta]], |t| {
+        Ok(kernels::basic_block(&t[0], &t[1], None, &basic, &packed)?.0)
+    });
+    let block = ResnetBlock {
+        c_in: 128,
+        c_out: 128,
+        time_dim: 512,
+        groups: 32,
+        epsilon: 1e-6,
+        scale_shift: false,
+        output_scale: 1.0,
+    };
+    let packed = BlockWeights::default();
+    let shapes: &[&[usize]] = &[image, &[BATCH, 512], &[count(block.parameters())]];
+    forward_and_backward(c, "resnet_block", "128, 16x16", 2 * positions * kernel, shapes, |t| {
+        kernels::resnet_block(&t[0], &t[1], &t[2], &block, &packed)
     });
 }
 
@@ -150,6 +215,9 @@ fn steps(c: &mut Criterion) {
             b.iter(|| optimizer.step(&params, &grads, 1e-6).expect("every variable has a gradient"));
         });
     }
+    group.bench_function("norm of the gradients", |b| {
+        b.iter(|| black_box(grad_norm(params.vars(), &grads).expect("every variable has a gradient")));
+    });
     let mut ema = Ema::new(&vars, 0.999).expect("a copy on the CPU");
     group.bench_function("ema", |b| b.iter(|| ema.update(&vars).expect("the same variables")));
     group.finish();
@@ -158,13 +226,17 @@ fn steps(c: &mut Criterion) {
 fn main() {
     // SAFETY: no other thread exists yet.
     unsafe { proxyset::process::tune() };
-    let mut c = Criterion::default()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(500))
-        .measurement_time(Duration::from_secs(2))
-        .configure_from_args();
-    convolutions(&mut c);
-    others(&mut c);
-    steps(&mut c);
-    c.final_summary();
+    // In the pool, as the program.
+    rayon::scope(|_| {
+        let mut c = Criterion::default()
+            .sample_size(10)
+            .warm_up_time(Duration::from_millis(500))
+            .measurement_time(Duration::from_secs(2))
+            .configure_from_args();
+        convolutions(&mut c);
+        others(&mut c);
+        norms_and_blocks(&mut c);
+        steps(&mut c);
+        c.final_summary();
+    });
 }
