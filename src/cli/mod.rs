@@ -16,8 +16,8 @@ use crate::{
     device::{CpuLevel, DeviceChoice},
     progress,
     stage::{
-        Arc, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize, Publish, Report,
-        Score, Split, Train,
+        Arc, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize, Publish,
+        Quality, Report, Score, Split, Train,
     },
 };
 
@@ -79,6 +79,8 @@ enum Verb {
     Generate(StageArgs<Generate>),
     /// Give pool images labels, or confidence in the labels they have.
     Label(StageArgs<Label>),
+    /// Measure a pool against real images: Fréchet distance, precision, recall, class accuracy.
+    Quality(StageArgs<Quality>),
     /// Train robust real/synthetic discriminators.
     FitDiscriminator(StageArgs<FitDiscriminator>),
     /// Score every pool image: how far from real.
@@ -138,6 +140,7 @@ fn perform(verb: &Verb, global: &Global) -> Result<()> {
         Verb::FitGenerator(args) => stage::main(args, global),
         Verb::Generate(args) => stage::main(args, global),
         Verb::Label(args) => stage::main(args, global),
+        Verb::Quality(args) => stage::main(args, global),
         Verb::FitDiscriminator(args) => stage::main(args, global),
         Verb::Score(args) => stage::main(args, global),
         Verb::Arc(args) => stage::main(args, global),

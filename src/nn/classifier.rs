@@ -73,6 +73,11 @@ impl Network {
 
     /// [`Network::logits`] with batch norms, where there are any, in this mode.
     pub fn logits_by(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        Ok(self.features_and_logits(x, mode)?.1)
+    }
+
+    /// What the last linear layer gets, `(b, features)`, and what it gives, the logits.
+    pub fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         match self {
             Self::SmallCnn(net) => net.forward(x),
             Self::Resnet(net) => net.forward(x, mode),
@@ -184,6 +189,11 @@ impl Classifier {
     /// their running statistics.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         self.frozen.logits(x)
+    }
+
+    /// [`Classifier::logits`], and the features that they are a linear function of, `(b, features)`.
+    pub fn features_and_logits(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.frozen.features_and_logits(x, BatchNormMode::Eval)
     }
 
     /// The network with gradients to the parameters.

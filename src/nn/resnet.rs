@@ -104,15 +104,17 @@ impl ResNet {
         })
     }
 
-    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the logits,
-    /// `(b, num_classes)`.
-    pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the features before the
+    /// last layer, `(b, channels)`, and the logits, `(b, num_classes)`.
+    pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
         let mut x = self.bn1.forward_relu(&self.conv1.forward(x)?, mode)?;
         for block in self.stages.iter().flatten() {
             x = block.forward(&x, mode)?;
         }
-        self.linear.forward(&kernels::global_avg_pool(&x)?)
+        let features = kernels::global_avg_pool(&x)?;
+        let logits = self.linear.forward(&features)?;
+        Ok((features, logits))
     }
 
     /// Multiply-adds of convolutions and the linear layer for one image.
@@ -245,7 +247,7 @@ mod tests {
         let (config, tensors, params) = golden();
         let before = params.to_safetensors(&[]).unwrap();
         let net = params.frozen(|b| ResNet::new(&config, b)).unwrap();
-        let logits = net.forward(&nhwc(&tensors["x"]), BatchNormMode::Eval).unwrap();
+        let logits = net.forward(&nhwc(&tensors["x"]), BatchNormMode::Eval).unwrap().1;
         assert_close("logits", &logits, &tensors["logits_eval"]);
         assert_eq!(params.to_safetensors(&[]).unwrap(), before);
     }
@@ -255,7 +257,7 @@ mod tests {
         let (config, tensors, params) = golden();
         let net = params.tracked(|b| ResNet::new(&config, b)).unwrap();
         let x = Var::from_tensor(&nhwc(&tensors["x"])).unwrap();
-        let logits = net.forward(&x, BatchNormMode::Train).unwrap();
+        let logits = net.forward(&x, BatchNormMode::Train).unwrap().1;
         assert_close("logits", &logits, &tensors["logits_train"]);
         let labels = tensors["labels"].to_dtype(DType::U32).unwrap();
         let loss = kernels::cross_entropy(&logits, &labels).unwrap().mean_all().unwrap();
@@ -276,7 +278,8 @@ mod tests {
         let (config, tensors, params) = golden();
         let net = params.frozen(|b| ResNet::new(&config, b)).unwrap();
         let x = nhwc(&tensors["x"]);
-        let first = |x: &Tensor, mode| net.forward(x, mode).unwrap().to_vec2::<f32>().unwrap().swap_remove(0);
+        let first =
+            |x: &Tensor, mode| net.forward(x, mode).unwrap().1.to_vec2::<f32>().unwrap().swap_remove(0);
         let alone = x.narrow(0, 0, 1).unwrap();
         assert_eq!(first(&x, BatchNormMode::Eval), first(&alone, BatchNormMode::Eval));
         assert_ne!(first(&x, BatchNormMode::Train), first(&alone, BatchNormMode::Train));

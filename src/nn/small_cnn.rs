@@ -87,15 +87,17 @@ impl SmallCnn {
         })
     }
 
-    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the logits,
-    /// `(b, num_classes)`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the features before the last
+    /// layer, `(b, channels)`, and the logits, `(b, num_classes)`.
+    pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
         let mut x = self.stem.forward(&x.affine(2.0, -1.0)?)?;
         for layer in self.stages.iter().flatten() {
             x = layer.forward(&x)?;
         }
-        self.fc.forward(&kernels::global_avg_pool(&x)?)
+        let features = kernels::global_avg_pool(&x)?;
+        let logits = self.fc.forward(&features)?;
+        Ok((features, logits))
     }
 
     /// Multiply-adds of convolutions and the linear layer for one image.
@@ -153,8 +155,8 @@ mod tests {
             &Device::Cpu,
         );
         let x: Tensor = x.unwrap();
-        let together = net.forward(&x).unwrap().to_vec2::<f32>().unwrap();
-        let alone = net.forward(&x.narrow(0, 1, 1).unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        let together = net.forward(&x).unwrap().1.to_vec2::<f32>().unwrap();
+        let alone = net.forward(&x.narrow(0, 1, 1).unwrap()).unwrap().1.to_vec2::<f32>().unwrap();
         assert_eq!(together[1].len(), 3);
         for (a, b) in together[1].iter().zip(&alone[0]) {
             assert!((a - b).abs() < 1e-5, "{together:?} {alone:?}");
@@ -167,7 +169,7 @@ mod tests {
         let params = Params::init(5, &Device::Cpu, |b| SmallCnn::new(&config(), b)).unwrap();
         let net = params.frozen(|b| SmallCnn::new(&config(), b)).unwrap();
         let x = Tensor::zeros((1, 8, 8, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let error = net.forward(&x).unwrap_err();
+        let error = net.forward(&x).err().unwrap();
         assert_eq!(error.to_string(), "images are 8 x 8 x 1, the classifier expects 7 x 7 x 1");
     }
 

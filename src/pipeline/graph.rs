@@ -10,7 +10,7 @@ use crate::{
     curate::Arm,
     stage::{
         self, AnyStage, Arc, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize,
-        NAMES, Publish, Report, Score, Split, Stage, Train,
+        NAMES, Publish, Quality, Report, Score, Split, Stage, Train,
     },
 };
 
@@ -34,7 +34,7 @@ pub struct Node {
 /// last of that stage, and then the report of what there is.
 ///
 /// A stage whose table is missing runs with its defaults, except those that have to be asked for: train and
-/// evaluate (`[train]`), and publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
+/// evaluate (`[train]`), quality (`[quality]`), and publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
 pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Node>> {
     let last = match until {
         None => usize::MAX,
@@ -69,6 +69,11 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
     };
     let mut inputs = vec![("pool", pool.clone())];
     inputs.extend(classifier.map(|c| ("classifier", c)));
+    if file.has(Quality::NAME) {
+        let source = graph.resolve::<Split>("split", &[], &[])?.source.to_string();
+        let real = inputs.iter().cloned().chain([("data", PathBuf::from(source))]).collect::<Vec<_>>();
+        graph.add::<Quality>("quality", &real)?;
+    }
     let labels = graph.add::<Label>("label", &inputs)?;
 
     let proxy = [("split", split.clone()), ("pool", pool.clone())];

@@ -2,10 +2,12 @@
 //!
 //! [`arc`]: the area under the robust discrimination curve. [`score`]: the per-sample score. Both come from
 //! discriminators, binary networks trained under attack to tell real (class 0) from synthetic (class 1).
+//! [`quality`]: the field's distances in the features of a classifier.
 
 pub mod arc;
 pub mod calibration;
 pub mod fold;
+pub mod quality;
 pub mod score;
 
 /// The class of a real image in a discriminator.

@@ -22,6 +22,7 @@ mod generate;
 mod label;
 mod materialize;
 mod publish;
+mod quality;
 mod report;
 mod score;
 mod shards;
@@ -42,7 +43,7 @@ use serde_json::Value;
 pub use self::{
     arc::Arc, curate::Curate, evaluate::Evaluate, fit_discriminator::FitDiscriminator,
     fit_generator::FitGenerator, generate::Generate, label::Label, materialize::Materialize,
-    publish::Publish, report::Report, score::Score, split::Split, train::Train,
+    publish::Publish, quality::Quality, report::Report, score::Score, split::Split, train::Train,
 };
 use crate::{
     Error, Result, data,
@@ -56,6 +57,7 @@ pub const NAMES: &[&str] = &[
     FitGenerator::NAME,
     Generate::NAME,
     Label::NAME,
+    Quality::NAME,
     FitDiscriminator::NAME,
     Score::NAME,
     Arc::NAME,
@@ -237,6 +239,7 @@ defaults_from_flags!(
     Label,
     Materialize,
     Publish,
+    Quality,
     Report,
     Score,
     Split,

@@ -1,0 +1,190 @@
+//! Quality: how far a pool is from real images, in the features of a classifier.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{Job, Outcome, Stage, expect, shards::Pool};
+use crate::{
+    Result,
+    data::{self, Range, Source, to_tensor},
+    fs,
+    nn::Classifier,
+    progress::{Progress, check_stop},
+    proxy::quality::{Features, frechet_distance, precision_recall},
+    rng::Permutation,
+    stats::clopper_pearson,
+};
+
+/// Images that go through the classifier together. Results do not depend on it.
+const CHUNK: usize = 256;
+
+/// Measures a pool against real images in the features of a classifier, what its last linear layer gets.
+///
+/// Fréchet distance (Heusel et al. 2017) beside that of two halves of the real images, precision and recall
+/// (Kynkäänniemi et al. 2019), and the part of the images that the classifier gives the class they were made for. All
+/// depend on the classifier and on the numbers of images, which stand beside them: compare at equal numbers.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quality {
+    /// The folder of a finished generate.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    #[arg(long)]
+    pub classifier: Option<PathBuf>,
+    /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
+    #[arg(long, default_value = "builtin:digits")]
+    pub data: Source,
+    /// The official split to compare with.
+    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    pub split: data::Split,
+    /// Use only the first N real images; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub limit: usize,
+    /// Use only the first N images of the pool; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub pool_limit: usize,
+    /// The neighbour whose distance is the radius of a ball, for precision and recall.
+    #[arg(long, default_value_t = 3)]
+    pub neighbours: usize,
+    /// Largest number of images of each kind for precision and recall, whose work grows with its square.
+    #[arg(long, default_value_t = 5000)]
+    pub max_manifold: usize,
+    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    #[arg(long, default_value_t = 0)]
+    pub max_bad: usize,
+    /// Seed of the halves of the real images.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl Stage for Quality {
+    const NAME: &'static str = "quality";
+    const INPUTS: &'static [&'static str] = &["pool", "classifier", "data"];
+
+    fn validate(&self) -> Result<()> {
+        expect("neighbours", self.neighbours, 1, 1000)?;
+        expect("max_manifold", self.max_manifold, self.neighbours + 1, 1 << 20)
+    }
+
+    fn amount(&self) -> String {
+        "one forward pass per image".into()
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let pool = Pool::open("pool", self.pool.as_deref())?;
+        let Some(dir) = &self.classifier else {
+            bail!(Usage, "classifier is not set, expected the folder of a classifier")
+        };
+        let classifier = Classifier::load(dir, &job.device)?;
+        let real = self.data.load(self.split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        let taken = classifier.config().architecture.image_shape();
+        for (what, shape) in [("the pool", pool.info.shape), ("the real data", real.shape)] {
+            if taken != (shape.height, shape.width, shape.channels) {
+                bail!(
+                    Data,
+                    "classifier {} takes {taken:?} images (height, width, channels), but {what} has {shape}",
+                    dir.display()
+                );
+            }
+        }
+        if real.len() < 4 {
+            bail!(Usage, "there are {} real images, expected at least 4: two for each half", real.len());
+        }
+        let (out, _lock) = job.open("run")?;
+        let wanted = match self.pool_limit as u64 {
+            0 => pool.info.count,
+            limit => limit.min(pool.info.count),
+        } as usize;
+        let bar = Progress::new(Self::NAME, (real.len() + wanted) as u64, "images");
+
+        let mut seen = Seen::default();
+        for first in (0..real.len()).step_by(CHUNK) {
+            let rows = first..(first + CHUNK).min(real.len());
+            let size = real.shape.size();
+            let pixels = &real.pixels[rows.start * size..rows.end * size];
+            seen.add(&classifier, pixels, real.shape, job)?;
+            bar.add(rows.len() as u64);
+        }
+        let (real_features, _) = seen.finish()?;
+
+        let (mut seen, mut labels) = (Seen::default(), Vec::new());
+        for shard in 0..pool.info.shards {
+            let rows = pool.read(shard)?;
+            let end = rows.len().min(wanted - labels.len());
+            for first in (0..end).step_by(CHUNK) {
+                let chunk = first..(first + CHUNK).min(end);
+                seen.add(&classifier, &rows.pixels(chunk.clone(), pool.info.shape)?, pool.info.shape, job)?;
+                labels.extend_from_slice(&rows.labels[chunk.clone()]);
+                bar.add(chunk.len() as u64);
+            }
+            if labels.len() == wanted {
+                break;
+            }
+        }
+        let (synthetic, classes) = seen.finish()?;
+
+        let order = Permutation::new(self.seed, 0, real.len() as u64);
+        let shuffled: Vec<usize> = (0..real.len()).map(|i| order.at(i as u64) as usize).collect();
+        let (first, second) = shuffled.split_at(real.len() / 2);
+        let halves = frechet_distance(&real_features.subset(first)?, &real_features.subset(second)?);
+        let manifold = |features: &Features| {
+            features.subset(&(0..features.len().min(self.max_manifold)).collect::<Vec<_>>())
+        };
+        let (real_part, synthetic_part) = (manifold(&real_features)?, manifold(&synthetic)?);
+        let (precision, recall) = precision_recall(&real_part, &synthetic_part, self.neighbours)?;
+        let asked: Vec<(u32, u32)> =
+            labels.iter().zip(&classes).filter_map(|(label, class)| Some(((*label)?, *class))).collect();
+        let right = asked.iter().filter(|(label, class)| label == class).count() as u64;
+        let n = asked.len() as u64;
+        let summary = json!({
+            "schema": "proxyset.quality/1",
+            "frechet_distance": frechet_distance(&real_features, &synthetic),
+            "real_images": real_features.len(),
+            "synthetic_images": synthetic.len(),
+            "frechet_distance_of_real_halves": halves,
+            "images_of_the_halves": [first.len(), second.len()],
+            "precision": precision,
+            "recall": recall,
+            "neighbours": self.neighbours,
+            "images_of_precision_and_recall": [real_part.len(), synthetic_part.len()],
+            "class_accuracy": (n > 0).then(|| right as f64 / n as f64),
+            "class_accuracy_interval": (n > 0).then(|| clopper_pearson(right, n, 0.05)),
+            "images_of_class_accuracy": n,
+            "features": {
+                "of": "what the last linear layer of the classifier gets",
+                "dimension": real_features.dim(),
+                "classifier_blake3": fs::hash_file(&dir.join("model.safetensors"))?.0,
+            },
+            "real": { "source": self.data, "split": self.split, "blake3": self.data.fingerprint(self.split)? },
+        });
+        fs::publish_json(&out.join("quality.json"), &summary)?;
+        Ok(Outcome::Done(summary))
+    }
+}
+
+/// What a classifier saw: features and first choices.
+#[derive(Default)]
+struct Seen {
+    dim: usize,
+    features: Vec<f32>,
+    classes: Vec<u32>,
+}
+
+impl Seen {
+    fn add(&mut self, classifier: &Classifier, pixels: &[u8], shape: data::Shape, job: &Job) -> Result<()> {
+        check_stop()?;
+        let x = to_tensor(pixels, shape, Range::Unit, &job.device)?;
+        let (features, logits) = classifier.features_and_logits(&x)?;
+        self.dim = features.dim(1)?;
+        self.features.extend(features.flatten_all()?.to_vec1::<f32>()?);
+        self.classes.extend(logits.argmax(1)?.to_vec1::<u32>()?);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<(Features, Vec<u32>)> {
+        Ok((Features::new(self.dim, self.features)?, self.classes))
+    }
+}
