@@ -183,7 +183,7 @@ fn norms_and_blocks(c: &mut Criterion) {
     let packed = BlockWeights::default();
     let shapes: &[&[usize]] = &[image, &[BATCH, 512], &[count(block.parameters())]];
     forward_and_backward(c, "resnet_block", "128, 16x16", 2 * positions * kernel, shapes, |t| {
-        kernels::resnet_block(&t[0], &t[1], &t[2], &block, &packed)
+        kernels::resnet_block(&t[0], &t[1], &t[2], &block, &packed, None)
     });
 }
 

@@ -44,6 +44,12 @@ pub mod stream {
     pub const ORDER: u32 = 0xFFFF_FFF8;
     /// Bootstrap resampling.
     pub const BOOTSTRAP: u32 = 0xFFFF_FFF7;
+    /// The noise level of a training image of EDM.
+    pub const LEVEL: u32 = 0xFFFF_FFF6;
+    /// Whether a training image goes without its class.
+    pub const NULL_CLASS: u32 = 0xFFFF_FFF5;
+    /// The dropout of the first block; each further block counts up.
+    pub const DROPOUT: u32 = 0xFFFF_0000;
     /// The keys of a [`super::Permutation`].
     pub const PERMUTATION: u32 = 0xFFFF_FFF2;
 }

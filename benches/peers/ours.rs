@@ -169,12 +169,12 @@ struct Denoise {
 
 impl Case for Denoise {
     fn run(&mut self) -> Result<()> {
-        black_box(self.model.eps(&self.x, self.t, self.labels.as_ref())?);
+        black_box(self.model.predict(&self.x, self.t as f64, self.labels.as_ref())?);
         Ok(())
     }
 
     fn outputs(&mut self) -> Result<Named> {
-        let eps = self.model.eps(&self.x, self.t, self.labels.as_ref())?;
+        let eps = self.model.predict(&self.x, self.t as f64, self.labels.as_ref())?;
         Ok(Named::from([("eps".into(), nchw(&eps)?)]))
     }
 }

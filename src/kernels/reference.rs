@@ -196,7 +196,13 @@ pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
 }
 
 /// A residual block of the U-Net, one operation after the other: see [`fn@super::resnet_block`].
-pub fn resnet_block(x: &Tensor, temb: &Tensor, theta: &Tensor, block: &ResnetBlock) -> Result<Tensor> {
+pub fn resnet_block(
+    x: &Tensor,
+    temb: &Tensor,
+    theta: &Tensor,
+    block: &ResnetBlock,
+    mask: Option<&Tensor>,
+) -> Result<Tensor> {
     let parts = split(theta, &block.parameters())?;
     let ResnetBlock { groups, epsilon, .. } = *block;
     let part = |name: &str| &parts[name];
@@ -213,6 +219,10 @@ pub fn resnet_block(x: &Tensor, temb: &Tensor, theta: &Tensor, block: &ResnetBlo
     } else {
         let h = h.broadcast_add(&step.unsqueeze(1)?.unsqueeze(1)?)?;
         group_norm(&h, groups, weight, bias, epsilon, true)?
+    };
+    let h = match mask {
+        Some(mask) => (h * mask.detach())?,
+        None => h,
     };
     let h = conv2d(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1))?;
     let x = match block.has_shortcut() {

@@ -129,20 +129,34 @@ pub type BlockWeights = [Arc<PackedWeights>; 3];
 /// A residual block of the U-Net. `x`: `(b, h, w, c_in)`; `temb`: `(b, time_dim)`, behind its SiLU; `theta`: the
 /// parameters, one vector in the order of [`ResnetBlock::parameters`]. Returns `(b, h, w, c_out)`.
 ///
-/// `packed` belongs to these parameters alone. Fails if a shape does not fit.
+/// `packed` belongs to these parameters alone. `mask`: `(b, h, w, c_out)`, what the input of the second convolution is
+/// multiplied by, for dropout; it gets no gradient. Fails if a shape does not fit.
 pub fn resnet_block(
     x: &Tensor,
     temb: &Tensor,
     theta: &Tensor,
     block: &ResnetBlock,
     packed: &BlockWeights,
+    mask: Option<&Tensor>,
 ) -> Result<Tensor> {
     block.check(x, temb, theta)?;
-    if on_cpu(&[x, temb, theta]) {
+    let (b, h, w, _) = x.dims4()?;
+    if let Some(mask) = mask
+        && mask.dims() != [b, h, w, block.c_out]
+    {
+        bail!(
+            Alarm,
+            "images {:?} of a block to {} channels got a mask {:?}",
+            x.dims(),
+            block.c_out,
+            mask.dims()
+        );
+    }
+    if on_cpu(&[x, temb, theta, mask.unwrap_or(x)]) {
         let how = (CpuLevel::get(), ConvAlgorithm::get());
-        resnet_block_at(how, x, temb, theta, block, packed)
+        resnet_block_at(how, x, temb, theta, block, packed, mask)
     } else {
-        reference::resnet_block(x, temb, theta, block)
+        reference::resnet_block(x, temb, theta, block, mask)
     }
 }
 
@@ -153,6 +167,7 @@ fn resnet_block_at(
     theta: &Tensor,
     block: &ResnetBlock,
     packed: &BlockWeights,
+    mask: Option<&Tensor>,
 ) -> Result<Tensor> {
     let ResnetBlock { c_in, c_out, groups, .. } = *block;
     let (b, h, w, _) = x.dims4()?;
@@ -170,6 +185,7 @@ fn resnet_block_at(
         norm1: norm(c_in),
         norm2: norm(c_out),
         packed: packed.clone(),
+        mask: mask.map(|mask| mask.detach().contiguous()).transpose()?,
         keep: x.track_op() || temb.track_op() || theta.track_op(),
         kept: OnceLock::new(),
     };
@@ -186,6 +202,7 @@ struct Op {
     norm1: Norm,
     norm2: Norm,
     packed: BlockWeights,
+    mask: Option<Tensor>,
     /// Whether there will be a backward pass.
     keep: bool,
     kept: OnceLock<Kept>,
@@ -225,7 +242,20 @@ impl Op {
         [weights, biases]
     }
 
-    fn forward(&self, x: &[f32], temb: &[f32], theta: &[f32]) -> Vec<f32> {
+    /// Multiplies by the mask, if there is one.
+    fn drop_out(&self, values: &mut [f32]) -> candle_core::Result<()> {
+        const CHUNK: usize = 1 << 14;
+        if let Some(mask) = &self.mask {
+            let mask = &*Elements::of(mask)?;
+            let len = values.len();
+            for_each_chunk(values, CHUNK, len, |i, values| {
+                values.iter_mut().zip(&mask[i * CHUNK..]).for_each(|(v, mask)| *v *= mask);
+            });
+        }
+        Ok(())
+    }
+
+    fn forward(&self, x: &[f32], temb: &[f32], theta: &[f32]) -> candle_core::Result<Vec<f32>> {
         let part = |range: &Range<usize>| &theta[range.clone()];
         let Parts { norm1, conv1, conv2, shortcut, .. } = &self.parts;
         let c = self.block.c_out;
@@ -245,6 +275,7 @@ impl Op {
         let affine = self.affine(&step, theta);
         normed.resize(middle.len(), 0.0);
         let moments2 = self.norm2.forward(&middle, &affine[0], &affine[1], &mut normed);
+        self.drop_out(&mut normed)?;
         let residual = if self.block.has_shortcut() {
             let kernels = self.packed[2].forward(&self.shortcut, part(&shortcut[0]));
             self.shortcut.forward(x, &kernels, Bias::Channels(part(&shortcut[1])))
@@ -257,7 +288,7 @@ impl Op {
         if self.keep {
             self.kept.get_or_init(|| Kept { moments1, middle, moments2, affine });
         }
-        out
+        Ok(out)
     }
 
     /// Divides by the scale of the output, which is 1 nearly always.
@@ -276,7 +307,7 @@ impl Op {
         kept: &Kept,
         dy: &[f32],
         [want_x, want_temb, want_theta]: [bool; 3],
-    ) -> [Option<Vec<f32>>; 3] {
+    ) -> candle_core::Result<[Option<Vec<f32>>; 3]> {
         let level = self.level;
         let part = |range: &Range<usize>| &theta[range.clone()];
         let Parts { norm1, conv1, time, norm2, conv2, shortcut } = &self.parts;
@@ -299,6 +330,7 @@ impl Op {
         if want_theta {
             normed.resize(middle.len(), 0f32);
             self.norm2.normalize(middle, moments2, weight2, bias2, &mut normed);
+            self.drop_out(&mut normed)?;
             set(&conv2[0], &self.conv2.weight_gradient(&normed, dy));
             let dbias = bias_gradient(level, dy, c_out);
             set(&conv2[1], &dbias);
@@ -307,7 +339,9 @@ impl Op {
                 set(&shortcut[1], &dbias);
             }
         }
-        let dnormed = self.conv2.input_gradient(dy, &self.packed[1].backward(&self.conv2, part(&conv2[0])));
+        let mut dnormed =
+            self.conv2.input_gradient(dy, &self.packed[1].backward(&self.conv2, part(&conv2[0])));
+        self.drop_out(&mut dnormed)?;
         let mut dmiddle = zeros(middle.len());
         let sums = self.norm2.backward(middle, &dnormed, weight2, bias2, moments2, &mut dmiddle);
         drop(dnormed);
@@ -359,7 +393,7 @@ impl Op {
                 dx = Some(through);
             }
         }
-        [dx, dtemb, want_theta.then_some(dtheta)]
+        Ok([dx, dtemb, want_theta.then_some(dtheta)])
     }
 
     /// The gradients of what the step adds, or of its scale and shift, and of the second norm's weight and bias.
@@ -410,7 +444,7 @@ impl CustomOp3 for Op {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, temb, theta) =
             (elements(x, x_layout)?, elements(temb, temb_layout)?, elements(theta, theta_layout)?);
-        Ok((CpuStorage::F32(self.forward(x, temb, theta)), self.conv2.out_shape()))
+        Ok((CpuStorage::F32(self.forward(x, temb, theta)?), self.conv2.out_shape()))
     }
 
     fn bwd(
@@ -427,7 +461,7 @@ impl CustomOp3 for Op {
         let dy = dy.contiguous()?;
         let want = [x, temb, theta].map(Tensor::track_op);
         let values = [&*Elements::of(x)?, &*Elements::of(temb)?, &*Elements::of(theta)?];
-        let [dx, dtemb, dtheta] = self.backward(values, kept, &Elements::of(&dy)?, want);
+        let [dx, dtemb, dtheta] = self.backward(values, kept, &Elements::of(&dy)?, want)?;
         let shaped = |values: Option<Vec<f32>>, like| values.map(|values| tensor(values, like)).transpose();
         Ok((shaped(dx, x)?, shaped(dtemb, temb)?, shaped(dtheta, theta)?))
     }
@@ -435,6 +469,8 @@ impl CustomOp3 for Op {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::{super::testing::*, *};
 
     const BLOCKS: [ResnetBlock; 4] = [
@@ -481,7 +517,7 @@ mod tests {
         [random(1, (b, h, w, block.c_in)), random(2, (b, block.time_dim)), (random(3, count) * 0.3).unwrap()]
     }
 
-    fn at(level: CpuLevel, block: &ResnetBlock, t: &[Tensor]) -> Result<Tensor> {
+    fn at(level: CpuLevel, block: &ResnetBlock, t: &[Tensor], mask: Option<&Tensor>) -> Result<Tensor> {
         resnet_block_at(
             (level, ConvAlgorithm::Winograd),
             &t[0],
@@ -489,6 +525,7 @@ mod tests {
             &t[2],
             block,
             &BlockWeights::default(),
+            mask,
         )
     }
 
@@ -496,11 +533,21 @@ mod tests {
     fn a_block_is_its_operations_one_after_the_other() {
         for block in &BLOCKS {
             for size in [(2, 5, 7), (3, 8, 8), (1, 4, 4)] {
-                check(
-                    &operands(block, size),
-                    |level, t| at(level, block, t),
-                    |t| reference::resnet_block(&t[0], &t[1], &t[2], block),
-                );
+                let (b, h, w) = size;
+                let dropped = random(4, (b, h, w, block.c_out)).gt(-0.5).unwrap();
+                let dropped = (dropped.to_dtype(DType::F32).unwrap() * 1.25).unwrap();
+                // In a single small image the step's gradient is what is left of much larger terms.
+                let masks = if b > 1 { vec![None, Some(&dropped)] } else { vec![None] };
+                for mask in masks {
+                    check(
+                        &operands(block, size),
+                        |level, t| at(level, block, t, mask),
+                        |t| {
+                            let mask = mask.map(|mask| mask.to_dtype(t[0].dtype()).unwrap());
+                            reference::resnet_block(&t[0], &t[1], &t[2], block, mask.as_ref())
+                        },
+                    );
+                }
             }
         }
     }
@@ -509,22 +556,22 @@ mod tests {
     fn a_sample_does_not_see_its_batch_nor_the_threads() {
         for block in &BLOCKS {
             let [x, temb, theta] = operands(block, (7, 12, 8));
-            check_invariance(&[x, temb, theta], 2, |t| at(CpuLevel::get(), block, t));
+            check_invariance(&[x, temb, theta], 2, |t| at(CpuLevel::get(), block, t, None));
         }
     }
 
     #[test]
     fn frozen_parameters_get_no_gradient() {
         for block in &BLOCKS {
-            check_untracked(&operands(block, (2, 4, 4)), |t| at(CpuLevel::get(), block, t));
+            check_untracked(&operands(block, (2, 4, 4)), |t| at(CpuLevel::get(), block, t, None));
         }
     }
 
     #[test]
     fn shapes_that_do_not_fit_are_named() {
         let [x, _, theta] = operands(&BLOCKS[0], (2, 4, 4));
-        let error =
-            resnet_block(&x, &random(2, (2, 6)), &theta, &BLOCKS[0], &BlockWeights::default()).unwrap_err();
+        let error = resnet_block(&x, &random(2, (2, 6)), &theta, &BLOCKS[0], &BlockWeights::default(), None)
+            .unwrap_err();
         assert!(error.to_string().contains("5 features of the step"), "{error}");
     }
 }

@@ -378,6 +378,12 @@ impl Params {
         device: &Device,
         build: impl FnOnce(&Builder) -> Result<N>,
     ) -> Result<Self> {
+        if bytes.starts_with(b"version https://git-lfs") {
+            bail!(
+                Data,
+                "{origin}: is a pointer of Git LFS, not the file that it stands for: `git lfs pull` fetches that"
+            );
+        }
         let file = SafeTensors::deserialize(bytes)
             .map_err(|e| Error::Data(format!("{origin}: not a safetensors file: {e}")))?;
         let mut faults = Faults::default();

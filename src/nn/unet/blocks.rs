@@ -2,7 +2,7 @@
 
 use candle_core::{D, Shape, Tensor};
 
-use super::UNetConfig;
+use super::{Dropout, UNetConfig};
 use crate::{
     Result, kernels,
     nn::{Builder, Conv2d, GroupNorm, Init, Linear, Packed},
@@ -49,9 +49,10 @@ impl ResnetBlock {
     }
 
     /// `x`: `(b, h, w, c_in)`; `temb`: `(b, time)`, behind its SiLU. Returns `(b, h, w, c_out)`.
-    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
         let packed = self.packed.each_ref().map(Packed::get);
-        kernels::resnet_block(x, temb, &self.theta, &self.shape, &packed)
+        let mask = dropout.map(|dropout| dropout.mask(x, self.shape.c_out)).transpose()?;
+        kernels::resnet_block(x, temb, &self.theta, &self.shape, &packed, mask.as_ref())
     }
 
     pub(super) fn macs(&self, positions: usize) -> u64 {
@@ -158,8 +159,8 @@ impl Layer {
         })
     }
 
-    fn forward(&self, x: &Tensor, temb: &Tensor) -> Result<Tensor> {
-        let x = self.resnet.forward(x, temb)?;
+    fn forward(&self, x: &Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
+        let x = self.resnet.forward(x, temb, dropout)?;
         match &self.attention {
             Some(attention) => attention.forward(&x),
             None => Ok(x),
@@ -196,10 +197,16 @@ impl DownBlock {
     }
 
     /// Returns the smaller image; every intermediate image is pushed onto `skips`.
-    pub(super) fn forward(&self, x: Tensor, temb: &Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        x: Tensor,
+        temb: &Tensor,
+        skips: &mut Vec<Tensor>,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor> {
         let mut x = x;
         for layer in &self.layers {
-            x = layer.forward(&x, temb)?;
+            x = layer.forward(&x, temb, dropout)?;
             skips.push(x.clone());
         }
         if let Some(conv) = &self.downsampler {
@@ -240,12 +247,12 @@ impl MidBlock {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor) -> Result<Tensor> {
-        let mut x = self.first.forward(x, temb)?;
+    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
+        let mut x = self.first.forward(x, temb, dropout)?;
         if let Some(attention) = &self.attention {
             x = attention.forward(&x)?;
         }
-        self.last.forward(&x, temb)
+        self.last.forward(&x, temb, dropout)
     }
 
     pub(super) fn macs(&self, positions: usize) -> u64 {
@@ -283,11 +290,17 @@ impl UpBlock {
     }
 
     /// Takes one image off `skips` for each layer.
-    pub(super) fn forward(&self, x: Tensor, temb: &Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        x: Tensor,
+        temb: &Tensor,
+        skips: &mut Vec<Tensor>,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor> {
         let mut x = x;
         for layer in &self.layers {
             let Some(skip) = skips.pop() else { bail!(Alarm, "the U-Net has more layers up than images") };
-            x = layer.forward(&Tensor::cat(&[&x, &skip], D::Minus1)?, temb)?;
+            x = layer.forward(&Tensor::cat(&[&x, &skip], D::Minus1)?, temb, dropout)?;
         }
         match &self.upsampler {
             Some(conv) => conv.forward(&kernels::upsample_nearest2x(&x)?),

@@ -12,7 +12,7 @@ use crate::{Result, ResultExt, fs};
 /// Defaults are `diffusers`' own, since its files leave out nothing but what was added later. Options
 /// that are not built here are kept as they are written and refused by [`UNetConfig::validate`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct UNetConfig {
     /// Height and width of the images.
     pub sample_size: Option<SampleSize>,
@@ -48,7 +48,7 @@ pub struct UNetConfig {
     pub downsample_type: String,
     /// Only `conv`.
     pub upsample_type: String,
-    /// Dropout while training, which is not built here: see [`UNetConfig::validate_for_training`].
+    /// The part of the second convolutions' inputs that residual blocks leave out while training.
     pub dropout: f64,
     /// Only `silu`, or `swish`, its other name.
     pub act_fn: String,
@@ -145,10 +145,22 @@ impl UNetConfig {
             }
             _ => json.retain(|key, _| !key.starts_with('_')),
         }
-        let config: Self = serde_json::from_value(Value::Object(json))
-            .map_err(|e| crate::Error::Data(format!("not a UNet2DModel: {e}")))?;
-        config.validate()?;
-        Ok(config)
+        let known = Self::default().to_json()?;
+        let mut faults = Faults::default();
+        json.retain(|key, value| {
+            let known = known.contains_key(key);
+            if !known {
+                faults.0.push(format!("{key} is {value}, expected no such key in a UNet2DModel"));
+            }
+            known
+        });
+        let config = serde_json::from_value::<Self>(Value::Object(json));
+        match &config {
+            Ok(config) => config.find(&mut faults),
+            Err(e) => faults.0.push(format!("not a UNet2DModel: {e}")),
+        }
+        faults.check()?;
+        config.map_err(|e| crate::Error::Data(e.to_string()))
     }
 
     /// The contents of `config.json`, complete, as `diffusers` reads it.
@@ -163,72 +175,83 @@ impl UNetConfig {
         }
     }
 
-    /// Fails with [`Error::Data`](crate::Error::Data) at the first key whose value cannot be built.
+    /// Fails with [`Error::Data`](crate::Error::Data), naming every key whose value cannot be built.
     pub fn validate(&self) -> Result<()> {
-        one_of("time_embedding_type", &self.time_embedding_type, &["positional"])?;
-        one_of("mid_block_type", self.mid_block_type.as_deref().unwrap_or("null"), &["UNetMidBlock2D"])?;
-        one_of("downsample_type", &self.downsample_type, &["conv"])?;
-        one_of("upsample_type", &self.upsample_type, &["conv"])?;
-        one_of("act_fn", &self.act_fn, &["silu", "swish"])?;
-        one_of("resnet_time_scale_shift", &self.resnet_time_scale_shift, &["default", "scale_shift"])?;
-        one_of("class_embed_type", self.class_embed_type.as_deref().unwrap_or("null"), &["null"])?;
+        let mut faults = Faults::default();
+        self.find(&mut faults);
+        faults.check()
+    }
+
+    fn find(&self, faults: &mut Faults) {
+        faults.one_of("time_embedding_type", &self.time_embedding_type, &["positional"]);
+        faults.one_of(
+            "mid_block_type",
+            self.mid_block_type.as_deref().unwrap_or("null"),
+            &["UNetMidBlock2D"],
+        );
+        faults.one_of("downsample_type", &self.downsample_type, &["conv"]);
+        faults.one_of("upsample_type", &self.upsample_type, &["conv"]);
+        faults.one_of("act_fn", &self.act_fn, &["silu", "swish"]);
+        faults.one_of("resnet_time_scale_shift", &self.resnet_time_scale_shift, &["default", "scale_shift"]);
+        faults.one_of("class_embed_type", self.class_embed_type.as_deref().unwrap_or("null"), &["null"]);
         for block in &self.down_block_types {
-            one_of("down_block_types", block, &["DownBlock2D", "AttnDownBlock2D"])?;
+            faults.one_of("down_block_types", block, &["DownBlock2D", "AttnDownBlock2D"]);
         }
         for block in &self.up_block_types {
-            one_of("up_block_types", block, &["UpBlock2D", "AttnUpBlock2D"])?;
+            faults.one_of("up_block_types", block, &["UpBlock2D", "AttnUpBlock2D"]);
         }
 
         let channels = &self.block_out_channels;
         let per_block = format!("one entry for each of the {} block_out_channels", channels.len());
         let (down, up) = (&self.down_block_types, &self.up_block_types);
-        expect("block_out_channels", channels, !channels.is_empty(), "at least one block")?;
-        expect("down_block_types", down, down.len() == channels.len(), &per_block)?;
-        expect("up_block_types", up, up.len() == channels.len(), &per_block)?;
+        faults.expect("block_out_channels", channels, !channels.is_empty(), "at least one block");
+        faults.expect("down_block_types", down, down.len() == channels.len(), &per_block);
+        faults.expect("up_block_types", up, up.len() == channels.len(), &per_block);
+        if channels.is_empty() {
+            return;
+        }
 
-        expect("in_channels", self.in_channels, self.in_channels > 0, "at least 1")?;
-        expect("out_channels", self.out_channels, self.out_channels > 0, "at least 1")?;
-        expect("layers_per_block", self.layers_per_block, self.layers_per_block > 0, "at least 1")?;
-        expect("downsample_padding", self.downsample_padding, self.downsample_padding <= 1, "0 or 1")?;
+        faults.expect("in_channels", self.in_channels, self.in_channels > 0, "at least 1");
+        faults.expect("out_channels", self.out_channels, self.out_channels > 0, "at least 1");
+        faults.expect("layers_per_block", self.layers_per_block, self.layers_per_block > 0, "at least 1");
+        faults.expect("downsample_padding", self.downsample_padding, self.downsample_padding <= 1, "0 or 1");
         let dim = self.time_embedding_dim;
-        expect("time_embedding_dim", dim, dim != Some(0), "at least 1, or null")?;
+        faults.expect("time_embedding_dim", dim, dim != Some(0), "at least 1, or null");
         let classes = self.num_class_embeds;
-        expect("num_class_embeds", classes, classes != Some(0), "at least 1, or null")?;
+        faults.expect("num_class_embeds", classes, classes != Some(0), "at least 1, or null");
         let scale = self.mid_block_scale_factor;
-        expect("mid_block_scale_factor", scale, scale.is_finite() && scale != 0.0, "a number other than 0")?;
-        expect("norm_eps", self.norm_eps, self.norm_eps.is_finite() && self.norm_eps > 0.0, "above 0")?;
+        faults.expect(
+            "mid_block_scale_factor",
+            scale,
+            scale.is_finite() && scale != 0.0,
+            "a number other than 0",
+        );
+        faults.expect("norm_eps", self.norm_eps, self.norm_eps.is_finite() && self.norm_eps > 0.0, "above 0");
         let in_range = (0.0..1.0).contains(&self.dropout);
-        expect("dropout", self.dropout, in_range, "from 0 to below 1")?;
+        faults.expect("dropout", self.dropout, in_range, "from 0 to below 1");
 
         let (groups, middle, heads) =
             (self.norm_num_groups, self.attn_norm_num_groups, self.attention_head_dim);
         let divides =
             |n: usize, channels: &[usize]| n > 0 && channels.iter().all(|c| *c > 0 && c.is_multiple_of(n));
         let of_all = format!("a divisor of all block_out_channels {channels:?}");
-        expect("norm_num_groups", groups, divides(groups, channels), &of_all)?;
+        faults.expect("norm_num_groups", groups, divides(groups, channels), &of_all);
         let last = &channels[channels.len() - 1..];
         let of_last = format!("a divisor of the last block_out_channels {channels:?}");
-        expect("attn_norm_num_groups", middle, middle.is_none_or(|n| divides(n, last)), &of_last)?;
+        faults.expect("attn_norm_num_groups", middle, middle.is_none_or(|n| divides(n, last)), &of_last);
         let attended = self.attended_channels();
         let of_attended = format!("a divisor of the channels with attention {attended:?}");
-        expect("attention_head_dim", heads, heads.is_none_or(|n| divides(n, &attended)), &of_attended)?;
+        faults.expect("attention_head_dim", heads, heads.is_none_or(|n| divides(n, &attended)), &of_attended);
         let even = channels[0].is_multiple_of(2);
-        expect("block_out_channels", channels, even, "an even first entry, for sines and cosines")?;
+        faults.expect("block_out_channels", channels, even, "an even first entry, for sines and cosines");
         let below = format!("less than half of block_out_channels[0] = {}", channels[0]);
-        expect("freq_shift", self.freq_shift, self.freq_shift < (channels[0] / 2) as f64, &below)?;
+        faults.expect("freq_shift", self.freq_shift, self.freq_shift < (channels[0] / 2) as f64, &below);
         if let Some(size) = self.sample_size {
             let (height, width) = size.height_width();
             let fits = |n: usize| n > 0 && n.is_multiple_of(self.size_multiple());
             let what = format!("multiples of {}, as the image is halved that often", self.size_multiple());
-            expect("sample_size", size, fits(height) && fits(width), &what)?;
+            faults.expect("sample_size", size, fits(height) && fits(width), &what);
         }
-        Ok(())
-    }
-
-    /// [`UNetConfig::validate`], and also refuses what only matters to training: dropout.
-    pub fn validate_for_training(&self) -> Result<()> {
-        self.validate()?;
-        expect("dropout", self.dropout, self.dropout == 0.0, "0: training with dropout is not built")
     }
 
     /// What height and width of an image must be multiples of.
@@ -260,15 +283,27 @@ impl UNetConfig {
     }
 }
 
-fn one_of(key: &str, value: &str, expected: &[&str]) -> Result<()> {
-    expect(key, value, expected.contains(&value), &expected.join(" or "))
-}
+/// What is wrong with a configuration.
+#[derive(Default)]
+struct Faults(Vec<String>);
 
-fn expect(key: &str, value: impl Debug, ok: bool, expected: &str) -> Result<()> {
-    if ok {
-        return Ok(());
+impl Faults {
+    fn one_of(&mut self, key: &str, value: &str, expected: &[&str]) {
+        self.expect(key, value, expected.contains(&value), &expected.join(" or "));
     }
-    bail!(Data, "{key} is {value:?}, expected {expected}")
+
+    fn expect(&mut self, key: &str, value: impl Debug, ok: bool, expected: &str) {
+        if !ok {
+            self.0.push(format!("{key} is {value:?}, expected {expected}"));
+        }
+    }
+
+    fn check(self) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        bail!(Data, "{}", self.0.join("; "))
+    }
 }
 
 #[cfg(test)]
@@ -318,7 +353,11 @@ mod tests {
                 json!({"up_block_types": ["UpBlock2D"]}),
                 "expected one entry for each of the 4 block_out_channels",
             ),
-            (json!({"encoder_hid_dim": 3}), "unknown field `encoder_hid_dim`"),
+            (json!({"encoder_hid_dim": 3}), "encoder_hid_dim is 3, expected no such key in a UNet2DModel"),
+            (
+                json!({"encoder_hid_dim": 3, "norm_eps": 0.0, "act_fn": "gelu"}),
+                "UNet2DModel; act_fn is \"gelu\", expected silu or swish; norm_eps is 0.0, expected above 0",
+            ),
             (json!({"_class_name": "UNet2DConditionModel"}), "expected \"UNet2DModel\""),
         ];
         for (json, expected) in cases {
@@ -326,12 +365,5 @@ mod tests {
             assert_eq!(error.exit_code(), 65);
             assert!(error.to_string().contains(expected), "{error}\ndoes not say: {expected}");
         }
-    }
-
-    #[test]
-    fn dropout_is_refused_for_training_only() {
-        let config = parse(json!({"dropout": 0.1})).unwrap();
-        let error = config.validate_for_training().unwrap_err();
-        assert!(error.to_string().starts_with("dropout is 0.1, expected 0"), "{error}");
     }
 }

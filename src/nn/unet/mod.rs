@@ -3,12 +3,14 @@
 mod blocks;
 mod config;
 
+use std::cell::Cell;
+
 use blocks::{DownBlock, MidBlock, UpBlock};
 use candle_core::{D, Tensor};
 pub use config::{SampleSize, UNetConfig};
 
 use super::{Builder, Conv2d, Embedding, GroupNorm, Linear, params};
-use crate::{Result, kernels};
+use crate::{Result, kernels, rng};
 
 /// The version of `diffusers` whose file layout is written.
 pub(crate) const DIFFUSERS_VERSION: &str = "0.42.1";
@@ -70,6 +72,29 @@ impl UNet {
     /// [`UNetConfig::size_multiple`]. `t`: `(b,)` f32, the step from 0. `class_labels`: `(b,)` u32, for a
     /// conditional model and only there. Returns `(b, h, w, out_channels)`.
     pub fn forward(&self, x: &Tensor, t: &Tensor, class_labels: Option<&Tensor>) -> Result<Tensor> {
+        self.forward_with(x, t, class_labels, None)
+    }
+
+    /// [`UNet::forward`] in training: with the configuration's dropout, drawn for each of the samples `ids` from
+    /// `(seed, id)` alone.
+    pub fn forward_in_training(
+        &self,
+        x: &Tensor,
+        t: &Tensor,
+        class_labels: Option<&Tensor>,
+        (seed, ids): (u64, &[u64]),
+    ) -> Result<Tensor> {
+        let dropout = Dropout { rate: self.config.dropout, seed, ids, block: Cell::new(0) };
+        self.forward_with(x, t, class_labels, (self.config.dropout > 0.0).then_some(&dropout))
+    }
+
+    fn forward_with(
+        &self,
+        x: &Tensor,
+        t: &Tensor,
+        class_labels: Option<&Tensor>,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor> {
         let (_, height, width, channels) = x.dims4()?;
         let multiple = self.config.size_multiple();
         if channels != self.config.in_channels
@@ -88,11 +113,11 @@ impl UNet {
         let mut x = self.conv_in.forward(&x)?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
-            x = block.forward(x, &temb, &mut skips)?;
+            x = block.forward(x, &temb, &mut skips, dropout)?;
         }
-        x = self.mid_block.forward(&x, &temb)?;
+        x = self.mid_block.forward(&x, &temb, dropout)?;
         for block in &self.up_blocks {
-            x = block.forward(x, &temb, &mut skips)?;
+            x = block.forward(x, &temb, &mut skips, dropout)?;
         }
         self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
     }
@@ -131,6 +156,33 @@ impl UNet {
             (macs, positions) = (macs + block, grown);
         }
         macs + self.conv_out.macs(positions)
+    }
+}
+
+/// What residual blocks leave out while training: before the second convolution, as in `diffusers`.
+struct Dropout<'a> {
+    rate: f64,
+    seed: u64,
+    ids: &'a [u64],
+    /// The next block.
+    block: Cell<u32>,
+}
+
+impl Dropout<'_> {
+    /// Zeros, and 1 / (1 - rate) for what stays, for `channels` at the positions of `x`.
+    fn mask(&self, x: &Tensor, channels: usize) -> Result<Tensor> {
+        let (b, h, w, _) = x.dims4()?;
+        if b != self.ids.len() {
+            bail!(Alarm, "dropout for {} samples, but there are {b}", self.ids.len());
+        }
+        let stream = rng::stream::DROPOUT + self.block.replace(self.block.get() + 1);
+        let (rate, kept) = (self.rate as f32, (1.0 / (1.0 - self.rate)) as f32);
+        let mut mask = vec![0f32; b * h * w * channels];
+        for (sample, &id) in mask.chunks_exact_mut(h * w * channels).zip(self.ids) {
+            rng::uniforms(self.seed, id, stream, sample);
+            sample.iter_mut().for_each(|v| *v = if *v < rate { 0.0 } else { kept });
+        }
+        Ok(Tensor::from_vec(mask, (b, h, w, channels), x.device())?)
     }
 }
 

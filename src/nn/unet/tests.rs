@@ -44,12 +44,23 @@ fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
     assert_eq!(found.dims(), expected.dims(), "{what}");
     let max = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     let error = max((found - expected).unwrap()) / max(expected.clone());
+    println!("{what}: {error:.1e}");
     assert!(error <= tolerance, "{what} differs by {error:e} of its scale");
 }
 
 #[test]
 fn outputs_are_those_of_diffusers() {
-    for name in ["unconditional", "conditional", "scale_shift", "grey", "three_levels"] {
+    for name in [
+        "unconditional",
+        "conditional",
+        "scale_shift",
+        "grey",
+        "three_levels",
+        "one_level",
+        "attention_everywhere",
+        "no_attention",
+        "six_levels",
+    ] {
         let golden = Golden::load(name);
         let net = golden.params.frozen(|b| UNet::new(&golden.config, b)).unwrap();
         assert_close(name, &golden.forward(&net), &golden.nhwc("y"), 1e-4);
@@ -126,6 +137,32 @@ fn the_cifar10_model_of_ho_et_al_has_the_known_parameters_and_multiply_adds() {
     assert_eq!(config.count().unwrap(), 35_746_307);
     assert_eq!(UNetConfig { in_channels: 1, out_channels: 1, ..config.clone() }.count().unwrap(), 35_741_697);
     assert_eq!(config.macs(32, 32).unwrap(), 6_221_856_768);
+}
+
+#[test]
+fn dropout_is_a_function_of_the_sample_and_keeps_the_mean() {
+    let golden = Golden::load("unconditional");
+    let config = UNetConfig { dropout: 0.3, ..golden.config.clone() };
+    let net = golden.params.frozen(|b| UNet::new(&config, b)).unwrap();
+    let (x, t) = (golden.nhwc("x"), &golden.tensors["t"]);
+    let n = x.dim(0).unwrap();
+    let ids: Vec<u64> = (7..7 + n as u64).collect();
+    let all = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let trained =
+        |x: &Tensor, t: &Tensor, ids: &[u64]| net.forward_in_training(x, t, None, (5, ids)).unwrap();
+    let whole = trained(&x, t, &ids);
+    assert_eq!(all(whole.clone()), all(trained(&x, t, &ids)));
+    assert_ne!(all(whole.clone()), all(golden.forward(&net)));
+    let last = trained(&x.narrow(0, n - 1, 1).unwrap(), &t.narrow(0, n - 1, 1).unwrap(), &ids[n - 1..]);
+    assert_eq!(all(whole.narrow(0, n - 1, 1).unwrap()), all(last));
+
+    let dropout = Dropout { rate: 0.3, seed: 1, ids: &[3, 4], block: Cell::new(0) };
+    let x = Tensor::zeros((2, 50, 50, 1), DType::F32, &Device::Cpu).unwrap();
+    let (first, second) = (all(dropout.mask(&x, 8).unwrap()), all(dropout.mask(&x, 8).unwrap()));
+    assert_ne!(first, second);
+    let dropped = first.iter().filter(|v| **v == 0.0).count() as f64 / first.len() as f64;
+    assert!((dropped - 0.3).abs() < 0.01, "{dropped}");
+    assert!(first.iter().all(|v| *v == 0.0 || *v == 1.0 / 0.7));
 }
 
 #[test]
