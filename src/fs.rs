@@ -67,6 +67,12 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
         .map_err(|e| Error::Data(format!("{}: not the JSON that was expected: {e}", path.display())))
 }
 
+/// Reads a whole file of text. Fails with [`Error::Io`], or with [`Error::Data`] if it is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    String::from_utf8(bytes).map_err(|_| Error::Data(format!("{}: not a text in UTF-8", path.display())))
+}
+
 /// Makes a folder and its parents, each one durable.
 pub fn create_dir_all(dir: &Path) -> Result<()> {
     if dir.as_os_str().is_empty() || dir.is_dir() {

@@ -1,16 +1,21 @@
-//! Denoising diffusion (Ho et al. 2020): schedule, forward process, loss, samplers.
+//! Denoising diffusion (Ho et al. 2020; Karras et al. 2022): noise levels, what networks predict, loss, samplers.
 //!
 //! Networks come in as closures. Only [`DiffusionModel`], the model folder, knows that they are U-Nets.
 
 mod loss;
 mod model;
+mod precondition;
 mod process;
 pub mod sampler;
 mod schedule;
 mod scheduler_config;
 
-pub use loss::eps_mse;
-pub use model::DiffusionModel;
-pub use process::q_sample;
-pub use schedule::{Posterior, Schedule};
-pub use scheduler_config::{BetaSchedule, PredictionType, SchedulerClass, SchedulerConfig, VarianceType};
+pub use loss::denoising_loss;
+pub use model::{Conditioning, DiffusionModel};
+pub use precondition::{Level, Preconditioning, Prediction, PredictionType};
+pub use process::{Process, SigmaRange, TrainingPair};
+pub use schedule::Schedule;
+pub use scheduler_config::{BetaSchedule, SchedulerClass, SchedulerConfig, VarianceType};
+
+#[cfg(test)]
+mod tests;

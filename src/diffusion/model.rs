@@ -5,9 +5,9 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{SchedulerClass, SchedulerConfig};
+use super::{Level, Prediction, SchedulerClass, SchedulerConfig};
 use crate::{
-    Result, ResultExt, fs,
+    Result, fs,
     nn::{DIFFUSERS_VERSION, Params, UNet, UNetConfig},
 };
 
@@ -15,6 +15,25 @@ const INDEX: &str = "model_index.json";
 const UNET_CONFIG: &str = "unet/config.json";
 const UNET_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
+
+/// What an image is to show.
+#[derive(Clone, Debug)]
+pub enum Conditioning {
+    /// Anything: the model knows no classes.
+    None,
+    /// A class for each image, `(b,)` u32.
+    Classes(Tensor),
+    /// The same, moved away from what the model makes of no class by classifier-free guidance (Ho & Salimans 2022,
+    /// Eq. 6, with `scale` for their 1 + w): D(x; no class) + scale · (D(x; class) - D(x; no class)).
+    Guided {
+        /// A class for each image, `(b,)` u32.
+        classes: Tensor,
+        /// The class that stands for none.
+        null: u32,
+        /// 1 changes nothing; 0 is the model without classes.
+        scale: f64,
+    },
+}
 
 /// A U-Net with its parameters, and the schedule it was trained on.
 ///
@@ -37,8 +56,8 @@ impl DiffusionModel {
 
     /// Reads a model's folder.
     ///
-    /// Fails with [`Error::Data`](crate::Error::Data), naming the file, what was found in it and what was
-    /// expected.
+    /// Fails with [`Error::Data`](crate::Error::Data), naming each file that is wrong, all that was found in it and
+    /// what was expected.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         let file = |name: &str| {
             let nested = dir.join(name);
@@ -66,10 +85,28 @@ impl DiffusionModel {
                 bail!(Data, "{}: the class of unet is {found}, expected \"UNet2DModel\"", path.display())
             }
         }
-        let config = UNetConfig::load(&file(UNET_CONFIG)?)?;
-        let scheduler = SchedulerConfig::load(&file(SCHEDULER_CONFIG)?)?;
-        let params = Params::load(&file(UNET_WEIGHTS)?, device, |b| UNet::new(&config, b))?;
-        Self::over(config, scheduler, params)
+        let config = file(UNET_CONFIG).and_then(|path| UNetConfig::load(&path));
+        let scheduler = file(SCHEDULER_CONFIG).and_then(|path| SchedulerConfig::load(&path));
+        let weights = file(UNET_WEIGHTS);
+        let params = match (&config, &weights) {
+            (Ok(config), Ok(path)) => Some(Params::load(path, device, |b| UNet::new(config, b))),
+            _ => None,
+        };
+        match (config, scheduler, weights, params) {
+            (Ok(config), Ok(scheduler), Ok(_), Some(Ok(params))) => Self::over(config, scheduler, params),
+            (config, scheduler, weights, params) => {
+                let faults = [config.err(), scheduler.err(), weights.err(), params.and_then(Result::err)];
+                let mut faults = faults.into_iter().flatten();
+                match (faults.next(), faults.next()) {
+                    (Some(only), None) => Err(only),
+                    (first, second) => {
+                        let all: Vec<_> =
+                            first.into_iter().chain(second).chain(faults).map(|e| e.to_string()).collect();
+                        bail!(Data, "{}", all.join("\n"))
+                    }
+                }
+            }
+        }
     }
 
     fn over(config: UNetConfig, scheduler: SchedulerConfig, params: Params) -> Result<Self> {
@@ -79,15 +116,16 @@ impl DiffusionModel {
 
     /// Writes the model's folder, `model_index.json` last: a folder that has it is complete.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let scheduler = match self.scheduler.class {
-            SchedulerClass::DDPMScheduler => "DDPMScheduler",
-            SchedulerClass::DDIMScheduler => "DDIMScheduler",
+        let pipeline = match self.scheduler.class {
+            SchedulerClass::DDIMScheduler => "DDIMPipeline",
+            SchedulerClass::DDPMScheduler | SchedulerClass::DPMSolverMultistepScheduler => "DDPMPipeline",
+            // diffusers has none for these: network and scheduler open one by one.
+            _ => "DiffusionPipeline",
         };
-        let pipeline = scheduler.replace("Scheduler", "Pipeline");
         let index = json!({
             "_class_name": pipeline,
             "_diffusers_version": DIFFUSERS_VERSION,
-            "scheduler": ["diffusers", scheduler],
+            "scheduler": ["diffusers", self.scheduler.class],
             "unet": ["diffusers", "UNet2DModel"],
         });
         fs::publish(&dir.join(UNET_WEIGHTS), &self.params.to_safetensors(&[])?)?;
@@ -96,20 +134,46 @@ impl DiffusionModel {
         fs::publish_json(&dir.join(INDEX), &index)
     }
 
-    /// The noise in `x` at training step `t`, without gradients to the parameters; see [`UNet::forward`].
-    pub fn eps(&self, x: &Tensor, t: usize, class_labels: Option<&Tensor>) -> Result<Tensor> {
-        let t = Tensor::full(t as f32, x.dim(0)?, x.device())?;
-        self.frozen.forward(x, &t, class_labels)
+    /// The network's output for `x` at `t`, without gradients to the parameters; see [`UNet::forward`].
+    pub fn predict(&self, x: &Tensor, t: f64, classes: Option<&Tensor>) -> Result<Tensor> {
+        self.predict_each(x, &Tensor::full(t as f32, x.dim(0)?, x.device())?, classes)
     }
 
-    /// The network with gradients to the parameters. Fails with [`Error::Data`](crate::Error::Data) if it is
-    /// one that cannot be trained here.
+    /// [`DiffusionModel::predict`] at a `t` for each image, `(b,)` f32.
+    pub fn predict_each(&self, x: &Tensor, t: &Tensor, classes: Option<&Tensor>) -> Result<Tensor> {
+        self.frozen.forward(x, t, classes)
+    }
+
+    /// D(x; σ): the image predicted from `x`, `(b, h, w, c)` f32, an image in [-1, 1] and `level.sigma` times its
+    /// noise. Without gradients to the parameters. Returns its shape.
+    pub fn denoise(&self, x: &Tensor, level: Level, conditioning: &Conditioning) -> Result<Tensor> {
+        let of = |classes: Option<&Tensor>, x: &Tensor| {
+            self.prediction().denoise(x, level, &|x, t| self.predict(x, t, classes))
+        };
+        match conditioning {
+            Conditioning::None => of(None, x),
+            Conditioning::Classes(classes) => of(Some(classes), x),
+            Conditioning::Guided { classes, null, scale } => {
+                let nulls = Tensor::full(*null, classes.dims(), classes.device())?;
+                // One call with twice the images, the same for each image wherever it is.
+                let both = of(Some(&Tensor::cat(&[classes, &nulls], 0)?), &Tensor::cat(&[x, x], 0)?)?;
+                let (with, without) = (both.narrow(0, 0, x.dim(0)?)?, both.narrow(0, x.dim(0)?, x.dim(0)?)?);
+                Ok(((with * *scale)? + (without * (1.0 - scale))?)?)
+            }
+        }
+    }
+
+    /// What the network predicts.
+    pub fn prediction(&self) -> Prediction {
+        self.scheduler.prediction()
+    }
+
+    /// The network with gradients to the parameters.
     pub fn tracked(&self) -> Result<UNet> {
-        self.config.validate_for_training().context(|| "the U-Net cannot be trained")?;
         self.params.tracked(|b| UNet::new(&self.config, b))
     }
 
-    /// The parameters. Updates in place are seen by [`DiffusionModel::eps`].
+    /// The parameters. Updates in place are seen by [`DiffusionModel::predict`].
     pub fn params(&self) -> &Params {
         &self.params
     }
@@ -146,10 +210,29 @@ mod tests {
         }
     }
 
-    fn eps(model: &DiffusionModel) -> Vec<f32> {
+    fn output(model: &DiffusionModel) -> Vec<f32> {
         let x = Tensor::full(0.3f32, (2, 8, 8, 1), &Device::Cpu).unwrap();
         let labels = Tensor::new(&[2u32, 0], &Device::Cpu).unwrap();
-        model.eps(&x, 17, Some(&labels)).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        model.predict(&x, 17.0, Some(&labels)).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn guidance_moves_away_from_no_class() {
+        let model = DiffusionModel::init(config(), SchedulerConfig::default(), 4, &Device::Cpu).unwrap();
+        let x = Tensor::full(0.3f32, (2, 8, 8, 1), &Device::Cpu).unwrap();
+        let classes = |classes: [u32; 2]| Tensor::new(&classes, &Device::Cpu).unwrap();
+        let level = Level { sigma: 1.5, t: 400.0 };
+        let values = |conditioning: Conditioning| -> Vec<f32> {
+            model.denoise(&x, level, &conditioning).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let guided = |scale| values(Conditioning::Guided { classes: classes([1, 0]), null: 2, scale });
+        let with = values(Conditioning::Classes(classes([1, 0])));
+        let without = values(Conditioning::Classes(classes([2, 2])));
+        assert_eq!((guided(1.0), guided(0.0)), (with.clone(), without.clone()));
+        assert_ne!(with, without);
+        for ((guided, with), without) in guided(3.0).iter().zip(with).zip(without) {
+            assert!((guided - (without + 3.0 * (with - without))).abs() < 1e-5);
+        }
     }
 
     #[test]
@@ -159,8 +242,8 @@ mod tests {
         saved.save(dir.path()).unwrap();
         let loaded = DiffusionModel::load(dir.path(), &Device::Cpu).unwrap();
         assert_eq!((loaded.config(), loaded.scheduler()), (saved.config(), saved.scheduler()));
-        assert_eq!(eps(&loaded), eps(&saved));
-        assert!(eps(&saved).iter().any(|v| *v != 0.0));
+        assert_eq!(output(&loaded), output(&saved));
+        assert!(output(&saved).iter().any(|v| *v != 0.0));
     }
 
     #[test]
@@ -173,7 +256,7 @@ mod tests {
             std::fs::rename(dir.path().join(name), dir.path().join(flat)).unwrap();
             let _ = std::fs::remove_dir(dir.path().join(part));
         }
-        assert_eq!(eps(&DiffusionModel::load(dir.path(), &Device::Cpu).unwrap()), eps(&saved));
+        assert_eq!(output(&DiffusionModel::load(dir.path(), &Device::Cpu).unwrap()), output(&saved));
     }
 
     #[test]
@@ -195,22 +278,24 @@ mod tests {
         said("conv_in.weight has shape [4, 1, 3, 3], expected [8, 1, 3, 3]");
         model.save(dir.path()).unwrap();
 
-        fs::publish(&dir.path().join(SCHEDULER_CONFIG), br#"{"prediction_type": "sample"}"#).unwrap();
-        said("scheduler_config.json: prediction_type is Sample, expected epsilon");
+        fs::publish(&dir.path().join(SCHEDULER_CONFIG), br#"{"thresholding": true}"#).unwrap();
+        said("scheduler_config.json: thresholding is true, expected false");
+        fs::publish(&dir.path().join(UNET_CONFIG), br#"{"act_fn": "gelu", "dropout": 2}"#).unwrap();
+        said("scheduler_config.json: thresholding is true, expected false");
+        said("config.json: act_fn is \"gelu\", expected silu or swish; dropout is 2.0, expected from 0");
+        model.save(dir.path()).unwrap();
+
+        let pointer = b"version https://git-lfs.example/spec/v1\noid sha256:0\nsize 12\n";
+        fs::publish(&dir.path().join(UNET_WEIGHTS), pointer).unwrap();
+        said("is a pointer of Git LFS, not the file that it stands for");
+        let whole = model.params().to_safetensors(&[]).unwrap();
+        fs::publish(&dir.path().join(UNET_WEIGHTS), &whole[..whole.len() / 2]).unwrap();
+        said("not a safetensors file");
         fs::publish(&dir.path().join(INDEX), br#"{"unet": ["diffusers", "UNet2DConditionModel"]}"#).unwrap();
         said("the class of unet is \"UNet2DConditionModel\", expected \"UNet2DModel\"");
         std::fs::remove_file(dir.path().join(UNET_WEIGHTS)).unwrap();
         model.save(dir.path()).unwrap();
         std::fs::remove_file(dir.path().join(UNET_WEIGHTS)).unwrap();
         said("diffusion_pytorch_model.safetensors: no such file");
-    }
-
-    #[test]
-    fn a_model_with_dropout_samples_but_does_not_train() {
-        let dropout = UNetConfig { dropout: 0.1, ..config() };
-        let model = DiffusionModel::init(dropout, SchedulerConfig::default(), 4, &Device::Cpu).unwrap();
-        assert!(!eps(&model).is_empty());
-        let error = model.tracked().err().expect("dropout is refused");
-        assert!(error.to_string().contains("dropout is 0.1"), "{error}");
     }
 }

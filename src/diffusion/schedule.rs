@@ -2,6 +2,7 @@
 
 use std::f64::consts::FRAC_PI_2;
 
+use super::Level;
 use crate::Result;
 
 /// The variances β of the forward process and their products, one a step, indexed from 0.
@@ -9,19 +10,6 @@ use crate::Result;
 pub struct Schedule {
     betas: Vec<f64>,
     alphas_cumprod: Vec<f64>,
-}
-
-/// The Gaussian q(x_prev | x_t, x_0) of Ho et al. 2020, Eq. 6 and 7, for any earlier step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Posterior {
-    /// What x_0 is multiplied by in the mean.
-    pub x_start_coef: f64,
-    /// What x_t is multiplied by in the mean.
-    pub x_t_coef: f64,
-    /// The variance, β̃.
-    pub variance: f64,
-    /// The variance of the forward process from the earlier step to this one, β.
-    pub beta: f64,
 }
 
 impl Schedule {
@@ -79,25 +67,34 @@ impl Schedule {
         &self.alphas_cumprod
     }
 
-    /// ᾱ of step `t`, and 1 before the first.
-    pub(super) fn alpha_bar(&self, t: Option<usize>) -> f64 {
-        t.map_or(1.0, |t| self.alphas_cumprod[t])
-    }
-
-    /// q(x_prev | x_t, x_0); `prev` is an earlier step than `t`, or `None` for x_0 itself.
+    /// The noise level of step `t`.
     ///
     /// # Panics
     /// If `t` is not a step of the schedule.
-    pub fn posterior(&self, t: usize, prev: Option<usize>) -> Posterior {
-        let (alpha_bar, alpha_bar_prev) = (self.alphas_cumprod[t], self.alpha_bar(prev));
-        let alpha = alpha_bar / alpha_bar_prev;
-        let beta = 1.0 - alpha;
-        Posterior {
-            x_start_coef: alpha_bar_prev.sqrt() * beta / (1.0 - alpha_bar),
-            x_t_coef: alpha.sqrt() * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar),
-            variance: (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) * beta,
-            beta,
-        }
+    pub fn level(&self, t: usize) -> Level {
+        let alpha_bar = self.alphas_cumprod[t];
+        Level { sigma: ((1.0 - alpha_bar) / alpha_bar).sqrt(), t: t as f64 }
+    }
+
+    /// The noise level between two steps: σ is interpolated.
+    ///
+    /// # Panics
+    /// If `t` is not between the first and the last step.
+    pub fn level_between(&self, t: f64) -> Level {
+        let before = self.level(t.floor() as usize);
+        let after = self.level(t.ceil() as usize);
+        Level { sigma: before.sigma + (after.sigma - before.sigma) * t.fract(), t }
+    }
+
+    /// The step of a noise level: ln σ is interpolated. A σ outside of the schedule gets its first or last step.
+    pub fn level_of(&self, sigma: f64) -> Level {
+        let steps = self.len();
+        let log = |t: usize| self.level(t).sigma.ln();
+        let low = (0..steps).rev().find(|&t| log(t) <= sigma.ln()).unwrap_or(0).min(steps.saturating_sub(2));
+        let high = (low + 1).min(steps - 1);
+        let width = log(high) - log(low);
+        let part = if width > 0.0 { ((sigma.ln() - log(low)) / width).clamp(0.0, 1.0) } else { 0.0 };
+        Level { sigma, t: low as f64 + part }
     }
 }
 
@@ -115,28 +112,16 @@ mod tests {
         assert!(error < 0.51 * 10f64.powi(1 - digits), "{found}, expected {expected}");
     }
 
-    /// Own float64 computation in numpy; the posterior is Ho et al. 2020, Eq. 6 and 7.
+    /// Own float64 computation in numpy.
     #[test]
-    fn the_linear_schedule_has_the_known_coefficients() {
+    fn the_linear_schedule_has_the_known_values() {
         let schedule = Schedule::linear(1000, 1e-4, 0.02).unwrap();
-        let table = [
-            (1, 0.9997800921, 5.4531877e-5, 0.5452915, 0.4547085),
-            (99, 0.8970181457, 2.0345963e-3, 0.019076345, 0.98089602),
-            (499, 0.07858724288, 1.0031355e-2, 3.0700711e-3, 0.99410667),
-            (999, 4.035829765e-5, 1.9999984e-2, 1.2835149e-4, 0.98994868),
-        ];
-        for (t, alpha_bar, variance, x_start_coef, x_t_coef) in table {
-            let posterior = schedule.posterior(t, Some(t - 1));
+        for (t, alpha_bar) in
+            [(1, 0.9997800921), (99, 0.8970181457), (499, 0.07858724288), (999, 4.035829765e-5)]
+        {
             close(schedule.alphas_cumprod()[t], alpha_bar, 10);
-            close(posterior.variance, variance, 8);
-            close(posterior.x_start_coef, x_start_coef, 7);
-            close(posterior.x_t_coef, x_t_coef, 7);
-            close(posterior.beta, schedule.betas()[t], 10);
         }
         close(schedule.alphas_cumprod().iter().sum(), 275.51323341, 11);
-        let last = schedule.posterior(0, None);
-        assert_eq!((last.variance, last.x_t_coef), (0.0, 0.0));
-        close(last.x_start_coef, 1.0, 12);
     }
 
     /// Own float64 computation of Nichol & Dhariwal 2021, Eq. 17.
@@ -152,15 +137,19 @@ mod tests {
         assert_eq!(schedule.betas().iter().filter(|beta| **beta == 0.999).count(), 1);
     }
 
-    /// `diffusers`' own constants: tests/schedulers/test_scheduler_ddpm.py and test_scheduler_ddim.py.
     #[test]
-    fn variances_are_those_of_diffusers() {
+    fn levels_are_found_again_by_their_noise() {
         let schedule = Schedule::linear(1000, 1e-4, 0.02).unwrap();
-        let variance = |t, prev| schedule.posterior(t, Some(prev)).variance;
-        assert!((variance(487, 486) - 0.00979).abs() < 1e-5);
-        assert!((variance(999, 998) - 0.02).abs() < 1e-5);
-        assert!((variance(420, 400) - 0.14771).abs() < 1e-5);
-        assert!((variance(980, 960) - 0.32460).abs() < 1e-5);
+        for t in [0, 1, 437, 998, 999] {
+            let level = schedule.level(t);
+            close(level.sigma.powi(2), 1.0 / schedule.alphas_cumprod()[t] - 1.0, 12);
+            assert!((schedule.level_of(level.sigma).t - t as f64).abs() < 1e-9);
+            assert_eq!(schedule.level_between(t as f64), level);
+        }
+        let (a, b) = (schedule.level(10).sigma, schedule.level(11).sigma);
+        close(schedule.level_between(10.25).sigma, 0.75 * a + 0.25 * b, 12);
+        close(schedule.level_of((a * b).sqrt()).t, 10.5, 9);
+        assert_eq!((schedule.level_of(1e-9).t, schedule.level_of(1e9).t), (0.0, 999.0));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `scheduler/scheduler_config.json`: the keys of `diffusers`' `DDPMScheduler` and `DDIMScheduler`.
+//! `scheduler/scheduler_config.json`: the schedulers of `diffusers` that are built here, and their keys.
 
 use std::path::Path;
 
@@ -6,17 +6,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Schedule,
+    Prediction, PredictionType, Process, Schedule, SigmaRange,
     sampler::{SamplerConfig, SamplerKind, Spacing, Variance},
 };
 use crate::{Error, Result, ResultExt, fs};
 
-/// The noise schedule of a model and the sampler that it asks for.
+/// The noise of a model and the sampler that it asks for.
 ///
-/// The keys are `diffusers`', and so are the defaults. Options that are not built here are kept as they are
-/// written and refused by [`SchedulerConfig::validate`].
+/// The keys are `diffusers`', and so are the defaults of each class. A file has the keys of its class only; those
+/// that are not built here must have the value at which they do nothing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
 pub struct SchedulerConfig {
     /// Which sampler.
     #[serde(rename = "_class_name")]
@@ -37,22 +36,24 @@ pub struct SchedulerConfig {
     pub clip_sample: bool,
     /// To which absolute value it is clipped.
     pub clip_sample_range: f64,
-    /// What the network predicts: only `epsilon`.
+    /// What the network predicts.
     pub prediction_type: PredictionType,
-    /// Dynamic thresholding: not built.
-    pub thresholding: bool,
-    /// Of no effect without `thresholding`.
-    pub dynamic_thresholding_ratio: f64,
-    /// Of no effect without `thresholding`.
-    pub sample_max_value: f64,
     /// Which steps are visited when sampling with fewer than T.
     pub timestep_spacing: Spacing,
     /// Added to the steps of leading spacing.
     pub steps_offset: usize,
     /// Whether DDIM ends at ᾱ = 1, instead of the ᾱ of step 0.
     pub set_alpha_to_one: bool,
-    /// Rescaling to no signal at the last step: not built.
-    pub rescale_betas_zero_snr: bool,
+    /// Whether σ falls as in Karras et al. 2022, Eq. 5.
+    pub use_karras_sigmas: bool,
+    /// EDM's σ_min.
+    pub sigma_min: f64,
+    /// EDM's σ_max.
+    pub sigma_max: f64,
+    /// EDM's standard deviation of the data.
+    pub sigma_data: f64,
+    /// EDM's ρ.
+    pub rho: f64,
 }
 
 /// The sampler that a model folder asks for.
@@ -61,6 +62,10 @@ pub struct SchedulerConfig {
 pub enum SchedulerClass {
     DDPMScheduler,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    EDMEulerScheduler,
 }
 
 /// How β grows.
@@ -79,8 +84,9 @@ pub enum BetaSchedule {
 }
 
 /// The variance of the ancestral sampler's noise, under `diffusers`' names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum VarianceType {
     /// [`Variance::FixedSmall`].
     FixedSmall,
@@ -88,18 +94,6 @@ pub enum VarianceType {
     FixedSmallLog,
     /// [`Variance::FixedLarge`].
     FixedLarge,
-}
-
-/// What the network predicts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PredictionType {
-    /// The noise.
-    Epsilon,
-    /// The image: not built.
-    Sample,
-    /// A mixture of both (Salimans & Ho 2022): not built.
-    VPrediction,
 }
 
 impl Default for SchedulerConfig {
@@ -115,13 +109,113 @@ impl Default for SchedulerConfig {
             clip_sample: true,
             clip_sample_range: 1.0,
             prediction_type: PredictionType::Epsilon,
-            thresholding: false,
-            dynamic_thresholding_ratio: 0.995,
-            sample_max_value: 1.0,
             timestep_spacing: Spacing::Leading,
             steps_offset: 0,
             set_alpha_to_one: true,
-            rescale_betas_zero_snr: false,
+            use_karras_sigmas: false,
+            sigma_min: 0.002,
+            sigma_max: 80.0,
+            sigma_data: 0.5,
+            rho: 7.0,
+        }
+    }
+}
+
+/// The keys of all classes but EDM's.
+const DISCRETE: [&str; 8] = [
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+];
+
+/// The keys that are not built, with the value at which they do nothing; any value if there is none.
+const NEUTRAL: [(&str, Option<&str>); 21] = [
+    ("thresholding", Some("false")),
+    ("dynamic_thresholding_ratio", None),
+    ("sample_max_value", None),
+    ("rescale_betas_zero_snr", Some("false")),
+    ("solver_order", Some("2")),
+    ("algorithm_type", Some("\"dpmsolver++\"")),
+    ("solver_type", Some("\"midpoint\"")),
+    // The last step goes to σ = 0, and is of order 1 whatever these two say.
+    ("lower_order_final", None),
+    ("euler_at_final", None),
+    ("use_exponential_sigmas", Some("false")),
+    ("use_beta_sigmas", Some("false")),
+    ("use_lu_lambdas", Some("false")),
+    ("use_flow_sigmas", Some("false")),
+    ("flow_shift", None),
+    ("final_sigmas_type", Some("\"zero\"")),
+    ("lambda_min_clipped", Some("\"-Infinity\"")),
+    ("use_dynamic_shifting", Some("false")),
+    ("time_shift_type", None),
+    ("interpolation_type", Some("\"linear\"")),
+    ("timestep_type", Some("\"discrete\"")),
+    ("sigma_schedule", Some("\"karras\"")),
+];
+
+/// Whether a key that a class does not have changes nothing.
+fn of_no_effect(key: &str, value: &Value) -> bool {
+    // Which array library to use, and the steps once more, before `diffusers` 0.5.
+    key.starts_with('_')
+        || ["tensor_format", "timestep_values"].contains(&key)
+        // Of other classes of the same family, and empty there.
+        || (value.is_null() && ["variance_type", "sigma_min", "sigma_max"].contains(&key))
+}
+
+impl SchedulerClass {
+    /// Its keys that are built.
+    fn keys(self) -> Vec<&'static str> {
+        let own: &[&str] = match self {
+            Self::DDPMScheduler => &["variance_type", "clip_sample", "clip_sample_range"],
+            Self::DDIMScheduler => &["set_alpha_to_one", "clip_sample", "clip_sample_range"],
+            Self::HeunDiscreteScheduler => &["use_karras_sigmas", "clip_sample", "clip_sample_range"],
+            Self::DPMSolverMultistepScheduler | Self::EulerDiscreteScheduler => &["use_karras_sigmas"],
+            Self::EDMEulerScheduler => {
+                return vec![
+                    "num_train_timesteps",
+                    "prediction_type",
+                    "sigma_min",
+                    "sigma_max",
+                    "sigma_data",
+                    "rho",
+                ];
+            }
+        };
+        DISCRETE.iter().chain(own).copied().collect()
+    }
+
+    /// The sampler of this name.
+    pub fn kind(self) -> SamplerKind {
+        match self {
+            Self::DDPMScheduler => SamplerKind::Ddpm,
+            Self::DDIMScheduler => SamplerKind::Ddim,
+            Self::DPMSolverMultistepScheduler => SamplerKind::DpmSolver,
+            Self::EulerDiscreteScheduler | Self::EDMEulerScheduler => SamplerKind::Euler,
+            Self::HeunDiscreteScheduler => SamplerKind::Heun,
+        }
+    }
+
+    /// What the keys are that a file leaves out.
+    pub fn defaults(self) -> SchedulerConfig {
+        let base = SchedulerConfig { class: self, ..SchedulerConfig::default() };
+        match self {
+            Self::DDPMScheduler | Self::DDIMScheduler => base,
+            Self::HeunDiscreteScheduler => SchedulerConfig {
+                beta_start: 0.00085,
+                beta_end: 0.012,
+                clip_sample: false,
+                timestep_spacing: Spacing::Linspace,
+                ..base
+            },
+            Self::DPMSolverMultistepScheduler | Self::EulerDiscreteScheduler | Self::EDMEulerScheduler => {
+                SchedulerConfig { clip_sample: false, timestep_spacing: Spacing::Linspace, ..base }
+            }
         }
     }
 }
@@ -129,59 +223,90 @@ impl Default for SchedulerConfig {
 impl SchedulerConfig {
     /// Reads `scheduler_config.json`.
     ///
-    /// Fails with [`Error::Data`], naming the file, the key and what was expected.
+    /// Fails with [`Error::Data`], naming the file, every key that is not built and what was expected.
     pub fn load(path: &Path) -> Result<Self> {
-        Self::from_json(fs::read_json(path)?).context(|| path.display().to_string())
+        let of_file = || path.display().to_string();
+        let text = fs::read_text(path)?;
+        // Python writes a number that JSON does not have.
+        let text = text.replace(": -Infinity", ": \"-Infinity\"");
+        let json = serde_json::from_str(&text)
+            .map_err(|e| Error::Data(format!("no JSON object: {e}")))
+            .context(of_file)?;
+        Self::from_json(json).context(of_file)
     }
 
     /// What `scheduler_config.json` says; see [`SchedulerConfig::load`].
     pub fn from_json(mut json: Map<String, Value>) -> Result<Self> {
-        // The last two said which array library to use, and repeated the steps, before `diffusers` 0.5.
-        json.retain(|key, _| match key.as_str() {
-            "_class_name" => true,
-            "tensor_format" | "timestep_values" => false,
-            _ => !key.starts_with('_'),
-        });
-        let config: Self = serde_json::from_value(Value::Object(json))
-            .map_err(|e| Error::Data(format!("not a DDPMScheduler or DDIMScheduler: {e}")))?;
-        config.validate()?;
-        Ok(config)
+        let bad = |e| Error::Data(format!("not a scheduler that is built: {e}"));
+        let class = json.remove("_class_name").unwrap_or_else(|| "DDPMScheduler".into());
+        let class: SchedulerClass = serde_json::from_value(class).map_err(bad)?;
+        let keys = class.keys();
+        let mut whole = class.defaults().as_map()?;
+        let mut faults = Vec::new();
+        for (key, value) in json {
+            let neutral = NEUTRAL.iter().find(|(name, _)| *name == key);
+            if keys.contains(&key.as_str()) {
+                whole.insert(key, value);
+            } else if let Some((_, allowed)) = neutral {
+                let text = value.to_string();
+                if !allowed.is_none_or(|allowed| value.is_null() || text == allowed) {
+                    let expected = allowed.unwrap_or_default();
+                    faults.push(format!("{key} is {value}, expected {expected}: nothing else is built"));
+                }
+            } else if !of_no_effect(&key, &value) {
+                faults.push(format!("{key} is {value}, expected no such key in a {class:?}"));
+            }
+        }
+        let config = serde_json::from_value::<Self>(Value::Object(whole)).map_err(bad);
+        match config.and_then(|config| config.validate().map(|()| config)) {
+            Ok(config) if faults.is_empty() => return Ok(config),
+            Ok(_) => {}
+            Err(error) => faults.push(error.to_string()),
+        }
+        bail!(Data, "{}", faults.join("; "))
     }
 
     /// The contents of `scheduler_config.json`, as `diffusers` reads it: each class with its own keys.
     pub fn to_json(&self) -> Result<Map<String, Value>> {
-        let Ok(Value::Object(mut json)) = serde_json::to_value(self) else {
-            bail!(Alarm, "the configuration of the scheduler does not make a JSON object: {self:?}");
-        };
-        json.remove(match self.class {
-            SchedulerClass::DDPMScheduler => "set_alpha_to_one",
-            SchedulerClass::DDIMScheduler => "variance_type",
-        });
+        let keys = self.class.keys();
+        let mut json = self.as_map()?;
+        json.retain(|key, _| key == "_class_name" || keys.contains(&key.as_str()));
         json.insert("_diffusers_version".into(), crate::nn::DIFFUSERS_VERSION.into());
         Ok(json)
     }
 
+    fn as_map(&self) -> Result<Map<String, Value>> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(json)) => Ok(json),
+            _ => bail!(Alarm, "the configuration of the scheduler does not make a JSON object: {self:?}"),
+        }
+    }
+
     /// Fails with [`Error::Data`] at the first key whose value cannot be built.
     pub fn validate(&self) -> Result<()> {
-        if self.prediction_type != PredictionType::Epsilon {
-            bail!(Data, "prediction_type is {:?}, expected epsilon", self.prediction_type);
-        }
-        for (key, value) in
-            [("thresholding", self.thresholding), ("rescale_betas_zero_snr", self.rescale_betas_zero_snr)]
-        {
-            if value {
-                bail!(Data, "{key} is true, expected false: it is not built");
-            }
-        }
-        let range = self.clip_sample_range;
+        let Self { clip_sample_range: range, sigma_min, sigma_max, sigma_data, rho, .. } = *self;
         if self.clip_sample && !(range > 0.0 && range.is_finite()) {
             bail!(Data, "clip_sample_range is {range}, expected above 0");
         }
-        self.schedule().map(drop)
+        if self.class != SchedulerClass::EDMEulerScheduler {
+            return self.schedule().map(drop);
+        }
+        if self.prediction_type != PredictionType::Epsilon {
+            bail!(Data, "prediction_type is {:?}, expected epsilon for EDM", self.prediction_type);
+        }
+        for (key, value) in [("sigma_min", sigma_min), ("sigma_data", sigma_data), ("rho", rho)] {
+            if !(value > 0.0 && value.is_finite()) {
+                bail!(Data, "{key} is {value}, expected above 0");
+            }
+        }
+        if !(sigma_max > sigma_min && sigma_max.is_finite()) {
+            bail!(Data, "sigma_max is {sigma_max}, expected above sigma_min = {sigma_min}");
+        }
+        Ok(())
     }
 
     /// The noise schedule. Fails with [`Error::Data`] if a β is not above 0 and below 1.
-    pub fn schedule(&self) -> Result<Schedule> {
+    fn schedule(&self) -> Result<Schedule> {
         let Self { num_train_timesteps: steps, beta_start: start, beta_end: end, .. } = *self;
         if let Some(betas) = &self.trained_betas {
             if betas.len() != steps {
@@ -200,13 +325,27 @@ impl SchedulerConfig {
         }
     }
 
+    /// The noise levels of the model. Fails with [`Error::Data`] if a β is not above 0 and below 1.
+    pub fn process(&self) -> Result<Process> {
+        let Self { sigma_min: min, sigma_max: max, rho, .. } = *self;
+        Ok(match self.class {
+            SchedulerClass::EDMEulerScheduler => Process::Continuous(SigmaRange { min, max, rho }),
+            _ => Process::Discrete(self.schedule()?),
+        })
+    }
+
+    /// What the network predicts.
+    pub fn prediction(&self) -> Prediction {
+        match self.class {
+            SchedulerClass::EDMEulerScheduler => Prediction::Edm { sigma_data: self.sigma_data },
+            _ => self.prediction_type.into(),
+        }
+    }
+
     /// The sampler that the model folder asks for, with as many steps as the model was trained on.
     pub fn sampler(&self) -> SamplerConfig {
         SamplerConfig {
-            kind: match self.class {
-                SchedulerClass::DDPMScheduler => SamplerKind::Ddpm,
-                SchedulerClass::DDIMScheduler => SamplerKind::Ddim,
-            },
+            kind: self.class.kind(),
             steps: self.num_train_timesteps,
             eta: 0.0,
             clip: self.clip_sample.then_some(self.clip_sample_range),
@@ -217,6 +356,7 @@ impl SchedulerConfig {
             spacing: self.timestep_spacing,
             steps_offset: self.steps_offset,
             final_alpha_bar_is_one: self.set_alpha_to_one,
+            karras_sigmas: self.use_karras_sigmas,
         }
     }
 }
@@ -245,27 +385,57 @@ mod tests {
         let sampler = config.sampler();
         assert_eq!((sampler.kind, sampler.steps, sampler.clip), (SamplerKind::Ddpm, 1000, Some(1.0)));
         assert_eq!(sampler.variance, Variance::FixedLarge);
-        assert_eq!(config.schedule().unwrap(), Schedule::linear(1000, 1e-4, 0.02).unwrap());
+        assert_eq!(config.process().unwrap(), Process::Discrete(Schedule::linear(1000, 1e-4, 0.02).unwrap()));
     }
+
+    const CLASSES: [SchedulerClass; 6] = [
+        SchedulerClass::DDPMScheduler,
+        SchedulerClass::DDIMScheduler,
+        SchedulerClass::DPMSolverMultistepScheduler,
+        SchedulerClass::EulerDiscreteScheduler,
+        SchedulerClass::HeunDiscreteScheduler,
+        SchedulerClass::EDMEulerScheduler,
+    ];
 
     #[test]
     fn what_is_written_is_read_back_and_each_class_has_its_own_keys() {
-        for (class, other) in [
-            (SchedulerClass::DDPMScheduler, "set_alpha_to_one"),
-            (SchedulerClass::DDIMScheduler, "variance_type"),
-        ] {
-            let config = SchedulerConfig { class, steps_offset: 1, ..SchedulerConfig::default() };
+        for class in CLASSES {
+            let config = SchedulerConfig { num_train_timesteps: 300, ..class.defaults() };
             let json = config.to_json().unwrap();
-            assert!(!json.contains_key(other));
-            assert_eq!(SchedulerConfig::from_json(json).unwrap(), config);
+            assert_eq!(SchedulerConfig::from_json(json.clone()).unwrap(), config);
+            assert_eq!(json.contains_key("set_alpha_to_one"), class == SchedulerClass::DDIMScheduler);
+            assert_eq!(json.contains_key("beta_start"), class != SchedulerClass::EDMEulerScheduler);
         }
+        let minimal = parse(json!({"_class_name": "HeunDiscreteScheduler"})).unwrap();
+        assert_eq!((minimal.beta_end, minimal.clip_sample), (0.012, false));
+    }
+
+    /// What `save_pretrained` of diffusers 0.42.1 writes.
+    #[test]
+    fn a_solver_with_a_number_that_json_does_not_have_loads() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("scheduler_config.json");
+        let text = r#"{
+            "_class_name": "DPMSolverMultistepScheduler", "_diffusers_version": "0.42.1",
+            "algorithm_type": "dpmsolver++", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
+            "dynamic_thresholding_ratio": 0.995, "euler_at_final": false, "final_sigmas_type": "zero", "flow_shift": 1.0,
+            "lambda_min_clipped": -Infinity, "lower_order_final": true, "num_train_timesteps": 1000,
+            "prediction_type": "v_prediction", "rescale_betas_zero_snr": false, "sample_max_value": 1.0,
+            "solver_order": 2, "solver_type": "midpoint", "steps_offset": 0, "thresholding": false,
+            "time_shift_type": "exponential", "timestep_spacing": "linspace", "trained_betas": null,
+            "use_beta_sigmas": false, "use_dynamic_shifting": false, "use_exponential_sigmas": false,
+            "use_flow_sigmas": false, "use_karras_sigmas": true, "use_lu_lambdas": false, "variance_type": null
+        }"#;
+        fs::publish(&path, text.as_bytes()).unwrap();
+        let config = SchedulerConfig::load(&path).unwrap();
+        assert_eq!((config.sampler().kind, config.sampler().karras_sigmas), (SamplerKind::DpmSolver, true));
+        assert_eq!(config.prediction(), Prediction::Velocity);
     }
 
     #[test]
     fn options_that_are_not_built_are_refused_by_key_and_value() {
         for (json, expected) in [
-            (json!({"prediction_type": "v_prediction"}), "prediction_type is VPrediction, expected epsilon"),
-            (json!({"thresholding": true}), "thresholding is true"),
+            (json!({"thresholding": true}), "thresholding is true, expected false"),
             (json!({"rescale_betas_zero_snr": true}), "rescale_betas_zero_snr is true"),
             (json!({"beta_schedule": "sigmoid"}), "unknown variant `sigmoid`"),
             (json!({"variance_type": "learned_range"}), "unknown variant `learned_range`"),
@@ -276,6 +446,26 @@ mod tests {
                 "trained_betas has 1 numbers, expected num_train_timesteps = 1000",
             ),
             (json!({"clip_sample_range": 0.0}), "clip_sample_range is 0, expected above 0"),
+            (
+                json!({"set_alpha_to_one": true}),
+                "set_alpha_to_one is true, expected no such key in a DDPMScheduler",
+            ),
+            (
+                json!({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}),
+                "solver_order is 3, expected 2: nothing else is built",
+            ),
+            (
+                json!({"_class_name": "EulerDiscreteScheduler", "sigma_max": 10.0}),
+                "sigma_max is 10.0, expected no such key",
+            ),
+            (
+                json!({"_class_name": "EDMEulerScheduler", "sigma_max": 0.001}),
+                "sigma_max is 0.001, expected above",
+            ),
+            (
+                json!({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}),
+                "prediction_type is VPrediction, expected epsilon for EDM",
+            ),
         ] {
             let error = parse(json).unwrap_err();
             assert_eq!(error.exit_code(), 65);

@@ -8,8 +8,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Split, Stage, accuracy::correct, expect, expect_channels, finished_input, note,
-    shards::Pool, split::Real, trainer::Trainer,
+    Job, Outcome, Split, Stage,
+    accuracy::correct,
+    expect, expect_channels, finished_input, note,
+    shards::Pool,
+    split::Real,
+    trainer::{Part, Trainer},
 };
 use crate::{
     Result,
@@ -240,7 +244,7 @@ impl FitDiscriminator {
         let settings = Augment { pad: self.crop_pad, flip: self.flip };
         while trainer.step() < self.steps {
             let step = trainer.step();
-            let contribution = |slots: std::ops::Range<usize>| -> Result<Tensor> {
+            let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
                 let n = slots.len();
                 let (mut pixels, mut labels, mut ids) = (Vec::new(), Vec::new(), Vec::new());
                 for slot in slots {
@@ -263,7 +267,7 @@ impl FitDiscriminator {
                     Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, &ids)?,
                     None => plain(&tracked, &x, &y)?,
                 };
-                Ok((losses.sum_all()? / (2 * half) as f64)?)
+                Ok(Part::from((losses.sum_all()? / (2 * half) as f64)?))
             };
             trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {

@@ -1,6 +1,7 @@
 //! Generate: a pool of images from a diffusion model, in shards that several machines can share.
 
 use std::{
+    io::Write,
     ops::Range as Span,
     path::{Path, PathBuf},
     str::FromStr,
@@ -9,7 +10,7 @@ use std::{
 };
 
 use arrow_array::{ArrayRef, Int64Array, StringArray, UInt64Array};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -27,8 +28,8 @@ use crate::{
         to_u8,
     },
     diffusion::{
-        DiffusionModel,
-        sampler::{SamplerConfig, SamplerKind, sample},
+        Conditioning, DiffusionModel,
+        sampler::{Plan, SamplerConfig, SamplerKind, Spacing, Start, Trajectory, sample},
     },
     fs::{self, Parts},
     progress::{Progress, check_stop},
@@ -84,12 +85,30 @@ pub struct Generate {
     /// The sampler; the model folder's if not given.
     #[arg(long, value_enum)]
     pub sampler: Option<SamplerKind>,
-    /// Sampling steps; the model folder's if not given.
+    /// Sampling steps; the model folder's if not given. Heun's method calls the network twice in each but the last.
     #[arg(long)]
     pub steps: Option<usize>,
+    /// Which of the training steps are visited; the model folder's if not given.
+    #[arg(long, value_enum)]
+    pub spacing: Option<Spacing>,
+    /// Let the noise fall as in Karras et al. 2022, Eq. 5: euler, heun and dpm-solver++. The model folder's if not
+    /// given.
+    #[arg(long, action = clap::ArgAction::Set)]
+    pub karras_sigmas: Option<bool>,
     /// DDIM's share of noise: 0 is deterministic, 1 is ancestral sampling.
     #[arg(long, default_value_t = 0.0)]
     pub eta: f64,
+    /// Classifier-free guidance: 1 is none, more is more of the class. For a model that was trained with a null class.
+    #[arg(long, default_value_t = 1.0)]
+    pub guidance: f64,
+    /// Begin with the noise in this file, tensor `noise` of shape (count, channels, height, width), instead of the
+    /// seed's.
+    #[arg(long)]
+    pub initial_noise: Option<PathBuf>,
+    /// Also write the images before they are rounded, tensor `images` of shape (count, channels, height, width) in
+    /// about [-1, 1], to this safetensors file.
+    #[arg(long)]
+    pub save_float: Option<PathBuf>,
     /// Images in a shard: a multiple of micro_batch.
     #[arg(long, default_value_t = 16_384)]
     pub shard_rows: usize,
@@ -131,8 +150,14 @@ struct Run<'a> {
     job: &'a Job,
     model: DiffusionModel,
     sampler: SamplerConfig,
+    plan: Plan,
     info: PoolInfo,
+    null_class: Option<u32>,
+    /// In the order of the file, (c, h, w).
+    initial_noise: Option<Vec<f32>>,
     dir: PathBuf,
+    /// Micro-batches before they were rounded.
+    floats: Parts,
 }
 
 impl Generate {
@@ -141,8 +166,33 @@ impl Generate {
         sampler.kind = self.sampler.unwrap_or(sampler.kind);
         sampler.steps = self.steps.unwrap_or(sampler.steps);
         sampler.eta = self.eta;
-        sampler.timesteps(&model.scheduler().schedule()?)?;
+        sampler.spacing = self.spacing.unwrap_or(sampler.spacing);
+        sampler.karras_sigmas = self.karras_sigmas.unwrap_or(sampler.karras_sigmas);
         Ok(sampler)
+    }
+
+    /// The given noise. Fails with [`Error::Data`] if the file does not hold it for this pool.
+    fn read_noise(&self, path: &Path, shape: Shape) -> Result<Vec<f32>> {
+        let of_file = |e: candle_core::Error| Error::Data(format!("{}: {e}", path.display()));
+        let mut tensors = candle_core::safetensors::load(path, &Device::Cpu).map_err(of_file)?;
+        let expected = [self.count as usize, shape.channels, shape.height, shape.width];
+        match tensors.remove("noise") {
+            Some(noise) if noise.dims() == expected => {
+                let values: Vec<f32> =
+                    noise.to_dtype(DType::F32).and_then(|n| n.flatten_all()?.to_vec1()).map_err(of_file)?;
+                if let Some(value) = values.iter().find(|v| !v.is_finite()) {
+                    bail!(Data, "{}: 'noise' has {value}, expected finite numbers", path.display());
+                }
+                Ok(values)
+            }
+            Some(noise) => bail!(
+                Data,
+                "{}: 'noise' has shape {:?}, expected {expected:?}: count images of the model's",
+                path.display(),
+                noise.dims()
+            ),
+            None => bail!(Data, "{}: there is no tensor 'noise'", path.display()),
+        }
     }
 
     fn shard_count(&self) -> usize {
@@ -152,12 +202,16 @@ impl Generate {
 
 impl Stage for Generate {
     const NAME: &'static str = "generate";
-    const INPUTS: &'static [&'static str] = &["model"];
+    const INPUTS: &'static [&'static str] = &["model", "initial_noise"];
     const RUNTIME: &'static [&'static str] = &["shards", "batch"];
 
     fn validate(&self) -> Result<()> {
         expect("count", self.count, 1, 1 << 40)?;
         expect("eta", self.eta, 0.0, 1.0)?;
+        expect("guidance", self.guidance, 0.0, 1e3)?;
+        if self.save_float.is_some() && self.shards.is_some() {
+            bail!(Usage, "save_float is set with shards, expected the whole pool in one process");
+        }
         expect("micro_batch", self.micro_batch, 1, 1 << 16)?;
         if self.shard_rows == 0 || !self.shard_rows.is_multiple_of(self.micro_batch) {
             bail!(
@@ -195,13 +249,19 @@ impl Stage for Generate {
         };
         let model = DiffusionModel::load(dir, &job.device)?;
         let sampler = self.sampler(&model)?;
-        let info = self.info(job, dir, &model, &sampler)?;
+        let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
+        let (info, null_class) = self.info(job, dir, &model, &sampler)?;
+        let initial_noise =
+            self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
         let all = self.shard_count();
         let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
         // Machines with different shares work side by side, so the lock is the share's.
         let (out, _lock) = job.open(&format!("shards-{}-{}", share.start, share.end))?;
         fs::publish_json(&out.join("pool.json"), &info)?;
-        let run = Run { config: self, job, model, sampler, info, dir: out.join("pool") };
+        let dir = out.join("pool");
+        let floats = Parts::new(job.hidden(&dir, "floats"));
+        let run =
+            Run { config: self, job, model, sampler, plan, info, null_class, initial_noise, dir, floats };
         fs::create_dir_all(&run.dir)?;
         let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
         fs::remove_leftovers(&run.dir, &ours)?;
@@ -214,6 +274,9 @@ impl Stage for Generate {
         let missing: Vec<usize> = (0..all).filter(|&shard| !record_file(&run.dir, shard).is_file()).collect();
         if !missing.is_empty() {
             return Ok(Outcome::Partial(json!({ "shards": all, "missing": missing })));
+        }
+        if let Some(path) = &self.save_float {
+            run.write_floats(path)?;
         }
         let mut hasher = blake3::Hasher::new();
         for shard in 0..all {
@@ -231,6 +294,11 @@ impl Stage for Generate {
 }
 
 impl Generate {
+    /// The first samples of the micro-batches of a shard.
+    fn micro_batches(&self, shard: usize) -> impl Iterator<Item = u64> + use<> {
+        self.rows(shard).step_by(self.micro_batch)
+    }
+
     /// The samples of a shard.
     fn rows(&self, shard: usize) -> Span<u64> {
         let first = (shard * self.shard_rows) as u64;
@@ -243,7 +311,7 @@ impl Generate {
         dir: &Path,
         model: &DiffusionModel,
         sampler: &SamplerConfig,
-    ) -> Result<PoolInfo> {
+    ) -> Result<(PoolInfo, Option<u32>)> {
         let unet = model.config();
         let path = dir.join(GeneratorInfo::FILE);
         let known: Option<GeneratorInfo> = if path.is_file() { Some(fs::read_json(&path)?) } else { None };
@@ -258,15 +326,27 @@ impl Generate {
         if let Some(known) = known.as_ref().filter(|k| k.shape != shape) {
             bail!(Data, "{}: images are {}, expected the U-Net's {shape}", path.display(), known.shape);
         }
+        let null_class = known.as_ref().and_then(|k| k.null_class);
         let class_names = match (&known, unet.num_class_embeds) {
             (Some(known), None) => known.class_names.clone(),
-            (Some(known), Some(n)) if known.class_names.len() == n => known.class_names.clone(),
+            (Some(known), Some(n)) if known.class_names.len() + usize::from(null_class.is_some()) == n => {
+                known.class_names.clone()
+            }
             (Some(known), Some(n)) => {
                 bail!(Data, "{}: {} class names, expected {n}", path.display(), known.class_names.len())
             }
             (None, n) => (0..n.unwrap_or(0)).map(|c| c.to_string()).collect(),
         };
-        Ok(PoolInfo {
+        if self.guidance != 1.0 && null_class.is_none() {
+            bail!(
+                Usage,
+                "guidance is {}, expected 1: {} was not trained with a null class, as its {} would say",
+                self.guidance,
+                dir.display(),
+                GeneratorInfo::FILE
+            );
+        }
+        let info = PoolInfo {
             named: known.is_some(),
             schema: "proxyset.pool/1".into(),
             count: self.count,
@@ -277,9 +357,12 @@ impl Generate {
             generator: job.fingerprint.clone(),
             sampler: json!({
                 "kind": sampler.kind, "steps": sampler.steps, "eta": sampler.eta, "clip": sampler.clip,
+                "spacing": sampler.spacing, "karras_sigmas": sampler.karras_sigmas, "guidance": self.guidance,
+                "initial_noise": self.initial_noise,
             }),
             seed: self.seed,
-        })
+        };
+        Ok((info, null_class))
     }
 }
 
@@ -298,7 +381,7 @@ impl Run<'_> {
         }
         let parts = Parts::new(self.job.hidden(&self.dir, &format!("shard-{shard:05}")));
         let micro = self.config.micro_batch as u64;
-        let firsts: Vec<u64> = rows.clone().step_by(micro as usize).collect();
+        let firsts: Vec<u64> = self.config.micro_batches(shard).collect();
         let one = |&first: &u64| self.micro_batch(first, (first + micro).min(rows.end), &parts, bar);
         let in_flight = match self.config.batch {
             0 if self.job.device.is_cpu() => rayon::current_num_threads(),
@@ -317,6 +400,7 @@ impl Run<'_> {
         let shape = self.info.shape;
         let wanted = (end - first) as usize * shape.size();
         let (pixels_key, state_key) = (format!("{first:012}.u8"), format!("{first:012}.state"));
+        // Kept before the pixels are.
         if let Some(pixels) = parts.get(&pixels_key)?
             && pixels.len() == wanted
         {
@@ -327,44 +411,90 @@ impl Run<'_> {
         let samples: Vec<u64> = (first..first + self.config.micro_batch as u64).collect();
         let (seed, device) = (self.config.seed, &self.job.device);
         let noise_at = |step: u32| noise_tensor(seed, &samples, step, shape, device);
-        let (start, x) = match parts
+        let images_shape = (samples.len(), shape.height, shape.width, shape.channels);
+        let start = match parts
             .get(&state_key)?
             .and_then(|bytes| read_state(&bytes, samples.len() * shape.size()))
         {
-            Some((step, values)) => (
-                step,
-                Tensor::from_vec(values, (samples.len(), shape.height, shape.width, shape.channels), device)?,
-            ),
-            None => (0, noise_at(stream::INITIAL)?),
+            Some((done, mut tensors)) => {
+                let mut tensors =
+                    tensors.drain(..).map(|values| Tensor::from_vec(values, images_shape, device));
+                let x = tensors.next().ok_or_else(|| Error::Alarm("a state without an image".into()))??;
+                Start::Saved(done, Trajectory { x, history: tensors.collect::<candle_core::Result<_>>()? })
+            }
+            None => Start::Noise(match &self.initial_noise {
+                Some(noise) => given_noise(noise, &samples, shape, device)?,
+                None => noise_at(stream::INITIAL)?,
+            }),
         };
-        let classes = if self.info.conditional {
+        let conditioning = if self.info.conditional {
             let n = self.info.class_names.len() as u64;
-            Some(Tensor::new(samples.iter().map(|s| (s % n) as u32).collect::<Vec<_>>(), device)?)
+            let classes = Tensor::new(samples.iter().map(|s| (s % n) as u32).collect::<Vec<_>>(), device)?;
+            match self.null_class {
+                Some(null) if self.config.guidance != 1.0 => {
+                    Conditioning::Guided { classes, null, scale: self.config.guidance }
+                }
+                _ => Conditioning::Classes(classes),
+            }
         } else {
-            None
+            Conditioning::None
         };
         let mut saved = Instant::now();
         let images = sample(
-            &self.model.scheduler().schedule()?,
             &self.sampler,
-            x,
+            &self.plan,
             start,
-            &mut |x, t| self.model.eps(x, t, classes.as_ref()),
+            &mut |x, level| self.model.denoise(x, level, &conditioning),
             &mut |step| noise_at(step),
-            &mut |done, x| {
+            &mut |done, at| {
                 let stop = check_stop();
                 if stop.is_err() || saved.elapsed() >= checkpoint_interval() {
-                    parts.put(&state_key, &write_state(done, &x.flatten_all()?.to_vec1()?))?;
+                    parts.put(&state_key, &write_state(done, at)?)?;
                     saved = Instant::now();
                 }
                 stop
             },
         )?;
+        if self.config.save_float.is_some() {
+            let chw = images.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?;
+            self.floats.put(&floats_key(first), &bytes_of(&chw[..wanted]))?;
+        }
         let mut pixels = to_u8(&images, Range::Signed)?;
         pixels.truncate(wanted);
         parts.put(&pixels_key, &pixels)?;
         bar.add(end - first);
         Ok(pixels)
+    }
+
+    /// Writes the images of the whole pool as they were before they were rounded.
+    fn write_floats(&self, path: &Path) -> Result<()> {
+        let Shape { height, width, channels } = self.info.shape;
+        let bytes = 4 * self.info.count * self.info.shape.size() as u64;
+        let header = json!({"images": {
+            "dtype": "F32",
+            "shape": [self.info.count, channels as u64, height as u64, width as u64],
+            "data_offsets": [0, bytes],
+        }});
+        // The numbers are aligned, as safetensors wants it.
+        let mut header = header.to_string();
+        header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+        fs::publish_with(path, |file| {
+            let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io(path));
+            write(&(header.len() as u64).to_le_bytes())?;
+            write(header.as_bytes())?;
+            for first in (0..self.config.shard_count()).flat_map(|shard| self.config.micro_batches(shard)) {
+                match self.floats.get(&floats_key(first))? {
+                    Some(part) => write(&part)?,
+                    None => bail!(
+                        Data,
+                        "the floats of images from {first} on are gone: remove {} to make them again",
+                        self.dir.display()
+                    ),
+                }
+            }
+            Ok(())
+        })?;
+        self.floats.clear()
     }
 
     /// Publishes the shard, then its record.
@@ -419,17 +549,34 @@ impl Run<'_> {
     }
 }
 
-/// The state of a trajectory: steps done, then x_t.
-fn write_state(done: usize, x: &[f32]) -> Vec<u8> {
-    let mut bytes = (done as u64).to_le_bytes().to_vec();
-    bytes.extend(bytes_of(x));
-    bytes
+/// The given noise of some samples, `(samples, h, w, c)`; a sample past the last has the last one's.
+fn given_noise(noise: &[f32], samples: &[u64], shape: Shape, device: &Device) -> Result<Tensor> {
+    let Shape { height, width, channels } = shape;
+    let last = noise.len() / shape.size() - 1;
+    let of = |sample: &u64| &noise[(*sample as usize).min(last) * shape.size()..][..shape.size()];
+    let chw: Vec<f32> = samples.iter().flat_map(|sample| of(sample).iter().copied()).collect();
+    let chw = Tensor::from_vec(chw, (samples.len(), channels, height, width), device)?;
+    Ok(chw.permute((0, 2, 3, 1))?.contiguous()?)
 }
 
-fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<f32>)> {
-    let (step, x) = bytes.split_first_chunk::<8>()?;
-    let x = floats(x);
-    (x.len() == len).then_some((u64::from_le_bytes(*step) as usize, x))
+fn floats_key(first: u64) -> String {
+    format!("{first:012}.f32")
+}
+
+/// The state of a trajectory: steps done, then the image and what the sampler remembers.
+fn write_state(done: usize, at: &Trajectory) -> Result<Vec<u8>> {
+    let mut bytes = (done as u64).to_le_bytes().to_vec();
+    for tensor in std::iter::once(&at.x).chain(&at.history) {
+        bytes.extend(bytes_of(&tensor.flatten_all()?.to_vec1()?));
+    }
+    Ok(bytes)
+}
+
+/// Steps done, and tensors of `len` elements each; `None` if these are no such bytes.
+fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<Vec<f32>>)> {
+    let (done, tensors) = bytes.split_first_chunk::<8>()?;
+    let whole = !tensors.is_empty() && tensors.len().is_multiple_of(4 * len);
+    whole.then(|| (u64::from_le_bytes(*done) as usize, tensors.chunks(4 * len).map(floats).collect()))
 }
 
 #[cfg(test)]
@@ -461,9 +608,21 @@ mod tests {
 
     #[test]
     fn states_round_trip_and_short_ones_are_no_states() {
-        let bytes = write_state(17, &[0.5, -2.0]);
-        assert_eq!(read_state(&bytes, 2), Some((17, vec![0.5, -2.0])));
+        let tensor = |values: [f32; 2]| Tensor::new(&values, &Device::Cpu).unwrap();
+        let at = Trajectory { x: tensor([0.5, -2.0]), history: vec![tensor([3.0, 4.0])] };
+        let bytes = write_state(17, &at).unwrap();
+        assert_eq!(read_state(&bytes, 2), Some((17, vec![vec![0.5, -2.0], vec![3.0, 4.0]])));
         assert_eq!(read_state(&bytes, 3), None);
+        assert_eq!(read_state(&bytes[..8], 2), None);
         assert_eq!(read_state(&bytes[..5], 2), None);
+    }
+
+    #[test]
+    fn given_noise_is_read_channel_by_channel_and_padded() {
+        let shape = Shape { height: 1, width: 2, channels: 2 };
+        let noise: Vec<f32> = (0..8).map(|i| i as f32).collect();
+        let found = given_noise(&noise, &[1, 2], shape, &Device::Cpu).unwrap();
+        assert_eq!(found.dims(), [2, 1, 2, 2]);
+        assert_eq!(found.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [4., 6., 5., 7., 4., 6., 5., 7.]);
     }
 }

@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Split, Stage, accuracy::correct, expect, expect_channels, finished_input, note,
-    split::Real, trainer::Trainer,
+    Job, Outcome, Split, Stage,
+    accuracy::correct,
+    expect, expect_channels, finished_input, note,
+    split::Real,
+    trainer::{Part, Trainer},
 };
 use crate::{
     Error, Result,
@@ -273,7 +276,7 @@ impl Stage for Train {
         bar.skip(trainer.step() as u64);
         while trainer.step() < self.steps {
             let step = trainer.step();
-            let contribution = |slots: std::ops::Range<usize>| -> Result<Tensor> {
+            let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
                 let (mut pixels, mut labels, mut ids, mut weights) =
                     (Vec::new(), Vec::new(), Vec::new(), Vec::new());
                 for slot in slots {
@@ -295,7 +298,7 @@ impl Stage for Train {
                     Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, &ids)?,
                     None => plain(&tracked, &x, &y)?,
                 };
-                Ok((losses * Tensor::new(weights, &job.device)?)?.sum_all()?)
+                Ok(Part::from((losses * Tensor::new(weights, &job.device)?)?.sum_all()?))
             };
             trainer.advance(lr.at(step), Some(self.grad_clip), self.batch, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {

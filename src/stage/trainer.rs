@@ -22,6 +22,23 @@ use crate::{
 /// Into how many parts a batch is cut on the CPU. Fixed, so that the number of threads changes no sum.
 const CPU_PARTS: usize = 4;
 
+/// What some samples of a batch contribute to a step.
+pub(super) struct Part {
+    /// Their part of the loss.
+    pub loss: Tensor,
+    /// Sum and number of the losses at each of some ranges of noise, for the log; empty where there is no noise.
+    pub by_noise: Vec<(f64, u64)>,
+}
+
+impl From<Tensor> for Part {
+    fn from(loss: Tensor) -> Self {
+        Self { loss, by_noise: Vec::new() }
+    }
+}
+
+/// A loss, the losses by noise level, and the gradients.
+type Done = (f64, Vec<(f64, u64)>, GradStore);
+
 /// Named tensors: a network's weights at one time.
 type Weights = Vec<(String, Tensor)>;
 
@@ -34,6 +51,7 @@ pub(super) struct Trainer<'a> {
     saved: Instant,
     state: State,
     best: Weights,
+    accumulate: usize,
 }
 
 #[derive(Serialize, Deserialize, Default)]
@@ -42,6 +60,9 @@ struct State {
     best_score: Option<f64>,
     /// Sum and number of the losses since the last line of the log.
     losses: (f64, usize),
+    /// The same by noise level.
+    #[serde(default)]
+    by_noise: Vec<(f64, u64)>,
     log: Vec<Value>,
 }
 
@@ -72,7 +93,13 @@ impl<'a> Trainer<'a> {
             state = found;
             progress::note(&format!("going on from step {}", state.step));
         }
-        Ok(Self { params, optimizer, ema, checkpoints, saved: Instant::now(), state, best })
+        Ok(Self { params, optimizer, ema, checkpoints, saved: Instant::now(), state, best, accumulate: 1 })
+    }
+
+    /// Computes the gradients of a batch in `rounds` rounds, one after the other: less memory, the same step but for
+    /// the last bits.
+    pub(super) fn accumulating(self, rounds: usize) -> Self {
+        Self { accumulate: rounds.max(1), ..self }
     }
 
     /// Steps done.
@@ -91,9 +118,9 @@ impl<'a> Trainer<'a> {
         learning_rate: f64,
         clip: Option<f64>,
         items: usize,
-        contribution: &(dyn Fn(Range<usize>) -> Result<Tensor> + Sync),
+        contribution: &(dyn Fn(Range<usize>) -> Result<Part> + Sync),
     ) -> Result<()> {
-        let (loss, grads) = self.gradients(items, contribution)?;
+        let (loss, by_noise, grads) = self.gradients(items, contribution)?;
         let norm = grad_norm(self.params.vars(), &grads)?;
         if !loss.is_finite() || !norm.is_finite() {
             bail!(
@@ -108,35 +135,56 @@ impl<'a> Trainer<'a> {
         self.state.step += 1;
         self.state.losses.0 += loss;
         self.state.losses.1 += 1;
+        self.state.by_noise.resize(by_noise.len(), (0.0, 0));
+        for (total, part) in self.state.by_noise.iter_mut().zip(by_noise) {
+            *total = (total.0 + part.0, total.1 + part.1);
+        }
         Ok(())
     }
 
+    /// The loss, the losses by noise level, and the gradients.
     fn gradients(
         &self,
         items: usize,
-        contribution: &(dyn Fn(Range<usize>) -> Result<Tensor> + Sync),
-    ) -> Result<(f64, GradStore)> {
+        contribution: &(dyn Fn(Range<usize>) -> Result<Part> + Sync),
+    ) -> Result<Done> {
         let on_cpu = self.params.vars().iter().all(|(_, v)| v.device().is_cpu());
-        let parts = if on_cpu { CPU_PARTS.min(items) } else { 1 };
-        let one = |part: usize| -> Result<(f64, GradStore)> {
-            let loss = contribution(items * part / parts..items * (part + 1) / parts)?;
-            Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
+        let at_once = if on_cpu { CPU_PARTS } else { 1 };
+        let parts = (at_once * self.accumulate).min(items);
+        let one = |part: usize| -> Result<Done> {
+            let Part { loss, by_noise } = contribution(items * part / parts..items * (part + 1) / parts)?;
+            Ok((f64::from(loss.to_scalar::<f32>()?), by_noise, loss.backward()?))
         };
-        let done: Vec<(f64, GradStore)> = (0..parts).into_par_iter().map(one).collect::<Result<_>>()?;
-        let mut done = done.into_iter();
-        let (mut loss, mut sum) =
-            done.next().ok_or_else(|| crate::Error::Alarm("a batch is empty".into()))?;
-        for (part_loss, grads) in done {
-            loss += part_loss;
-            for (_, var) in self.params.vars() {
-                match (sum.get(var), grads.get(var)) {
-                    (Some(a), Some(b)) => drop(sum.insert(var, (a + b)?)),
-                    (None, Some(b)) => drop(sum.insert(var, b.clone())),
-                    _ => {}
-                }
+        let mut sum: Option<Done> = None;
+        for first in (0..parts).step_by(at_once) {
+            let round = (first..parts.min(first + at_once)).into_par_iter().map(one);
+            for part in round.collect::<Result<Vec<_>>>()? {
+                sum = Some(match sum {
+                    None => part,
+                    Some(sum) => self.add(sum, part)?,
+                });
             }
         }
-        Ok((loss, sum))
+        sum.ok_or_else(|| crate::Error::Alarm("a batch is empty".into()))
+    }
+
+    fn add(
+        &self,
+        (mut loss, mut by_noise, mut sum): Done,
+        (part_loss, part_by_noise, grads): Done,
+    ) -> Result<Done> {
+        loss += part_loss;
+        for (total, part) in by_noise.iter_mut().zip(part_by_noise) {
+            *total = (total.0 + part.0, total.1 + part.1);
+        }
+        for (_, var) in self.params.vars() {
+            match (sum.get(var), grads.get(var)) {
+                (Some(a), Some(b)) => drop(sum.insert(var, (a + b)?)),
+                (None, Some(b)) => drop(sum.insert(var, b.clone())),
+                _ => {}
+            }
+        }
+        Ok((loss, by_noise, sum))
     }
 
     /// Ends a step: saves a checkpoint if one is due or a stop was asked for; then fails with
@@ -166,6 +214,11 @@ impl<'a> Trainer<'a> {
         let (sum, n) = std::mem::take(&mut self.state.losses);
         line["step"] = self.state.step.into();
         line["loss"] = (sum / n.max(1) as f64).into();
+        let by_noise = std::mem::take(&mut self.state.by_noise);
+        if !by_noise.is_empty() {
+            let mean = |(sum, n): (f64, u64)| (n > 0).then(|| sum / n as f64);
+            line["loss_by_noise"] = by_noise.into_iter().map(mean).collect();
+        }
         self.state.log.push(line);
     }
 

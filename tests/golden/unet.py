@@ -49,6 +49,46 @@ CASES = {
         attn_norm_num_groups=3,
         downsample_padding=0,
     ),
+    # Wide enough for Winograd's filtering.
+    "one_level": SMALL
+    | dict(
+        block_out_channels=(16,),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        freq_shift=1,
+    ),
+    "attention_everywhere": SMALL
+    | dict(
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 8),
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+        attention_head_dim=2,
+        time_embedding_dim=20,
+    ),
+    "no_attention": SMALL
+    | dict(
+        num_class_embeds=6,
+        resnet_time_scale_shift="scale_shift",
+        block_out_channels=(8, 12),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+        flip_sin_to_cos=False,
+    ),
+    "six_levels": SMALL
+    | dict(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4, 4, 4, 4, 4, 4),
+        down_block_types=("DownBlock2D",) * 5 + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * 5,
+        downsample_padding=0,
+    ),
 }
 WITH_GRADIENTS = "conditional"
 

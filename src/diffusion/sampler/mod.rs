@@ -1,16 +1,22 @@
 //! Samplers: from noise to images, one sampler a file.
 //!
-//! A sampler says, for a step and the one after it, how the next image is mixed from the predicted image,
-//! the current one, the predicted noise and fresh noise: four numbers, in f64. [`sample`] does the rest, so that
-//! every sampler can be stopped, saved and resumed, and treats every element of a batch alike.
+//! A sampler is one function from an image at a noise level to the image at the next one. It sees the network only
+//! through the denoiser D(x; σ), the predicted image, and knows no schedule: see [`Level`]. [`sample`] does the
+//! rest, so that every sampler can be stopped, saved and resumed, and treats every element of a batch alike.
 
 mod ddim;
 mod ddpm;
+mod dpm_solver;
+mod euler;
+mod heun;
+mod ipndm;
+mod plan;
 
 use candle_core::Tensor;
+pub use plan::{Plan, Stride};
 use serde::{Deserialize, Serialize};
 
-use super::Schedule;
+use super::{Level, Process};
 use crate::Result;
 
 /// Which sampler.
@@ -21,6 +27,16 @@ pub enum SamplerKind {
     Ddpm,
     /// Denoising diffusion implicit models (Song et al. 2021, Eq. 12).
     Ddim,
+    /// DPM-Solver++(2M) (Lu et al. 2022, Alg. 2).
+    #[serde(rename = "dpm-solver++")]
+    #[value(name = "dpm-solver++")]
+    DpmSolver,
+    /// Improved pseudo numerical methods of order 4 (Zhang & Chen 2023, App. H.2).
+    Ipndm,
+    /// Heun's method, two calls of the network a step (Karras et al. 2022, Alg. 1).
+    Heun,
+    /// Euler's method (Karras et al. 2022, Alg. 1 without its correction).
+    Euler,
 }
 
 /// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2).
@@ -34,8 +50,9 @@ pub enum Variance {
 }
 
 /// Which of the T training steps are visited when there are fewer sampling steps (Lin et al. 2024, Table 2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Spacing {
     /// Every ⌊T / steps⌋-th, from 0.
     Leading,
@@ -50,122 +67,122 @@ pub enum Spacing {
 pub struct SamplerConfig {
     /// Which sampler.
     pub kind: SamplerKind,
-    /// How often the network is called: from 1 to the number of training steps.
+    /// Steps: calls of the network, of which Heun's method makes twice as many less one.
     pub steps: usize,
-    /// DDIM's share of noise: 0 is deterministic, 1 is ancestral sampling. Of no effect with DDPM.
+    /// DDIM's share of noise: 0 is deterministic, 1 is ancestral sampling. Of no effect with the others.
     pub eta: f64,
-    /// To which absolute value the predicted image is clipped at every step.
+    /// To which absolute value DDPM, DDIM and Heun's method clip the predicted image at every step. Of no effect
+    /// with the others, as in `diffusers`.
     pub clip: Option<f64>,
-    /// DDPM's noise. Of no effect with DDIM.
+    /// DDPM's noise. Of no effect with the others.
     pub variance: Variance,
-    /// Which steps are visited.
+    /// Which steps are visited, of no effect with EDM.
     pub spacing: Spacing,
     /// Added to the steps of leading spacing.
     pub steps_offset: usize,
     /// Whether DDIM ends at ᾱ = 1, instead of the ᾱ of step 0.
     pub final_alpha_bar_is_one: bool,
+    /// Whether σ falls from the first to the last in equal steps of σ^(1/7) (Karras et al. 2022, Eq. 5), with Euler,
+    /// Heun and DPM-Solver++. EDM's always do.
+    pub karras_sigmas: bool,
 }
 
-/// How the next image is mixed. What is multiplied by 0 is left out.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Update {
-    x_start: f64,
-    x_t: f64,
-    eps: f64,
-    noise: f64,
+/// An image on its way, and what its sampler remembers of earlier steps.
+#[derive(Clone, Debug)]
+pub struct Trajectory {
+    /// The image and σ times its noise.
+    pub x: Tensor,
+    /// Predicted images or noise of the steps before, the latest first.
+    pub history: Vec<Tensor>,
 }
 
-impl SamplerConfig {
-    /// The training steps in the order in which they are visited, from noisy to clean.
-    ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage) if `steps`, `steps_offset` or `eta` do not fit the
-    /// schedule.
-    pub fn timesteps(&self, schedule: &Schedule) -> Result<Vec<usize>> {
-        let (n, total) = (self.steps, schedule.len());
-        if n == 0 || n > total {
-            bail!(Usage, "the sampler's steps are {n}, expected from 1 to {total}, the steps in training");
-        }
-        if !(0.0..=1.0).contains(&self.eta) {
-            bail!(Usage, "eta is {}, expected from 0 to 1", self.eta);
-        }
-        let ratio = total as f64 / n as f64;
-        let timesteps: Vec<_> = match self.spacing {
-            Spacing::Leading => (0..n).rev().map(|i| i * (total / n) + self.steps_offset).collect(),
-            Spacing::Trailing => {
-                (0..n).map(|i| (total as f64 - i as f64 * ratio).round_ties_even() as usize - 1).collect()
-            }
-            Spacing::Linspace => {
-                let gap = (total - 1) as f64 / (n - 1).max(1) as f64;
-                (0..n).rev().map(|i| (i as f64 * gap).round_ties_even() as usize).collect()
-            }
-        };
-        if timesteps[0] >= total {
-            bail!(
-                Usage,
-                "with steps_offset {} the first step is {}, expected below {total}",
-                self.steps_offset,
-                timesteps[0]
-            );
-        }
-        Ok(timesteps)
+/// D(x; σ): the image predicted from `x`, an image and `level.sigma` times its noise.
+pub type Denoise<'a> = &'a mut dyn FnMut(&Tensor, Level) -> Result<Tensor>;
+
+/// Fresh noise for a sampling step, asked for only where some is added.
+pub type Noise<'a> = &'a mut dyn FnMut(u32) -> Result<Tensor>;
+
+/// What a sampler sees of a step.
+struct Step<'a> {
+    config: &'a SamplerConfig,
+    strides: &'a [Stride],
+    i: usize,
+    x: &'a Tensor,
+    history: &'a [Tensor],
+}
+
+impl Step<'_> {
+    fn stride(&self) -> Stride {
+        self.strides[self.i]
     }
 
-    /// The update at `timesteps[i]`.
-    fn update(&self, schedule: &Schedule, timesteps: &[usize], i: usize) -> Update {
-        match self.kind {
-            SamplerKind::Ddpm => ddpm::update(self, schedule, timesteps, i),
-            SamplerKind::Ddim => ddim::update(self, schedule, timesteps, i),
-        }
+    /// The predicted image, within the bounds that are set.
+    fn clipped(&self, x_start: &Tensor) -> Result<Tensor> {
+        Ok(match self.config.clip {
+            Some(bound) => x_start.clamp(-bound, bound)?,
+            None => x_start.clone(),
+        })
     }
+}
+
+/// `a · x + b · y`; a term whose factor is 0 is left out, and not even read.
+fn mix(a: f64, x: &Tensor, b: f64, y: &Tensor) -> Result<Tensor> {
+    Ok(match (a, b) {
+        (_, 0.0) => (x * a)?,
+        (0.0, _) => (y * b)?,
+        _ => ((x * a)? + (y * b)?)?,
+    })
 }
 
 /// Turns noise into images.
 ///
-/// `x`: `(b, h, w, c)` f32: noise from N(0, 1) for `start_step` 0. `denoise` predicts the noise in x_t at
-/// training step t. `noise(i)` is fresh noise for sampling step `i`, asked for only where some is added.
-/// `on_step(done, x)` is called after each step with the number of steps done; a run that saved them goes on,
-/// to the same images, with `x` and `start_step = done`.
+/// `noise_or_saved`: `(b, h, w, c)` f32 from N(0, 1), or what a run had saved after `start` steps. `on_step(done, …)`
+/// is called after each step with the number of steps done; a run that saved them goes on to the same images.
 ///
-/// Returns images in about [-1, 1], shaped like `x`. An element never depends on another one of the batch,
-/// unless `denoise` makes it so. Fails with [`Error::Usage`](crate::Error::Usage) if the configuration does
-/// not fit the schedule, and with what the closures fail with.
+/// Returns images in about [-1, 1], shaped like the noise. An element never depends on another one of the batch,
+/// unless `denoise` makes it so. Fails with what the closures fail with, and with
+/// [`Error::Usage`](crate::Error::Usage) if the plan has fewer steps than are done.
 pub fn sample(
-    schedule: &Schedule,
     config: &SamplerConfig,
-    x: Tensor,
-    start_step: usize,
-    denoise: &mut dyn FnMut(&Tensor, usize) -> Result<Tensor>,
-    noise: &mut dyn FnMut(u32) -> Result<Tensor>,
-    on_step: &mut dyn FnMut(usize, &Tensor) -> Result<()>,
+    plan: &Plan,
+    start: Start,
+    denoise: Denoise,
+    noise: Noise,
+    on_step: &mut dyn FnMut(usize, &Trajectory) -> Result<()>,
 ) -> Result<Tensor> {
-    let timesteps = config.timesteps(schedule)?;
-    if start_step > timesteps.len() {
-        bail!(Usage, "the sampler is to start at step {start_step}, but has {}", timesteps.len());
+    let strides = plan.strides();
+    let (first, mut at) = match start {
+        Start::Noise(noise) => (0, Trajectory { x: (noise * plan.initial_scale())?, history: Vec::new() }),
+        Start::Saved(done, at) => (done, at),
+    };
+    if first > strides.len() {
+        bail!(Usage, "the sampler is to start at step {first}, but has {}", strides.len());
     }
-    let mut x = x;
-    for (i, &t) in timesteps.iter().enumerate().skip(start_step) {
-        let eps = denoise(&x, t)?;
-        let update = config.update(schedule, &timesteps, i);
-        let alpha_bar = schedule.alphas_cumprod()[t];
-        // Ho et al. 2020, Eq. 15.
-        let mut x_start = ((&x - (&eps * (1.0 - alpha_bar).sqrt())?)? / alpha_bar.sqrt())?;
-        if let Some(bound) = config.clip {
-            x_start = x_start.clamp(-bound, bound)?;
+    for i in first..strides.len() {
+        let step = Step { config, strides, i, x: &at.x, history: &at.history };
+        at = match config.kind {
+            SamplerKind::Ddpm => ddpm::step(&step, denoise, noise),
+            SamplerKind::Ddim => ddim::step(&step, denoise, noise),
+            SamplerKind::DpmSolver => dpm_solver::step(&step, denoise),
+            SamplerKind::Ipndm => ipndm::step(&step, denoise),
+            SamplerKind::Heun => heun::step(&step, denoise),
+            SamplerKind::Euler => euler::step(&step, denoise),
+        }?;
+        let scale = plan.scale_after(i);
+        if scale != 1.0 {
+            at.x = (at.x * scale)?;
         }
-        let mut next = (x_start * update.x_start)?;
-        if update.x_t != 0.0 {
-            next = (next + (&x * update.x_t)?)?;
-        }
-        if update.eps != 0.0 {
-            next = (next + (eps * update.eps)?)?;
-        }
-        if update.noise != 0.0 {
-            next = (next + (noise(i as u32)? * update.noise)?)?;
-        }
-        x = next;
-        on_step(i + 1, &x)?;
+        on_step(i + 1, &at)?;
     }
-    Ok(x)
+    Ok(at.x)
+}
+
+/// Where [`sample`] begins.
+pub enum Start {
+    /// With noise from N(0, 1).
+    Noise(Tensor),
+    /// With what was saved after that many steps.
+    Saved(usize, Trajectory),
 }
 
 #[cfg(test)]

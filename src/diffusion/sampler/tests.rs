@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use super::*;
+use crate::diffusion::{Schedule, SigmaRange};
 
 fn ddpm(steps: usize, variance: Variance) -> SamplerConfig {
     SamplerConfig {
@@ -14,15 +15,31 @@ fn ddpm(steps: usize, variance: Variance) -> SamplerConfig {
         spacing: Spacing::Leading,
         steps_offset: 0,
         final_alpha_bar_is_one: true,
+        karras_sigmas: false,
     }
 }
 
-fn ddim(steps: usize, eta: f64) -> SamplerConfig {
-    SamplerConfig { kind: SamplerKind::Ddim, eta, ..ddpm(steps, Variance::FixedSmall) }
+fn of_kind(kind: SamplerKind, steps: usize) -> SamplerConfig {
+    SamplerConfig { kind, ..ddpm(steps, Variance::FixedSmall) }
 }
+
+fn ddim(steps: usize, eta: f64) -> SamplerConfig {
+    SamplerConfig { eta, ..of_kind(SamplerKind::Ddim, steps) }
+}
+
+const SOLVERS: [SamplerKind; 4] =
+    [SamplerKind::DpmSolver, SamplerKind::Ipndm, SamplerKind::Heun, SamplerKind::Euler];
 
 fn schedule() -> Schedule {
     Schedule::linear(1000, 1e-4, 0.02).unwrap()
+}
+
+fn discrete() -> Process {
+    Process::Discrete(schedule())
+}
+
+fn edm() -> Process {
+    Process::Continuous(SigmaRange { min: 0.002, max: 80.0, rho: 7.0 })
 }
 
 fn tensor(values: Vec<f32>) -> Tensor {
@@ -39,36 +56,89 @@ fn wave(step: u32, n: usize) -> Tensor {
     tensor((0..n).map(|i| (f64::from(step) * 12.9898 + i as f64 * 78.233).sin() as f32).collect())
 }
 
+fn run(config: &SamplerConfig, process: &Process, noise: Tensor, denoise: Denoise, fresh: Noise) -> Vec<f32> {
+    let plan = Plan::new(config, process).unwrap();
+    values(&sample(config, &plan, Start::Noise(noise), denoise, fresh, &mut |_, _| Ok(())).unwrap())
+}
+
+/// The denoiser of a network that predicts noise, given as a function of the image at variance 1 and the step.
+fn of_noise(network: impl Fn(&Tensor, f64) -> Tensor) -> impl FnMut(&Tensor, Level) -> Result<Tensor> {
+    move |x, level| crate::diffusion::Prediction::Epsilon.denoise(x, level, &|x, t| Ok(network(x, t)))
+}
+
 /// tests/schedulers/test_scheduler_ddim.py of `diffusers`, `test_full_loop_no_noise`.
 #[test]
 fn the_ddim_loop_gives_the_constants_of_diffusers() {
-    let x = tensor((0..768).map(|i| i as f32 / 768.0).collect());
+    let noise = tensor((0..768).map(|i| i as f32 / 768.0).collect());
     let config = SamplerConfig { clip: Some(1.0), ..ddim(10, 0.0) };
-    let mut model = |x: &Tensor, t: usize| Ok((x * (t as f64 / (t as f64 + 1.0)))?);
-    let x = sample(&schedule(), &config, x, 0, &mut model, &mut |_| unreachable!(), &mut |_, _| Ok(()));
-    let x = values(&x.unwrap());
+    let mut denoise = of_noise(|x, t| (x * (t / (t + 1.0))).unwrap());
+    let x = run(&config, &discrete(), noise, &mut denoise, &mut |_| unreachable!());
     let sum: f64 = x.iter().map(|v| f64::from(v.abs())).sum();
     assert!((sum - 172.0067).abs() < 1e-2, "{sum}");
     assert!((sum / 768.0 - 0.223967).abs() < 1e-5, "{sum}");
 }
 
+/// What a step of DDPM from `t` to `to` multiplies the predicted image by, what x_t, and the variance it adds, for
+/// images at variance 1.
+fn posterior(t: usize, to: usize, variance: Variance) -> [f64; 3] {
+    let schedule = schedule();
+    let stride = Stride { from: schedule.level(t), to: schedule.level(to) };
+    let config = ddpm(1000, variance);
+    let x = tensor(vec![0.0, 1.0, 0.0]);
+    let step = Step { config: &config, strides: &[stride], i: 0, x: &x, history: &[] };
+    let mut denoise = |_: &Tensor, _| Ok(tensor(vec![1.0, 0.0, 0.0]));
+    let found = ddpm::step(&step, &mut denoise, &mut |_| Ok(tensor(vec![0.0, 0.0, 1.0]))).unwrap();
+    let [image, x, sigma] = values(&found.x)[..] else { panic!("three elements") };
+    let [root, root_to] = [t, to].map(|t| schedule.alphas_cumprod()[t].sqrt());
+    [f64::from(image) * root_to, f64::from(x) * root_to / root, (f64::from(sigma) * root_to).powi(2)]
+}
+
+/// Own float64 computation in numpy of Ho et al. 2020, Eq. 6 and 7.
+#[test]
+fn ancestral_steps_have_the_known_coefficients() {
+    let table = [
+        (1, 5.4531877e-5, 0.5452915, 0.4547085),
+        (99, 2.0345963e-3, 0.019076345, 0.98089602),
+        (499, 1.0031355e-2, 3.0700711e-3, 0.99410667),
+        (999, 1.9999984e-2, 1.2835149e-4, 0.98994868),
+    ];
+    for (t, variance, of_image, of_x) in table {
+        let found = posterior(t, t - 1, Variance::FixedSmall);
+        for (found, expected) in found.into_iter().zip([of_image, of_x, variance]) {
+            assert!((found / expected - 1.0).abs() < 5e-6, "step {t}: {found}, expected {expected}");
+        }
+        let large = posterior(t, t - 1, Variance::FixedLarge)[2];
+        assert!((large / schedule().betas()[t] - 1.0).abs() < 1e-5, "step {t}: {large}");
+    }
+}
+
+/// `diffusers`' own constants: tests/schedulers/test_scheduler_ddpm.py and test_scheduler_ddim.py.
+#[test]
+fn variances_are_those_of_diffusers() {
+    let variance = |t, to| posterior(t, to, Variance::FixedSmall)[2];
+    assert!((variance(487, 486) - 0.00979).abs() < 1e-5);
+    assert!((variance(999, 998) - 0.02).abs() < 1e-5);
+    assert!((variance(420, 400) - 0.14771).abs() < 1e-5);
+    assert!((variance(980, 960) - 0.32460).abs() < 1e-5);
+}
+
+/// The denoiser of data N(mu, s2), without error.
+fn oracle(mu: f64, s2: f64) -> impl FnMut(&Tensor, Level) -> Result<Tensor> {
+    move |x, level| {
+        let gain = s2 / (s2 + level.sigma * level.sigma);
+        Ok(x.affine(gain, mu * (1.0 - gain))?)
+    }
+}
+
 /// Mean and variance of what comes out of N(0, 1), for data N(mu, s2) and their exact denoiser.
 ///
-/// The sampler is affine in x_T and in the noise of each step, so each has an element of the batch to itself:
-/// its square is its share of the variance.
-fn pushed_through(config: &SamplerConfig, mu: f64, s2: f64) -> (f64, f64) {
-    let schedule = schedule();
+/// The sampler is affine in the noise that it begins with and in the noise of each step, so each has an element of
+/// the batch to itself: its square is its share of the variance.
+fn pushed_through(config: &SamplerConfig, process: &Process, mu: f64, s2: f64) -> (f64, f64) {
     let n = config.steps + 2;
     let one_hot = |hot: usize| tensor((0..n).map(|i| f32::from(u8::from(i == hot))).collect());
-    let mut oracle = |x: &Tensor, t: usize| {
-        let alpha_bar = schedule.alphas_cumprod()[t];
-        let gain = alpha_bar.sqrt() * s2 / (alpha_bar * s2 + 1.0 - alpha_bar);
-        let x_start = ((x - alpha_bar.sqrt() * mu)? * gain)?.affine(1.0, mu)?;
-        Ok(((x - (x_start * alpha_bar.sqrt())?)? / (1.0 - alpha_bar).sqrt())?)
-    };
     let mut noise = |step: u32| Ok(one_hot(step as usize + 2));
-    let x = sample(&schedule, config, one_hot(1), 0, &mut oracle, &mut noise, &mut |_, _| Ok(())).unwrap();
-    let x = values(&x);
+    let x = run(config, process, one_hot(1), &mut oracle(mu, s2), &mut noise);
     let mean = f64::from(x[0]);
     (mean, x[1..].iter().map(|v| (f64::from(*v) - mean).powi(2)).sum())
 }
@@ -90,10 +160,34 @@ fn gaussian_data_come_out_with_the_mean_and_variance_of_the_closed_form() {
         (ddim(100, 0.0), 0.0, 1.0, 0.0, 0.96403106),
     ];
     for (config, mu, s2, mean, variance) in cases {
-        let (found_mean, found_variance) = pushed_through(&config, mu, s2);
+        let (found_mean, found_variance) = pushed_through(&config, &discrete(), mu, s2);
         assert!((found_mean - mean).abs() < 5e-6, "{config:?}: mean {found_mean}, expected {mean}");
         let error = (found_variance - variance).abs();
         assert!(error < 2e-5, "{config:?}: variance {found_variance}, expected {variance}");
+    }
+}
+
+/// The solution of the ODE is x(σ) = mu + (x - mu) √((s2 + σ²) / (s2 + σ_max²)).
+#[test]
+fn every_solver_brings_gaussian_data_to_their_mean_and_variance_as_fast_as_its_order_says() {
+    let (mu, s2) = (0.3, 0.25);
+    let error = |kind: SamplerKind, steps: usize, process: &Process| {
+        let config =
+            SamplerConfig { spacing: Spacing::Linspace, karras_sigmas: true, ..of_kind(kind, steps) };
+        let (mean, variance) = pushed_through(&config, process, mu, s2);
+        assert!((mean - mu).abs() < 0.01, "{kind:?}: mean {mean}");
+        (variance / s2 - 1.0).abs()
+    };
+    for process in [edm(), discrete()] {
+        for (kind, at_50) in SOLVERS.into_iter().zip([0.02, 0.02, 0.02, 0.15]) {
+            let found = error(kind, 50, &process);
+            assert!(found < at_50, "{kind:?}: variance off by {found}");
+        }
+    }
+    for (kind, order) in [(SamplerKind::Euler, 1.0), (SamplerKind::Heun, 2.0), (SamplerKind::DpmSolver, 2.0)]
+    {
+        let found = (error(kind, 20, &edm()) / error(kind, 40, &edm())).log2();
+        assert!(found > order - 0.25, "{kind:?}: order {found}");
     }
 }
 
@@ -101,10 +195,8 @@ fn gaussian_data_come_out_with_the_mean_and_variance_of_the_closed_form() {
 #[test]
 fn ddim_with_eta_1_at_all_steps_is_ancestral_sampling_with_the_small_variance() {
     let run = |config: SamplerConfig| {
-        let mut model = |x: &Tensor, t: usize| Ok((x.sin()? * (0.5 + t as f64 / 2000.0))?);
-        let mut noise = |step| Ok(wave(step, 64));
-        let x = wave(u32::MAX, 64);
-        values(&sample(&schedule(), &config, x, 0, &mut model, &mut noise, &mut |_, _| Ok(())).unwrap())
+        let mut denoise = of_noise(|x, t| (x.sin().unwrap() * (0.5 + t / 2000.0)).unwrap());
+        run(&config, &discrete(), wave(u32::MAX, 64), &mut denoise, &mut |step| Ok(wave(step, 64)))
     };
     let (implicit, ancestral) = (run(ddim(1000, 1.0)), run(ddpm(1000, Variance::FixedSmall)));
     let scale = ancestral.iter().fold(0f32, |m, v| m.max(v.abs()));
@@ -113,59 +205,82 @@ fn ddim_with_eta_1_at_all_steps_is_ancestral_sampling_with_the_small_variance() 
     }
 }
 
+/// Song et al. 2021, §4.3: DDIM's step is Euler's in σ.
+#[test]
+fn ddim_without_noise_is_euler() {
+    let run = |kind| {
+        let mut denoise = of_noise(|x, t| (x.sin().unwrap() * (0.5 + t / 2000.0)).unwrap());
+        run(&of_kind(kind, 20), &discrete(), wave(u32::MAX, 64), &mut denoise, &mut |_| unreachable!())
+    };
+    for (a, b) in run(SamplerKind::Ddim).iter().zip(run(SamplerKind::Euler)) {
+        assert!((a - b).abs() < 1e-4 * a.abs().max(1.0), "{a} {b}");
+    }
+}
+
 #[test]
 fn a_run_that_was_saved_and_resumed_gives_the_same_bits() {
-    for config in [ddpm(20, Variance::FixedLarge), ddim(20, 0.5)] {
+    let solvers = SOLVERS.map(|kind| of_kind(kind, 20));
+    for config in [ddpm(20, Variance::FixedLarge), ddim(20, 0.5)].into_iter().chain(solvers) {
         let config = SamplerConfig { clip: Some(1.0), ..config };
-        let run = |x: Tensor, start: usize, saved: &mut Vec<(usize, Tensor)>| {
-            let mut model = |x: &Tensor, t: usize| Ok((x.cos()? * (t as f64 / 1000.0))?);
+        let plan = Plan::new(&config, &discrete()).unwrap();
+        let run = |start: Start, saved: &mut Vec<(usize, Trajectory)>| {
+            let mut denoise = of_noise(|x, t| (x.cos().unwrap() * (t / 1000.0)).unwrap());
             let mut noise = |step| Ok(wave(step, 8));
-            let mut save = |done, x: &Tensor| {
-                saved.push((done, x.clone()));
+            let mut save = |done, at: &Trajectory| {
+                saved.push((done, at.clone()));
                 Ok(())
             };
-            sample(&schedule(), &config, x, start, &mut model, &mut noise, &mut save).unwrap()
+            values(&sample(&config, &plan, start, &mut denoise, &mut noise, &mut save).unwrap())
         };
         let mut saved = Vec::new();
-        let straight = run(wave(u32::MAX, 8), 0, &mut saved);
+        let straight = run(Start::Noise(wave(u32::MAX, 8)), &mut saved);
         assert_eq!(saved.len(), 20);
-        let (done, x) = saved[6].clone();
-        assert_eq!(done, 7);
-        assert_eq!(values(&run(x, done, &mut Vec::new())), values(&straight));
-        assert_eq!(values(&run(saved[19].1.clone(), 20, &mut Vec::new())), values(&straight));
+        let again = |at: usize| {
+            let (done, trajectory) = saved[at].clone();
+            assert_eq!(done, at + 1);
+            run(Start::Saved(done, trajectory), &mut Vec::new())
+        };
+        assert_eq!(again(6), straight, "{config:?}");
+        assert_eq!(again(19), straight, "{config:?}");
     }
 }
 
 #[test]
 fn elements_do_not_depend_on_the_batch() {
     let run = |from: usize, n: usize| {
-        let mut model = |x: &Tensor, t: usize| Ok((x.sin()? * (t as f64 / 1000.0))?);
+        let mut denoise = of_noise(|x, t| (x.sin().unwrap() * (t / 1000.0)).unwrap());
         let part = |x: Tensor| Ok(x.narrow(0, from, n)?);
-        let mut noise = |step| part(wave(step, 300));
-        let x = part(wave(u32::MAX, 300)).unwrap();
+        let noise = part(wave(u32::MAX, 300)).unwrap();
         let config = ddpm(10, Variance::FixedSmall);
-        values(&sample(&schedule(), &config, x, 0, &mut model, &mut noise, &mut |_, _| Ok(())).unwrap())
+        run(&config, &discrete(), noise, &mut denoise, &mut |step| part(wave(step, 300)))
     };
     assert_eq!(run(0, 300)[101], run(101, 1)[0]);
     assert_eq!(run(0, 300)[101..120], run(101, 19));
 }
 
-/// `DDIMScheduler(...).set_timesteps(n)` of `diffusers` 0.42.1.
+/// `set_timesteps(n)` of `diffusers` 0.42.1: DDIMScheduler, then DPMSolverMultistepScheduler and
+/// EulerDiscreteScheduler.
 #[test]
 fn timesteps_are_those_of_diffusers() {
-    let at = |spacing, steps, steps_offset| {
-        SamplerConfig { spacing, steps_offset, ..ddim(steps, 0.0) }.timesteps(&schedule()).unwrap()
+    let at = |kind, spacing, steps, steps_offset| {
+        SamplerConfig { spacing, steps_offset, ..of_kind(kind, steps) }.timesteps(&schedule()).unwrap()
     };
-    assert_eq!(at(Spacing::Leading, 4, 0), [750, 500, 250, 0]);
-    assert_eq!(at(Spacing::Leading, 3, 1), [667, 334, 1]);
-    assert_eq!(at(Spacing::Trailing, 3, 0), [999, 666, 332]);
-    assert_eq!(at(Spacing::Linspace, 4, 0), [999, 666, 333, 0]);
-    assert_eq!(at(Spacing::Leading, 1000, 0)[..3], [999, 998, 997]);
+    let ddim = SamplerKind::Ddim;
+    assert_eq!(at(ddim, Spacing::Leading, 4, 0), [750.0, 500.0, 250.0, 0.0]);
+    assert_eq!(at(ddim, Spacing::Leading, 3, 1), [667.0, 334.0, 1.0]);
+    assert_eq!(at(ddim, Spacing::Trailing, 3, 0), [999.0, 666.0, 332.0]);
+    assert_eq!(at(ddim, Spacing::Linspace, 4, 0), [999.0, 666.0, 333.0, 0.0]);
+    assert_eq!(at(ddim, Spacing::Leading, 1000, 0)[..3], [999.0, 998.0, 997.0]);
+    let solver = SamplerKind::DpmSolver;
+    assert_eq!(at(solver, Spacing::Linspace, 4, 0), [999.0, 749.0, 500.0, 250.0]);
+    assert_eq!(at(solver, Spacing::Leading, 4, 1), [801.0, 601.0, 401.0, 201.0]);
+    assert_eq!(at(solver, Spacing::Trailing, 4, 0), [999.0, 749.0, 499.0, 249.0]);
+    assert_eq!(at(SamplerKind::Euler, Spacing::Linspace, 5, 0), [999.0, 749.25, 499.5, 249.75, 0.0]);
 }
 
 #[test]
 fn settings_that_do_not_fit_the_schedule_are_refused() {
-    let error = |config: SamplerConfig| config.timesteps(&schedule()).unwrap_err().to_string();
+    let error = |config: SamplerConfig| Plan::new(&config, &discrete()).unwrap_err().to_string();
     assert_eq!(
         error(ddim(1001, 0.0)),
         "the sampler's steps are 1001, expected from 1 to 1000, the steps in training"
@@ -173,4 +288,8 @@ fn settings_that_do_not_fit_the_schedule_are_refused() {
     assert_eq!(error(ddim(10, 1.5)), "eta is 1.5, expected from 0 to 1");
     let offset = SamplerConfig { steps_offset: 1, ..ddim(1000, 0.0) };
     assert_eq!(error(offset), "with steps_offset 1 the first step is 1000, expected below 1000");
+    assert_eq!(
+        error(of_kind(SamplerKind::DpmSolver, 1000)),
+        "1000 steps of this sampler visit step 0 of 1000 twice, expected fewer steps"
+    );
 }

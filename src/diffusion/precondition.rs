@@ -1,0 +1,162 @@
+//! What a network says about an image, given what it was trained to predict.
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+
+/// A noise level: an image there is x = x_0 + σ ε with ε from N(0, 1).
+///
+/// Also a variance-preserving process, x_t = √ᾱ x_0 + √(1 - ᾱ) ε, is looked at like this: x is x_t / √ᾱ, and σ is
+/// √((1 - ᾱ) / ᾱ). Then DDIM is Euler's method, and every sampler works with every network.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Level {
+    /// σ, at least 0.
+    pub sigma: f64,
+    /// What the network is told of it: the training step, from 0 and perhaps between two, or ln σ / 4.
+    pub t: f64,
+}
+
+/// What a network predicts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Prediction {
+    /// The noise ε (Ho et al. 2020), of an image at variance 1.
+    Epsilon,
+    /// The image x_0, of an image at variance 1.
+    Sample,
+    /// √ᾱ ε - √(1 - ᾱ) x_0 (Salimans & Ho 2022, §4), of an image at variance 1.
+    Velocity,
+    /// A mixture that has variance 1 at every σ, if the data have the variance `sigma_data`² (Karras et al. 2022).
+    Edm {
+        /// The standard deviation of the data.
+        sigma_data: f64,
+    },
+}
+
+/// The coefficients of the denoiser D(x; σ) = c_skip x + c_out F(c_in x; t) of a network F (Karras et al. 2022, Eq. 7).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Preconditioning {
+    /// What the image is multiplied by in the sum.
+    pub c_skip: f64,
+    /// What the network's output is multiplied by.
+    pub c_out: f64,
+    /// What the network's input is multiplied by.
+    pub c_in: f64,
+}
+
+impl Prediction {
+    /// The coefficients at σ.
+    pub fn at(self, sigma: f64) -> Preconditioning {
+        let unit = 1.0 / (1.0 + sigma * sigma).sqrt();
+        let of = |c_skip, c_out, c_in| Preconditioning { c_skip, c_out, c_in };
+        match self {
+            Self::Epsilon => of(1.0, -sigma, unit),
+            Self::Sample => of(0.0, 1.0, unit),
+            Self::Velocity => of(unit * unit, -sigma * unit, unit),
+            Self::Edm { sigma_data: data } => {
+                let inverse = 1.0 / (sigma * sigma + data * data).sqrt();
+                of((data * inverse).powi(2), sigma * data * inverse, inverse)
+            }
+        }
+    }
+
+    /// What the network is to predict, as multiples of the image and of the noise, where σ is above 0: the F for
+    /// which D is x_0.
+    pub fn target(self, sigma: f64) -> (f64, f64) {
+        let Preconditioning { c_skip, c_out, .. } = self.at(sigma);
+        ((1.0 - c_skip) / c_out, -c_skip * sigma / c_out)
+    }
+
+    /// The image predicted from `x`, D(x; σ). `network` is F; it gets its input and the level's t.
+    ///
+    /// `x`: `(b, h, w, c)` f32, an image in [-1, 1] and `level.sigma` times its noise. Returns its shape.
+    pub fn denoise(
+        self,
+        x: &Tensor,
+        level: Level,
+        network: &dyn Fn(&Tensor, f64) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let Preconditioning { c_skip, c_out, c_in } = self.at(level.sigma);
+        let output = network(&(x * c_in)?, level.t)?;
+        let predicted = (output * c_out)?;
+        if c_skip == 0.0 { Ok(predicted) } else { Ok((predicted + (x * c_skip)?)?) }
+    }
+}
+
+/// How the output of a network without EDM's preconditioning is read: under `diffusers`' names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum PredictionType {
+    /// [`Prediction::Epsilon`].
+    Epsilon,
+    /// [`Prediction::Sample`].
+    Sample,
+    /// [`Prediction::Velocity`].
+    VPrediction,
+}
+
+impl From<PredictionType> for Prediction {
+    fn from(prediction: PredictionType) -> Self {
+        match prediction {
+            PredictionType::Epsilon => Self::Epsilon,
+            PredictionType::Sample => Self::Sample,
+            PredictionType::VPrediction => Self::Velocity,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    const ALL: [Prediction; 4] =
+        [Prediction::Epsilon, Prediction::Sample, Prediction::Velocity, Prediction::Edm { sigma_data: 0.5 }];
+
+    #[test]
+    fn a_network_that_predicts_its_target_denoises_perfectly() {
+        let (image, noise) = (0.7, -1.3);
+        for prediction in ALL {
+            for sigma in [0.002, 0.3, 1.0, 20.0] {
+                let (of_image, of_noise) = prediction.target(sigma);
+                let output = of_image * image + of_noise * noise;
+                let x = Tensor::new(&[(image + sigma * noise) as f32], &Device::Cpu).unwrap();
+                let network = |x: &Tensor, t: f64| {
+                    assert_eq!(t, 5.0);
+                    Ok(x.zeros_like()?.affine(1.0, output)?)
+                };
+                let found = prediction.denoise(&x, Level { sigma, t: 5.0 }, &network).unwrap();
+                let found = f64::from(found.to_vec1::<f32>().unwrap()[0]);
+                assert!((found - image).abs() < 1e-5 * (1.0 + sigma), "{prediction:?} at {sigma}: {found}");
+            }
+        }
+    }
+
+    /// Salimans & Ho 2022, §4; Karras et al. 2022, Table 1.
+    #[test]
+    fn targets_are_those_of_the_papers() {
+        let sigma: f64 = 2.0;
+        let alpha_bar = 1.0 / (1.0 + sigma * sigma);
+        let close = |(a, b): (f64, f64), (c, d): (f64, f64)| (a - c).abs() < 1e-12 && (b - d).abs() < 1e-12;
+        assert_eq!(Prediction::Epsilon.target(sigma), (-0.0, 1.0));
+        assert_eq!(Prediction::Sample.target(sigma).0, 1.0);
+        assert_eq!(Prediction::Sample.target(sigma).1.abs(), 0.0);
+        assert!(close(Prediction::Velocity.target(sigma), (-(1.0 - alpha_bar).sqrt(), alpha_bar.sqrt())));
+        let Preconditioning { c_skip, c_out, c_in } = Prediction::Edm { sigma_data: 0.5 }.at(sigma);
+        assert!(close((c_skip, c_out), (0.25 / 4.25, 1.0 / 4.25f64.sqrt())));
+        assert!((c_in - 1.0 / 4.25f64.sqrt()).abs() < 1e-12);
+    }
+
+    /// Karras et al. 2022, App. B.6: input and target have variance 1 if the data have theirs.
+    #[test]
+    fn inputs_and_targets_of_edm_have_variance_1() {
+        let prediction = Prediction::Edm { sigma_data: 0.5 };
+        for sigma in [0.01, 0.5, 3.0, 80.0] {
+            let (image, noise) = prediction.target(sigma);
+            assert!((image * image * 0.25 + noise * noise - 1.0).abs() < 1e-9);
+            assert!((prediction.at(sigma).c_in.powi(2) * (0.25 + sigma * sigma) - 1.0).abs() < 1e-9);
+        }
+    }
+}

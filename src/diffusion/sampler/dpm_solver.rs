@@ -1,0 +1,24 @@
+//! DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Alg. 2).
+
+use super::{Denoise, Step, Trajectory, mix};
+use crate::Result;
+
+/// A step of order 2 in λ = -ln σ, from the predicted images of this step and the one before. The first step is of
+/// order 1, and so is the last, where λ has no end.
+pub(super) fn step(step: &Step, denoise: Denoise) -> Result<Trajectory> {
+    let stride = step.stride();
+    let x_start = denoise(step.x, stride.from)?;
+    let kept = stride.to.sigma / stride.from.sigma;
+    let direction = match (step.history.first(), step.i.checked_sub(1)) {
+        (Some(before), Some(i)) if stride.to.sigma > 0.0 => {
+            let (h_before, h) = (
+                (step.strides[i].from.sigma / stride.from.sigma).ln(),
+                (stride.from.sigma / stride.to.sigma).ln(),
+            );
+            let ahead = h / (2.0 * h_before);
+            mix(1.0 + ahead, &x_start, -ahead, before)?
+        }
+        _ => x_start.clone(),
+    };
+    Ok(Trajectory { x: mix(1.0 - kept, &direction, kept, step.x)?, history: vec![x_start] })
+}

@@ -1,0 +1,125 @@
+//! Whole loops against `diffusers`: golden files of tests/golden/loops.py.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::SafeTensors;
+use serde_json::{Map, Value};
+
+use super::{
+    sampler::{Plan, Start, sample},
+    *,
+};
+use crate::{
+    Result,
+    nn::{
+        Params, UNet, UNetConfig,
+        optim::{Adam, AdamConfig, Optimizer, clip_scale, grad_norm},
+    },
+};
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn nhwc(images: &Tensor) -> Tensor {
+    images.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()
+}
+
+/// The images of a case, whose name is JSON.
+fn images(model: &DiffusionModel, case: &str, tensors: &HashMap<String, Tensor>) -> Result<Tensor> {
+    let mut options: Map<String, Value> = serde_json::from_str(case).unwrap();
+    let class = match options.remove("kind").unwrap().as_str().unwrap() {
+        "ddpm" => "DDPMScheduler",
+        "ddim" => "DDIMScheduler",
+        "dpm-solver++" => "DPMSolverMultistepScheduler",
+        "euler" => "EulerDiscreteScheduler",
+        "heun" => "HeunDiscreteScheduler",
+        _ => "EDMEulerScheduler",
+    };
+    let steps = options.remove("steps").unwrap().as_u64().unwrap() as usize;
+    let eta = options.remove("eta").map_or(0.0, |eta| eta.as_f64().unwrap());
+    options.insert("_class_name".into(), class.into());
+    let scheduler = SchedulerConfig::from_json(options)?;
+    let config = sampler::SamplerConfig { steps, eta, ..scheduler.sampler() };
+    let plan = Plan::new(&config, &scheduler.process()?)?;
+    sample(
+        &config,
+        &plan,
+        Start::Noise(nhwc(&tensors["noise"])),
+        &mut |x, level| scheduler.prediction().denoise(x, level, &|x, t| model.predict(x, t, None)),
+        &mut |step| Ok(nhwc(&tensors[&format!("fresh.{step}")])),
+        &mut |_, _| Ok(()),
+    )
+}
+
+/// The folder is as `save_pretrained` wrote it.
+#[test]
+fn the_same_noise_gives_the_images_of_diffusers() {
+    let model = DiffusionModel::load(&golden("diffusers_model"), &Device::Cpu).unwrap();
+    let tensors = candle_core::safetensors::load(golden("loops.safetensors"), &Device::Cpu).unwrap();
+    let mut cases: Vec<_> = tensors.keys().filter(|name| name.starts_with('{')).collect();
+    cases.sort();
+    assert_eq!(cases.len(), 48);
+    let max = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+    let mut failures = Vec::new();
+    for case in cases {
+        let expected = nhwc(&tensors[case]);
+        let found = images(&model, case, &tensors).unwrap();
+        let error = max(&(found - &expected).unwrap()) / max(&expected).max(1.0);
+        println!("{error:.1e} {case}");
+        if error.is_nan() || error > 1e-3 {
+            failures.push(format!("{error:.1e} {case}"));
+        }
+    }
+    assert!(failures.is_empty(), "off by more than 1e-3:\n{}", failures.join("\n"));
+}
+
+/// Data, steps and noise are those that PyTorch recorded: tests/golden/training.py.
+#[test]
+fn ten_training_steps_are_those_of_pytorch() {
+    let bytes = std::fs::read(golden("training.safetensors")).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let config = serde_json::from_str(&header.metadata().as_ref().unwrap()["config"]).unwrap();
+    let config = UNetConfig::from_json(config).unwrap();
+    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+    let Process::Discrete(schedule) = SchedulerConfig::default().process().unwrap() else {
+        panic!("the default is DDPM's")
+    };
+    let square = |t: Tensor| {
+        t.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
+    };
+    for (name, prediction) in [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::Velocity)] {
+        let params = Params::init(0, &Device::Cpu, |b| UNet::new(&config, b)).unwrap();
+        let before = tensors.iter().filter_map(|(k, v)| Some((k.strip_prefix("before.")?, v)));
+        params.copy_from(before).unwrap();
+        let network = params.tracked(|b| UNet::new(&config, b)).unwrap();
+        let mut adam = Adam::new(AdamConfig::default());
+        let losses: Vec<f64> = tensors[&format!("{name}.losses")].to_vec1().unwrap();
+        for (i, expected) in losses.into_iter().enumerate() {
+            let tensor = |name: &str| &tensors[&format!("{name}.{i}")];
+            let t: Vec<i64> = tensor("t").to_vec1().unwrap();
+            let levels: Vec<Level> = t.into_iter().map(|t| schedule.level(t as usize)).collect();
+            let labels = tensor("labels").to_dtype(DType::U32).unwrap();
+            let pair =
+                TrainingPair::new(prediction, &nhwc(tensor("x")), &levels, &nhwc(tensor("noise"))).unwrap();
+            let losses = denoising_loss(&pair, &|x, t| network.forward(x, t, Some(&labels))).unwrap();
+            let loss = losses.mean_all().unwrap();
+            let found = f64::from(loss.to_scalar::<f32>().unwrap());
+            assert!((found - expected).abs() < 1e-4, "{name}, step {i}: loss {found}, expected {expected}");
+            let grads = loss.backward().unwrap();
+            let scale = clip_scale(grad_norm(params.vars(), &grads).unwrap(), 1.0);
+            adam.step_scaled(&params, &grads, scale, 1e-3).unwrap();
+        }
+        let (mut off, mut moved) = (0.0, 0.0);
+        for (key, found) in params.named(|var| Ok(var.as_detached_tensor())).unwrap() {
+            let (before, after) =
+                (&tensors[&format!("before.{key}")], &tensors[&format!("{name}.after.{key}")]);
+            off += square((&found - after).unwrap());
+            moved += square((after - before).unwrap());
+        }
+        let error = (off / moved).sqrt();
+        println!("{name}: weights off by {error:.1e} of their way");
+        assert!(error <= 1e-2, "{name}: weights are off by {error:e} of their way");
+    }
+}
