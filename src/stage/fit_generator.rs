@@ -510,10 +510,12 @@ impl FitGenerator {
             process = match self.prediction {
                 Parametrization::Edm => "EDM, any σ from 0.002 to 80".to_string(),
                 prediction => {
-                    format!(
-                        "T = {}, {:?} β, prediction {prediction:?}",
-                        self.num_train_timesteps, self.beta_schedule
-                    )
+                    let what = match prediction {
+                        Parametrization::Sample => "x₀",
+                        Parametrization::VPrediction => "v",
+                        _ => "ε",
+                    };
+                    format!("T = {}, {:?} β, {what}-prediction", self.num_train_timesteps, self.beta_schedule)
                 }
             },
             steps = self.steps,

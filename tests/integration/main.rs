@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod cuda;
+mod generate;
 mod layers;
 mod pipeline;
 mod resume;
