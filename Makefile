@@ -57,11 +57,14 @@ bench-peers:
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(PEERS)/inductor $(PEERS)/bin/python tests/bench/peers.py \
 	  --runner "$(CARGO) bench --quiet --bench peers --" $(ARGS)
 
-# The data set of `make curate` in Python's datasets, duckdb and polars; makes its own environment.
+# The data set of `make curate` in Python's datasets, duckdb and polars, and the same noise here and in diffusers; makes
+# its own environment.
 test-interop:
 	test -d $(INTEROP) || python3 -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install -q -r tests/interop/requirements.txt
 	for dataset in runs/digits/materialize-*/dataset; do $(INTEROP)/bin/python tests/interop/check_hub.py $$dataset || exit 1; done
+	$(CARGO) build --release
+	$(INTEROP)/bin/python tests/interop/check_samples.py $(or $(CARGO_TARGET_DIR),target)/release/proxyset models/digits-ddpm
 
 # With a CUDA toolkit and cuDNN installed (CUDA_HOME, nvcc on the PATH).
 cuda:

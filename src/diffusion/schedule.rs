@@ -22,14 +22,26 @@ impl Schedule {
         if let Some((t, beta)) = betas.iter().enumerate().find(|(_, b)| !(**b > 0.0 && **b < 1.0)) {
             bail!(Data, "beta of step {t} is {beta}, expected above 0 and below 1");
         }
-        let alphas_cumprod = betas
+        let alphas_cumprod: Vec<f64> = betas
             .iter()
             .scan(1.0, |product, beta| {
                 *product *= 1.0 - beta;
                 Some(*product)
             })
             .collect();
-        Ok(Self { betas, alphas_cumprod })
+        let schedule = Self { betas, alphas_cumprod };
+        // Images are f32, and are looked at as x_0 + σ ε.
+        let sigma = |t: usize| schedule.level(t).sigma;
+        if let Some(t) = (0..schedule.len()).find(|&t| !(1e-30..1e30).contains(&sigma(t))) {
+            bail!(
+                Data,
+                "after {} steps the noise is {:e} times the image, expected from 1e-30 to 1e30: the schedule's betas \
+                 or its number of steps are too small or too large",
+                t + 1,
+                sigma(t)
+            );
+        }
+        Ok(schedule)
     }
 
     /// β in equal steps from `start` to `end` (Ho et al. 2020, §4: 1000 steps from 1e-4 to 0.02).
@@ -166,5 +178,8 @@ mod tests {
         assert_eq!(error.to_string(), "beta of step 1 is 1.5, expected above 0 and below 1");
         assert!(Schedule::new(vec![f64::NAN]).is_err());
         assert!(Schedule::new(vec![]).is_err());
+        let error = Schedule::linear(100_000, 1e-4, 0.02).unwrap_err().to_string();
+        assert!(error.contains("times the image, expected from 1e-30 to 1e30"), "{error}");
+        assert!(Schedule::linear(10_000, 1e-4, 0.02).is_ok() && Schedule::new(vec![1e-17]).is_err());
     }
 }

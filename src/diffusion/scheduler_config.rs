@@ -342,11 +342,11 @@ impl SchedulerConfig {
         }
     }
 
-    /// The sampler that the model folder asks for, with as many steps as the model was trained on.
+    /// The sampler that the model folder asks for, with [`SamplerKind::default_steps`].
     pub fn sampler(&self) -> SamplerConfig {
         SamplerConfig {
             kind: self.class.kind(),
-            steps: self.num_train_timesteps,
+            steps: self.class.kind().default_steps(self.num_train_timesteps),
             eta: 0.0,
             clip: self.clip_sample.then_some(self.clip_sample_range),
             variance: match self.variance_type {

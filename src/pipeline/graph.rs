@@ -71,8 +71,12 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
     inputs.extend(classifier.map(|c| ("classifier", c)));
     if file.has(Quality::NAME) {
         let source = graph.resolve::<Split>("split", &[], &[])?.source.to_string();
-        let real = inputs.iter().cloned().chain([("data", PathBuf::from(source))]).collect::<Vec<_>>();
-        graph.add::<Quality>("quality", &real)?;
+        let mut compared = inputs.clone();
+        compared.push(("data", PathBuf::from(source)));
+        if let Some(Value::String(other)) = file.table("label").get("classifier") {
+            compared.push(("classifier", PathBuf::from(other)));
+        }
+        graph.add::<Quality>("quality", &compared)?;
     }
     let labels = graph.add::<Label>("label", &inputs)?;
 

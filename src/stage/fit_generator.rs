@@ -149,7 +149,7 @@ pub struct GeneratorInfo {
     pub trained_on: String,
     /// BLAKE3 of those files.
     pub trained_on_fingerprint: String,
-    /// Optimiser steps and images per step.
+    /// Optimiser steps.
     pub steps: usize,
     /// Images per step.
     pub batch: usize,
@@ -275,7 +275,7 @@ impl FitGenerator {
         Ok(sums.into_iter().sum::<f64>() / images.len().max(1) as f64)
     }
 
-    /// A sheet of samples, of each class the same number; the same noise each time.
+    /// A sheet of samples, a column for each of the first 20 classes; the same noise each time.
     fn sheet(
         &self,
         model: &DiffusionModel,
@@ -360,10 +360,13 @@ impl Stage for FitGenerator {
             );
         }
         expect("dropout", self.dropout, 0.0, 0.999)?;
-        expect("accumulate", self.accumulate, 1, self.batch)?;
         expect("num_train_timesteps", self.num_train_timesteps, 2, 100_000)?;
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 1, 1 << 20)?;
+        expect("accumulate", self.accumulate, 1, self.batch)?;
+        if let Err(error) = self.scheduler().process() {
+            bail!(Usage, "num_train_timesteps is {}: {error}", self.num_train_timesteps);
+        }
         expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;
         expect("grad_clip", self.grad_clip, 1e-6, 1e9)?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)
@@ -487,7 +490,7 @@ impl FitGenerator {
         let conditional = if self.conditional { "class-conditional " } else { "" };
         format!(
             "---\nlicense: other\nlibrary_name: diffusers\ntags: [diffusion, ddpm, proxyset]\n---\n\n\
-             # A {conditional}DDPM of {shape} images\n\n\
+             # A {conditional}diffusion model of {shape} images\n\n\
              Trained by `proxyset fit-generator` (version {version}) on {n} images of `{source}` \
              (BLAKE3 `{hash}`), {classes} classes: {names}.\n\n\
              | | |\n|---|---|\n\
@@ -495,8 +498,13 @@ impl FitGenerator {
              | process | {process} |\n\
              | training | {steps} steps of {batch} images, Adam {lr}, moving average {ema}, seed {seed} |\n\
              | last loss | {loss} |\n\n\
-             The folder opens in `diffusers`; `proxyset generate --model` samples it. Pixels are in [-1, 1].\n\
+             {opens}; `proxyset generate --model` samples it. Pixels are in [-1, 1].{null}\n\
              The licence of the training data applies to what is made from it.\n",
+            opens = match self.prediction {
+                Parametrization::Edm => "`unet` and `scheduler` open in `diffusers` one by one",
+                _ => "The folder opens in `diffusers`",
+            },
+            null = info.null_class.map_or(String::new(), |null| format!(" Class {null} stands for none.")),
             shape = info.shape,
             version = env!("CARGO_PKG_VERSION"),
             n = summary["trained_on"],

@@ -85,7 +85,7 @@ pub struct Generate {
     /// The sampler; the model folder's if not given.
     #[arg(long, value_enum)]
     pub sampler: Option<SamplerKind>,
-    /// Sampling steps; the model folder's if not given. Heun's method calls the network twice in each but the last.
+    /// Sampling steps; if not given, all with ddpm and ddim, 50 with the others. Heun's method calls the network twice in each but the last.
     #[arg(long)]
     pub steps: Option<usize>,
     /// Which of the training steps are visited; the model folder's if not given.
@@ -106,7 +106,7 @@ pub struct Generate {
     #[arg(long)]
     pub initial_noise: Option<PathBuf>,
     /// Also write the images before they are rounded, tensor `images` of shape (count, channels, height, width) in
-    /// about [-1, 1], to this safetensors file.
+    /// about [-1, 1], to this safetensors file. Part of what is made: with another file, another pool.
     #[arg(long)]
     pub save_float: Option<PathBuf>,
     /// Images in a shard: a multiple of micro_batch.
@@ -164,7 +164,8 @@ impl Generate {
     fn sampler(&self, model: &DiffusionModel) -> Result<SamplerConfig> {
         let mut sampler = model.scheduler().sampler();
         sampler.kind = self.sampler.unwrap_or(sampler.kind);
-        sampler.steps = self.steps.unwrap_or(sampler.steps);
+        let total = model.scheduler().num_train_timesteps;
+        sampler.steps = self.steps.unwrap_or_else(|| sampler.kind.default_steps(total));
         sampler.eta = self.eta;
         sampler.spacing = self.spacing.unwrap_or(sampler.spacing);
         sampler.karras_sigmas = self.karras_sigmas.unwrap_or(sampler.karras_sigmas);
@@ -259,7 +260,8 @@ impl Stage for Generate {
         let (out, _lock) = job.open(&format!("shards-{}-{}", share.start, share.end))?;
         fs::publish_json(&out.join("pool.json"), &info)?;
         let dir = out.join("pool");
-        let floats = Parts::new(job.hidden(&dir, "floats"));
+        // Gone when the stage is done, and not before.
+        let floats = Parts::new(job.hidden(out, "floats"));
         let run =
             Run { config: self, job, model, sampler, plan, info, null_class, initial_noise, dir, floats };
         fs::create_dir_all(&run.dir)?;
@@ -327,6 +329,16 @@ impl Generate {
             bail!(Data, "{}: images are {}, expected the U-Net's {shape}", path.display(), known.shape);
         }
         let null_class = known.as_ref().and_then(|k| k.null_class);
+        if let (Some(known), Some(null)) = (&known, null_class)
+            && (null as usize != known.class_names.len() || unet.num_class_embeds.is_none())
+        {
+            bail!(
+                Data,
+                "{}: null_class is {null}, expected {} behind the class names of a conditional model",
+                path.display(),
+                known.class_names.len()
+            );
+        }
         let class_names = match (&known, unet.num_class_embeds) {
             (Some(known), None) => known.class_names.clone(),
             (Some(known), Some(n)) if known.class_names.len() + usize::from(null_class.is_some()) == n => {
@@ -346,6 +358,7 @@ impl Generate {
                 GeneratorInfo::FILE
             );
         }
+        let noise_hash = self.initial_noise.as_deref().map(fs::hash_file).transpose()?.map(|(hash, _)| hash);
         let info = PoolInfo {
             named: known.is_some(),
             schema: "proxyset.pool/1".into(),
@@ -358,7 +371,7 @@ impl Generate {
             sampler: json!({
                 "kind": sampler.kind, "steps": sampler.steps, "eta": sampler.eta, "clip": sampler.clip,
                 "spacing": sampler.spacing, "karras_sigmas": sampler.karras_sigmas, "guidance": self.guidance,
-                "initial_noise": self.initial_noise,
+                "initial_noise_blake3": noise_hash,
             }),
             seed: self.seed,
         };
@@ -487,14 +500,14 @@ impl Run<'_> {
                     Some(part) => write(&part)?,
                     None => bail!(
                         Data,
-                        "the floats of images from {first} on are gone: remove {} to make them again",
+                        "the images from {first} on were made on another class of machine, and what they were before \
+                         rounding is there: remove {} to make them here",
                         self.dir.display()
                     ),
                 }
             }
             Ok(())
-        })?;
-        self.floats.clear()
+        })
     }
 
     /// Publishes the shard, then its record.

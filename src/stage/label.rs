@@ -1,6 +1,9 @@
 //! Label: what a classifier sees in each pool image, and how sure it is.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use arrow_array::{Float32Array, Int64Array, StringArray};
 use arrow_schema::DataType;
@@ -70,21 +73,8 @@ impl Stage for Label {
                 dir.display()
             );
         }
+        expect_same_classes(&classifier, dir, &pool)?;
         let names = &classifier.config().class_names;
-        let differ = if pool.info.named {
-            *names != pool.info.class_names
-        } else {
-            pool.info.conditional && names.len() != pool.info.class_names.len()
-        };
-        if differ {
-            bail!(
-                Data,
-                "classifier {} knows the classes {}, expected the pool's: {}",
-                dir.display(),
-                names.join(", "),
-                pool.info.class_names.join(", ")
-            );
-        }
         let (out, _lock) = job.open("run")?;
         let schema = shards::schema(&[
             (columns::UID, DataType::Utf8, false),
@@ -138,8 +128,28 @@ impl Stage for Label {
     }
 }
 
+/// Fails with [`Error::Data`] unless a classifier's classes are those that a pool was made for, if it was for any.
+pub(super) fn expect_same_classes(classifier: &Classifier, dir: &Path, pool: &Pool) -> Result<()> {
+    let names = &classifier.config().class_names;
+    let differ = if pool.info.named {
+        *names != pool.info.class_names
+    } else {
+        pool.info.conditional && names.len() != pool.info.class_names.len()
+    };
+    if differ {
+        bail!(
+            Data,
+            "classifier {} knows the classes {}, expected the pool's: {}",
+            dir.display(),
+            names.join(", "),
+            pool.info.class_names.join(", ")
+        );
+    }
+    Ok(())
+}
+
 /// How many images get from the classifier the label that they were made for, in all and by class.
-fn agreement(pool: &Pool, dir: &std::path::Path, classes: usize) -> Result<serde_json::Value> {
+fn agreement(pool: &Pool, dir: &Path, classes: usize) -> Result<serde_json::Value> {
     let (mut counts, mut agreed, mut confidence) = (vec![0u64; classes], vec![0u64; classes], 0.0);
     for shard in 0..pool.info.shards {
         let table = shards::read_table(dir, shard, &[columns::LABEL, columns::PSEUDO, columns::CONFIDENCE])?;

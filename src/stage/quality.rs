@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Job, Outcome, Stage, expect, shards::Pool};
+use super::{Job, Outcome, Stage, expect, label::expect_same_classes, shards::Pool};
 use crate::{
     Result,
     data::{self, Range, Source, to_tensor},
@@ -90,14 +90,22 @@ impl Stage for Quality {
                 );
             }
         }
-        if real.len() < 4 {
-            bail!(Usage, "there are {} real images, expected at least 4: two for each half", real.len());
-        }
-        let (out, _lock) = job.open("run")?;
+        expect_same_classes(&classifier, dir, &pool)?;
         let wanted = match self.pool_limit as u64 {
             0 => pool.info.count,
             limit => limit.min(pool.info.count),
         } as usize;
+        let least = (self.neighbours + 1).max(4);
+        if real.len() < least || wanted < least {
+            bail!(
+                Usage,
+                "there are {} real images and {wanted} of the pool (limit, pool_limit), expected at least {least} of each: \
+                 more than neighbours = {}, and two for each half",
+                real.len(),
+                self.neighbours
+            );
+        }
+        let (out, _lock) = job.open("run")?;
         let bar = Progress::new(Self::NAME, (real.len() + wanted) as u64, "images");
 
         let mut seen = Seen::default();
@@ -158,7 +166,7 @@ impl Stage for Quality {
                 "dimension": real_features.dim(),
                 "classifier_blake3": fs::hash_file(&dir.join("model.safetensors"))?.0,
             },
-            "real": { "source": self.data, "split": self.split, "blake3": self.data.fingerprint(self.split)? },
+            "real": { "split": self.split, "blake3": self.data.fingerprint(self.split)? },
         });
         fs::publish_json(&out.join("quality.json"), &summary)?;
         Ok(Outcome::Done(summary))

@@ -243,6 +243,64 @@ fn a_locked_folder_is_75() {
     ok(&format!("split --out {}", dir.path().display()));
 }
 
+#[test]
+fn a_models_faults_are_all_named_at_once_and_nothing_is_made() {
+    let (nothing, dir) = (Nothing::new(), tempfile::tempdir().unwrap());
+    let model = dir.path().join("model");
+    let edit = |name: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        let path = model.join(name);
+        let mut json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        change(&mut json);
+        std::fs::write(&path, json.to_string()).unwrap();
+    };
+    let refused =
+        |said: &[&str]| nothing.fails(&format!("generate --model {} --count 4", model.display()), 65, said);
+    for (name, bytes) in files(Path::new(&made().path("generator"))) {
+        std::fs::create_dir_all(model.join(&name).parent().unwrap()).unwrap();
+        std::fs::write(model.join(&name), bytes).unwrap();
+    }
+
+    let weights = model.join("unet/diffusion_pytorch_model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    let mut tensors = candle_core::safetensors::load_buffer(&whole, &candle_core::Device::Cpu).unwrap();
+    let bias = tensors.remove("conv_in.bias").unwrap();
+    tensors.insert("conv_in.extra".into(), bias.clone());
+    tensors.insert("conv_out.bias".into(), (&bias * f64::NAN).unwrap().narrow(0, 0, 1).unwrap());
+    let misshapen = tensors["conv_norm_out.weight"].narrow(0, 0, 3).unwrap().contiguous().unwrap();
+    tensors.insert("conv_norm_out.weight".into(), misshapen);
+    candle_core::safetensors::save(&tensors, &weights).unwrap();
+    edit("scheduler/scheduler_config.json", &|json| {
+        json["thresholding"] = true.into();
+        json["beta_schedule"] = "sigmoid".into();
+    });
+    refused(&[
+        "conv_in.bias is missing",
+        "conv_in.extra is not part of this network",
+        "conv_out.bias holds NaN",
+        "conv_norm_out.weight has shape [3], expected [8]",
+        "thresholding is true, expected false",
+        "unknown variant `sigmoid`",
+    ]);
+
+    std::fs::write(&weights, &whole[..whole.len() - 5]).unwrap();
+    edit("unet/config.json", &|json| {
+        json["upsample_type"] = "resnet".into();
+        json["encoder_hid_dim"] = 4.into();
+    });
+    refused(&[
+        "upsample_type is \"resnet\", expected conv",
+        "encoder_hid_dim is 4, expected no such key",
+        "thresholding is true, expected false",
+    ]);
+    edit("unet/config.json", &|json| {
+        json["upsample_type"] = "conv".into();
+        json.as_object_mut().unwrap().remove("encoder_hid_dim");
+    });
+    refused(&["not a safetensors file", "thresholding is true"]);
+    std::fs::write(&weights, "version https://git-lfs.example/spec/v1\noid sha256:00\nsize 3\n").unwrap();
+    refused(&["a pointer of Git LFS, not the file that it stands for"]);
+}
+
 /// A small file system of its own, unmounted at the end.
 struct Mount {
     dir: tempfile::TempDir,

@@ -39,6 +39,17 @@ pub enum SamplerKind {
     Euler,
 }
 
+impl SamplerKind {
+    /// How many steps are made if nobody says, for a model of `total` training steps: all of them with the samplers that
+    /// models are trained for, 50 with the solvers.
+    pub fn default_steps(self, total: usize) -> usize {
+        match self {
+            Self::Ddpm | Self::Ddim => total,
+            _ => total.min(50),
+        }
+    }
+}
+
 /// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -136,8 +147,8 @@ fn mix(a: f64, x: &Tensor, b: f64, y: &Tensor) -> Result<Tensor> {
 
 /// Turns noise into images.
 ///
-/// `noise_or_saved`: `(b, h, w, c)` f32 from N(0, 1), or what a run had saved after `start` steps. `on_step(done, …)`
-/// is called after each step with the number of steps done; a run that saved them goes on to the same images.
+/// `start`: noise `(b, h, w, c)` f32 from N(0, 1), or what an earlier run had saved. `on_step(done, …)` is called after
+/// each step with the number of steps done; a run that saved them goes on to the same images.
 ///
 /// Returns images in about [-1, 1], shaped like the noise. An element never depends on another one of the batch,
 /// unless `denoise` makes it so. Fails with what the closures fail with, and with

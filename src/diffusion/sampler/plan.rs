@@ -140,8 +140,9 @@ impl SamplerConfig {
                 (0..n).map(|i| (total as f64 - i as f64 * ratio).round_ties_even() - 1.0).collect()
             }
             Spacing::Linspace => {
-                let gap = (total - 1) as f64 / (places - 1).max(1) as f64;
-                let exact = (skipped..places).rev().map(|i| i as f64 * gap);
+                // Divided last, so that the first step is the last one of training exactly.
+                let last = (places - 1).max(1) as f64;
+                let exact = (skipped..places).rev().map(|i| (i * (total - 1)) as f64 / last);
                 exact.map(|t| if fractional { t } else { t.round_ties_even() }).collect()
             }
         };

@@ -279,6 +279,20 @@ fn timesteps_are_those_of_diffusers() {
 }
 
 #[test]
+fn any_number_of_steps_has_a_plan() {
+    let process = discrete();
+    for kind in [SamplerKind::Ddim, SamplerKind::DpmSolver, SamplerKind::Heun] {
+        for spacing in [Spacing::Leading, Spacing::Trailing, Spacing::Linspace] {
+            for steps in 1..=499 {
+                let plan = Plan::new(&SamplerConfig { spacing, ..of_kind(kind, steps) }, &process).unwrap();
+                assert_eq!(plan.strides().len(), steps);
+                assert!(plan.strides().iter().all(|stride| stride.from.sigma > stride.to.sigma));
+            }
+        }
+    }
+}
+
+#[test]
 fn settings_that_do_not_fit_the_schedule_are_refused() {
     let error = |config: SamplerConfig| Plan::new(&config, &discrete()).unwrap_err().to_string();
     assert_eq!(

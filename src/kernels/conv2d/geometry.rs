@@ -37,10 +37,10 @@ impl Geometry {
     /// cut anywhere.
     pub fn flat(self) -> Self {
         let pixelwise = (self.kh, self.kw, self.stride, self.before) == (1, 1, 1, (0, 0));
-        if !pixelwise || (self.out_h, self.out_w) != (self.h, self.w) {
+        let pixels = self.out_pixels();
+        if !pixelwise || (self.out_h, self.out_w) != (self.h, self.w) || pixels == 0 {
             return self;
         }
-        let pixels = self.out_pixels();
         Self { images: 1, h: pixels, w: 1, out_h: pixels, out_w: 1, ..self }
     }
 
