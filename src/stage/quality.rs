@@ -22,7 +22,7 @@ const CHUNK: usize = 256;
 
 /// Measures a pool against real images in the features of a classifier, what its last linear layer gets.
 ///
-/// Fréchet distance (Heusel et al. 2017) beside that of two halves of the real images, precision and recall
+/// Fréchet distance (Heusel et al. 2017) beside that of two halves of the real images, each class halved, precision and recall
 /// (Kynkäänniemi et al. 2019), and the part of the images that the classifier gives the class they were made for. All
 /// depend on the classifier and on the numbers of images, which stand beside them: compare at equal numbers.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
@@ -135,9 +135,12 @@ impl Stage for Quality {
         let (synthetic, classes) = seen.finish()?;
 
         let order = Permutation::new(self.seed, 0, real.len() as u64);
-        let shuffled: Vec<usize> = (0..real.len()).map(|i| order.at(i as u64) as usize).collect();
-        let (first, second) = shuffled.split_at(real.len() / 2);
-        let halves = frechet_distance(&real_features.subset(first)?, &real_features.subset(second)?);
+        let mut shuffled: Vec<usize> = (0..real.len()).map(|i| order.at(i as u64) as usize).collect();
+        // Of each class as many in both: halves that differ in their classes are further apart than a balanced pool.
+        shuffled.sort_by_key(|&image| real.labels[image]);
+        let half = |from: usize| shuffled.iter().copied().skip(from).step_by(2).collect::<Vec<_>>();
+        let (first, second) = (half(0), half(1));
+        let halves = frechet_distance(&real_features.subset(&first)?, &real_features.subset(&second)?);
         let manifold = |features: &Features| {
             features.subset(&(0..features.len().min(self.max_manifold)).collect::<Vec<_>>())
         };

@@ -42,7 +42,7 @@ impl Plan {
         }
     }
 
-    /// The steps, each from where the one before ended, nearly always: see [`Plan::scale_after`].
+    /// The steps, each from where the one before ended; with DDIM that is so only where steps divide those of training.
     pub fn strides(&self) -> &[Stride] {
         &self.strides
     }
