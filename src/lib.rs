@@ -20,7 +20,8 @@
 //! - **Curation.** Of each class the lowest scores behind the gates are kept; the paper keeps 10 of 15 million.
 //!   See [`curate`].
 //! - **PORT**, training on both: `γ · L(real) + (1 − γ) · L(synthetic)`, γ = 0.4 by default, each `L` the mean
-//!   over its own images of `max_{‖δ‖ ≤ ε} CE(f(x + δ), y)`, the maximum found by PGD. See [`objective`].
+//!   over its own images of a robust loss: `max_{‖δ‖ ≤ ε} CE(f(x + δ), y)`, the maximum found by PGD, or TRADES, or
+//!   stability under noise for a classifier that is to be certified. See [`objective`], [`certify`].
 //!
 //! What the paper leaves open (networks, grid, calibration, folds) is decided in `ARCHITECTURE.md`.
 //!
@@ -31,11 +32,11 @@
 //! cli                                 one verb a file: arguments, one library call, print
 //! pipeline                            the TOML file, the graph of stages, what is done, the rest of it
 //! stage                               the unit of composition, one stage a file
-//! objective | proxy | curate          losses | ARC, calibration, folds, weights | gates, arms, selector
-//! diffusion | attack                  schedule, loss, samplers, model folder | balls and PGD
+//! objective | certify | proxy | curate   losses | smoothing | ARC, calibration, folds, weights | gates, arms, selector
+//! diffusion | attack                  schedule, loss, samplers, model folder | balls, PGD, AutoAttack
 //! nn | data                           networks, optimisers, checkpoints | sources, shards, cards, checks
 //! kernels                             the ops that dominate: a reference each, and a fast CPU version
-//! rng | stats                         counter-based random numbers | intervals and comparisons
+//! rng | stats | plot                  counter-based random numbers | intervals and comparisons | SVG
 //! device | fs | progress | process | error   devices, their classes | durable files | bars, signals | set-up | exit codes
 //! ```
 //! Attacks, losses and samplers take networks as closures; networks know no shards. What depends on the feature
@@ -45,6 +46,7 @@
 mod error;
 
 pub mod attack;
+pub mod certify;
 pub mod cli;
 pub mod curate;
 pub mod data;
@@ -55,6 +57,7 @@ pub mod kernels;
 pub mod nn;
 pub mod objective;
 pub mod pipeline;
+pub mod plot;
 pub mod process;
 pub mod progress;
 pub mod proxy;

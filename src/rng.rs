@@ -50,6 +50,8 @@ pub mod stream {
     pub const NULL_CLASS: u32 = 0xFFFF_FFF5;
     /// The dropout of the first block; each further block counts up.
     pub const DROPOUT: u32 = 0xFFFF_0000;
+    /// Gaussian augmentation of training images.
+    pub const GAUSSIAN: u32 = 0xFFFF_FFF4;
     /// The keys of a [`super::Permutation`].
     pub const PERMUTATION: u32 = 0xFFFF_FFF2;
 }

@@ -1,7 +1,7 @@
 //! Intervals: proportions, and paired comparisons of training arms.
 
 use serde::{Deserialize, Serialize};
-use statrs::distribution::{Beta, ContinuousCDF, StudentsT};
+use statrs::distribution::{Beta, Binomial, ContinuousCDF, DiscreteCDF, Normal, StudentsT};
 
 use crate::rng::{Stream, stream};
 
@@ -12,6 +12,29 @@ pub fn clopper_pearson(x: u64, n: u64, alpha: f64) -> [f64; 2] {
     let low = if x == 0.0 { 0.0 } else { quantile(x, n - x + 1.0, alpha / 2.0) };
     let high = if x == n { 1.0 } else { quantile(x + 1.0, n - x, 1.0 - alpha / 2.0) };
     [low, high]
+}
+
+/// The one-sided lower Clopper-Pearson bound of a proportion, `x` of `n`: below it with probability at most `alpha`.
+pub fn proportion_at_least(x: u64, n: u64, alpha: f64) -> f64 {
+    if x == 0 {
+        return 0.0;
+    }
+    Beta::new(x as f64, (n - x) as f64 + 1.0).map_or(f64::NAN, |d| d.inverse_cdf(alpha))
+}
+
+/// The probability of a fair coin to split `n` throws at least as unevenly as `x` to `n - x`: the two-sided binomial
+/// test of one half.
+pub fn fair_split_p_value(x: u64, n: u64) -> f64 {
+    let less = x.min(n - x);
+    match Binomial::new(0.5, n) {
+        Ok(coin) => (2.0 * coin.cdf(less)).min(1.0),
+        Err(_) => f64::NAN,
+    }
+}
+
+/// The standard normal quantile Φ⁻¹(p).
+pub fn normal_quantile(p: f64) -> f64 {
+    Normal::standard().inverse_cdf(p)
 }
 
 /// One arm against another over the same seeds and test images.

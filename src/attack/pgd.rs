@@ -1,9 +1,38 @@
-//! Projected gradient ascent on the cross-entropy (Madry et al. 2018, §2.1).
+//! Projected gradient ascent (Madry et al. 2018, §2.1).
 
 use candle_core::{D, Tensor, Var};
+use serde::{Deserialize, Serialize};
 
 use super::{Epsilon, Norm, Threat};
 use crate::{Result, kernels, rng};
+
+/// What [`pgd`] makes large.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PgdLoss {
+    /// Cross-entropy (Madry et al. 2018).
+    #[default]
+    Ce,
+    /// The margin of the best wrong class, `max_{i≠y} z_i - z_y` (Carlini & Wagner 2017, f₆ without its bound).
+    Cw,
+}
+
+impl PgdLoss {
+    /// The loss of each image. `logits`: `(b, classes)`; `labels`: `(b,)` u32. Returns `(b,)`.
+    fn of(self, logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Ce => kernels::cross_entropy(logits, labels),
+            Self::Cw => {
+                let label = labels.unsqueeze(1)?;
+                let right = logits.gather(&label, 1)?;
+                let far = Tensor::full(-1e9f32, right.shape(), logits.device())?;
+                let wrong = logits.detach().zeros_like()?.scatter_add(&label, &far, 1)?;
+                let best = (logits.detach() + wrong)?.argmax_keepdim(D::Minus1)?;
+                Ok((logits.gather(&best, 1)? - right)?.squeeze(1)?)
+            }
+        }
+    }
+}
 
 /// How hard [`pgd`] tries.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -16,6 +45,8 @@ pub struct PgdConfig {
     pub restarts: usize,
     /// Whether to start from a random point of the ball, else from the image itself.
     pub random_start: bool,
+    /// What is made large.
+    pub loss: PgdLoss,
 }
 
 impl PgdConfig {
@@ -64,7 +95,7 @@ impl Pgd {
             );
         }
         let step_size = step_ratio * epsilon.get() / steps as f64;
-        let config = PgdConfig { steps, step_size, restarts, random_start: true };
+        let config = PgdConfig { steps, step_size, restarts, random_start: true, loss: PgdLoss::Ce };
         config.validate()?;
         Ok(Self { threat: Threat::new(norm, epsilon)?, config, seed })
     }
@@ -81,7 +112,7 @@ impl Pgd {
     }
 }
 
-/// The images within `threat` of `x` that PGD finds to have the highest cross-entropy.
+/// The images within `threat` of `x` that PGD finds to have the highest loss.
 ///
 /// `x`: `(b, …)` f32, in [0, 1]. `labels`: `(b,)` u32. `sample_ids`: a number for each image, which with
 /// `seed` decides on its random starts. `logits_of` returns `(b, classes)`, its parameters best frozen: their
@@ -106,22 +137,13 @@ pub fn pgd(
     }
     let mut worst: Option<(Tensor, Tensor)> = None;
     for restart in 0..config.restarts {
-        let mut x_adv = x.clone();
+        let mut start = x.clone();
         if config.random_start {
             let seed = rng::uint(seed, restart as u64, rng::stream::ATTACK);
-            x_adv = threat.random_start(&x, seed, sample_ids)?;
+            start = threat.random_start(&x, seed, sample_ids)?;
         }
-        for _ in 0..config.steps {
-            let var = Var::from_tensor(&x_adv)?;
-            // The sum, not the mean: the gradient of an image then does not depend on the batch.
-            let loss = kernels::cross_entropy(&logits_of(var.as_tensor())?, labels)?.sum_all()?;
-            let grads = loss.backward()?;
-            let Some(gradient) = grads.get(var.as_tensor()) else {
-                bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
-            };
-            let step = (threat.direction(gradient)? * config.step_size)?;
-            x_adv = threat.project(&x, &(x_adv + step)?)?;
-        }
+        let loss_of = |logits: &Tensor| config.loss.of(logits, labels);
+        let x_adv = ascend(logits_of, &loss_of, &x, start, threat, config)?;
         if config.restarts == 1 {
             return Ok(x_adv);
         }
@@ -143,6 +165,31 @@ pub fn pgd(
     Ok(worst.map_or(x, |(x_adv, _)| x_adv))
 }
 
+/// The steps of the attack: from `start` up the gradient of `loss_of(logits_of(x'))`, projected onto the ball around `x`
+/// after each. `loss_of` returns a number an image. For the rest see [`pgd`].
+pub fn ascend(
+    logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+    loss_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+    x: &Tensor,
+    start: Tensor,
+    threat: &Threat,
+    config: &PgdConfig,
+) -> Result<Tensor> {
+    let mut x_adv = start;
+    for _ in 0..config.steps {
+        let var = Var::from_tensor(&x_adv)?;
+        // The sum, not the mean: the gradient of an image then does not depend on the batch.
+        let loss = loss_of(&logits_of(var.as_tensor())?)?.sum_all()?;
+        let grads = loss.backward()?;
+        let Some(gradient) = grads.get(var.as_tensor()) else {
+            bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
+        };
+        let step = (threat.direction(gradient)? * config.step_size)?;
+        x_adv = threat.project(x, &(x_adv + step)?)?;
+    }
+    Ok(x_adv)
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -156,7 +203,7 @@ mod tests {
     }
 
     fn config(steps: usize, step_size: f64) -> PgdConfig {
-        PgdConfig { steps, step_size, restarts: 1, random_start: true }
+        PgdConfig { steps, step_size, restarts: 1, random_start: true, loss: PgdLoss::Ce }
     }
 
     /// Logits (0, w·x + 0.3): a linear model with margin w·x + 0.3 for label 1.

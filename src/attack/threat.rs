@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
-use crate::{Error, Result, rng};
+use crate::{Error, Result, data::from_chw, rng};
 
 /// The radius of an attack's ball: a number, or a fraction such as `8/255`.
 ///
@@ -183,14 +183,7 @@ impl Threat {
                 }
             }
         }
-        let delta = match *x.dims() {
-            [b, h, w, c] => {
-                let chw = Tensor::from_vec(deltas, (b, c, h, w), x.device())?;
-                chw.permute((0, 2, 3, 1))?.contiguous()?
-            }
-            ref dims => Tensor::from_vec(deltas, dims, x.device())?,
-        };
-        Ok((x + delta)?.clamp(0f32, 1f32)?)
+        Ok((x + from_chw(deltas, x)?)?.clamp(0f32, 1f32)?)
     }
 }
 

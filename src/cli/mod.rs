@@ -16,8 +16,8 @@ use crate::{
     device::{CpuLevel, DeviceChoice},
     progress,
     stage::{
-        Arc, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize, Publish,
-        Quality, Report, Score, Split, Train,
+        Arc, Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize,
+        Publish, Quality, Report, Score, Split, Train,
     },
 };
 
@@ -95,6 +95,8 @@ enum Verb {
     Train(StageArgs<Train>),
     /// Evaluate a classifier, clean and under attack.
     Evaluate(StageArgs<Evaluate>),
+    /// Smooth a classifier with noise and certify radii within which its answers stay.
+    Certify(StageArgs<Certify>),
     /// Tables, comparisons and contact sheets of what was made.
     Report(StageArgs<Report>),
     /// Verify a data set and copy it to where it is published from.
@@ -148,6 +150,7 @@ fn perform(verb: &Verb, global: &Global) -> Result<()> {
         Verb::Materialize(args) => stage::main(args, global),
         Verb::Train(args) => stage::main(args, global),
         Verb::Evaluate(args) => stage::main(args, global),
+        Verb::Certify(args) => stage::main(args, global),
         Verb::Report(args) => stage::main(args, global),
         Verb::Publish(args) => stage::publish(args, global),
     }

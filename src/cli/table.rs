@@ -45,7 +45,29 @@ pub(super) fn steps(steps: &[Step]) -> String {
     text
 }
 
-/// A summary, one line a key; nested objects are indented by their key.
+/// Objects with the same keys as a table, indented; numbers with four digits behind the point.
+fn records(rows: &[Value]) -> String {
+    let keys: Vec<&str> =
+        rows[0].as_object().map(|o| o.keys().map(String::as_str).collect()).unwrap_or_default();
+    let cell = |value: &Value| match value {
+        Value::String(s) => s.clone(),
+        Value::Number(n) if n.is_f64() => format!("{:.4}", n.as_f64().unwrap_or(f64::NAN)),
+        Value::Array(pair) => {
+            let numbers: Vec<String> = pair
+                .iter()
+                .map(|v| v.as_f64().map_or_else(|| v.to_string(), |n| format!("{n:.4}")))
+                .collect();
+            format!("[{}]", numbers.join(", "))
+        }
+        other => other.to_string(),
+    };
+    let cells: Vec<Vec<String>> =
+        rows.iter().map(|row| keys.iter().map(|key| cell(&row[*key])).collect()).collect();
+    render(&keys, &cells).lines().map(|line| format!("  {line}\n")).collect()
+}
+
+/// A summary, one line a key; nested objects are named by the path of their keys, lists of them are tables, and what is
+/// not set is left out.
 pub(super) fn summary(value: &Value) -> String {
     fn write(prefix: &str, value: &Value, text: &mut String) {
         match value {
@@ -55,6 +77,10 @@ pub(super) fn summary(value: &Value) -> String {
                     write(&path, value, text);
                 }
             }
+            Value::Array(rows) if !rows.is_empty() && rows.iter().all(Value::is_object) => {
+                *text += &format!("{prefix}:\n{}", records(rows));
+            }
+            Value::Null => {}
             Value::String(s) => *text += &format!("{prefix}: {s}\n"),
             other => *text += &format!("{prefix}: {other}\n"),
         }

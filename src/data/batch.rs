@@ -59,6 +59,33 @@ pub fn to_u8(images: &Tensor, range: Range) -> Result<Vec<u8>> {
     floats.iter().enumerate().map(pixel).collect()
 }
 
+/// Standard normal noise shaped like the images `x`, `(b, h, w, c)`, or like any `(b, …)`.
+///
+/// The noise of an image depends on `seed`, `stream` and its entry in `sample_ids` alone; the elements of images are
+/// drawn in CHW order. Fails with [`Error::Usage`] unless there is an id for each image.
+pub fn gaussian_noise(x: &Tensor, seed: u64, sample_ids: &[u64], stream: u32) -> Result<Tensor> {
+    let (images, len) = (x.dim(0)?, x.elem_count() / x.dim(0)?.max(1));
+    if sample_ids.len() != images {
+        bail!(Usage, "there are {} sample ids, expected one for each of {images} images", sample_ids.len());
+    }
+    let mut noise = vec![0f32; images * len];
+    for (noise, &id) in noise.chunks_exact_mut(len.max(1)).zip(sample_ids) {
+        rng::normals(seed, id, stream, noise);
+    }
+    from_chw(noise, x)
+}
+
+/// Numbers in CHW order as a tensor shaped like the NHWC images `like`; in the order of `like` if it is no such.
+pub fn from_chw(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Ok(match *like.dims() {
+        [b, h, w, c] => {
+            let chw = Tensor::from_vec(values, (b, c, h, w), like.device())?;
+            chw.permute((0, 2, 3, 1))?.contiguous()?
+        }
+        ref dims => Tensor::from_vec(values, dims, like.device())?,
+    })
+}
+
 /// Random crops and flips for training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Augment {

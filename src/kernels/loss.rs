@@ -14,14 +14,20 @@ use crate::{Result, device::CpuLevel};
 /// Cross-entropy of each sample, in nats. `logits`: `(b, classes)`; `labels`: `(b,)` u32. Returns `(b,)`.
 /// Fails if a label is not below the number of classes.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    smoothed_cross_entropy(logits, labels, 0.0)
+}
+
+/// [`cross_entropy`] with the target `(1 - smoothing) · one-hot + smoothing / classes` (Szegedy et al. 2016, §7):
+/// PyTorch's `label_smoothing`.
+pub fn smoothed_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Tensor> {
     if on_cpu(&[logits]) && labels.device().is_cpu() {
-        cross_entropy_at(CpuLevel::get(), logits, labels)
+        cross_entropy_at(CpuLevel::get(), logits, labels, smoothing)
     } else {
-        reference::cross_entropy(logits, labels)
+        reference::cross_entropy(logits, labels, smoothing)
     }
 }
 
-fn cross_entropy_at(level: CpuLevel, logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+fn cross_entropy_at(level: CpuLevel, logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Tensor> {
     let (b, classes) = logits.dims2()?;
     if labels.dims() != [b] || labels.dtype() != DType::U32 {
         bail!(
@@ -35,18 +41,20 @@ fn cross_entropy_at(level: CpuLevel, logits: &Tensor, labels: &Tensor) -> Result
     if let Some(label) = labels.iter().find(|&&label| label >= classes) {
         bail!(Data, "label {label} of {classes} classes");
     }
-    Ok(logits.contiguous()?.apply_op1(CrossEntropy { level, labels, classes })?)
+    Ok(logits.contiguous()?.apply_op1(CrossEntropy { level, labels, classes, smoothing })?)
 }
 
 struct CrossEntropy {
     level: CpuLevel,
     labels: Vec<usize>,
     classes: usize,
+    smoothing: f64,
 }
 
 /// Writes the probabilities of each row of logits; returns the losses.
 struct Losses<'a> {
     labels: &'a [usize],
+    smoothing: f64,
     logits: &'a [f32],
     probabilities: &'a mut [f32],
 }
@@ -55,12 +63,17 @@ impl Loop for Losses<'_> {
     type Output = Vec<f32>;
     #[inline(always)]
     fn run<A: Arithmetic>(self) -> Vec<f32> {
-        let Self { labels, logits, probabilities } = self;
+        let Self { labels, smoothing, logits, probabilities } = self;
         let classes = logits.len() / labels.len().max(1);
         let rows = logits.chunks_exact(classes.max(1)).zip(probabilities.chunks_exact_mut(classes.max(1)));
         let loss = |(&label, (logits, probabilities)): (&usize, (&[f32], &mut [f32]))| {
             let (largest, total) = softmax_row::<A>(1.0, logits, probabilities);
-            (f64::from(total).ln() - f64::from(logits[label] - largest)) as f32
+            let mut expected = f64::from(logits[label] - largest);
+            if smoothing > 0.0 {
+                let sum: f64 = logits.iter().map(|&z| f64::from(z - largest)).sum();
+                expected = (1.0 - smoothing) * expected + smoothing * sum / classes as f64;
+            }
+            (f64::from(total).ln() - expected) as f32
         };
         labels.iter().zip(rows).map(loss).collect()
     }
@@ -69,7 +82,8 @@ impl Loop for Losses<'_> {
 impl CrossEntropy {
     fn losses_and_probabilities(&self, logits: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut probabilities = vec![0f32; logits.len()];
-        let losses = Losses { labels: &self.labels, logits, probabilities: &mut probabilities };
+        let Self { labels, smoothing, .. } = self;
+        let losses = Losses { labels, smoothing: *smoothing, logits, probabilities: &mut probabilities };
         (run(self.level, losses), probabilities)
     }
 }
@@ -92,8 +106,9 @@ impl CustomOp1 for CrossEntropy {
         let (_, mut gradient) = self.losses_and_probabilities(&Elements::of(logits)?);
         let rows = gradient.chunks_exact_mut(self.classes.max(1)).zip(&self.labels);
         for ((row, &label), &dy) in rows.zip(&*Elements::of(&dy)?) {
-            row[label] -= 1.0;
-            row.iter_mut().for_each(|v| *v *= dy);
+            row[label] -= (1.0 - self.smoothing) as f32;
+            let even = (self.smoothing / self.classes as f64) as f32;
+            row.iter_mut().for_each(|v| *v = (*v - even) * dy);
         }
         Ok(Some(tensor(gradient, logits)?))
     }
@@ -196,11 +211,13 @@ mod tests {
             let labels: Vec<u32> = (0..b).map(|i| (i * 7 % classes) as u32).collect();
             let labels = Tensor::new(labels, &Device::Cpu).unwrap();
             let logits = [(random(1, (b, classes)) * 5.0).unwrap()];
-            check(
-                &logits,
-                |level, t| cross_entropy_at(level, &t[0], &labels),
-                |t| reference::cross_entropy(&t[0], &labels),
-            );
+            for smoothing in [0.0, 0.1, 1.0] {
+                check(
+                    &logits,
+                    |level, t| cross_entropy_at(level, &t[0], &labels, smoothing),
+                    |t| reference::cross_entropy(&t[0], &labels, smoothing),
+                );
+            }
         }
     }
 

@@ -38,7 +38,7 @@ pub use basic_block::{BasicBlock, basic_block};
 pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train};
 pub use conv2d::{PackedWeights, conv2d, conv2d_packed};
 pub use group_norm::group_norm;
-pub use loss::{cross_entropy, kl_divergence};
+pub use loss::{cross_entropy, kl_divergence, smoothed_cross_entropy};
 pub use matmul::{linear, matmul};
 pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};
 pub use resnet_block::{BlockWeights, ResnetBlock, resnet_block};

@@ -178,11 +178,12 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
 }
 
 /// Cross-entropy of each sample, in nats. `logits`: `(b, classes)`; `labels`: `(b,)` u32. Returns `(b,)`.
-pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Tensor> {
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
     let log_z = shifted.exp()?.sum(D::Minus1)?.log()?;
     let chosen = shifted.gather(&labels.unsqueeze(1)?, 1)?.squeeze(1)?;
-    Ok((log_z - chosen)?)
+    let expected = ((chosen * (1.0 - smoothing))? + (shifted.mean(D::Minus1)? * smoothing)?)?;
+    Ok((log_z - expected)?)
 }
 
 /// KL(softmax(p) ‖ softmax(q)) of each sample, in nats. `p_logits`, `q_logits`: `(b, classes)`. Returns `(b,)`.

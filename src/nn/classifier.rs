@@ -6,20 +6,25 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{BatchNormMode, Builder, Params, ResNet, ResNetConfig, SmallCnn, SmallCnnConfig};
+use super::{
+    BatchNormMode, Builder, Params, ResNet, ResNetConfig, SmallCnn, SmallCnnConfig, WideResNet,
+    WideResNetConfig,
+};
 use crate::{Error, Result, ResultExt, fs};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 
 /// Which network, and its shape: tagged by `arch` in `config.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "arch", rename_all = "snake_case")]
 pub enum Architecture {
     /// [`SmallCnn`].
     SmallCnn(SmallCnnConfig),
     /// [`ResNet`].
     Resnet(ResNetConfig),
+    /// [`WideResNet`].
+    WideResnet(WideResNetConfig),
 }
 
 impl Architecture {
@@ -28,6 +33,7 @@ impl Architecture {
         match self {
             Self::SmallCnn(config) => config.num_classes,
             Self::Resnet(config) => config.num_classes,
+            Self::WideResnet(config) => config.num_classes,
         }
     }
 
@@ -36,6 +42,7 @@ impl Architecture {
         match self {
             Self::SmallCnn(config) => (config.image_size, config.image_size, config.in_channels),
             Self::Resnet(config) => (config.image_size, config.image_size, config.in_channels),
+            Self::WideResnet(config) => (config.image_size, config.image_size, config.in_channels),
         }
     }
 
@@ -44,6 +51,15 @@ impl Architecture {
         match self {
             Self::SmallCnn(config) => config.macs(),
             Self::Resnet(config) => config.macs(),
+            Self::WideResnet(config) => config.macs(),
+        }
+    }
+
+    /// Whether the network normalises by statistics of the batch while it is trained.
+    pub fn has_batch_norm(&self) -> bool {
+        match self {
+            Self::SmallCnn(_) => false,
+            Self::Resnet(_) | Self::WideResnet(_) => true,
         }
     }
 }
@@ -54,6 +70,8 @@ pub enum Network {
     SmallCnn(SmallCnn),
     /// See [`ResNet`].
     Resnet(ResNet),
+    /// See [`WideResNet`].
+    WideResnet(WideResNet),
 }
 
 impl Network {
@@ -62,6 +80,7 @@ impl Network {
         match architecture {
             Architecture::SmallCnn(config) => SmallCnn::new(config, b).map(Self::SmallCnn),
             Architecture::Resnet(config) => ResNet::new(config, b).map(Self::Resnet),
+            Architecture::WideResnet(config) => WideResNet::new(config, b).map(Self::WideResnet),
         }
     }
 
@@ -81,6 +100,7 @@ impl Network {
         match self {
             Self::SmallCnn(net) => net.forward(x),
             Self::Resnet(net) => net.forward(x, mode),
+            Self::WideResnet(net) => net.forward(x, mode),
         }
     }
 }
@@ -103,7 +123,7 @@ pub(super) fn expect_images(x: &Tensor, side: usize, channels: usize) -> Result<
 }
 
 /// What `config.json` says: the network, and the name of each class in the order of the logits.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ClassifierConfig {
     /// The network.
     #[serde(flatten)]
@@ -189,6 +209,11 @@ impl Classifier {
     /// their running statistics.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         self.frozen.logits(x)
+    }
+
+    /// [`Classifier::logits`] with batch norms, where there are any, in this mode.
+    pub fn logits_by(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        self.frozen.logits_by(x, mode)
     }
 
     /// [`Classifier::logits`], and the features that they are a linear function of, `(b, features)`.

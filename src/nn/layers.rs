@@ -1,6 +1,7 @@
 //! Layers with PyTorch's parameters: names `weight` and `bias`, its shapes, its initial distributions.
 
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 
 use super::{Buffer, Builder, Init, Packed};
 use crate::{
@@ -59,6 +60,38 @@ impl Conv2d {
     /// Multiply-adds for an output of `positions` pixels.
     pub fn macs(&self, positions: usize) -> u64 {
         (self.weight.elem_count() * positions) as u64
+    }
+}
+
+/// What images are standardised by before a network sees them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Standardization {
+    /// The mean of each channel, for pixels in [0, 1].
+    pub mean: Vec<f32>,
+    /// The standard deviation of each channel.
+    pub std: Vec<f32>,
+}
+
+impl Standardization {
+    /// Fails with [`Error::Data`](crate::Error::Data) unless each of the channels can be divided by its deviation.
+    pub fn validate(&self, channels: usize) -> Result<()> {
+        let Self { mean, std } = self;
+        let lengths = mean.len() == channels && std.len() == channels;
+        if !lengths || mean.iter().chain(std).any(|v| !v.is_finite()) || std.iter().any(|&s| s <= 0.0) {
+            bail!(
+                Data,
+                "standardize has mean {mean:?} and std {std:?}, expected {channels} numbers each, std above 0"
+            );
+        }
+        Ok(())
+    }
+
+    /// `(x - mean) / std`, or `x` if there is nothing to do. `x`: `(…, channels)`.
+    pub(super) fn apply(this: Option<&Self>, x: &Tensor) -> Result<Tensor> {
+        let Some(Self { mean, std }) = this else { return Ok(x.clone()) };
+        let [mean, std] = [mean, std].map(|values| Tensor::new(values.as_slice(), x.device()));
+        Ok(x.broadcast_sub(&mean?)?.broadcast_div(&std?)?)
     }
 }
 

@@ -13,6 +13,9 @@ pub enum LrDecay {
         /// Where it ends.
         min: f64,
     },
+    /// PyTorch's `OneCycleLR`: up by half a cosine from a 25th of the peak during the warm-up, then down by another to
+    /// that over 10⁴ at the last step (Smith & Topin 2018).
+    OneCycle,
 }
 
 /// A learning rate for every optimiser step: linear warm-up, then a decay.
@@ -20,7 +23,7 @@ pub enum LrDecay {
 pub struct LrSchedule {
     /// The highest learning rate, reached at the end of the warm-up.
     pub peak: f64,
-    /// How many steps the warm-up takes; step 0 then has `peak / warmup_steps`.
+    /// How many steps the warm-up takes; step 0 then has `peak / warmup_steps` (of [`LrDecay::OneCycle`], a 25th).
     pub warmup_steps: usize,
     /// How many steps there are in all, the warm-up included.
     pub total_steps: usize,
@@ -31,11 +34,22 @@ pub struct LrSchedule {
 impl LrSchedule {
     /// The learning rate of `step`, counted from 0. From `total_steps` on it stays where it ended.
     pub fn at(&self, step: usize) -> f64 {
+        if self.decay == LrDecay::OneCycle {
+            let (start, top) = (self.peak / 25.0, self.warmup_steps as f64 - 1.0);
+            let (step, last) = (step as f64, self.total_steps as f64 - 1.0);
+            let curve =
+                |from: f64, to: f64, at: f64| to + 0.5 * (from - to) * (1.0 + (PI * at.min(1.0)).cos());
+            return if step < top {
+                curve(start, self.peak, step / top)
+            } else {
+                curve(self.peak, start / 1e4, (step - top.max(0.0)) / (last - top.max(0.0)).max(1.0))
+            };
+        }
         if step < self.warmup_steps {
             return self.peak * (step + 1) as f64 / self.warmup_steps as f64;
         }
         match self.decay {
-            LrDecay::Constant => self.peak,
+            LrDecay::Constant | LrDecay::OneCycle => self.peak,
             LrDecay::Cosine { min } => {
                 let span = self.total_steps.saturating_sub(self.warmup_steps).max(1);
                 let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);
@@ -75,5 +89,26 @@ mod tests {
         let lr =
             LrSchedule { peak: 1.0, warmup_steps: 20, total_steps: 120, decay: LrDecay::Cosine { min: 0.0 } };
         assert!((lr.at(70) - 0.5).abs() < 1e-15);
+    }
+
+    /// torch.optim.lr_scheduler.OneCycleLR(max_lr=0.2, total_steps=10, pct_start=0.3) of PyTorch 2.11.
+    #[test]
+    fn one_cycle_is_pytorchs() {
+        let schedule = LrSchedule { peak: 0.2, warmup_steps: 3, total_steps: 10, decay: LrDecay::OneCycle };
+        let expected = [
+            0.008000000000000007,
+            0.10400000000000001,
+            0.2,
+            0.19009692640269477,
+            0.1623491307899526,
+            0.12225240438725786,
+            0.07774839561274215,
+            0.0376516692100474,
+            0.009903873597305258,
+            8e-07,
+        ];
+        for (step, expected) in expected.into_iter().enumerate() {
+            assert!((schedule.at(step) - expected).abs() < 1e-9, "{step}: {}", schedule.at(step));
+        }
     }
 }

@@ -6,6 +6,8 @@
 
 pub mod checkpoint;
 mod classifier;
+#[cfg(test)]
+mod golden;
 mod layers;
 mod lr;
 pub mod optim;
@@ -13,12 +15,14 @@ mod params;
 mod resnet;
 mod small_cnn;
 mod unet;
+mod wide_resnet;
 
 pub use classifier::{Architecture, Classifier, ClassifierConfig, Network};
-pub use layers::{BatchNorm, BatchNormMode, Conv2d, Embedding, GroupNorm, Linear};
+pub use layers::{BatchNorm, BatchNormMode, Conv2d, Embedding, GroupNorm, Linear, Standardization};
 pub use lr::{LrDecay, LrSchedule};
 pub use params::{Buffer, Builder, Init, Packed, Params};
 pub use resnet::{ResNet, ResNetConfig};
 pub use small_cnn::{SmallCnn, SmallCnnConfig};
 pub(crate) use unet::DIFFUSERS_VERSION;
 pub use unet::{SampleSize, UNet, UNetConfig};
+pub use wide_resnet::{Activation, WideResNet, WideResNetConfig, WideResNetLayout};

@@ -438,6 +438,12 @@ impl Params {
         &self.buffers
     }
 
+    /// Parameters and buffers under their names: all that a network is.
+    pub fn all(&self) -> Vec<(String, Var)> {
+        let buffers = self.buffers.iter().map(|(name, Buffer(var))| (name.clone(), var.clone()));
+        self.vars.iter().cloned().chain(buffers).collect()
+    }
+
     /// How many numbers the parameters are, the buffers not counted.
     pub fn count(&self) -> usize {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()

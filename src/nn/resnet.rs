@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    BatchNorm, BatchNormMode, Builder, Conv2d, Init, Linear, Packed,
+    BatchNorm, BatchNormMode, Builder, Conv2d, Init, Linear, Packed, Standardization,
     classifier::{expect_images, expect_positive},
     layers::RunningStatistics,
     params,
@@ -12,7 +12,7 @@ use super::{
 use crate::{Result, kernels};
 
 /// The shape of a [`ResNet`]. `widths` and `blocks` are by default those of ResNet-18.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResNetConfig {
     /// Channels of the images: 1 or 3, as a rule.
@@ -27,6 +27,13 @@ pub struct ResNetConfig {
     /// Residual blocks of each stage.
     #[serde(default = "resnet18_blocks")]
     pub blocks: Vec<usize>,
+    /// The side of the windows whose means go into the linear layer: 4 in the form for CIFAR, which for other sizes
+    /// than 32 has as many inputs more. Without it the mean goes over all of the image (adaptive pooling).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<usize>,
+    /// What is done to the images first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standardize: Option<Standardization>,
 }
 
 fn resnet18_widths() -> Vec<usize> {
@@ -41,12 +48,12 @@ impl ResNetConfig {
     /// ResNet-18.
     pub fn resnet18(in_channels: usize, image_size: usize, num_classes: usize) -> Self {
         let (widths, blocks) = (resnet18_widths(), resnet18_blocks());
-        Self { in_channels, image_size, num_classes, widths, blocks }
+        Self { in_channels, image_size, num_classes, widths, blocks, pool: None, standardize: None }
     }
 
     /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
     pub fn validate(&self) -> Result<()> {
-        let Self { in_channels, image_size, num_classes, widths, blocks } = self;
+        let Self { in_channels, image_size, num_classes, widths, blocks, .. } = self;
         expect_positive(&[
             ("in_channels", *in_channels),
             ("image_size", *image_size),
@@ -62,7 +69,16 @@ impl ResNetConfig {
                 widths.len()
             );
         }
-        Ok(())
+        let side = self.last_side();
+        if let Some(pool) = self.pool.filter(|pool| !(1..=side).contains(pool)) {
+            bail!(Data, "pool is {pool}, expected 1 to {side}, the side of the last images");
+        }
+        self.standardize.as_ref().map_or(Ok(()), |s| s.validate(*in_channels))
+    }
+
+    /// The side of the images behind the last stage.
+    fn last_side(&self) -> usize {
+        (1..self.widths.len()).fold(self.image_size, |side, _| side.div_ceil(2))
     }
 
     /// [`ResNet::macs`] without making the parameters. Fails if the configuration cannot be built.
@@ -95,24 +111,30 @@ impl ResNet {
             };
             (0..n).map(block).collect::<Result<_>>()
         });
+        let windows = config.pool.map_or(1, |pool| (config.last_side() / pool).pow(2));
         Ok(Self {
             conv1: Conv2d::without_bias(*in_channels, widths[0], 3, 1, &b.pp("conv1"))?,
             bn1: BatchNorm::new(widths[0], &b.pp("bn1"))?,
             stages: stages.collect::<Result<_>>()?,
-            linear: Linear::new(widths[widths.len() - 1], *num_classes, &b.pp("linear"))?,
+            linear: Linear::new(windows * widths[widths.len() - 1], *num_classes, &b.pp("linear"))?,
             config: config.clone(),
         })
     }
 
     /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the features before the
-    /// last layer, `(b, channels)`, and the logits, `(b, num_classes)`.
+    /// last layer, `(b, windows · channels)`, and the logits, `(b, num_classes)`.
     pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
-        let mut x = self.bn1.forward_relu(&self.conv1.forward(x)?, mode)?;
+        let x = Standardization::apply(self.config.standardize.as_ref(), x)?;
+        let mut x = self.bn1.forward_relu(&self.conv1.forward(&x)?, mode)?;
         for block in self.stages.iter().flatten() {
             x = block.forward(&x, mode)?;
         }
-        let features = kernels::global_avg_pool(&x)?;
+        let features = match self.config.pool {
+            None => kernels::global_avg_pool(&x)?,
+            // PyTorch flattens channel by channel.
+            Some(pool) => kernels::avg_pool2d(&x, pool)?.permute((0, 3, 1, 2))?.flatten_from(1)?,
+        };
         let logits = self.linear.forward(&features)?;
         Ok((features, logits))
     }
@@ -181,103 +203,45 @@ impl BasicBlock {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, path::PathBuf};
+    use candle_core::Device;
 
-    use candle_core::{DType, Device, Var};
-
-    use super::*;
-    use crate::nn::Params;
+    use super::{
+        super::{Params, golden::Golden},
+        *,
+    };
 
     /// tests/golden/resnet.py: an odd image, a stage of two blocks, widths that differ.
-    fn golden() -> (ResNetConfig, BTreeMap<String, Tensor>, Params) {
-        let config =
-            ResNetConfig { widths: vec![4, 6, 10], blocks: vec![1, 2, 1], ..ResNetConfig::resnet18(3, 9, 5) };
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/resnet.safetensors");
-        let tensors: BTreeMap<_, _> =
-            candle_core::safetensors::load(path, &Device::Cpu).unwrap().into_iter().collect();
-        let params = Params::init(0, &Device::Cpu, |b| ResNet::new(&config, b)).unwrap();
-        params.copy_from(part(&tensors, "model.")).unwrap();
-        (config, tensors, params)
+    fn config() -> ResNetConfig {
+        ResNetConfig { widths: vec![4, 6, 10], blocks: vec![1, 2, 1], ..ResNetConfig::resnet18(3, 9, 5) }
     }
 
-    fn part<'a>(
-        tensors: &'a BTreeMap<String, Tensor>,
-        prefix: &str,
-    ) -> impl Iterator<Item = (&'a str, &'a Tensor)> {
-        tensors.iter().filter_map(move |(k, v)| Some((k.strip_prefix(prefix)?, v)))
+    fn build(b: &Builder) -> Result<ResNet> {
+        ResNet::new(&config(), b)
     }
 
-    fn nhwc(t: &Tensor) -> Tensor {
-        t.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()
-    }
-
-    /// max |found - expected| ≤ 1e-5 · max |expected|
-    #[track_caller]
-    fn assert_close(what: &str, found: &Tensor, expected: &Tensor) {
-        assert_eq!(found.dims(), expected.dims(), "{what}");
-        let max = |t: Tensor| {
-            let t = t.to_dtype(DType::F64).unwrap().abs().unwrap();
-            t.flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
-        };
-        let error = max((found - expected).unwrap()) / max(expected.clone());
-        assert!(error <= 1e-5, "{what} differs by {error:e} of its scale");
+    fn logits(net: &ResNet, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        Ok(net.forward(x, mode)?.1)
     }
 
     #[test]
     fn names_are_those_of_robustbench() {
-        let (config, tensors, params) = golden();
-        let theirs: Vec<_> = part(&tensors, "model.").map(|(name, _)| name).collect();
-        let named = params.named(|var| Ok(var.as_detached_tensor())).unwrap();
-        let mut ours: Vec<_> = named.iter().map(|(name, _)| name.as_str()).collect();
-        ours.extend(params.buffers().iter().map(|(name, _)| name.as_str()));
-        ours.sort_unstable();
-        assert_eq!(ours, theirs);
-        // And a file of PyTorch's tensors loads as it is.
-        let state: std::collections::HashMap<_, _> =
-            part(&tensors, "model.").map(|(k, v)| (k.to_owned(), v.clone())).collect();
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("model.safetensors");
-        candle_core::safetensors::save(&state, &path).unwrap();
-        let loaded = Params::load(&path, &Device::Cpu, |b| ResNet::new(&config, b)).unwrap();
-        assert_eq!(loaded.to_safetensors(&[]).unwrap(), params.to_safetensors(&[]).unwrap());
+        Golden::read("resnet", build).names_are_theirs(build);
     }
 
     #[test]
     fn logits_by_running_statistics_are_those_of_pytorch_and_move_nothing() {
-        let (config, tensors, params) = golden();
-        let before = params.to_safetensors(&[]).unwrap();
-        let net = params.frozen(|b| ResNet::new(&config, b)).unwrap();
-        let logits = net.forward(&nhwc(&tensors["x"]), BatchNormMode::Eval).unwrap().1;
-        assert_close("logits", &logits, &tensors["logits_eval"]);
-        assert_eq!(params.to_safetensors(&[]).unwrap(), before);
+        Golden::read("resnet", build).evaluates_alike(build, logits);
     }
 
     #[test]
     fn logits_gradients_and_running_statistics_of_a_training_step_are_those_of_pytorch() {
-        let (config, tensors, params) = golden();
-        let net = params.tracked(|b| ResNet::new(&config, b)).unwrap();
-        let x = Var::from_tensor(&nhwc(&tensors["x"])).unwrap();
-        let logits = net.forward(&x, BatchNormMode::Train).unwrap().1;
-        assert_close("logits", &logits, &tensors["logits_train"]);
-        let labels = tensors["labels"].to_dtype(DType::U32).unwrap();
-        let loss = kernels::cross_entropy(&logits, &labels).unwrap().mean_all().unwrap();
-        let grads = loss.backward().unwrap();
-        assert_close("gradient of x", grads.get(&x).unwrap(), &nhwc(&tensors["grad_x"]));
-        let gradients = params.named(|var| Ok(grads.get(var).unwrap().clone())).unwrap();
-        for (name, gradient) in &gradients {
-            assert_close(name, gradient, &tensors[&format!("grad.{name}")]);
-        }
-        assert_eq!(params.buffers().len(), part(&tensors, "after.").count());
-        for (name, buffer) in params.buffers() {
-            assert_close(name, &buffer.get(), &tensors[&format!("after.{name}")]);
-        }
+        Golden::read("resnet", build).trains_alike(build, logits);
     }
 
     #[test]
     fn an_image_sees_its_batch_only_in_training() {
-        let (config, tensors, params) = golden();
-        let net = params.frozen(|b| ResNet::new(&config, b)).unwrap();
-        let x = nhwc(&tensors["x"]);
+        let golden = Golden::read("resnet", build);
+        let (net, x) = (golden.params.frozen(build).unwrap(), golden.x());
         let first =
             |x: &Tensor, mode| net.forward(x, mode).unwrap().1.to_vec2::<f32>().unwrap().swap_remove(0);
         let alone = x.narrow(0, 0, 1).unwrap();
@@ -295,6 +259,41 @@ mod tests {
         let later = stage - stage / 8 + stage / 72;
         assert_eq!(config.macs().unwrap(), 1_769_472 + stage + 3 * later + 5120);
         assert_eq!(config.macs().unwrap(), 555_422_720);
+    }
+
+    /// The form for CIFAR pools windows of 4 x 4: for images of 64 pixels four of them go into the linear layer.
+    #[test]
+    fn windows_are_flattened_channel_by_channel() {
+        let config = ResNetConfig {
+            widths: vec![2, 3],
+            blocks: vec![1, 1],
+            pool: Some(2),
+            ..ResNetConfig::resnet18(3, 9, 5)
+        };
+        let build = |b: &Builder| ResNet::new(&config, b);
+        let params = Params::init(1, &Device::Cpu, build).unwrap();
+        let linear = params.vars().iter().find(|(name, _)| name == "linear.weight").unwrap();
+        assert_eq!(linear.1.dims(), [5, 2 * 2 * 3]);
+        let x: Vec<f32> = (0..2 * 81 * 3).map(|i| (i % 13) as f32 / 13.0).collect();
+        let x = Tensor::from_vec(x, (2, 9, 9, 3), &Device::Cpu).unwrap();
+        let net = params.frozen(build).unwrap();
+        let windows = net.forward(&x, BatchNormMode::Eval).unwrap().0.to_vec2::<f32>().unwrap();
+        // Windows of 5 x 5 images leave the last row and column out, so their mean is not that of all positions;
+        // but the mean over a channel's windows is the same as that of one window of the four pixels' means.
+        let config = ResNetConfig { pool: Some(4), ..config.clone() };
+        let whole = Params::init(1, &Device::Cpu, |b| ResNet::new(&config, b)).unwrap();
+        let net = whole.frozen(|b| ResNet::new(&config, b)).unwrap();
+        let means = net.forward(&x, BatchNormMode::Eval).unwrap().0.to_vec2::<f32>().unwrap();
+        for (windows, means) in windows.iter().zip(&means) {
+            for (channel, mean) in windows.chunks(4).zip(means) {
+                assert!(
+                    (channel.iter().sum::<f32>() / 4.0 - mean).abs() < 1e-5,
+                    "{channel:?}, expected {mean}"
+                );
+            }
+        }
+        let error = ResNetConfig { pool: Some(6), ..config }.validate().unwrap_err();
+        assert_eq!(error.to_string(), "pool is 6, expected 1 to 5, the side of the last images");
     }
 
     #[test]

@@ -3,11 +3,15 @@
 mod cross_entropy;
 mod gamma;
 mod pgd_at;
+#[cfg(test)]
+mod tests;
+mod trades;
 
 use candle_core::Tensor;
 pub use cross_entropy::plain;
 pub use gamma::GammaMix;
 pub use pgd_at::pgd_at;
+pub use trades::{augment_gaussian, stable, trades_perturb};
 
 use crate::Result;
 

@@ -16,9 +16,10 @@ pub fn pgd_at(
     x: &Tensor,
     labels: &Tensor,
     attack: &Pgd,
+    label_smoothing: f64,
     sample_ids: &[u64],
 ) -> Result<Tensor> {
-    plain(tracked, &attack.perturb(frozen, x, labels, sample_ids)?, labels)
+    plain(tracked, &attack.perturb(frozen, x, labels, sample_ids)?, labels, label_smoothing)
 }
 
 #[cfg(test)]
@@ -27,7 +28,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        attack::{Epsilon, Norm, PgdConfig, Threat},
+        attack::{Epsilon, Norm, PgdConfig, PgdLoss, Threat},
         kernels,
     };
 
@@ -44,9 +45,10 @@ mod tests {
         let x = Tensor::new(&[[0.6f32, 0.3]], &Device::Cpu).unwrap();
         let labels = Tensor::new(&[1u32], &Device::Cpu).unwrap();
         let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.1).unwrap()).unwrap();
-        let config = PgdConfig { steps: 5, step_size: 0.05, restarts: 1, random_start: true };
+        let config =
+            PgdConfig { steps: 5, step_size: 0.05, restarts: 1, random_start: true, loss: PgdLoss::Ce };
         let attack = Pgd { threat, config, seed: 0 };
-        let loss = pgd_at(&tracked, &frozen, &x, &labels, &attack, &[0]).unwrap().sum_all().unwrap();
+        let loss = pgd_at(&tracked, &frozen, &x, &labels, &attack, 0.0, &[0]).unwrap().sum_all().unwrap();
         let margin = 0.6 - 2.0 * 0.3 - 0.1 * 3.0;
         assert!((loss.to_scalar::<f32>().unwrap() - (1.0 + (-margin as f32).exp()).ln()).abs() < 1e-5);
         // dL/dw = -(1 - p) x_adv, x_adv = x - ε sign(w)

@@ -9,8 +9,8 @@ use crate::{
     Error, Result,
     curate::Arm,
     stage::{
-        self, AnyStage, Arc, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize,
-        NAMES, Publish, Quality, Report, Score, Split, Stage, Train,
+        self, AnyStage, Arc, Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label,
+        Materialize, NAMES, Publish, Quality, Report, Score, Split, Stage, Train,
     },
 };
 
@@ -34,7 +34,7 @@ pub struct Node {
 /// last of that stage, and then the report of what there is.
 ///
 /// A stage whose table is missing runs with its defaults, except those that have to be asked for: train and
-/// evaluate (`[train]`), quality (`[quality]`), and publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
+/// evaluate (`[train]`), certify (`[certify]`), quality (`[quality]`), and publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
 pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Node>> {
     let last = match until {
         None => usize::MAX,
@@ -206,6 +206,9 @@ impl Graph<'_> {
         let source = self.resolve::<Split>("split", &[], &[])?.source.to_string();
         let inputs = [("model", model), ("data", PathBuf::from(source))];
         let metrics = self.add_with::<Evaluate>(&name("evaluate"), "evaluate", &inputs, &[], None)?;
+        if self.file.has(Certify::NAME) {
+            self.add_with::<Certify>(&name("certify"), "certify", &inputs, &[], None)?;
+        }
         Ok(if self.wants(Evaluate::NAME) { vec![metrics] } else { Vec::new() })
     }
 

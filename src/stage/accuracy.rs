@@ -19,14 +19,33 @@ const PART: usize = 16 * CHUNK;
 /// A function from images in [0, 1] to logits.
 pub(super) type LogitsOf<'a> = &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync);
 
+/// What an adversary, or noise, makes of images in [0, 1]: `(x, labels, ids)` to images of the same shape.
+pub(super) type Perturb<'a> = &'a (dyn Fn(&Tensor, &Tensor, &[u64]) -> Result<Tensor> + Sync);
+
 /// For each image of `data` whether the first choice of the network is its label; under attack, if one is given.
 ///
-/// Random starts are keyed by the image's index. With `parts`, finished parts are kept under `key` and found
-/// again.
+/// For the rest see [`correct_after`].
 pub(super) fn correct(
     logits_of: LogitsOf,
     data: &Dataset,
     attack: Option<&Pgd>,
+    device: &Device,
+    parts: Option<(&Parts, &str)>,
+    bar: &Progress,
+) -> Result<Vec<bool>> {
+    let perturb =
+        attack.map(|attack| move |x: &Tensor, y: &Tensor, ids: &[u64]| attack.perturb(logits_of, x, y, ids));
+    correct_after(logits_of, data, perturb.as_ref().map(|perturb| perturb as Perturb), device, parts, bar)
+}
+
+/// For each image of `data` whether the first choice of the network is its label; as `perturb` leaves it, if given.
+///
+/// The ids are the images' indices. With `parts`, finished parts are kept under `key` and found
+/// again.
+pub(super) fn correct_after(
+    logits_of: LogitsOf,
+    data: &Dataset,
+    perturb: Option<Perturb>,
     device: &Device,
     parts: Option<(&Parts, &str)>,
     bar: &Progress,
@@ -47,7 +66,7 @@ pub(super) fn correct(
         let one = |&from: &usize| -> Result<Vec<bool>> {
             check_stop()?;
             let to = (from + CHUNK).min(end);
-            let right = correct_chunk(logits_of, data, from..to, attack, device)?;
+            let right = correct_chunk(logits_of, data, from..to, perturb, device)?;
             bar.add((to - from) as u64);
             Ok(right)
         };
@@ -69,19 +88,16 @@ fn correct_chunk(
     logits_of: LogitsOf,
     data: &Dataset,
     rows: std::ops::Range<usize>,
-    attack: Option<&Pgd>,
+    perturb: Option<Perturb>,
     device: &Device,
 ) -> Result<Vec<bool>> {
     let size = data.shape.size();
     let x = to_tensor(&data.pixels[rows.start * size..rows.end * size], data.shape, Range::Unit, device)?;
     let labels = &data.labels[rows.clone()];
     let y = Tensor::new(labels, device)?;
-    let x = match attack {
+    let x = match perturb {
         None => x,
-        Some(a) => {
-            let ids: Vec<u64> = rows.map(|i| i as u64).collect();
-            a.perturb(logits_of, &x, &y, &ids)?
-        }
+        Some(perturb) => perturb(&x, &y, &rows.map(|i| i as u64).collect::<Vec<_>>())?,
     };
     let chosen = logits_of(&x)?.argmax(D::Minus1)?.to_vec1::<u32>()?;
     Ok(chosen.iter().zip(labels).map(|(a, b)| a == b).collect())

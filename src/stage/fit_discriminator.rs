@@ -264,8 +264,8 @@ impl FitDiscriminator {
                 let y = Tensor::from_vec(labels, n, &job.device)?;
                 let (tracked, frozen) = (|x: &Tensor| tracked.logits(x), |x: &Tensor| net.logits(x));
                 let losses = match &attack {
-                    Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, &ids)?,
-                    None => plain(&tracked, &x, &y)?,
+                    Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, 0.0, &ids)?,
+                    None => plain(&tracked, &x, &y, 0.0)?,
                 };
                 Ok(Part::from((losses.sum_all()? / (2 * half) as f64)?))
             };

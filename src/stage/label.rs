@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Stage,
+    Job, Outcome, Stage, expect_images,
     shards::{self, Pool, for_each_shard},
 };
 use crate::{
@@ -65,14 +65,8 @@ impl Stage for Label {
             bail!(Usage, "classifier is not set, expected the folder of a classifier")
         };
         let classifier = Classifier::load(dir, &job.device)?;
-        let (shape, taken) = (pool.info.shape, classifier.config().architecture.image_shape());
-        if taken != (shape.height, shape.width, shape.channels) {
-            bail!(
-                Data,
-                "classifier {} takes {taken:?} images (height, width, channels), expected {shape}",
-                dir.display()
-            );
-        }
+        let shape = pool.info.shape;
+        expect_images(&classifier, dir, &"the pool", shape)?;
         expect_same_classes(&classifier, dir, &pool)?;
         let names = &classifier.config().class_names;
         let (out, _lock) = job.open("run")?;

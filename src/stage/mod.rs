@@ -14,6 +14,7 @@
 
 mod accuracy;
 mod arc;
+mod certify;
 mod curate;
 mod evaluate;
 mod fit_discriminator;
@@ -21,6 +22,7 @@ mod fit_generator;
 mod generate;
 mod label;
 mod materialize;
+mod mix;
 mod publish;
 mod quality;
 mod report;
@@ -41,14 +43,16 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 pub use self::{
-    arc::Arc, curate::Curate, evaluate::Evaluate, fit_discriminator::FitDiscriminator,
+    arc::Arc, certify::Certify, curate::Curate, evaluate::Evaluate, fit_discriminator::FitDiscriminator,
     fit_generator::FitGenerator, generate::Generate, label::Label, materialize::Materialize,
     publish::Publish, quality::Quality, report::Report, score::Score, split::Split, train::Train,
 };
 use crate::{
     Error, Result, data,
     device::{DeviceChoice, device_class},
-    fs, progress,
+    fs,
+    nn::Classifier,
+    progress,
 };
 
 /// Every stage, in the order in which a run meets them.
@@ -65,6 +69,7 @@ pub const NAMES: &[&str] = &[
     Materialize::NAME,
     Train::NAME,
     Evaluate::NAME,
+    Certify::NAME,
     Report::NAME,
     Publish::NAME,
 ];
@@ -231,6 +236,7 @@ macro_rules! defaults_from_flags {
 }
 defaults_from_flags!(
     Arc,
+    Certify,
     Curate,
     Evaluate,
     FitDiscriminator,
@@ -593,12 +599,46 @@ fn checkpoint_interval() -> std::time::Duration {
 /// Counts by name, in name order.
 type Counts = BTreeMap<String, u64>;
 
+/// A list, or one thing that stands for a list of it: what a TOML key or a flag may give.
+fn one_or_many<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Vec<PathBuf>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Given {
+        One(PathBuf),
+        Many(Vec<PathBuf>),
+    }
+    Ok(match Given::deserialize(deserializer)? {
+        Given::One(one) => vec![one],
+        Given::Many(many) => many,
+    })
+}
+
 /// Refuses a number outside a range, naming key, value and range.
 fn expect<T: PartialOrd + std::fmt::Display>(key: &str, value: T, min: T, max: T) -> Result<()> {
     if value >= min && value <= max {
         return Ok(());
     }
     bail!(Usage, "{key} is {value}, expected {min} to {max}")
+}
+
+/// Refuses images that the classifier in `dir` does not take. `what`: whose images they are.
+fn expect_images(
+    classifier: &Classifier,
+    dir: &Path,
+    what: &dyn std::fmt::Display,
+    shape: data::Shape,
+) -> Result<()> {
+    let taken = classifier.config().architecture.image_shape();
+    if taken != (shape.height, shape.width, shape.channels) {
+        bail!(
+            Data,
+            "classifier {} takes {taken:?} images (height, width, channels), but {what} has {shape}",
+            dir.display()
+        );
+    }
+    Ok(())
 }
 
 /// Refuses channels of a network's stages that its norms cannot divide into `groups`.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Job, Outcome, Stage, expect, label::expect_same_classes, shards::Pool};
+use super::{Job, Outcome, Stage, expect, expect_images, label::expect_same_classes, shards::Pool};
 use crate::{
     Result,
     data::{self, Range, Source, to_tensor},
@@ -80,16 +80,8 @@ impl Stage for Quality {
         };
         let classifier = Classifier::load(dir, &job.device)?;
         let real = self.data.load(self.split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
-        let taken = classifier.config().architecture.image_shape();
-        for (what, shape) in [("the pool", pool.info.shape), ("the real data", real.shape)] {
-            if taken != (shape.height, shape.width, shape.channels) {
-                bail!(
-                    Data,
-                    "classifier {} takes {taken:?} images (height, width, channels), but {what} has {shape}",
-                    dir.display()
-                );
-            }
-        }
+        expect_images(&classifier, dir, &"the pool", pool.info.shape)?;
+        expect_images(&classifier, dir, &"the real data", real.shape)?;
         expect_same_classes(&classifier, dir, &pool)?;
         let wanted = match self.pool_limit as u64 {
             0 => pool.info.count,

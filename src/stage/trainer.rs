@@ -3,7 +3,7 @@
 
 use std::{ops::Range, path::PathBuf, time::Instant};
 
-use candle_core::{Tensor, backprop::GradStore};
+use candle_core::{Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -51,6 +51,9 @@ pub(super) struct Trainer<'a> {
     saved: Instant,
     state: State,
     best: Weights,
+    /// What the moving average is of: all that a network is but its counters.
+    averaged: Vec<(String, Var)>,
+    parts: usize,
     accumulate: usize,
 }
 
@@ -75,7 +78,8 @@ impl<'a> Trainer<'a> {
         ema_decay: f64,
     ) -> Result<Self> {
         let checkpoints = Checkpoints::new(dir);
-        let mut ema = Ema::new(params.vars(), ema_decay)?;
+        let averaged: Vec<_> = params.all().into_iter().filter(|(_, var)| var.dtype().is_float()).collect();
+        let mut ema = Ema::new(&averaged, ema_decay)?;
         let mut best = Vec::new();
         let mut state = State::default();
         if let Some(var) = params.vars().first()
@@ -88,12 +92,20 @@ impl<'a> Trainer<'a> {
             };
             params.copy_from(part("param/").iter().map(|(n, t)| (n.as_str(), t)))?;
             optimizer.load_state(params.vars(), &part("optimizer/"))?;
-            ema.load_state(params.vars(), &part("ema/"))?;
+            ema.load_state(&averaged, &part("ema/"))?;
             best = part("best/");
             state = found;
             progress::note(&format!("going on from step {}", state.step));
         }
-        Ok(Self { params, optimizer, ema, checkpoints, saved: Instant::now(), state, best, accumulate: 1 })
+        let on_cpu = params.vars().iter().all(|(_, v)| v.device().is_cpu());
+        let parts = if on_cpu { CPU_PARTS } else { 1 };
+        let saved = Instant::now();
+        Ok(Self { params, optimizer, ema, checkpoints, saved, state, best, averaged, parts, accumulate: 1 })
+    }
+
+    /// Leaves the batch whole: for networks that normalise by its statistics.
+    pub(super) fn whole(self) -> Self {
+        Self { parts: 1, ..self }
     }
 
     /// Computes the gradients of a batch in `rounds` rounds, one after the other: less memory, the same step but for
@@ -131,7 +143,7 @@ impl<'a> Trainer<'a> {
         }
         let scale = clip_scale(norm, clip.unwrap_or(f64::INFINITY));
         self.optimizer.step_scaled(self.params, &grads, scale, learning_rate)?;
-        self.ema.update(self.params.vars())?;
+        self.ema.update(&self.averaged)?;
         self.state.step += 1;
         self.state.losses.0 += loss;
         self.state.losses.1 += 1;
@@ -148,8 +160,7 @@ impl<'a> Trainer<'a> {
         items: usize,
         contribution: &(dyn Fn(Range<usize>) -> Result<Part> + Sync),
     ) -> Result<Done> {
-        let on_cpu = self.params.vars().iter().all(|(_, v)| v.device().is_cpu());
-        let at_once = if on_cpu { CPU_PARTS } else { 1 };
+        let at_once = self.parts;
         let parts = (at_once * self.accumulate).min(items);
         let one = |part: usize| -> Result<Done> {
             let Part { loss, by_noise } = contribution(items * part / parts..items * (part + 1) / parts)?;
@@ -198,7 +209,7 @@ impl<'a> Trainer<'a> {
             };
             add(
                 "param",
-                self.params.vars().iter().map(|(n, v)| (n.clone(), v.as_detached_tensor())).collect(),
+                self.params.all().iter().map(|(n, v)| (n.clone(), v.as_detached_tensor())).collect(),
             );
             add("optimizer", self.optimizer.state()?);
             add("ema", self.ema.state()?);
@@ -241,7 +252,7 @@ impl<'a> Trainer<'a> {
         if self.state.best_score.is_none_or(|best| score > best) {
             self.state.best_score = Some(score);
             self.best = averaged
-                .vars()
+                .all()
                 .iter()
                 .map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?.detach())))
                 .collect::<Result<_>>()?;

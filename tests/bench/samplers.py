@@ -1,8 +1,9 @@
 """Every sampler on one model: `python samplers.py PROXYSET MODEL CLASSIFIER DATA OUT [COUNT]`.
 
-Makes a pool with each sampler and number of steps, measures it against the test images of DATA in the features of
-CLASSIFIER, and prints a table: Fréchet distance, precision, recall, class accuracy, images per second. Nothing but Python's own library.
-Finished pools in OUT are taken as they are.
+Makes a pool with each sampler and number of steps, measures it against the first 2 * COUNT test images of DATA in the
+features of CLASSIFIER, and prints a table: Fréchet distance, precision, recall, class accuracy, images per second.
+The distance falls with the number of images, so the two real halves to compare with are of COUNT images each.
+Nothing but Python's own library. Finished pools in OUT are taken as they are.
 """
 
 import json
@@ -25,14 +26,15 @@ def done(folder):
     return json.loads((folder / "done.json").read_text())
 
 
-print(f"{count} images; Fréchet distance to the test images, in the features of a classifier\n")
+print(f"{count} images a row; Fréchet distance to {2 * count} test images, in the features of a classifier\n")
 print("| sampler | steps | calls of the network | Fréchet distance | precision | recall | class accuracy | images / s |")
 print("|---|---|---|---|---|---|---|---|")
 for kind, steps in RUNS:
     pool, quality = (Path(out) / f"{what}-{kind}-{steps}" for what in ("pool", "quality"))
     run("generate", "--model", model, "--count", count, "--sampler", kind, "--steps", steps, "--micro-batch", 50,
         "--shard-rows", 1000, "--out", pool)
-    run("quality", "--pool", pool, "--classifier", classifier, "--data", data, "--out", quality)
+    run("quality", "--pool", pool, "--classifier", classifier, "--data", data,
+        "--limit", 2 * count, "--out", quality)
     found = done(quality)["summary"]
     calls = 2 * steps - 1 if kind == "heun" else steps
     print(

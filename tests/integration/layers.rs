@@ -9,11 +9,11 @@ const LAYERS: [&[&str]; 8] = [
     &["cli"],
     &["pipeline"],
     &["stage"],
-    &["objective", "proxy", "curate"],
+    &["objective", "certify", "proxy", "curate"],
     &["diffusion", "attack"],
     &["nn", "data"],
     &["kernels"],
-    &["rng", "device", "fs", "error", "progress", "stats"],
+    &["rng", "device", "fs", "error", "progress", "stats", "plot"],
 ];
 
 fn layer_of(module: &str) -> Option<usize> {

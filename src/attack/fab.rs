@@ -1,0 +1,234 @@
+//! FAB, the fast adaptive boundary attack, targeted: the nearest image across the border to another class
+//! (Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
+
+use super::{
+    Loss, Norm, Threat,
+    search::{Search, Victim, choice, distance, length, ranking, run},
+};
+use crate::Result;
+
+/// The largest pull towards the original image, α_max.
+const ALPHA_MAX: f32 = 0.1;
+/// How far beyond the border a step goes, η.
+const ETA: f32 = 1.05;
+/// What is left of the perturbation when an adversarial image has been found, β.
+const BETA: f32 = 0.9;
+
+/// The settings of FAB.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fab {
+    /// The ball: an image counts as found if it is no farther away.
+    pub threat: Threat,
+    /// Steps towards each class; 100 in AutoAttack.
+    pub steps: usize,
+    /// How many of the classes that come next to the best in the answer to the image are tried; 9 in AutoAttack.
+    pub targets: usize,
+}
+
+impl Fab {
+    /// For each image an adversarial one within the ball, if it was found. `images` in HWC order, one of `labels` each.
+    /// Starts at the image itself: nothing is drawn.
+    pub fn run(&self, victim: &Victim, images: &[&[f32]], labels: &[usize]) -> Result<Vec<Option<Vec<f32>>>> {
+        let mut found = vec![None; images.len()];
+        if images.is_empty() {
+            return Ok(found);
+        }
+        let orders: Vec<Vec<usize>> = victim.logits(images)?.iter().map(|row| ranking(row)).collect();
+        for rank in 1..=self.targets.min(orders[0].len() - 1) {
+            let standing: Vec<usize> = (0..images.len()).filter(|&i| found[i].is_none()).collect();
+            let approach = |&i: &usize| Approach {
+                settings: *self,
+                x: images[i].to_vec(),
+                label: labels[i],
+                target: orders[i][rank],
+                point: images[i].to_vec(),
+                checked: false,
+                steps: 0,
+                margin: 0.0,
+                found: None,
+            };
+            let searches = standing.iter().map(approach).collect();
+            for (i, image) in standing.iter().zip(run(victim, searches)?) {
+                found[*i] = image;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// FAB on one image, towards one class.
+struct Approach {
+    settings: Fab,
+    x: Vec<f32>,
+    label: usize,
+    target: usize,
+    point: Vec<f32>,
+    /// Whether `point` is the end of a step, so that the answer there may be the adversarial one.
+    checked: bool,
+    steps: usize,
+    /// `z_target - z_label` at the point.
+    margin: f32,
+    found: Option<Vec<f32>>,
+}
+
+impl Approach {
+    /// A step to the border as it is linearised at the point: a mixture of the projections of point and image.
+    fn step(&mut self, gradient: &[f32]) {
+        let norm = self.settings.threat.norm();
+        let dot =
+            |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let offset = f64::from(self.margin) - dot(gradient, &self.point);
+        let to_border = |from: &[f32]| project_to_plane(norm, from, gradient, offset + dot(gradient, from));
+        let (d1, d2) = (to_border(&self.point), to_border(&self.x));
+        let size = |d: &[f32]| length(norm, d.iter().copied()).max(1e-8);
+        let alpha = (size(&d1) / (size(&d1) + size(&d2))).min(ALPHA_MAX);
+        for (((point, x), d1), d2) in self.point.iter_mut().zip(&self.x).zip(&d1).zip(&d2) {
+            *point = ((*point + ETA * d1) * (1.0 - alpha) + (x + ETA * d2) * alpha).clamp(0.0, 1.0);
+        }
+        self.checked = true;
+        self.steps += 1;
+    }
+}
+
+impl Search for Approach {
+    const GRADIENTS: bool = true;
+
+    fn point(&self) -> Option<&[f32]> {
+        let over = self.found.is_some() || (self.steps >= self.settings.steps && !self.checked);
+        (!over).then_some(self.point.as_slice())
+    }
+
+    fn weights(&mut self, logits: &[f32]) -> Vec<f32> {
+        let (margin, gradient) = Loss::TargetedMargin(self.target).of(logits, self.label);
+        self.margin = margin;
+        gradient
+    }
+
+    fn advance(&mut self, logits: &[f32], gradient: &[f32]) {
+        if self.checked {
+            self.checked = false;
+            if choice(logits) != Some(self.label) {
+                let (norm, epsilon) = (self.settings.threat.norm(), self.settings.threat.epsilon() as f32);
+                if distance(norm, &self.point, &self.x) <= epsilon {
+                    self.found = Some(self.point.clone());
+                    return;
+                }
+                // Back towards the image; the gradient is another there, so the network is asked again.
+                self.point.iter_mut().zip(&self.x).for_each(|(p, x)| *p = x + BETA * (*p - x));
+                return;
+            }
+        }
+        if self.steps < self.settings.steps {
+            self.step(gradient);
+        }
+    }
+
+    fn found(self) -> Option<Vec<f32>> {
+        self.found
+    }
+}
+
+/// The shortest move in this norm from `t`, a point of the box, to the plane `w · x = b`, or as near to it as the box
+/// allows. `distance` is `w · t - b`.
+///
+/// Both norms are one problem: pixel `i` moves by at most its room in the box, the plane is reached when
+/// `Σ weight_i · min(level, room_i) = |distance|`, and the lowest such level is the answer.
+fn project_to_plane(norm: Norm, t: &[f32], w: &[f32], distance: f64) -> Vec<f32> {
+    // Down the gradient from above the plane, up from below.
+    let side = if distance >= 0.0 { -1.0 } else { 1.0 };
+    let mut pixels: Vec<(f64, f64)> = Vec::with_capacity(t.len());
+    let room = |t: f32, w: f32| if (w > 0.0) == (side > 0.0) { f64::from(1.0 - t) } else { f64::from(t) };
+    for (&t, &w) in t.iter().zip(w) {
+        let slope = f64::from(w.abs());
+        if slope > 0.0 {
+            pixels.push(match norm {
+                Norm::Linf => (room(t, w), slope),
+                Norm::L2 => (room(t, w) / slope, slope * slope),
+            });
+        }
+    }
+    let level = fill(&mut pixels, distance.abs());
+    let reach = |(&t, &w): (&f32, &f32)| {
+        let slope = f64::from(w.abs());
+        let size = match norm {
+            _ if slope == 0.0 => 0.0,
+            Norm::Linf => room(t, w).min(level),
+            Norm::L2 => (room(t, w) / slope).min(level) * slope,
+        };
+        (side * size) as f32 * w.signum()
+    };
+    t.iter().zip(w).map(reach).collect()
+}
+
+/// The lowest level at which `Σ weight · min(level, room)` over `(room, weight)` is `amount`; infinite if none is.
+fn fill(pixels: &mut [(f64, f64)], amount: f64) -> f64 {
+    pixels.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+    let mut weight: f64 = pixels.iter().map(|(_, weight)| weight).sum();
+    let mut full = 0.0;
+    for (room, w) in pixels {
+        if full + weight * *room >= amount {
+            return (amount - full) / weight;
+        }
+        full += *w * *room;
+        weight -= *w;
+    }
+    f64::INFINITY
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn dot(a: &[f32], b: &[f32]) -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    }
+
+    #[test]
+    fn without_the_box_in_the_way_the_projection_is_the_closed_form() {
+        let (t, w) = ([0.5f32, 0.4, 0.6], [1.0f32, -2.0, 0.5]);
+        let b = 0.35;
+        let distance = dot(&w, &t) - b;
+        let l2 = project_to_plane(Norm::L2, &t, &w, distance);
+        let linf = project_to_plane(Norm::Linf, &t, &w, distance);
+        for i in 0..3 {
+            let square = dot(&w, &w);
+            assert!((f64::from(l2[i]) + distance * f64::from(w[i]) / square).abs() < 1e-6);
+            assert!((f64::from(linf[i]) + distance * f64::from(w[i].signum()) / 3.5).abs() < 1e-6);
+        }
+    }
+
+    proptest! {
+        /// In the box; on the plane if the box reaches it; and no other such move that was tried is shorter.
+        #[test]
+        fn projections_stay_in_the_box_reach_the_plane_and_are_the_shortest(
+            pixels in prop::collection::vec((0f32..=1.0, -1f32..1.0, 0f32..=1.0), 2..9),
+            b in -2.0f64..2.0,
+            linf: bool,
+        ) {
+            let norm = if linf { Norm::Linf } else { Norm::L2 };
+            let t: Vec<f32> = pixels.iter().map(|p| p.0).collect();
+            let w: Vec<f32> = pixels.iter().map(|p| p.1).collect();
+            let distance = dot(&w, &t) - b;
+            let d = project_to_plane(norm, &t, &w, distance);
+            let x: Vec<f32> = t.iter().zip(&d).map(|(t, d)| t + d).collect();
+            prop_assert!(x.iter().all(|x| (-1e-6..=1.0 + 1e-6).contains(x)), "{x:?}");
+            let reachable = |side: f64| -> f64 {
+                w.iter().map(|&w| (f64::from(w) * side).max(0.0) * side).sum()
+            };
+            let (low, high) = (reachable(-1.0), reachable(1.0));
+            let nearest = b.clamp(low, high);
+            prop_assert!((dot(&w, &x) - nearest).abs() < 1e-4, "{} of {nearest}", dot(&w, &x));
+            // Another point of the box, moved along the line to the plane: where it meets it, it is no nearer.
+            let other: Vec<f32> = pixels.iter().map(|p| p.2).collect();
+            let at = |v: &[f32]| dot(&w, v) - nearest;
+            if (at(&other) > 0.0) != (at(&t) > 0.0) && (at(&other) - at(&t)).abs() > 1e-3 {
+                let s = (at(&t) / (at(&t) - at(&other))) as f32;
+                let meets: Vec<f32> = t.iter().zip(&other).map(|(t, o)| t + s * (o - t)).collect();
+                let size = length(norm, d.iter().copied());
+                prop_assert!(size <= super::distance(norm, &meets, &t) + 1e-4);
+            }
+        }
+    }
+}

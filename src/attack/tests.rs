@@ -1,0 +1,173 @@
+//! The attacks of AutoAttack on a linear model, where the distance to each border is a closed form.
+
+use candle_core::{Device, Tensor};
+
+use super::*;
+use crate::{Result, kernels, rng};
+
+const CLASSES: usize = 5;
+const SHAPE: (usize, usize, usize) = (7, 7, 2);
+const SIZE: usize = 7 * 7 * 2;
+
+fn weights() -> Vec<f32> {
+    let mut weights = vec![0f32; CLASSES * SIZE];
+    rng::normals(11, 0, 0, &mut weights);
+    weights
+}
+
+fn linear(x: &Tensor) -> Result<Tensor> {
+    let w = Tensor::from_vec(weights(), (CLASSES, SIZE), x.device())?;
+    kernels::linear(&x.flatten_from(1)?, &w, None)
+}
+
+fn victim() -> Victim<'static> {
+    Victim { logits_of: &linear, shape: SHAPE, device: &Device::Cpu }
+}
+
+/// Images in the middle of the box, so that only the ball binds.
+fn images(n: usize) -> Vec<Vec<f32>> {
+    let image = |i: usize| {
+        let mut x = vec![0f32; SIZE];
+        rng::uniforms(12, i as u64, 0, &mut x);
+        x.iter().map(|u| 0.45 + 0.1 * u).collect()
+    };
+    (0..n).map(image).collect()
+}
+
+/// The answer to an image, and how far the nearest other class is: `(z_y - z_t) / |w_y - w_t|` in the dual norm.
+fn answer_and_radius(x: &[f32], norm: Norm) -> (usize, f64) {
+    let w = weights();
+    let row = |class: usize| &w[class * SIZE..][..SIZE];
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let z: Vec<f64> = (0..CLASSES).map(|class| dot(row(class), x)).collect();
+    let label = (0..CLASSES).max_by(|&a, &b| z[a].total_cmp(&z[b])).unwrap();
+    let radius = |class: usize| {
+        let slopes = row(label).iter().zip(row(class)).map(|(a, b)| f64::from(a - b));
+        let dual: f64 = match norm {
+            Norm::Linf => slopes.map(f64::abs).sum(),
+            Norm::L2 => slopes.map(|d| d * d).sum::<f64>().sqrt(),
+        };
+        (z[label] - z[class]) / dual
+    };
+    (label, (0..CLASSES).filter(|&c| c != label).map(radius).fold(f64::INFINITY, f64::min))
+}
+
+struct Case {
+    images: Vec<Vec<f32>>,
+    labels: Vec<usize>,
+    radii: Vec<f64>,
+    epsilon: f64,
+    threat: Threat,
+}
+
+/// A radius that about half of the images withstand.
+fn case(norm: Norm) -> Case {
+    let images = images(40);
+    let (labels, radii): (Vec<_>, Vec<_>) = images.iter().map(|x| answer_and_radius(x, norm)).unzip();
+    let mut sorted = radii.clone();
+    sorted.sort_by(f64::total_cmp);
+    let epsilon = sorted[20];
+    let threat = Threat::new(norm, Epsilon::try_from(epsilon).unwrap()).unwrap();
+    Case { images, labels, radii, epsilon, threat }
+}
+
+impl Case {
+    fn run(&self, attack: AutoAttack, of: &[usize]) -> Vec<Option<Vec<f32>>> {
+        let images: Vec<&[f32]> = of.iter().map(|&i| self.images[i].as_slice()).collect();
+        let labels: Vec<usize> = of.iter().map(|&i| self.labels[i]).collect();
+        let ids: Vec<u64> = of.iter().map(|&i| i as u64).collect();
+        attack.run(&victim(), self.threat, 1, 3, (&images, &labels, &ids)).unwrap()
+    }
+}
+
+const ALL: [AutoAttack; 5] =
+    [AutoAttack::ApgdCe, AutoAttack::ApgdDlr, AutoAttack::ApgdT, AutoAttack::FabT, AutoAttack::Square];
+
+#[test]
+fn what_is_found_is_adversarial_and_in_ball_and_box_and_what_cannot_be_found_is_not() {
+    for norm in [Norm::Linf, Norm::L2] {
+        let case = case(norm);
+        for attack in ALL {
+            let found = case.run(attack, &(0..40).collect::<Vec<_>>());
+            for (i, found) in found.iter().enumerate() {
+                let Some(x) = found else { continue };
+                assert!(case.radii[i] < 1.001 * case.epsilon, "{attack} {norm} {i}: {}", case.radii[i]);
+                assert!(x.iter().all(|v| (0.0..=1.0).contains(v)));
+                let moved = f64::from(search::distance(norm, x, &case.images[i]));
+                assert!(moved <= case.epsilon * 1.00001, "{attack} {norm} {i}: {moved}");
+                let logits = victim().logits(&[x]).unwrap();
+                assert_ne!(search::choice(&logits[0]), Some(case.labels[i]), "{attack} {norm} {i}");
+            }
+        }
+    }
+}
+
+/// On a linear model gradient attacks find all that there is to find, up to the last per cent of the radius; the random
+/// search finds most of what is not near the border.
+#[test]
+fn what_can_be_found_is_found() {
+    for norm in [Norm::Linf, Norm::L2] {
+        let case = case(norm);
+        for attack in ALL {
+            let reach = if attack == AutoAttack::Square { 0.7 } else { 0.99 };
+            let within: Vec<usize> = (0..40).filter(|&i| case.radii[i] < reach * case.epsilon).collect();
+            let found = case.run(attack, &within).iter().flatten().count();
+            let least = if attack == AutoAttack::Square { within.len() * 9 / 10 } else { within.len() };
+            assert!(within.len() > 5 && found >= least, "{attack} {norm}: {found} of {}", within.len());
+        }
+    }
+}
+
+#[test]
+fn an_image_is_attacked_alike_whatever_is_beside_it() {
+    for norm in [Norm::Linf, Norm::L2] {
+        let case = case(norm);
+        for attack in ALL {
+            let together = case.run(attack, &[3, 8, 17, 21]);
+            let alone = case.run(attack, &[17]);
+            assert_eq!(alone[0], together[2], "{attack} {norm}");
+        }
+    }
+}
+
+#[test]
+fn with_two_and_three_classes_the_attacks_have_losses_that_are_defined() {
+    for classes in [2, 3] {
+        let few = |x: &Tensor| Ok(linear(x)?.narrow(1, 0, classes)?);
+        let victim = Victim { logits_of: &few, ..victim() };
+        let x = images(6);
+        let points: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
+        let labels: Vec<usize> =
+            victim.logits(&points).unwrap().iter().map(|z| search::choice(z).unwrap()).collect();
+        let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.4).unwrap()).unwrap();
+        for attack in ALL {
+            let found = attack.run(&victim, threat, 1, 0, (&points, &labels, &[0, 1, 2, 3, 4, 5])).unwrap();
+            assert!(found.iter().all(Option::is_some), "{attack} with {classes} classes");
+        }
+    }
+}
+
+#[test]
+fn a_model_that_sees_nothing_is_not_fooled() {
+    let constant = |x: &Tensor| {
+        Ok((linear(x)? * 1e-30)?.broadcast_add(&Tensor::new(&[0f32, 1.0, 2.0, 3.0, 9.0], x.device())?)?)
+    };
+    let victim = Victim { logits_of: &constant, ..victim() };
+    let x = images(3);
+    let points: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
+    let threat = Threat::new(Norm::L2, Epsilon::try_from(2.0).unwrap()).unwrap();
+    for attack in ALL {
+        let found = attack.run(&victim, threat, 1, 0, (&points, &[4; 3], &[0, 1, 2])).unwrap();
+        assert!(found.iter().all(Option::is_none), "{attack}");
+    }
+}
+
+#[test]
+fn logits_that_do_not_depend_on_the_images_raise_the_alarm() {
+    let cut = |x: &Tensor| linear(&x.detach());
+    let victim = Victim { logits_of: &cut, ..victim() };
+    let x = images(1);
+    let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.1).unwrap()).unwrap();
+    let error = AutoAttack::ApgdCe.run(&victim, threat, 1, 0, (&[&x[0]], &[0], &[0])).unwrap_err();
+    assert_eq!(error.exit_code(), 70);
+}

@@ -1,0 +1,287 @@
+//! Certify: the radii within which a smoothed classifier cannot be fooled.
+
+use std::{path::PathBuf, sync::Arc, time::Instant};
+
+use arrow_array::{BooleanArray, Float64Array, Int64Array};
+use arrow_schema::DataType;
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{Job, Outcome, Stage, expect, expect_images, note, shards};
+use crate::{
+    Result,
+    attack::search::choice,
+    certify::{Certificate, Smoothing},
+    data::{self, Dataset, Range, Source, gaussian_noise, table, to_tensor},
+    fs,
+    nn::Classifier,
+    plot,
+    progress::{Progress, check_stop},
+    rng,
+    stats::clopper_pearson,
+};
+
+/// What is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Certificates: a class and the radius within which it stays (CERTIFY).
+    Certify,
+    /// Predictions alone, which take far fewer copies (PREDICT).
+    Predict,
+}
+
+/// Smooths a classifier with Gaussian noise and certifies it (Cohen et al. 2019): for each image the class and the ℓ2
+/// radius within which the smoothed classifier's answer stays, with probability 1 - alpha.
+///
+/// The classifier should have been trained on such noise: `train --objective gaussian` or `stability`.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Certify {
+    /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
+    #[arg(long, default_value = "builtin:digits")]
+    pub data: Source,
+    /// The official split to measure on. Test is for measuring, never to choose anything.
+    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    pub split: data::Split,
+    /// Use only the first N images; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub limit: usize,
+    /// Of these only every N-th, from the first.
+    #[arg(long, default_value_t = 1)]
+    pub skip: usize,
+    /// Certificates, or predictions alone.
+    #[arg(long, value_enum, default_value_t = Mode::Certify)]
+    pub mode: Mode,
+    /// The standard deviation of the noise, for pixels in [0, 1].
+    #[arg(long, default_value_t = 0.25)]
+    pub sigma: f64,
+    /// Noisy copies that choose the class to certify.
+    #[arg(long, default_value_t = 100)]
+    pub n0: u64,
+    /// Noisy copies that bound its probability, or that predict.
+    #[arg(long, default_value_t = 10_000)]
+    pub n: u64,
+    /// The probability that a certificate or prediction is wrong.
+    #[arg(long, default_value_t = 0.001)]
+    pub alpha: f64,
+    /// Noisy copies that go through the network together. No result depends on it.
+    #[arg(long, default_value_t = 128)]
+    pub batch: u64,
+    /// The radii at which certified accuracy is printed.
+    #[arg(long, value_delimiter = ',', default_values_t = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0])]
+    pub radii: Vec<f64>,
+    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    #[arg(long, default_value_t = 0)]
+    pub max_bad: usize,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// One row of `certify.json`: how many images are right, certain at this radius.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AtRadius {
+    /// The ℓ2 radius.
+    pub radius: f64,
+    /// Images whose class is right and certain within it.
+    pub certified: u64,
+    /// `certified` over all images.
+    pub accuracy: f64,
+    /// 95 % Clopper-Pearson interval.
+    pub interval: [f64; 2],
+}
+
+impl Certify {
+    fn smoothing(&self) -> Smoothing {
+        Smoothing { sigma: self.sigma, n0: self.n0, n: self.n, alpha: self.alpha }
+    }
+
+    /// The certificate of one image; with [`Mode::Predict`] its radius is 0.
+    fn one(
+        &self,
+        classifier: &Classifier,
+        data: &Dataset,
+        row: usize,
+        device: &Device,
+    ) -> Result<Certificate> {
+        let image = to_tensor(data.image(row), data.shape, Range::Unit, device)?;
+        let classes = classifier.config().class_names.len();
+        // Each copy of each image has a key of its own.
+        let seed = rng::uint(self.seed, row as u64, rng::stream::GAUSSIAN);
+        let counts = |first: u64, n: u64| -> Result<Vec<u64>> {
+            let mut counts = vec![0u64; classes];
+            for from in (first..first + n).step_by(self.batch as usize) {
+                check_stop()?;
+                let ids: Vec<u64> = (from..(from + self.batch).min(first + n)).collect();
+                let copies = image.repeat((ids.len(), 1, 1, 1))?;
+                let noise = gaussian_noise(&copies, seed, &ids, rng::stream::GAUSSIAN)?;
+                let logits = classifier.logits(&(copies + (noise * self.sigma)?)?)?.to_vec2::<f32>()?;
+                for class in logits.iter().filter_map(|row| choice(row)) {
+                    counts[class] += 1;
+                }
+            }
+            Ok(counts)
+        };
+        match self.mode {
+            Mode::Certify => self.smoothing().certify(&counts),
+            Mode::Predict => {
+                let class = self.smoothing().predict(&counts)?;
+                Ok(Certificate { class, radius: 0.0, lower: f64::NAN })
+            }
+        }
+    }
+}
+
+impl Stage for Certify {
+    const NAME: &'static str = "certify";
+    const INPUTS: &'static [&'static str] = &["model", "data"];
+    const RUNTIME: &'static [&'static str] = &["batch"];
+
+    fn validate(&self) -> Result<()> {
+        expect("skip", self.skip, 1, usize::MAX)?;
+        expect("sigma", self.sigma, 1e-6, 1e3)?;
+        expect("n0", self.n0, 1, 1 << 40)?;
+        expect("n", self.n, 1, 1 << 40)?;
+        expect("alpha", self.alpha, 1e-12, 0.5)?;
+        expect("batch", self.batch, 1, 1 << 20)?;
+        match self.radii.iter().find(|r| !(r.is_finite() && **r >= 0.0)) {
+            Some(radius) => bail!(Usage, "radii has {radius}, expected numbers from 0"),
+            None => Ok(()),
+        }
+    }
+
+    fn amount(&self) -> String {
+        let images =
+            if self.limit > 0 { format!("{} images", self.limit / self.skip) } else { "all images".into() };
+        format!("{images}, {} noisy copies each at sigma {}", self.n0 + self.n, self.sigma)
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let Some(dir) = &self.model else {
+            bail!(Usage, "model is not set, expected the folder of a classifier")
+        };
+        let started = Instant::now();
+        let classifier = Classifier::load(dir, &job.device)?;
+        let data = self.data.load(self.split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        expect_images(&classifier, dir, &self.data, data.shape)?;
+
+        let (out, _lock) = job.open("run")?;
+        let parts = fs::Parts::new(job.hidden(out, "parts"));
+        let rows: Vec<usize> = (0..data.len()).step_by(self.skip).collect();
+        let bar = Progress::new(Self::NAME, rows.len() as u64, "images");
+        let mut certificates = Vec::with_capacity(rows.len());
+        // One image after the other: the network's kernels have work for all threads.
+        for &row in &rows {
+            let key = format!("{row:08}");
+            let kept = parts.get(&key)?.and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
+            let certificate = match kept {
+                Some(Kept { class, bits }) => {
+                    let [radius, lower] = bits.map(f64::from_bits);
+                    Certificate { class, radius, lower }
+                }
+                None => {
+                    let found = self.one(&classifier, &data, row, &job.device)?;
+                    let bits = [found.radius, found.lower].map(f64::to_bits);
+                    let kept = serde_json::to_vec(&Kept { class: found.class, bits }).unwrap_or_default();
+                    parts.put(&key, &kept)?;
+                    found
+                }
+            };
+            certificates.push(certificate);
+            bar.add(1);
+        }
+        let right: Vec<bool> =
+            rows.iter().zip(&certificates).map(|(&row, c)| c.class == Some(data.labels[row])).collect();
+        let n = rows.len() as u64;
+        let certified_at = |radius: f64| {
+            let hold = certificates.iter().zip(&right).filter(|(c, right)| **right && c.radius >= radius);
+            hold.count() as u64
+        };
+        let table: Vec<AtRadius> = self
+            .radii
+            .iter()
+            .filter(|_| self.mode == Mode::Certify)
+            .map(|&radius| {
+                let certified = certified_at(radius);
+                let accuracy = certified as f64 / n as f64;
+                AtRadius { radius, certified, accuracy, interval: clopper_pearson(certified, n, 0.05) }
+            })
+            .collect();
+        let correct = certified_at(0.0);
+        let abstained = certificates.iter().filter(|c| c.class.is_none()).count() as u64;
+        let average = certificates.iter().zip(&right).map(|(c, &right)| if right { c.radius } else { 0.0 });
+        let certify = self.mode == Mode::Certify;
+        let summary = json!({
+            "schema": "proxyset.certify/1",
+            "mode": self.mode,
+            "images": n,
+            "correct": correct,
+            "accuracy": correct as f64 / n as f64,
+            "interval": clopper_pearson(correct, n, 0.05),
+            "abstained": abstained,
+            "average_certified_radius": certify.then(|| average.sum::<f64>() / n as f64),
+            "certified": table,
+            "smoothing": { "sigma": self.sigma, "n0": certify.then_some(self.n0), "n": self.n, "alpha": self.alpha },
+            "seed": self.seed,
+            "data": {
+                "source": self.data,
+                "split": self.split,
+                "blake3": self.data.fingerprint(self.split)?,
+                "bad_rows": data.bad_rows,
+            },
+            "model_blake3": fs::hash_file(&dir.join("model.safetensors"))?.0,
+            "seconds": started.elapsed().as_secs_f64(),
+        });
+        let schema = shards::schema(&[
+            ("index", DataType::Int64, false),
+            ("label", DataType::Int64, false),
+            ("prediction", DataType::Int64, true),
+            ("radius", DataType::Float64, true),
+            ("probability_at_least", DataType::Float64, true),
+            ("correct", DataType::Boolean, false),
+        ]);
+        let only = |value: f64| certify.then_some(value);
+        let batch = shards::batch(
+            &schema,
+            vec![
+                Arc::new(Int64Array::from_iter_values(rows.iter().map(|&row| row as i64))),
+                Arc::new(Int64Array::from_iter_values(rows.iter().map(|&row| i64::from(data.labels[row])))),
+                Arc::new(Int64Array::from_iter(certificates.iter().map(|c| c.class.map(i64::from)))),
+                Arc::new(Float64Array::from_iter(certificates.iter().map(|c| only(c.radius)))),
+                Arc::new(Float64Array::from_iter(certificates.iter().map(|c| only(c.lower)))),
+                Arc::new(BooleanArray::from(right.clone())),
+            ],
+        )?;
+        table::write(&out.join("images.parquet"), &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[])?;
+        if certify {
+            let mut radii: Vec<f64> =
+                certificates.iter().zip(&right).filter(|(_, r)| **r).map(|(c, _)| c.radius).collect();
+            radii.sort_by(f64::total_cmp);
+            // The curve steps down at each radius that ends.
+            let mut curve = vec![(0.0, correct as f64 / n as f64)];
+            for (i, &radius) in radii.iter().enumerate() {
+                let [before, after] =
+                    [correct - i as u64, correct - i as u64 - 1].map(|k| k as f64 / n as f64);
+                curve.extend([(radius, before), (radius, after)]);
+            }
+            let label = format!("sigma = {}", self.sigma);
+            let svg = plot::lines("Certified accuracy", "l2 radius", "accuracy", &[(label, curve)])?;
+            fs::publish(&out.join("certified.svg"), svg.as_bytes())?;
+        }
+        fs::publish_json(&out.join("certify.json"), &summary)?;
+        note(self, &format!("{correct} of {n} right, {abstained} abstained"));
+        Ok(Outcome::Done(summary))
+    }
+}
+
+/// A finished image. The numbers as bits: JSON knows no NaN.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    class: Option<u32>,
+    bits: [u64; 2],
+}
