@@ -6,7 +6,7 @@ PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
 PEERS = target/peers
 
-.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers test-interop cuda test-cuda clean
+.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers test-interop test-autoattack cuda test-cuda clean
 
 build:
 	$(CARGO) build --release
@@ -56,6 +56,21 @@ bench-peers:
 	$(CARGO) bench --bench peers --no-run
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(PEERS)/inductor $(PEERS)/bin/python tests/bench/peers.py \
 	  --runner "$(CARGO) bench --quiet --bench peers --" $(ARGS)
+
+# Our AutoAttack beside the reference on one network, which is trained first; makes its own environment, and takes an hour.
+#   make test-autoattack DATA=data/mnist
+DATA ?= data/mnist
+test-autoattack: build
+	test -d $(PEERS) || python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r tests/interop/requirements-autoattack.txt
+	test -f target/autoattack/split/done.json || $(PROXYSET) split --source $(DATA) --out target/autoattack/split
+	$(PROXYSET) train --split target/autoattack/split --epsilon 0.3 --attack-steps 7 --channels 8,16,48 \
+	  --steps 1500 --epsilon-warmup-steps 1000 --held-out 0.02 --eval-every 500 --out target/autoattack/robust
+	$(PROXYSET) train --split target/autoattack/split --objective plain --channels 8,16,48 --steps 600 \
+	  --held-out 0.02 --eval-every 300 --out target/autoattack/plain
+	for ball in "linf 0.3" "l2 2"; do \
+	  $(PEERS)/bin/python tests/interop/check_autoattack.py target/release/proxyset $(DATA) target/autoattack/runs 500 \
+	    $$ball target/autoattack/robust target/autoattack/plain || exit 1; done
 
 # The data set of `make curate` in Python's datasets, duckdb and polars, and the same noise here and in diffusers; makes
 # its own environment.

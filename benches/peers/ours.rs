@@ -4,7 +4,7 @@ use std::{hint::black_box, ops::Range, path::Path};
 
 use candle_core::{Device, Tensor, Var, backprop::GradStore};
 use proxyset::{
-    attack::{Epsilon, Norm, Pgd, PgdConfig, Threat},
+    attack::{Epsilon, Norm, Pgd, PgdConfig, PgdLoss, Threat},
     diffusion::DiffusionModel,
     kernels,
     nn::{
@@ -58,7 +58,13 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
                 labels: take(&mut inputs, "labels")?,
                 attack: Pgd {
                     threat: Threat::new(Norm::Linf, Epsilon::try_from(epsilon)?)?,
-                    config: PgdConfig { steps, step_size, restarts: 1, random_start: false },
+                    config: PgdConfig {
+                        steps,
+                        step_size,
+                        restarts: 1,
+                        random_start: false,
+                        loss: PgdLoss::Ce,
+                    },
                     seed: 0,
                 },
                 optimizer: Sgd::new(SgdConfig { momentum, nesterov: false, weight_decay }),
@@ -254,6 +260,7 @@ impl PgdStep {
             &part(&self.x, range)?,
             &part(&self.labels, range)?,
             &self.attack,
+            0.0,
             &range.clone().map(|i| i as u64).collect::<Vec<_>>(),
         )
     }

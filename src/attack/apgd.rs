@@ -61,7 +61,8 @@ impl Apgd {
         }
         let orders: Vec<Vec<usize>> = victim.logits(images)?.iter().map(|row| ranking(row)).collect();
         let classes = orders[0].len();
-        for rank in 1..=targets.min(classes - 1) {
+        let ranks = 1..=targets.min(classes - 1);
+        for rank in ranks {
             for restart in 0..self.restarts {
                 let draw = (rank * self.restarts + restart) as u64;
                 let loss = |i: usize| {

@@ -34,7 +34,8 @@ impl Fab {
             return Ok(found);
         }
         let orders: Vec<Vec<usize>> = victim.logits(images)?.iter().map(|row| ranking(row)).collect();
-        for rank in 1..=self.targets.min(orders[0].len() - 1) {
+        let ranks = 1..=self.targets.min(orders[0].len() - 1);
+        for rank in ranks {
             let standing: Vec<usize> = (0..images.len()).filter(|&i| found[i].is_none()).collect();
             let approach = |&i: &usize| Approach {
                 settings: *self,

@@ -96,6 +96,11 @@ impl Walk {
         walk
     }
 
+    /// An answer that is not a number is a wrong one.
+    fn is_fooled(&self) -> bool {
+        self.margin.is_nan() || self.margin <= 0.0
+    }
+
     fn epsilon(&self) -> f32 {
         self.settings.threat.epsilon() as f32
     }
@@ -256,17 +261,17 @@ impl Search for Walk {
 
     fn advance(&mut self, logits: &[f32], _: &[f32]) {
         let margin = logits[self.label] - logits[best_wrong(logits, self.label)];
-        if !(margin >= self.margin) || self.best.is_empty() {
+        if margin.is_nan() || margin < self.margin || self.best.is_empty() {
             self.margin = margin;
             self.best = std::mem::take(&mut self.candidate);
         }
-        self.done = !(self.margin > 0.0) || self.queries >= self.settings.queries;
+        self.done = self.is_fooled() || self.queries >= self.settings.queries;
         if !self.done {
             self.propose();
         }
     }
 
     fn found(self) -> Option<Vec<f32>> {
-        (!(self.margin > 0.0)).then_some(self.best)
+        self.is_fooled().then_some(self.best)
     }
 }

@@ -481,7 +481,9 @@ impl Stage for Train {
         expect("held_out", self.held_out, 0.001, 0.9)?;
         expect("eval_every", self.eval_every, 1, usize::MAX)?;
         let weights = &self.data_weights;
-        if !weights.is_empty() && (weights.len() != self.data.len() || weights.iter().any(|&w| !(w > 0.0))) {
+        if !weights.is_empty()
+            && (weights.len() != self.data.len() || weights.iter().any(|&w| w.is_nan() || w <= 0.0))
+        {
             bail!(
                 Usage,
                 "data_weights is {weights:?}, expected a number above 0 for each of {} sources",

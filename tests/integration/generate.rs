@@ -5,7 +5,10 @@ use std::{collections::HashMap, path::Path};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use crate::run::{TINY_UNET, fails, files, made, ok, proxyset, shards};
+use crate::{
+    pipeline::SMALL,
+    run::{TINY_UNET, fails, files, made, ok, proxyset, shards},
+};
 
 const COUNT: usize = 20;
 
@@ -188,6 +191,24 @@ fn a_generators_log_has_the_loss_by_noise_and_on_unseen_images_and_its_sheets_ar
     let sheets = files(&out.join("samples"));
     assert_eq!(sheets.len(), 2);
     assert!(sheets.iter().all(|(_, bytes)| bytes.starts_with(b"\x89PNG")));
+}
+
+/// No image has a class when it is made; the labeller gives it one, and the rest of the way knows no difference.
+#[test]
+fn the_pool_of_an_unconditional_model_becomes_a_labelled_data_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    let digits = format!("{}/pipelines/digits.toml", env!("CARGO_MANIFEST_DIR"));
+    let settings = "--until materialize --set fit-generator.conditional=false --set generate.guidance=1.0 \
+        --set curate.keep_per_class=2 --set curate.allow_short=true";
+    ok(&format!("run {digits} --quiet --out {} {SMALL} {settings}", run.display()));
+    ok(&format!("check {}", run.display()));
+    let folder = |stage: &str| {
+        let folders = std::fs::read_dir(&run).unwrap().map(|e| e.unwrap().path());
+        folders.into_iter().find(|f| f.file_name().unwrap().to_string_lossy().starts_with(stage)).unwrap()
+    };
+    let card = std::fs::read_to_string(folder("materialize").join("dataset/README.md")).unwrap();
+    assert!(card.contains("**Labels** are a classifier's"), "{card}");
 }
 
 #[test]

@@ -89,6 +89,47 @@ fn a_robust_classifier_survives_kills_bit_for_bit() {
     survives_kills(&verb, "killed", "model.safetensors");
 }
 
+/// Batch statistics are part of the state, and of the moving average.
+#[test]
+fn a_classifier_with_batch_norm_survives_kills_bit_for_bit() {
+    let settings = "--objective trades --architecture resnet --channels 8,8 --blocks 1,1 --standardize true \
+        --steps 40 --batch 32 --attack-steps 3 --attack-batch-norm train --eval-every 20";
+    let verb = format!("train --split {} {settings}", made().path("split"));
+    survives_kills(&verb, "killed", "model.safetensors");
+}
+
+#[test]
+fn an_evaluation_survives_kills_verdict_for_verdict() {
+    let settings = "--limit 80 --epsilon 0.05 --attack autoattack --save-adversarial true";
+    let verb = format!("evaluate --model {} {settings}", made().path("classifier"));
+    survives_kills(&verb, "killed", "adversarial.safetensors");
+    survives_kills(&verb, "killed", "images.parquet");
+}
+
+#[test]
+fn a_certification_survives_kills_certificate_for_certificate() {
+    let settings = "--limit 60 --sigma 0.2 --n0 20 --n 200";
+    let verb = format!("certify --model {} {settings}", made().path("classifier"));
+    survives_kills(&verb, "killed", "images.parquet");
+}
+
+/// Weight decay of 1 at this learning rate multiplies the weights by -999 in each step, until they overflow.
+#[test]
+fn a_loss_that_is_not_finite_stops_with_70_and_the_last_checkpoint_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("classifier");
+    let settings = "--objective plain --channels 8,8 --batch 16 --learning-rate 1000 --weight-decay 1 --warmup-steps 1";
+    let verb = format!("train --split {} {settings} --out {} --quiet", made().path("split"), out.display());
+    let output = proxyset(&verb).env("PROXYSET_CHECKPOINT_SECONDS", "0").output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(70), "{stderr}");
+    assert!(stderr.contains("lower learning_rate (the last good checkpoint is kept)"), "{stderr}");
+    assert!(!out.join("done.json").exists() && !out.join("model.safetensors").exists());
+    let hidden = std::fs::read_dir(&out).unwrap().map(|e| e.unwrap().path());
+    let mut checkpoints = hidden.into_iter().filter(|p| p.display().to_string().contains(".checkpoint"));
+    assert!(std::fs::read_dir(checkpoints.next().unwrap()).unwrap().count() > 0);
+}
+
 #[test]
 fn a_termination_signal_stops_within_seconds_with_75_and_the_work_goes_on() {
     let dir = tempfile::tempdir().unwrap();
