@@ -183,7 +183,7 @@ impl Threat {
                 }
             }
         }
-        Ok((x + from_chw(deltas, x)?)?.clamp(0f32, 1f32)?)
+        Ok((x + from_chw(deltas, x.dims(), x.device())?)?.clamp(0f32, 1f32)?)
     }
 }
 

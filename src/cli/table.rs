@@ -45,10 +45,11 @@ pub(super) fn steps(steps: &[Step]) -> String {
     text
 }
 
-/// Objects with the same keys as a table, indented; numbers with four digits behind the point.
+/// Objects with the same keys as a table, indented, names first; numbers with four digits behind the point.
 fn records(rows: &[Value]) -> String {
-    let keys: Vec<&str> =
+    let mut keys: Vec<&str> =
         rows[0].as_object().map(|o| o.keys().map(String::as_str).collect()).unwrap_or_default();
+    keys.sort_by_key(|key| !rows[0][*key].is_string());
     let cell = |value: &Value| match value {
         Value::String(s) => s.clone(),
         Value::Number(n) if n.is_f64() => format!("{:.4}", n.as_f64().unwrap_or(f64::NAN)),

@@ -59,30 +59,35 @@ pub fn to_u8(images: &Tensor, range: Range) -> Result<Vec<u8>> {
     floats.iter().enumerate().map(pixel).collect()
 }
 
-/// Standard normal noise shaped like the images `x`, `(b, h, w, c)`, or like any `(b, …)`.
-///
-/// The noise of an image depends on `seed`, `stream` and its entry in `sample_ids` alone; the elements of images are
-/// drawn in CHW order. Fails with [`Error::Usage`] unless there is an id for each image.
-pub fn gaussian_noise(x: &Tensor, seed: u64, sample_ids: &[u64], stream: u32) -> Result<Tensor> {
-    let (images, len) = (x.dim(0)?, x.elem_count() / x.dim(0)?.max(1));
-    if sample_ids.len() != images {
-        bail!(Usage, "there are {} sample ids, expected one for each of {images} images", sample_ids.len());
+/// Standard normal noise, `(samples, h, w, c)`: that of a sample is a function of (`seed`, `sample`, `step`) alone, drawn
+/// in CHW order, and bit-identical on every device. `step`: a sampler's step, or one of [`rng::stream`].
+pub fn gaussian_noise(
+    seed: u64,
+    samples: &[u64],
+    step: u32,
+    shape: Shape,
+    device: &Device,
+) -> Result<Tensor> {
+    let Shape { height, width, channels } = shape;
+    let mut chw = vec![0.0; shape.size()];
+    let mut noise = Vec::with_capacity(samples.len() * shape.size());
+    for &sample in samples {
+        rng::normals(seed, sample, step, &mut chw);
+        for position in 0..height * width {
+            noise.extend((0..channels).map(|c| chw[c * height * width + position]));
+        }
     }
-    let mut noise = vec![0f32; images * len];
-    for (noise, &id) in noise.chunks_exact_mut(len.max(1)).zip(sample_ids) {
-        rng::normals(seed, id, stream, noise);
-    }
-    from_chw(noise, x)
+    Ok(Tensor::from_vec(noise, (samples.len(), height, width, channels), device)?)
 }
 
-/// Numbers in CHW order as a tensor shaped like the NHWC images `like`; in the order of `like` if it is no such.
-pub fn from_chw(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
-    Ok(match *like.dims() {
-        [b, h, w, c] => {
-            let chw = Tensor::from_vec(values, (b, c, h, w), like.device())?;
+/// Numbers in CHW order as a tensor of images of shape (n, h, w, c); of another rank, as they come.
+pub fn from_chw(values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
+    Ok(match *dims {
+        [n, h, w, c] => {
+            let chw = Tensor::from_vec(values, (n, c, h, w), device)?;
             chw.permute((0, 2, 3, 1))?.contiguous()?
         }
-        ref dims => Tensor::from_vec(values, dims, like.device())?,
+        _ => Tensor::from_vec(values, dims, device)?,
     })
 }
 
@@ -219,5 +224,20 @@ mod tests {
         let kept = kept.iter().filter(|&&pixel| pixel == 1).count();
         // One of nine windows shows the only pixel: 1000 ± 30 (one standard deviation).
         assert!((880..1120).contains(&kept), "{kept}");
+    }
+
+    #[test]
+    fn noise_of_a_sample_does_not_depend_on_its_batch_and_runs_channel_by_channel() -> Result<()> {
+        let shape = Shape { height: 3, width: 2, channels: 3 };
+        let all = gaussian_noise(7, &[4, 5, 6], 9, shape, &Device::Cpu)?;
+        let one = gaussian_noise(7, &[5], 9, shape, &Device::Cpu)?;
+        assert_eq!(
+            all.narrow(0, 1, 1)?.flatten_all()?.to_vec1::<f32>()?,
+            one.flatten_all()?.to_vec1::<f32>()?
+        );
+        let mut chw = vec![0.0; 18];
+        rng::normals(7, 5, 9, &mut chw);
+        assert_eq!(one.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?, chw);
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use super::LogitsOf;
 use crate::{
     Result,
     attack::{Norm, Pgd, ascend},
-    data::gaussian_noise,
+    data::{Shape, gaussian_noise},
     kernels, rng,
 };
 
@@ -38,7 +38,7 @@ pub fn stable(
 /// `sample_ids` are the keys of the noise. For ℓ∞ as for ℓ2, as in the authors' code.
 pub fn trades_perturb(frozen: LogitsOf, x: &Tensor, attack: &Pgd, sample_ids: &[u64]) -> Result<Tensor> {
     let clean = frozen(x)?.detach();
-    let noise = gaussian_noise(x, attack.seed, sample_ids, rng::stream::ATTACK)?;
+    let noise = noise_like(x, attack.seed, sample_ids, rng::stream::ATTACK)?;
     let mut start = (x + (noise * START)?)?;
     if attack.threat.norm() == Norm::L2 {
         // At a radius below that of the noise the start would be outside.
@@ -50,7 +50,16 @@ pub fn trades_perturb(frozen: LogitsOf, x: &Tensor, attack: &Pgd, sample_ids: &[
 /// Images with Gaussian noise of standard deviation `sigma`, for pixels in [0, 1]; they may leave that range, as those
 /// that a smoothed classifier sees do (Cohen et al. 2019).
 pub fn augment_gaussian(x: &Tensor, sigma: f64, seed: u64, sample_ids: &[u64]) -> Result<Tensor> {
-    Ok((x + (gaussian_noise(x, seed, sample_ids, rng::stream::GAUSSIAN)? * sigma)?)?)
+    Ok((x + (noise_like(x, seed, sample_ids, rng::stream::GAUSSIAN)? * sigma)?)?)
+}
+
+/// Standard normal noise for the images `x`.
+fn noise_like(x: &Tensor, seed: u64, sample_ids: &[u64], stream: u32) -> Result<Tensor> {
+    let (n, height, width, channels) = x.dims4()?;
+    if sample_ids.len() != n {
+        bail!(Usage, "there are {} sample ids, expected one for each of {n} images", sample_ids.len());
+    }
+    gaussian_noise(seed, sample_ids, stream, Shape { height, width, channels }, x.device())
 }
 
 #[cfg(test)]

@@ -119,7 +119,7 @@ impl Certify {
                 check_stop()?;
                 let ids: Vec<u64> = (from..(from + self.batch).min(first + n)).collect();
                 let copies = image.repeat((ids.len(), 1, 1, 1))?;
-                let noise = gaussian_noise(&copies, seed, &ids, rng::stream::GAUSSIAN)?;
+                let noise = gaussian_noise(seed, &ids, rng::stream::GAUSSIAN, data.shape, device)?;
                 let logits = classifier.logits(&(copies + (noise * self.sigma)?)?)?.to_vec2::<f32>()?;
                 for class in logits.iter().filter_map(|row| choice(row)) {
                     counts[class] += 1;

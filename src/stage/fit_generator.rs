@@ -8,15 +8,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Split, Stage, expect, finished_input,
-    generate::noise_tensor,
-    note,
+    Job, Outcome, Split, Stage, expect, finished_input, note,
     split::Real,
     trainer::{Part, Trainer},
 };
 use crate::{
     Result,
-    data::{Augment, Dataset, Range, Shape, augment, encode_png, grid, to_tensor, to_u8},
+    data::{Augment, Dataset, Range, Shape, augment, encode_png, gaussian_noise, grid, to_tensor, to_u8},
     diffusion::{
         BetaSchedule, Conditioning, DiffusionModel, Level, PredictionType, Process, SchedulerClass,
         SchedulerConfig, TrainingPair, VarianceType, denoising_loss,
@@ -242,7 +240,7 @@ impl FitGenerator {
         };
         Ok((
             draws.iter().map(level).collect(),
-            noise_tensor(self.seed, draws, stream::TRAIN_NOISE, shape, device)?,
+            gaussian_noise(self.seed, draws, stream::TRAIN_NOISE, shape, device)?,
         ))
     }
 
@@ -294,7 +292,7 @@ impl FitGenerator {
         let rows = 8;
         let row = |row: usize| -> Result<Vec<u8>> {
             let ids: Vec<u64> = (0..columns).map(|column| (row * columns + column) as u64).collect();
-            let noise = noise_tensor(self.seed, &ids, stream::INITIAL, shape, device)?;
+            let noise = gaussian_noise(self.seed, &ids, stream::INITIAL, shape, device)?;
             let conditioning = if self.conditional {
                 Conditioning::Classes(Tensor::new((0..columns as u32).collect::<Vec<_>>(), device)?)
             } else {

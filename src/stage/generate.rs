@@ -24,8 +24,8 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        Dtype, Feature, Features, ImageWriter, Range, SYNTHETIC_SOURCE_TYPE, Shape, encode_png, image_column,
-        to_u8,
+        Dtype, Feature, Features, ImageWriter, Range, SYNTHETIC_SOURCE_TYPE, Shape, encode_png, from_chw,
+        gaussian_noise, image_column, to_u8,
     },
     diffusion::{
         Conditioning, DiffusionModel,
@@ -33,7 +33,7 @@ use crate::{
     },
     fs::{self, Parts},
     progress::{Progress, check_stop},
-    rng::{self, stream},
+    rng::stream,
 };
 
 /// Shards `A..B`: from A up to, but not including, B.
@@ -121,27 +121,6 @@ pub struct Generate {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-}
-
-/// Standard normal noise, `(samples, h, w, c)`: sample `i`'s is a function of (`seed`, `i`, `step`) alone,
-/// drawn in (c, h, w) order, and bit-identical on every device.
-pub(super) fn noise_tensor(
-    seed: u64,
-    samples: &[u64],
-    step: u32,
-    shape: Shape,
-    device: &Device,
-) -> Result<Tensor> {
-    let Shape { height, width, channels } = shape;
-    let mut chw = vec![0.0; shape.size()];
-    let mut noise = Vec::with_capacity(samples.len() * shape.size());
-    for &sample in samples {
-        rng::normals(seed, sample, step, &mut chw);
-        for position in 0..height * width {
-            noise.extend((0..channels).map(|c| chw[c * height * width + position]));
-        }
-    }
-    Ok(Tensor::from_vec(noise, (samples.len(), height, width, channels), device)?)
 }
 
 /// What all shards of one run share.
@@ -423,7 +402,7 @@ impl Run<'_> {
         // Padded to its full size, so that a sample's slot and its neighbours' number never change.
         let samples: Vec<u64> = (first..first + self.config.micro_batch as u64).collect();
         let (seed, device) = (self.config.seed, &self.job.device);
-        let noise_at = |step: u32| noise_tensor(seed, &samples, step, shape, device);
+        let noise_at = |step: u32| gaussian_noise(seed, &samples, step, shape, device);
         let images_shape = (samples.len(), shape.height, shape.width, shape.channels);
         let start = match parts
             .get(&state_key)?
@@ -564,12 +543,10 @@ impl Run<'_> {
 
 /// The given noise of some samples, `(samples, h, w, c)`; a sample past the last has the last one's.
 fn given_noise(noise: &[f32], samples: &[u64], shape: Shape, device: &Device) -> Result<Tensor> {
-    let Shape { height, width, channels } = shape;
     let last = noise.len() / shape.size() - 1;
     let of = |sample: &u64| &noise[(*sample as usize).min(last) * shape.size()..][..shape.size()];
     let chw: Vec<f32> = samples.iter().flat_map(|sample| of(sample).iter().copied()).collect();
-    let chw = Tensor::from_vec(chw, (samples.len(), channels, height, width), device)?;
-    Ok(chw.permute((0, 2, 3, 1))?.contiguous()?)
+    from_chw(chw, &[samples.len(), shape.height, shape.width, shape.channels], device)
 }
 
 fn floats_key(first: u64) -> String {
@@ -595,21 +572,6 @@ fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<Vec<f32>>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn noise_of_a_sample_does_not_depend_on_its_batch_and_runs_channel_by_channel() -> Result<()> {
-        let shape = Shape { height: 3, width: 2, channels: 3 };
-        let all = noise_tensor(7, &[4, 5, 6], 9, shape, &Device::Cpu)?;
-        let one = noise_tensor(7, &[5], 9, shape, &Device::Cpu)?;
-        assert_eq!(
-            all.narrow(0, 1, 1)?.flatten_all()?.to_vec1::<f32>()?,
-            one.flatten_all()?.to_vec1::<f32>()?
-        );
-        let mut chw = vec![0.0; 18];
-        rng::normals(7, 5, 9, &mut chw);
-        assert_eq!(one.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?, chw);
-        Ok(())
-    }
 
     #[test]
     fn shard_ranges_say_what_they_expect() {

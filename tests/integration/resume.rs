@@ -118,7 +118,8 @@ fn a_certification_survives_kills_certificate_for_certificate() {
 fn a_loss_that_is_not_finite_stops_with_70_and_the_last_checkpoint_stays() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("classifier");
-    let settings = "--objective plain --channels 8,8 --batch 16 --learning-rate 1000 --weight-decay 1 --warmup-steps 1";
+    let settings =
+        "--objective plain --channels 8,8 --batch 16 --learning-rate 1000 --weight-decay 1 --warmup-steps 1";
     let verb = format!("train --split {} {settings} --out {} --quiet", made().path("split"), out.display());
     let output = proxyset(&verb).env("PROXYSET_CHECKPOINT_SECONDS", "0").output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
