@@ -6,7 +6,7 @@ PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
 PEERS = target/peers
 
-.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers test-interop test-autoattack cuda test-cuda clean
+.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers test-interop test-robustbench test-autoattack cuda test-cuda clean
 
 build:
 	$(CARGO) build --release
@@ -57,6 +57,13 @@ bench-peers:
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(PEERS)/inductor $(PEERS)/bin/python tests/bench/peers.py \
 	  --runner "$(CARGO) bench --quiet --bench peers --" $(ARGS)
 
+# The logits of RobustBench's networks, with random weights, and of ours.
+test-robustbench: build
+	test -d $(PEERS) || python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r tests/interop/requirements-autoattack.txt
+	$(PEERS)/bin/pip install -q --no-deps robustbench==1.1.1
+	$(PEERS)/bin/python tests/interop/check_robustbench.py $(or $(CARGO_TARGET_DIR),target)/release/proxyset target/robustbench
+
 # Every attack of our AutoAttack beside the reference, on 500 digits, a robust network and an undefended one, which are
 # trained first. Makes its own environment, and takes half an hour.
 AUTOATTACK = target/autoattack
@@ -70,7 +77,7 @@ test-autoattack: build
 	$(PROXYSET) train --split $(AUTOATTACK)/split --objective plain --channels 16,32,32 --steps 500 \
 	  --learning-rate 0.05 --held-out 0.1 --eval-every 250 --out $(AUTOATTACK)/plain
 	for ball in "linf 0.15" "l2 0.6"; do \
-	  $(PEERS)/bin/python tests/interop/check_autoattack.py target/release/proxyset $(AUTOATTACK)/digits \
+	  $(PEERS)/bin/python tests/interop/check_autoattack.py $(or $(CARGO_TARGET_DIR),target)/release/proxyset $(AUTOATTACK)/digits \
 	    $(AUTOATTACK)/runs 500 $$ball $(AUTOATTACK)/robust $(AUTOATTACK)/plain || exit 1; done
 
 # The data set of `make curate` in Python's datasets, duckdb and polars, and the same noise here and in diffusers; makes

@@ -140,7 +140,7 @@ struct Climb {
     best: Vec<f32>,
     best_gradient: Vec<f32>,
     step_size: f32,
-    /// The loss at the last asked point, before and at the present one.
+    /// The loss that the last step reached.
     last_loss: f32,
     asked: usize,
     /// Steps since the last checkpoint and those of them that raised the loss; steps between checkpoints.

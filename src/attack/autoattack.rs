@@ -7,6 +7,15 @@ use serde::{Deserialize, Serialize};
 use super::{Apgd, Fab, Loss, Square, Threat, Victim};
 use crate::Result;
 
+/// Gradient steps of APGD and FAB.
+pub const STEPS: usize = 100;
+/// Random starts of APGD.
+pub const RESTARTS: usize = 1;
+/// Classes that the targeted attacks try.
+pub const TARGETS: usize = 9;
+/// Questions that Square asks about an image.
+pub const QUERIES: usize = 5000;
+
 /// The attacks that AutoAttack is made of, with its settings: 100 steps, one start, nine targets, 5,000 queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -29,20 +38,17 @@ impl AutoAttack {
     pub const STANDARD: [Self; 4] = [Self::ApgdCe, Self::ApgdT, Self::FabT, Self::Square];
 
     /// Searches for adversarial images: for each one within the ball, if it was found. `images` in HWC order; `labels`
-    /// and `ids`, the keys of all draws, one an image. `restarts`: of the attacks that draw their start, APGD.
+    /// and `ids`, the keys of all draws, one an image.
     pub fn run(
         self,
         victim: &Victim,
         threat: Threat,
-        restarts: usize,
         seed: u64,
         (images, labels, ids): (&[&[f32]], &[usize], &[u64]),
     ) -> Result<Vec<Option<Vec<f32>>>> {
-        const STEPS: usize = 100;
-        const TARGETS: usize = 9;
         // Another seed for each: attacks that begin alike find alike.
         let seed = crate::rng::uint(seed, self as u64, crate::rng::stream::ATTACK);
-        let apgd = Apgd { threat, steps: STEPS, restarts, seed };
+        let apgd = Apgd { threat, steps: STEPS, restarts: RESTARTS, seed };
         match self {
             Self::ApgdCe => apgd.run(victim, Loss::CrossEntropy, images, labels, ids),
             Self::ApgdDlr => {
@@ -53,7 +59,7 @@ impl AutoAttack {
             }
             Self::ApgdT => apgd.run_targeted(victim, TARGETS, images, labels, ids),
             Self::FabT => Fab { threat, steps: STEPS, targets: TARGETS }.run(victim, images, labels),
-            Self::Square => Square { threat, queries: 5000, seed }.run(victim, images, labels, ids),
+            Self::Square => Square { threat, queries: QUERIES, seed }.run(victim, images, labels, ids),
         }
     }
 }

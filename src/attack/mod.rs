@@ -5,7 +5,7 @@
 //! it, and who has found leaves the batch.
 
 mod apgd;
-mod autoattack;
+pub mod autoattack;
 mod fab;
 mod loss;
 mod pgd;

@@ -151,6 +151,9 @@ pub fn pgd(
         let logits = logits_of(&x_adv)?.detach();
         let wrong = logits.argmax(D::Minus1)?.ne(labels)?.to_dtype(logits.dtype())?;
         let loss = (kernels::cross_entropy(&logits, labels)? + (wrong * 1e6)?)?;
+        // An answer that is no number is the worst of all; as such it compares with nothing.
+        let none = loss.ne(&loss)?;
+        let loss = none.where_cond(&loss.ones_like()?.affine(1e30, 0.0)?, &loss)?;
         worst = Some(match worst {
             None => (x_adv, loss),
             Some((worst_x, worst_loss)) => {

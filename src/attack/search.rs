@@ -22,17 +22,12 @@ pub struct Victim<'a> {
 }
 
 impl Victim<'_> {
-    /// The elements of an image.
-    pub fn size(&self) -> usize {
-        self.shape.0 * self.shape.1 * self.shape.2
-    }
-
     fn images(&self, points: &[&[f32]]) -> Result<Tensor> {
         let (h, w, c) = self.shape;
         Ok(Tensor::from_vec(points.concat(), (points.len(), h, w, c), self.device)?)
     }
 
-    /// The logits of each image, `size()` elements each in HWC order.
+    /// The logits of each image, its elements in HWC order.
     pub fn logits(&self, points: &[&[f32]]) -> Result<Vec<Vec<f32>>> {
         Ok((self.logits_of)(&self.images(points)?)?.detach().to_vec2()?)
     }
@@ -90,8 +85,10 @@ pub(super) fn run<S: Search>(victim: &Victim, mut searches: Vec<S>) -> Result<Ve
         let points: Vec<&[f32]> = points.iter().map(Vec::as_slice).collect();
         if S::GRADIENTS {
             let answers = victim.logits_and_gradients(&points, |i, logits| active[i].weights(logits))?;
-            for (search, (logits, gradient)) in active.iter_mut().zip(&answers) {
-                search.advance(logits, gradient);
+            for (search, (logits, mut gradient)) in active.iter_mut().zip(answers) {
+                // Nowhere to go, rather than to a point that is none.
+                gradient.iter_mut().filter(|g| !g.is_finite()).for_each(|g| *g = 0.0);
+                search.advance(&logits, &gradient);
             }
         } else {
             for (search, logits) in active.iter_mut().zip(victim.logits(&points)?) {
@@ -119,7 +116,11 @@ pub(super) fn ranking(logits: &[f32]) -> Vec<usize> {
 /// The length of a vector in this norm.
 pub fn length(norm: Norm, v: impl IntoIterator<Item = f32>) -> f32 {
     match norm {
-        Norm::Linf => v.into_iter().fold(0.0, |largest, d| largest.max(d.abs())),
+        // Not `max`, which loses what is not a number.
+        Norm::Linf => {
+            let larger = |a: f32, d: f32| if d.is_nan() || d.abs() > a { d.abs() } else { a };
+            v.into_iter().fold(0.0, larger)
+        }
         Norm::L2 => v.into_iter().map(|d| f64::from(d).powi(2)).sum::<f64>().sqrt() as f32,
     }
 }

@@ -76,7 +76,7 @@ impl Case {
         let images: Vec<&[f32]> = of.iter().map(|&i| self.images[i].as_slice()).collect();
         let labels: Vec<usize> = of.iter().map(|&i| self.labels[i]).collect();
         let ids: Vec<u64> = of.iter().map(|&i| i as u64).collect();
-        attack.run(&victim(), self.threat, 1, 3, (&images, &labels, &ids)).unwrap()
+        attack.run(&victim(), self.threat, 3, (&images, &labels, &ids)).unwrap()
     }
 }
 
@@ -122,10 +122,35 @@ fn what_can_be_found_is_found() {
 fn an_image_is_attacked_alike_whatever_is_beside_it() {
     for norm in [Norm::Linf, Norm::L2] {
         let case = case(norm);
+        let weak: Vec<usize> = (0..40).filter(|&i| case.radii[i] < 0.4 * case.epsilon).collect();
         for attack in ALL {
-            let together = case.run(attack, &[3, 8, 17, 21]);
-            let alone = case.run(attack, &[17]);
-            assert_eq!(alone[0], together[2], "{attack} {norm}");
+            let together = case.run(attack, &[3, weak[0], 21, weak[1]]);
+            let alone = case.run(attack, &[weak[1]]);
+            assert!(alone[0].is_some(), "{attack} {norm}");
+            assert_eq!(alone[0], together[3], "{attack} {norm}");
+        }
+    }
+}
+
+/// Where pixels are black and white the box binds: half of the ball is outside of it.
+#[test]
+fn adversarial_images_of_black_and_white_ones_stay_in_the_box() {
+    let image = |i: usize| (0..SIZE).map(|j| ((i * 31 + j * 17) % 5 < 2) as u8 as f32).collect::<Vec<f32>>();
+    let x: Vec<Vec<f32>> = (0..8).map(image).collect();
+    let points: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
+    let labels: Vec<usize> =
+        victim().logits(&points).unwrap().iter().map(|z| search::choice(z).unwrap()).collect();
+    for (norm, epsilon) in [(Norm::Linf, 0.5), (Norm::L2, 4.0)] {
+        let threat = Threat::new(norm, Epsilon::try_from(epsilon).unwrap()).unwrap();
+        for attack in ALL {
+            let found =
+                attack.run(&victim(), threat, 0, (&points, &labels, &[0, 1, 2, 3, 4, 5, 6, 7])).unwrap();
+            assert!(found.iter().any(Option::is_some), "{attack} {norm}");
+            for (found, x) in found.iter().zip(&x) {
+                let Some(found) = found else { continue };
+                assert!(found.iter().all(|v| (0.0..=1.0).contains(v)), "{attack} {norm}");
+                assert!(f64::from(search::distance(norm, found, x)) <= epsilon * 1.00001, "{attack} {norm}");
+            }
         }
     }
 }
@@ -141,7 +166,7 @@ fn with_two_and_three_classes_the_attacks_have_losses_that_are_defined() {
             victim.logits(&points).unwrap().iter().map(|z| search::choice(z).unwrap()).collect();
         let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.4).unwrap()).unwrap();
         for attack in ALL {
-            let found = attack.run(&victim, threat, 1, 0, (&points, &labels, &[0, 1, 2, 3, 4, 5])).unwrap();
+            let found = attack.run(&victim, threat, 0, (&points, &labels, &[0, 1, 2, 3, 4, 5])).unwrap();
             assert!(found.iter().all(Option::is_some), "{attack} with {classes} classes");
         }
     }
@@ -157,7 +182,7 @@ fn a_model_that_sees_nothing_is_not_fooled() {
     let points: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
     let threat = Threat::new(Norm::L2, Epsilon::try_from(2.0).unwrap()).unwrap();
     for attack in ALL {
-        let found = attack.run(&victim, threat, 1, 0, (&points, &[4; 3], &[0, 1, 2])).unwrap();
+        let found = attack.run(&victim, threat, 0, (&points, &[4; 3], &[0, 1, 2])).unwrap();
         assert!(found.iter().all(Option::is_none), "{attack}");
     }
 }
@@ -168,6 +193,6 @@ fn logits_that_do_not_depend_on_the_images_raise_the_alarm() {
     let victim = Victim { logits_of: &cut, ..victim() };
     let x = images(1);
     let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.1).unwrap()).unwrap();
-    let error = AutoAttack::ApgdCe.run(&victim, threat, 1, 0, (&[&x[0]], &[0], &[0])).unwrap_err();
+    let error = AutoAttack::ApgdCe.run(&victim, threat, 0, (&[&x[0]], &[0], &[0])).unwrap_err();
     assert_eq!(error.exit_code(), 70);
 }

@@ -40,7 +40,9 @@ impl FromStr for Epsilon {
 }
 
 fn expected_epsilon(found: impl fmt::Display) -> String {
-    format!("epsilon is {found}, expected a number from 0 to 1, or a fraction such as 8/255")
+    format!(
+        "epsilon is {found}, expected a number from 0 to 1 (for l2 also more), or a fraction such as 8/255"
+    )
 }
 
 impl fmt::Display for Epsilon {
@@ -231,7 +233,7 @@ mod tests {
     #[test]
     fn what_is_no_radius_is_refused_by_value() {
         let error = "-0.1".parse::<Epsilon>().unwrap_err();
-        let expected = "expected a number from 0 to 1, or a fraction such as 8/255";
+        let expected = "expected a number from 0 to 1 (for l2 also more), or a fraction such as 8/255";
         assert_eq!(error, format!("epsilon is -0.1, {expected}"));
         for text in ["NaN", "inf", "8/0", "0/0", "", "8/255/2", "eight"] {
             let error = text.parse::<Epsilon>().unwrap_err();

@@ -13,12 +13,12 @@ pub enum LrDecay {
         /// Where it ends.
         min: f64,
     },
-    /// PyTorch's `OneCycleLR`: up by half a cosine from a 25th of the peak during the warm-up, then down by another to
+    /// The rate of PyTorch's `OneCycleLR`, whose momentum stays: up by half a cosine from a 25th of the peak during the warm-up, then down by another to
     /// that over 10⁴ at the last step (Smith & Topin 2018).
     OneCycle,
 }
 
-/// A learning rate for every optimiser step: linear warm-up, then a decay.
+/// A learning rate for every optimiser step: a warm-up, linear but for [`LrDecay::OneCycle`], then a decay.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LrSchedule {
     /// The highest learning rate, reached at the end of the warm-up.
@@ -34,22 +34,23 @@ pub struct LrSchedule {
 impl LrSchedule {
     /// The learning rate of `step`, counted from 0. From `total_steps` on it stays where it ended.
     pub fn at(&self, step: usize) -> f64 {
-        if self.decay == LrDecay::OneCycle {
+        let one_cycle = || {
             let (start, top) = (self.peak / 25.0, self.warmup_steps as f64 - 1.0);
             let (step, last) = (step as f64, self.total_steps as f64 - 1.0);
             let curve =
                 |from: f64, to: f64, at: f64| to + 0.5 * (from - to) * (1.0 + (PI * at.min(1.0)).cos());
-            return if step < top {
+            if step < top {
                 curve(start, self.peak, step / top)
             } else {
                 curve(self.peak, start / 1e4, (step - top.max(0.0)) / (last - top.max(0.0)).max(1.0))
-            };
-        }
-        if step < self.warmup_steps {
+            }
+        };
+        if step < self.warmup_steps && self.decay != LrDecay::OneCycle {
             return self.peak * (step + 1) as f64 / self.warmup_steps as f64;
         }
         match self.decay {
-            LrDecay::Constant | LrDecay::OneCycle => self.peak,
+            LrDecay::OneCycle => one_cycle(),
+            LrDecay::Constant => self.peak,
             LrDecay::Cosine { min } => {
                 let span = self.total_steps.saturating_sub(self.warmup_steps).max(1);
                 let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);

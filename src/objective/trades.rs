@@ -35,7 +35,7 @@ pub fn stable(
 /// The images within the ball of `attack` whose answers are the farthest from those to `x`: the inner maximisation of
 /// TRADES, by the attack's steps on `KL(f(x) ‖ f(x'))` from `x` with Gaussian noise of 0.001.
 ///
-/// `sample_ids` are the keys of the noise. For ℓ∞ as for ℓ2, as in the authors' code.
+/// `sample_ids` are the keys of the noise, which ℓ∞ and ℓ2 start from alike.
 pub fn trades_perturb(frozen: LogitsOf, x: &Tensor, attack: &Pgd, sample_ids: &[u64]) -> Result<Tensor> {
     let clean = frozen(x)?.detach();
     let noise = noise_like(x, attack.seed, sample_ids, rng::stream::ATTACK)?;

@@ -47,6 +47,11 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
         return Err(file
             .error("train", &"data is set, but [experiment] gives each arm its own; expected one of them"));
     }
+    if file.has(Certify::NAME) && !file.has(Train::NAME) && file.experiment.is_none() {
+        return Err(
+            file.error("certify", &"there is no classifier to certify, expected [train] or [experiment]")
+        );
+    }
     let split = graph.add::<Split>("split", &[])?;
     let real = [("split", split.clone())];
 
@@ -229,7 +234,8 @@ impl Graph<'_> {
         for (key, folder) in inputs {
             let value = Value::String(folder.to_string_lossy().into_owned());
             match table.get_mut(*key) {
-                Some(Value::Array(several)) => several.push(value),
+                Some(Value::Array(several)) if *key == "metrics" => several.push(value),
+                // What the table names itself stands.
                 Some(_) => {}
                 None if *key == "metrics" => drop(table.insert((*key).into(), Value::Array(vec![value]))),
                 None => drop(table.insert((*key).into(), value)),

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::{
     Result,
-    attack::Pgd,
+    attack::{Pgd, search::LogitsOf},
     data::{Dataset, Range, to_tensor},
     fs::Parts,
     progress::{Progress, check_stop},
@@ -15,9 +15,6 @@ use crate::{
 const CHUNK: usize = 64;
 /// Chunks whose result is kept together: what a kill can lose.
 const PART: usize = 16 * CHUNK;
-
-/// A function from images in [0, 1] to logits.
-pub(super) type LogitsOf<'a> = &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync);
 
 /// What an adversary, or noise, makes of images in [0, 1]: `(x, labels, ids)` to images of the same shape.
 pub(super) type Perturb<'a> = &'a (dyn Fn(&Tensor, &Tensor, &[u64]) -> Result<Tensor> + Sync);

@@ -8,9 +8,9 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Job, Outcome, Stage, expect, expect_images, note, shards};
+use super::{Examined, Job, Outcome, Stage, expect, note, shards};
 use crate::{
-    Result,
+    Error, Result,
     attack::search::choice,
     certify::{Certificate, Smoothing},
     data::{self, Dataset, Range, Source, gaussian_noise, table, to_tensor},
@@ -72,9 +72,6 @@ pub struct Certify {
     /// Noisy copies that go through the network together. No result depends on it.
     #[arg(long, default_value_t = 128)]
     pub batch: u64,
-    /// The radii at which certified accuracy is printed.
-    #[arg(long, value_delimiter = ',', default_values_t = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0])]
-    pub radii: Vec<f64>,
     /// Unreadable rows of the source that are tolerated, skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
@@ -148,27 +145,27 @@ impl Stage for Certify {
         expect("n0", self.n0, 1, 1 << 40)?;
         expect("n", self.n, 1, 1 << 40)?;
         expect("alpha", self.alpha, 1e-12, 0.5)?;
-        expect("batch", self.batch, 1, 1 << 20)?;
-        match self.radii.iter().find(|r| !(r.is_finite() && **r >= 0.0)) {
-            Some(radius) => bail!(Usage, "radii has {radius}, expected numbers from 0"),
-            None => Ok(()),
-        }
+        expect("batch", self.batch, 1, 1 << 20)
     }
 
     fn amount(&self) -> String {
-        let images =
-            if self.limit > 0 { format!("{} images", self.limit / self.skip) } else { "all images".into() };
-        format!("{images}, {} noisy copies each at sigma {}", self.n0 + self.n, self.sigma)
+        let images = match self.limit {
+            0 => "all images".into(),
+            limit => format!("{} images", limit.div_ceil(self.skip)),
+        };
+        let copies = match self.mode {
+            Mode::Certify => self.n0 + self.n,
+            Mode::Predict => self.n,
+        };
+        format!("{images}, {copies} noisy copies each at sigma {}", self.sigma)
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let Some(dir) = &self.model else {
-            bail!(Usage, "model is not set, expected the folder of a classifier")
-        };
         let started = Instant::now();
-        let classifier = Classifier::load(dir, &job.device)?;
-        let data = self.data.load(self.split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
-        expect_images(&classifier, dir, &self.data, data.shape)?;
+        let limit = (self.limit > 0).then_some(self.limit);
+        let model = self.model.as_deref();
+        let Examined { dir, classifier, data } =
+            Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
 
         let (out, _lock) = job.open("run")?;
         let parts = fs::Parts::new(job.hidden(out, "parts"));
@@ -181,19 +178,22 @@ impl Stage for Certify {
             let kept = parts.get(&key)?.and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
             let certificate = match kept {
                 Some(Kept { class, bits }) => {
+                    bar.skip(1);
                     let [radius, lower] = bits.map(f64::from_bits);
                     Certificate { class, radius, lower }
                 }
                 None => {
                     let found = self.one(&classifier, &data, row, &job.device)?;
                     let bits = [found.radius, found.lower].map(f64::to_bits);
-                    let kept = serde_json::to_vec(&Kept { class: found.class, bits }).unwrap_or_default();
+                    let kept = serde_json::to_vec(&Kept { class: found.class, bits });
+                    let kept =
+                        kept.map_err(|e| Error::Alarm(format!("a certificate cannot be kept: {e}")))?;
                     parts.put(&key, &kept)?;
+                    bar.add(1);
                     found
                 }
             };
             certificates.push(certificate);
-            bar.add(1);
         }
         let right: Vec<bool> =
             rows.iter().zip(&certificates).map(|(&row, c)| c.class == Some(data.labels[row])).collect();
@@ -202,11 +202,13 @@ impl Stage for Certify {
             let hold = certificates.iter().zip(&right).filter(|(c, right)| **right && c.radius >= radius);
             hold.count() as u64
         };
-        let table: Vec<AtRadius> = self
-            .radii
-            .iter()
+        // At 0, 0.25, 0.5, … as in the paper's tables, up to the first radius at which nothing is certain.
+        let largest = certificates.iter().zip(&right).filter(|(_, right)| **right).map(|(c, _)| c.radius);
+        let rows_of_table = (largest.fold(0.0, f64::max) / 0.25).floor() as usize + 2;
+        let table: Vec<AtRadius> = (0..rows_of_table)
             .filter(|_| self.mode == Mode::Certify)
-            .map(|&radius| {
+            .map(|i| {
+                let radius = 0.25 * i as f64;
                 let certified = certified_at(radius);
                 let accuracy = certified as f64 / n as f64;
                 AtRadius { radius, certified, accuracy, interval: clopper_pearson(certified, n, 0.05) }

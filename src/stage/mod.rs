@@ -14,6 +14,7 @@
 
 mod accuracy;
 mod arc;
+mod attacks;
 mod certify;
 mod curate;
 mod evaluate;
@@ -639,6 +640,53 @@ fn expect_images(
         );
     }
     Ok(())
+}
+
+/// A classifier, and the data that it is measured on.
+struct Examined<'a> {
+    dir: &'a Path,
+    classifier: Classifier,
+    data: data::Dataset,
+}
+
+impl<'a> Examined<'a> {
+    /// Reads both. They must fit: size of the images, number and names of the classes.
+    fn load(
+        model: Option<&'a Path>,
+        source: &data::Source,
+        split: data::Split,
+        limit: Option<usize>,
+        max_bad: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let Some(dir) = model else { bail!(Usage, "model is not set, expected the folder of a classifier") };
+        let classifier = Classifier::load(dir, device)?;
+        let data = source.load(split, limit, max_bad)?;
+        expect_images(&classifier, dir, source, data.shape)?;
+        let (known, named) = (&classifier.config().class_names, &data.class_names);
+        if known.len() < 2 {
+            bail!(Data, "classifier {} knows {} classes, expected at least 2", dir.display(), known.len());
+        }
+        if known.len() != named.len() {
+            bail!(
+                Data,
+                "classifier {} knows {} classes, but {source} has {}",
+                dir.display(),
+                known.len(),
+                named.len()
+            );
+        }
+        if let Some(i) = (0..known.len()).find(|&i| known[i] != named[i]) {
+            bail!(
+                Data,
+                "class {i} is '{}' to classifier {}, but '{}' in {source}; expected the same names in the same order",
+                known[i],
+                dir.display(),
+                named[i]
+            );
+        }
+        Ok(Self { dir, classifier, data })
+    }
 }
 
 /// Refuses channels of a network's stages that its norms cannot divide into `groups`.

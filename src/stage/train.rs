@@ -199,7 +199,7 @@ pub struct Train {
     /// How the learning rate goes on after its warm-up.
     #[arg(long, value_enum, default_value_t = Schedule::Cosine)]
     pub schedule: Schedule,
-    /// Steps of the learning rate's warm-up.
+    /// Steps of the learning rate's warm-up, at most half of all.
     #[arg(long, default_value_t = 100)]
     pub warmup_steps: usize,
     /// Momentum of SGD, Nesterov's.
@@ -468,6 +468,18 @@ impl Stage for Train {
                 expect("width", self.width, 1, 1024)?;
             }
         }
+        let wide = self.architecture == ArchitectureKind::WideResnet;
+        let given = |key: &str, given: bool, of: &str| match given {
+            true => bail!(Usage, "{key} is set, which only {of} has; expected it left out"),
+            false => Ok(()),
+        };
+        given("channels", wide && !self.channels.is_empty(), "small-cnn or resnet")?;
+        let resnet = self.architecture == ArchitectureKind::Resnet;
+        given("blocks", !resnet && !self.blocks.is_empty(), "resnet")?;
+        let default = Self::default();
+        given("depth", !wide && self.depth != default.depth, "wide-resnet")?;
+        given("width", !wide && self.width != default.width, "wide-resnet")?;
+        given("activation", !wide && self.activation != default.activation, "wide-resnet")?;
         expect("steps", self.steps, 1, 100_000_000)?;
         if let Some(epochs) = self.epochs {
             expect("epochs", epochs, 1e-6, 1e9)?;
@@ -491,6 +503,14 @@ impl Stage for Train {
             );
         }
         let n_syn = self.synthetic_in_batch();
+        if n_syn == 0 && !self.data.is_empty() {
+            bail!(
+                Usage,
+                "synthetic_fraction is {}, none of a batch of {}; expected at least one place for the synthetic data",
+                self.synthetic_fraction,
+                self.batch
+            );
+        }
         GammaMix::new(self.gamma, self.batch - n_syn, n_syn)?;
         self.attack().map(drop)
     }
@@ -513,7 +533,11 @@ impl Stage for Train {
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
-        let (train, held_out) = hold_out(&real.fit(), self.held_out, self.seed);
+        let fit = real.fit();
+        if fit.len() < 2 {
+            bail!(Data, "the split has {} images to learn from, expected at least 2", fit.len());
+        }
+        let (train, held_out) = hold_out(&fit, self.held_out, self.seed);
         let synthetic = self.synthetic(&train)?;
         let config = ClassifierConfig {
             architecture: self.architecture(&train),
@@ -527,8 +551,7 @@ impl Stage for Train {
         let n_syn = if synthetic.is_empty() { 0 } else { self.synthetic_in_batch() };
         let weight = GammaMix::new(self.gamma, self.batch - n_syn, n_syn)?;
         let sources: Vec<_> = synthetic.iter().map(|(data, _)| data).zip(self.weights()).collect();
-        let sources = if n_syn == 0 { &[] } else { &sources[..] };
-        let mix = Mix::new(&train, sources, self.batch, n_syn, self.seed)?;
+        let mix = Mix::new(&train, &sources, self.batch, n_syn, self.seed)?;
 
         let (out, _lock) = job.open("run")?;
         let optimizer =
@@ -542,7 +565,7 @@ impl Stage for Train {
         let steps = self.steps_for(train.len());
         let lr = LrSchedule {
             peak: self.learning_rate,
-            warmup_steps: self.warmup_steps,
+            warmup_steps: self.warmup_steps.min(steps / 2),
             total_steps: steps,
             decay: match self.schedule {
                 Schedule::Cosine => LrDecay::Cosine { min: 0.01 * self.learning_rate },
@@ -593,6 +616,14 @@ impl Stage for Train {
             trainer.end_step()?;
         }
         let held_out_accuracy = trainer.load_best(averaged.params())?.unwrap_or(f64::NAN);
+        // The average has no counts of its own.
+        for ((_, count), (_, averaged)) in
+            classifier.params().buffers().iter().zip(averaged.params().buffers())
+        {
+            if !count.get().dtype().is_float() {
+                averaged.set(&count.get())?;
+            }
+        }
         averaged.save(out)?;
         fs::publish(&out.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
         let curve = |name: &str, key: &str| {

@@ -1,5 +1,5 @@
 //! What the training stages share: steps whose gradients are computed in parallel, the moving average, the
-//! best state so far, a log, and checkpoints often enough to lose at most a minute.
+//! best state so far, a log, and checkpoints often enough to lose at most 20 s.
 
 use std::{ops::Range, path::PathBuf, time::Instant};
 
@@ -52,7 +52,7 @@ pub(super) struct Trainer<'a> {
     state: State,
     best: Weights,
     /// What the moving average is of: all that a network is but its counters.
-    averaged: Vec<(String, Var)>,
+    followed: Vec<(String, Var)>,
     parts: usize,
     accumulate: usize,
 }
@@ -78,8 +78,8 @@ impl<'a> Trainer<'a> {
         ema_decay: f64,
     ) -> Result<Self> {
         let checkpoints = Checkpoints::new(dir);
-        let averaged: Vec<_> = params.all().into_iter().filter(|(_, var)| var.dtype().is_float()).collect();
-        let mut ema = Ema::new(&averaged, ema_decay)?;
+        let followed: Vec<_> = params.all().into_iter().filter(|(_, var)| var.dtype().is_float()).collect();
+        let mut ema = Ema::new(&followed, ema_decay)?;
         let mut best = Vec::new();
         let mut state = State::default();
         if let Some(var) = params.vars().first()
@@ -92,7 +92,7 @@ impl<'a> Trainer<'a> {
             };
             params.copy_from(part("param/").iter().map(|(n, t)| (n.as_str(), t)))?;
             optimizer.load_state(params.vars(), &part("optimizer/"))?;
-            ema.load_state(&averaged, &part("ema/"))?;
+            ema.load_state(&followed, &part("ema/"))?;
             best = part("best/");
             state = found;
             progress::note(&format!("going on from step {}", state.step));
@@ -100,7 +100,7 @@ impl<'a> Trainer<'a> {
         let on_cpu = params.vars().iter().all(|(_, v)| v.device().is_cpu());
         let parts = if on_cpu { CPU_PARTS } else { 1 };
         let saved = Instant::now();
-        Ok(Self { params, optimizer, ema, checkpoints, saved, state, best, averaged, parts, accumulate: 1 })
+        Ok(Self { params, optimizer, ema, checkpoints, saved, state, best, followed, parts, accumulate: 1 })
     }
 
     /// Leaves the batch whole: for networks that normalise by its statistics.
@@ -143,7 +143,7 @@ impl<'a> Trainer<'a> {
         }
         let scale = clip_scale(norm, clip.unwrap_or(f64::INFINITY));
         self.optimizer.step_scaled(self.params, &grads, scale, learning_rate)?;
-        self.ema.update(&self.averaged)?;
+        self.ema.update(&self.followed)?;
         self.state.step += 1;
         self.state.losses.0 += loss;
         self.state.losses.1 += 1;
