@@ -254,7 +254,7 @@ mod tests {
         let shape = Shape { height: 2, width: 2, channels: 1 };
         let mut data = Dataset::empty(shape, (0..4).map(|i| i.to_string()).collect());
         for i in 0..6u8 {
-            data.push(&[40 * i, 255 - 40 * i, 10, 200], u32::from(i) % 4);
+            data.push(&[40 * i, 255 - 40 * i, 10, 200], u32::from(i) % 3);
         }
         data
     }
