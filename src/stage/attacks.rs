@@ -121,7 +121,7 @@ impl Battle<'_> {
 
     /// What of it counts: images that are not answered by their label.
     ///
-    /// Fails with [`Error::Alarm`] if one is not in the ball and the box, or holds what is no number.
+    /// Fails with [`crate::Error::Alarm`] if one is not in the ball and the box, or holds what is no number.
     fn proven(
         &self,
         attack: Single,
