@@ -32,6 +32,12 @@ impl Range {
     }
 }
 
+/// Pixels in `range`, in their order.
+pub fn to_floats(pixels: &[u8], range: Range) -> Vec<f32> {
+    let values: [f32; 256] = std::array::from_fn(|pixel| range.value_of(pixel as u8));
+    pixels.iter().map(|&pixel| values[usize::from(pixel)]).collect()
+}
+
 /// Images as `(n, height, width, channels)` f32 in `range`. `pixels`: n images of `shape`, one after another.
 ///
 /// Fails with [`Error::Alarm`] if `pixels` is no whole number of images.
@@ -40,9 +46,7 @@ pub fn to_tensor(pixels: &[u8], shape: Shape, range: Range, device: &Device) -> 
     if n * shape.size() != pixels.len() {
         bail!(Alarm, "{} pixels are no whole number of {shape} images", pixels.len());
     }
-    let values: [f32; 256] = std::array::from_fn(|pixel| range.value_of(pixel as u8));
-    let floats: Vec<f32> = pixels.iter().map(|&pixel| values[usize::from(pixel)]).collect();
-    Ok(Tensor::from_vec(floats, (n, shape.height, shape.width, shape.channels), device)?)
+    Ok(Tensor::from_vec(to_floats(pixels, range), (n, shape.height, shape.width, shape.channels), device)?)
 }
 
 /// Pixels of images in `range`, of any shape, in the tensor's order: u8 of round(255 x) for

@@ -1,8 +1,8 @@
 //! Which images a network gets right, clean or under attack.
 
 use candle_core::{D, Device, Tensor};
-use rayon::prelude::*;
 
+use super::side_by_side;
 use crate::{
     Result,
     attack::{Pgd, search::LogitsOf},
@@ -67,12 +67,7 @@ pub(super) fn correct_after(
             bar.add((to - from) as u64);
             Ok(right)
         };
-        let done: Vec<Vec<bool>> = if device.is_cpu() {
-            chunks.par_iter().map(one).collect::<Result<_>>()?
-        } else {
-            chunks.iter().map(one).collect::<Result<_>>()?
-        };
-        let done = done.concat();
+        let done = side_by_side(device, &chunks, one)?.concat();
         if let Some((parts, key)) = &key {
             parts.put(key, &done.iter().map(|&b| u8::from(b)).collect::<Vec<u8>>())?;
         }

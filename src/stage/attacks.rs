@@ -1,15 +1,15 @@
 //! A sequence of attacks on a data set, each on the images that still stand; what is found is kept as it is found.
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
+use super::side_by_side;
 use crate::{
     Result,
     attack::{
         AutoAttack, Loss, Norm, Pgd, Threat, Victim,
         search::{choice, distance, length},
     },
-    data::Dataset,
+    data::{Dataset, Range, to_floats},
     fs,
     progress::{Progress, check_stop},
 };
@@ -51,13 +51,10 @@ impl Battle<'_> {
     fn by_chunks<T: Send>(
         &self,
         rows: &[usize],
-        work: impl Fn(&[usize]) -> Result<Vec<T>> + Sync,
+        work: impl Fn(&[usize]) -> Result<Vec<T>> + Sync + Send,
     ) -> Result<Vec<T>> {
-        let done: Vec<Vec<T>> = if self.victim.device.is_cpu() {
-            rows.par_chunks(CHUNK).with_max_len(1).map(&work).collect::<Result<_>>()?
-        } else {
-            rows.chunks(CHUNK).map(&work).collect::<Result<_>>()?
-        };
+        let chunks: Vec<&[usize]> = rows.chunks(CHUNK).collect();
+        let done = side_by_side(self.victim.device, &chunks, |chunk| work(chunk))?;
         Ok(done.into_iter().flatten().collect())
     }
 
@@ -240,7 +237,7 @@ fn unpack(bytes: &[u8], n: usize, size: usize) -> Option<Vec<Option<Vec<f32>>>> 
 
 /// Image `row` as pixels in [0, 1].
 pub(super) fn unit_pixels(data: &Dataset, row: usize) -> Vec<f32> {
-    data.image(row).iter().map(|&p| f32::from(p) / 255.0).collect()
+    to_floats(data.image(row), Range::Unit)
 }
 
 #[cfg(test)]

@@ -98,7 +98,7 @@ impl Certify {
         Smoothing { sigma: self.sigma, n0: self.n0, n: self.n, alpha: self.alpha }
     }
 
-    /// The certificate of one image; with [`Mode::Predict`] its radius is 0.
+    /// The certificate of one image; with [`Mode::Predict`] its radius and bound are 0, which is always true.
     fn one(
         &self,
         classifier: &Classifier,
@@ -128,7 +128,7 @@ impl Certify {
             Mode::Certify => self.smoothing().certify(&counts),
             Mode::Predict => {
                 let class = self.smoothing().predict(&counts)?;
-                Ok(Certificate { class, radius: 0.0, lower: f64::NAN })
+                Ok(Certificate { class, radius: 0.0, lower: 0.0 })
             }
         }
     }
@@ -164,8 +164,8 @@ impl Stage for Certify {
         let started = Instant::now();
         let limit = (self.limit > 0).then_some(self.limit);
         let model = self.model.as_deref();
-        let Examined { dir, classifier, data } =
-            Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
+        let examined = Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
+        let Examined { classifier, data, .. } = &examined;
 
         let (out, _lock) = job.open("run")?;
         let parts = fs::Parts::new(job.hidden(out, "parts"));
@@ -175,17 +175,15 @@ impl Stage for Certify {
         // One image after the other: the network's kernels have work for all threads.
         for &row in &rows {
             let key = format!("{row:08}");
-            let kept = parts.get(&key)?.and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
+            let kept = parts.get(&key)?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
             let certificate = match kept {
-                Some(Kept { class, bits }) => {
+                Some(kept) => {
                     bar.skip(1);
-                    let [radius, lower] = bits.map(f64::from_bits);
-                    Certificate { class, radius, lower }
+                    kept
                 }
                 None => {
-                    let found = self.one(&classifier, &data, row, &job.device)?;
-                    let bits = [found.radius, found.lower].map(f64::to_bits);
-                    let kept = serde_json::to_vec(&Kept { class: found.class, bits });
+                    let found = self.one(classifier, data, row, &job.device)?;
+                    let kept = serde_json::to_vec(&found);
                     let kept =
                         kept.map_err(|e| Error::Alarm(format!("a certificate cannot be kept: {e}")))?;
                     parts.put(&key, &kept)?;
@@ -230,13 +228,8 @@ impl Stage for Certify {
             "certified": table,
             "smoothing": { "sigma": self.sigma, "n0": certify.then_some(self.n0), "n": self.n, "alpha": self.alpha },
             "seed": self.seed,
-            "data": {
-                "source": self.data,
-                "split": self.split,
-                "blake3": self.data.fingerprint(self.split)?,
-                "bad_rows": data.bad_rows,
-            },
-            "model_blake3": fs::hash_file(&dir.join("model.safetensors"))?.0,
+            "data": examined.data_record(&self.data, self.split)?,
+            "model_blake3": examined.model_blake3()?,
             "seconds": started.elapsed().as_secs_f64(),
         });
         let schema = shards::schema(&[
@@ -279,11 +272,4 @@ impl Stage for Certify {
         note(self, &format!("{correct} of {n} right, {abstained} abstained"));
         Ok(Outcome::Done(summary))
     }
-}
-
-/// A finished image. The numbers as bits: JSON knows no NaN.
-#[derive(Serialize, Deserialize)]
-struct Kept {
-    class: Option<u32>,
-    bits: [u64; 2],
 }

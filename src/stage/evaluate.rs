@@ -263,8 +263,8 @@ impl Stage for Evaluate {
         let started = Instant::now();
         let limit = (self.limit > 0).then_some(self.limit);
         let model = self.model.as_deref();
-        let Examined { dir, classifier, data } =
-            Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
+        let examined = Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
+        let Examined { dir, classifier, data } = &examined;
         let trained = dir.join("train.json");
         let train = if trained.is_file() { Some(fs::read_json(&trained)?) } else { None };
 
@@ -274,7 +274,7 @@ impl Stage for Evaluate {
         let shape = (data.shape.height, data.shape.width, data.shape.channels);
         let battle = Battle {
             victim: Victim { logits_of: &logits_of, shape, device: &job.device },
-            data: &data,
+            data,
             threat: Threat::new(self.norm, self.epsilon)?,
             seed: self.seed,
             parts: &parts,
@@ -331,7 +331,7 @@ impl Stage for Evaluate {
             }
             survivors.push(Survivors { attack: attack.name(), before, after, accuracy, interval });
         }
-        let perturbation = (!sequence.is_empty()).then(|| extremes(self.norm, &data, &adversarial));
+        let perturbation = (!sequence.is_empty()).then(|| extremes(self.norm, data, &adversarial));
         let robust_correct = (!sequence.is_empty()).then_some(standing.len() as u64);
         let metrics = Metrics {
             schema: "proxyset.metrics/1".into(),
@@ -348,13 +348,8 @@ impl Stage for Evaluate {
             perturbation,
             warnings,
             seconds: started.elapsed().as_secs_f64(),
-            data: json!({
-                "source": self.data,
-                "split": self.split,
-                "blake3": self.data.fingerprint(self.split)?,
-                "bad_rows": data.bad_rows,
-            }),
-            model_blake3: fs::hash_file(&dir.join("model.safetensors"))?.0,
+            data: examined.data_record(&self.data, self.split)?,
+            model_blake3: examined.model_blake3()?,
         };
         let list = DataType::List(Arc::new(Field::new_list_field(DataType::Float32, false)));
         let schema = shards::schema(&[
@@ -391,7 +386,7 @@ impl Stage for Evaluate {
         )?;
         table::write(&out.join("images.parquet"), &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[])?;
         if self.save_adversarial {
-            save_images(&out.join("adversarial.safetensors"), &data, &adversarial)?;
+            save_images(&out.join("adversarial.safetensors"), data, &adversarial)?;
         }
         fs::publish_json(&out.join("metrics.json"), &metrics)?;
         if let Some(Perturbation { largest, nan, min, max }) = &metrics.perturbation {

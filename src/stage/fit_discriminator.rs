@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -12,6 +11,7 @@ use super::{
     accuracy::correct,
     expect, expect_channels, finished_input, note,
     shards::Pool,
+    side_by_side,
     split::Real,
     trainer::{Part, Trainer},
 };
@@ -370,12 +370,7 @@ impl Stage for FitDiscriminator {
             .collect();
         let bar = Progress::new(Self::NAME, (units.len() * self.steps) as u64, "steps");
         let fit = |&(set, radius): &(usize, usize)| self.fit(job, out, set, radius, &data[set], &bar);
-        // On the CPU networks are trained side by side.
-        let nets: Vec<NetRecord> = if job.device.is_cpu() {
-            units.par_iter().with_max_len(1).map(fit).collect::<Result<_>>()?
-        } else {
-            units.iter().map(fit).collect::<Result<_>>()?
-        };
+        let nets = side_by_side(&job.device, &units, fit)?;
         let sets: Vec<Vec<NetRecord>> = nets.chunks(self.epsilons.len()).map(<[_]>::to_vec).collect();
         let accuracies: Vec<Vec<f64>> =
             sets.iter().map(|set| set.iter().map(|n| n.stop_accuracy).collect()).collect();
@@ -441,12 +436,7 @@ pub(super) fn margins(net: &Classifier, data: &Dataset, device: &Device) -> Resu
         let logits = net.logits(&x)?.to_vec2::<f32>()?;
         Ok(logits.iter().map(|l| l[SYNTHETIC as usize] - l[REAL as usize]).collect())
     };
-    let done: Vec<Vec<f32>> = if device.is_cpu() {
-        rows.par_iter().map(one).collect::<Result<_>>()?
-    } else {
-        rows.iter().map(one).collect::<Result<_>>()?
-    };
-    Ok(done.concat())
+    Ok(side_by_side(device, &rows, one)?.concat())
 }
 
 /// The same images, all of one class.

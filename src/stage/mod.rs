@@ -40,6 +40,7 @@ use std::{
 };
 
 use candle_core::Device;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -642,6 +643,20 @@ fn expect_images(
     Ok(())
 }
 
+/// Does `one` for each of the items, in their order: side by side on the CPU, one after the other on a GPU, of which
+/// each has all.
+fn side_by_side<I: Sync, T: Send>(
+    device: &Device,
+    items: &[I],
+    one: impl Fn(&I) -> Result<T> + Sync + Send,
+) -> Result<Vec<T>> {
+    if device.is_cpu() {
+        items.par_iter().with_max_len(1).map(one).collect()
+    } else {
+        items.iter().map(one).collect()
+    }
+}
+
 /// A classifier, and the data that it is measured on.
 struct Examined<'a> {
     dir: &'a Path,
@@ -686,6 +701,21 @@ impl<'a> Examined<'a> {
             );
         }
         Ok(Self { dir, classifier, data })
+    }
+
+    /// What was read, for the record: the source, its split, the BLAKE3 of its files and the rows left out.
+    fn data_record(&self, source: &data::Source, split: data::Split) -> Result<Value> {
+        Ok(serde_json::json!({
+            "source": source,
+            "split": split,
+            "blake3": source.fingerprint(split)?,
+            "bad_rows": self.data.bad_rows,
+        }))
+    }
+
+    /// The BLAKE3 of the classifier's weights.
+    fn model_blake3(&self) -> Result<String> {
+        Ok(fs::hash_file(&self.dir.join("model.safetensors"))?.0)
     }
 }
 

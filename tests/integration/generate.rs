@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::{
     pipeline::SMALL,
-    run::{TINY_UNET, fails, files, made, ok, proxyset, shards},
+    run::{TINY_UNET, fails, files, kill_after, made, ok, shards},
 };
 
 const COUNT: usize = 20;
@@ -144,14 +144,7 @@ fn samplers_that_remember_survive_kills() {
         let took = started.elapsed();
         let mut states = 0;
         for share in [0.4, 0.8] {
-            let mut child = proxyset(&generate(&path("killed")))
-                .env("PROXYSET_CHECKPOINT_SECONDS", "0")
-                .stderr(std::process::Stdio::null())
-                .spawn()
-                .unwrap();
-            std::thread::sleep(took.mul_f64(share));
-            child.kill().unwrap();
-            child.wait().unwrap();
+            kill_after(&generate(&path("killed")), took.mul_f64(share));
             states += count_states(Path::new(&path("killed")));
         }
         assert!(states > 0, "no kill came between two steps of {sampler}");

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use crate::run::{TINY_UNET, files, made, ok, proxyset, shards, start};
+use crate::run::{TINY_UNET, files, kill_after, made, ok, proxyset, shards, start};
 
 /// Ancestral sampling draws noise at every step, so every step has to come out again.
 const POOL: &str = "--count 192 --shard-rows 64 --micro-batch 16 --sampler ddpm --steps 60 --seed 5";
@@ -53,8 +53,8 @@ fn a_pool_survives_three_kills() {
     assert_eq!(files(Path::new(&killed)).len(), files(Path::new(&whole)).len(), "something was left over");
 }
 
-/// Checkpoints at every step, so that a kill lands between two of them.
-fn survives_kills(verb: &str, out_name: &str, weights: &str) {
+/// The named files come out of a run that is killed twice as they come out of a whole one.
+fn survives_kills(verb: &str, files: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let out = |name: &str| dir.path().join(name).display().to_string();
     let command = |out: &str| format!("{verb} --quiet --out {out}");
@@ -62,31 +62,26 @@ fn survives_kills(verb: &str, out_name: &str, weights: &str) {
     ok(&command(&out("whole")));
     let took = started.elapsed();
     for share in [0.3, 0.5] {
-        let mut child = proxyset(&command(&out(out_name)))
-            .env("PROXYSET_CHECKPOINT_SECONDS", "0")
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(took.mul_f64(share));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        kill_after(&command(&out("killed")), took.mul_f64(share));
     }
-    ok(&command(&out(out_name)));
-    let read = |name: &str| std::fs::read(Path::new(&out(name)).join(weights)).unwrap();
-    assert!(read(out_name) == read("whole"), "the weights of {verb} differ");
+    ok(&command(&out("killed")));
+    for file in files {
+        let read = |name: &str| std::fs::read(Path::new(&out(name)).join(file)).unwrap();
+        assert!(read("killed") == read("whole"), "{file} of {verb} differs");
+    }
 }
 
 #[test]
 fn a_generator_survives_kills_bit_for_bit() {
     let verb = format!("fit-generator --split {} {TINY_UNET} --steps 150", made().path("split"));
-    survives_kills(&verb, "killed", "unet/diffusion_pytorch_model.safetensors");
+    survives_kills(&verb, &["unet/diffusion_pytorch_model.safetensors"]);
 }
 
 #[test]
 fn a_robust_classifier_survives_kills_bit_for_bit() {
     let settings = "--steps 60 --batch 32 --channels 8,8 --groups 4 --attack-steps 3 --eval-every 20";
     let verb = format!("train --split {} {settings}", made().path("split"));
-    survives_kills(&verb, "killed", "model.safetensors");
+    survives_kills(&verb, &["model.safetensors"]);
 }
 
 /// Batch statistics are part of the state, and of the moving average.
@@ -95,22 +90,21 @@ fn a_classifier_with_batch_norm_survives_kills_bit_for_bit() {
     let settings = "--objective trades --architecture resnet --channels 8,8 --blocks 1,1 --standardize true \
         --steps 40 --batch 32 --attack-steps 3 --attack-batch-norm train --eval-every 20";
     let verb = format!("train --split {} {settings}", made().path("split"));
-    survives_kills(&verb, "killed", "model.safetensors");
+    survives_kills(&verb, &["model.safetensors"]);
 }
 
 #[test]
 fn an_evaluation_survives_kills_verdict_for_verdict() {
     let settings = "--limit 80 --epsilon 0.05 --attack autoattack --save-adversarial true";
     let verb = format!("evaluate --model {} {settings}", made().path("classifier"));
-    survives_kills(&verb, "killed", "adversarial.safetensors");
-    survives_kills(&verb, "killed", "images.parquet");
+    survives_kills(&verb, &["adversarial.safetensors", "images.parquet"]);
 }
 
 #[test]
 fn a_certification_survives_kills_certificate_for_certificate() {
     let settings = "--limit 60 --sigma 0.2 --n0 20 --n 200";
     let verb = format!("certify --model {} {settings}", made().path("classifier"));
-    survives_kills(&verb, "killed", "images.parquet");
+    survives_kills(&verb, &["images.parquet"]);
 }
 
 /// Weight decay of 1 at this learning rate multiplies the weights by -999 in each step, until they overflow.

@@ -4,6 +4,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::OnceLock,
+    time::Duration,
 };
 
 /// The program with these arguments, blank-separated; `{}` in them is not special.
@@ -43,6 +44,19 @@ fn described(args: &str, output: &Output) -> String {
 /// Starts the program without output.
 pub fn start(args: &str) -> Child {
     proxyset(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+/// Runs the program with a checkpoint at every step and kills it after this time.
+pub fn kill_after(args: &str, time: Duration) {
+    let mut child = proxyset(args)
+        .env("PROXYSET_CHECKPOINT_SECONDS", "0")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(time);
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 /// Folders that were made once for all tests, by the verbs themselves.
