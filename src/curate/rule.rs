@@ -41,10 +41,14 @@ pub struct Candidate<'a> {
     pub confidence: f32,
     /// The labelling classifier's first choice is `label`.
     pub agrees: bool,
-    /// The pixels equal those of a training image.
-    pub in_train: bool,
-    /// The pixels equal those of a test image.
-    pub in_test: bool,
+    /// How far it is from being a copy of a training image: see [`Nearest::copy_distance`].
+    ///
+    /// [`Nearest::copy_distance`]: crate::proxy::neighbours::Nearest::copy_distance
+    pub train_copy: f32,
+    /// The same of a test image; none if there are none.
+    pub test_copy: Option<f32>,
+    /// See [`Nearest::ratio`](crate::proxy::neighbours::Nearest::ratio).
+    pub memorization_ratio: f32,
     /// The pixels equal those of a sample that came earlier in the pool.
     pub duplicate: bool,
 }
@@ -55,10 +59,12 @@ pub struct Candidate<'a> {
 pub enum Reason {
     /// Score or confidence is not a number.
     NotFinite,
-    /// A test image, pixel for pixel: a leak.
-    TestImage,
-    /// A training image, pixel for pixel: memorised.
-    TrainImage,
+    /// A copy of a test image: a leak.
+    TestCopy,
+    /// A copy of a training image: memorised.
+    TrainCopy,
+    /// Much nearer to one training image than to others.
+    Memorized,
     /// The same pixels came earlier in the pool.
     Duplicate,
     /// The labelling classifier sees another class.
@@ -76,8 +82,9 @@ impl Reason {
     pub fn name(self) -> &'static str {
         match self {
             Self::NotFinite => "not-finite",
-            Self::TestImage => "test-image",
-            Self::TrainImage => "train-image",
+            Self::TestCopy => "test-copy",
+            Self::TrainCopy => "train-copy",
+            Self::Memorized => "memorized",
             Self::Duplicate => "duplicate",
             Self::LabelDisagrees => "label-disagrees",
             Self::LowConfidence => "low-confidence",
@@ -90,6 +97,10 @@ impl Reason {
 /// What a sample must meet to be kept at all: the same in every arm that is compared.
 #[derive(Clone, Copy, Debug)]
 pub struct Gates {
+    /// Largest distance to a real image at which a sample is a copy of it.
+    pub copy_tolerance: f64,
+    /// Least `memorization_ratio`.
+    pub min_memorization_ratio: f64,
     /// Refuse samples whose label the classifier does not share.
     pub agreement: bool,
     /// Least confidence in the label, [0, 1].
@@ -99,12 +110,14 @@ pub struct Gates {
 }
 
 impl Gates {
-    /// Why `row` may not be kept, if it may not. Leaks, memorised images and duplicates are always refused.
+    /// Why `row` may not be kept, if it may not. Copies of real images and duplicates are always refused.
     pub fn refuse(&self, row: &Candidate) -> Option<Reason> {
+        let copy = |distance: f32| f64::from(distance) <= self.copy_tolerance;
         let checks = [
             (!row.synthetic_score.is_finite() || !row.confidence.is_finite(), Reason::NotFinite),
-            (row.in_test, Reason::TestImage),
-            (row.in_train, Reason::TrainImage),
+            (row.test_copy.is_some_and(copy), Reason::TestCopy),
+            (copy(row.train_copy), Reason::TrainCopy),
+            (f64::from(row.memorization_ratio) < self.min_memorization_ratio, Reason::Memorized),
             (row.duplicate, Reason::Duplicate),
             (self.agreement && !row.agrees, Reason::LabelDisagrees),
             (f64::from(row.confidence) < self.min_confidence, Reason::LowConfidence),
@@ -120,22 +133,30 @@ mod tests {
 
     #[test]
     fn each_gate_gives_its_reason_and_leaks_come_first() {
-        let gates = Gates { agreement: true, min_confidence: 0.5, max_score: 0.9 };
+        let gates = Gates {
+            copy_tolerance: 0.02,
+            min_memorization_ratio: 0.3,
+            agreement: true,
+            min_confidence: 0.5,
+            max_score: 0.9,
+        };
         let good = Candidate {
             uid: "a",
             label: 1,
             synthetic_score: 0.4,
             confidence: 0.8,
             agrees: true,
-            in_train: false,
-            in_test: false,
+            train_copy: 0.1,
+            test_copy: None,
+            memorization_ratio: 0.8,
             duplicate: false,
         };
         assert_eq!(gates.refuse(&good), None);
         let cases = [
             (Candidate { synthetic_score: f32::NAN, ..good.clone() }, Reason::NotFinite),
-            (Candidate { in_test: true, duplicate: true, ..good.clone() }, Reason::TestImage),
-            (Candidate { in_train: true, agrees: false, ..good.clone() }, Reason::TrainImage),
+            (Candidate { test_copy: Some(0.0), duplicate: true, ..good.clone() }, Reason::TestCopy),
+            (Candidate { train_copy: 0.015, agrees: false, ..good.clone() }, Reason::TrainCopy),
+            (Candidate { memorization_ratio: 0.2, ..good.clone() }, Reason::Memorized),
             (Candidate { duplicate: true, ..good.clone() }, Reason::Duplicate),
             (Candidate { agrees: false, ..good.clone() }, Reason::LabelDisagrees),
             (Candidate { confidence: 0.4, ..good.clone() }, Reason::LowConfidence),

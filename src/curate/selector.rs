@@ -110,8 +110,9 @@ mod tests {
             synthetic_score: *score,
             confidence: *confidence,
             agrees: true,
-            in_train: false,
-            in_test: false,
+            train_copy: 0.1,
+            test_copy: None,
+            memorization_ratio: 0.8,
             duplicate: false,
         }
     }

@@ -246,7 +246,8 @@ impl Materialize {
              - **Scores of the pool** {before}; **of the kept** {after}\n\n\
              | class | images |\n|---|---|\n{by_class}\n\
              ## Risks\n\n\
-             The generator may have memorised training images; those that equal one pixel for pixel were removed. \
+             The generator may have memorised training images; copies of one, mirrored or shifted by a \
+             pixel too, were removed. \
              Selection by low score can shrink rare modes. The licence of the real data applies.\n\n\
              `manifest.json` has the hash of every file and all settings.\n",
             selected = match record.arm {

@@ -77,7 +77,7 @@ pub const NAMES: &[&str] = &[
 ];
 
 /// The version of what stages write. Part of every fingerprint: a change of format redoes the work.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 const CONFIG: &str = "config.toml";
 const DONE: &str = "done.json";
 /// The lock on all of a stage's folder; see [`Job::open`].

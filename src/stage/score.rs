@@ -1,28 +1,32 @@
 //! Score: how far from real each pool image is, by discriminators that were not trained on it.
 
 use std::{
-    collections::HashSet,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, Int64Array, StringArray};
+use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, Int64Array, StringArray, UInt64Array};
 use arrow_schema::{DataType, SchemaRef};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Label, Outcome, Split, Stage, finished_input,
+    Job, Label, Outcome, Split, Stage, expect, finished_input,
     fit_discriminator::{Discriminators, margins},
     label,
     shards::{self, Pool, PoolShard, expect_same_rows, for_each_shard},
     split::Real,
 };
 use crate::{
-    Result,
+    Error, Result,
     attack::Epsilon,
     data::{self, Dataset, Shape},
-    proxy::score::trapezoid_weights,
+    proxy::{
+        neighbours::{Nearest, Neighbours},
+        perceptual_hash::PerceptualHash,
+        score::trapezoid_weights,
+    },
 };
 
 /// Images whose scores are kept together: what a kill can lose.
@@ -33,7 +37,8 @@ const CHUNK: usize = 2048;
 /// `synthetic_score`, low is close to real: the mean over ε (trapezoid weights) of the calibrated probability of
 /// "synthetic" on the clean image, averaged over the ranking sets that were not trained on the image's fold.
 /// `judge_score` is the same by the judges, null on their own fold. Beside them: the label's confidence and whether
-/// the classifier agrees, the hash of the pixels, and whether a training or test image has the very same ones.
+/// the classifier agrees; hashes of the pixels and of what the image looks like; and the nearest training and test
+/// images, by number in their split, with distances: by pixels, and as a copy (up to a shift by a pixel and mirroring).
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Score {
@@ -49,6 +54,9 @@ pub struct Score {
     /// The folder of a finished fit-discriminator.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
+    /// Nearest training images whose mean distance memorization_ratio divides that of the nearest by (Carlini et al. 2023: 50).
+    #[arg(long, default_value_t = 50)]
+    pub neighbours: usize,
 }
 
 /// The column names of a score table, beside those of [`label::columns`].
@@ -58,17 +66,59 @@ pub(super) mod columns {
     pub(in crate::stage) const JUDGE: &str = "judge_score";
     pub(in crate::stage) const AGREES: &str = "label_agrees";
     pub(in crate::stage) const HASH: &str = "pixel_hash";
-    pub(in crate::stage) const IN_TRAIN: &str = "in_train";
-    pub(in crate::stage) const IN_TEST: &str = "in_test";
+    pub(in crate::stage) const LOOKS: &str = "perceptual_hash";
+    pub(in crate::stage) const NEAREST_TRAIN: &str = "nearest_train";
+    pub(in crate::stage) const TRAIN_DISTANCE: &str = "train_distance";
+    pub(in crate::stage) const TRAIN_COPY: &str = "train_copy_distance";
+    pub(in crate::stage) const RATIO: &str = "memorization_ratio";
+    pub(in crate::stage) const NEAREST_TEST: &str = "nearest_test";
+    pub(in crate::stage) const TEST_DISTANCE: &str = "test_distance";
+    pub(in crate::stage) const TEST_COPY: &str = "test_copy_distance";
 }
 
-/// BLAKE3 of an image's pixels, its first 16 bytes in hexadecimal.
-pub(super) fn pixel_hash(pixels: &[u8]) -> String {
-    blake3::hash(pixels).to_hex()[..32].to_owned()
+/// BLAKE3 of an image's pixels, its first 8 bytes.
+fn pixel_hash(pixels: &[u8]) -> u64 {
+    blake3::hash(pixels).as_bytes()[..8].iter().fold(0, |hash, &byte| hash << 8 | u64::from(byte))
 }
 
-fn hashes(data: &Dataset) -> HashSet<String> {
-    (0..data.len()).map(|i| pixel_hash(data.image(i))).collect()
+/// The real images that the pool's are held against.
+struct RealImages {
+    train: Neighbours,
+    /// If the source has a test split.
+    test: Option<Neighbours>,
+    looks: PerceptualHash,
+    neighbours: usize,
+}
+
+/// What is nearest to an image.
+type Found = (Nearest, Option<Nearest>);
+
+impl RealImages {
+    fn load(real: Real, neighbours: usize, device: &candle_core::Device) -> Result<Self> {
+        let source = &real.parts.source;
+        let test = if source.has(data::Split::Test) {
+            let test = source.load(data::Split::Test, None, real.parts.max_bad)?;
+            if test.shape != real.train.shape {
+                bail!(
+                    Data,
+                    "the test split of {source} has {} images, expected {} as in its train split",
+                    test.shape,
+                    real.train.shape
+                );
+            }
+            Some(Neighbours::new(test, device)?)
+        } else {
+            None
+        };
+        let looks = PerceptualHash::new(&real.train);
+        Ok(Self { train: Neighbours::new(real.train, device)?, test, looks, neighbours })
+    }
+
+    fn find(&self, pixels: &[u8]) -> Result<Vec<Found>> {
+        let train = self.train.find(pixels, self.neighbours)?;
+        let test = self.test.as_ref().map(|test| test.find(pixels, 1)).transpose()?;
+        Ok(train.into_iter().enumerate().map(|(i, train)| (train, test.as_ref().map(|t| t[i]))).collect())
+    }
 }
 
 /// The column with the mean probability at one radius: `p_synthetic_0`, `p_synthetic_8_255`.
@@ -123,11 +173,11 @@ impl Stage for Score {
     const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators"];
 
     fn validate(&self) -> Result<()> {
-        Ok(())
+        expect("neighbours", self.neighbours, 1, 10_000)
     }
 
     fn amount(&self) -> String {
-        "one forward pass of every discriminator per pool image".into()
+        "one forward pass of every discriminator per pool image, and its nearest real images".into()
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
@@ -137,13 +187,16 @@ impl Stage for Score {
         let discriminators =
             Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
-        let train_hashes = hashes(&real.train);
-        let test = real.parts.source.has(data::Split::Test);
-        let test_hashes = if test {
-            hashes(&real.parts.source.load(data::Split::Test, None, real.parts.max_bad)?)
-        } else {
-            HashSet::new()
-        };
+        if pool.info.shape != real.train.shape {
+            bail!(
+                Data,
+                "pool has {} images, expected {} like the real ones",
+                pool.info.shape,
+                real.train.shape
+            );
+        }
+        let classes = real.train.class_names.len();
+        let real = RealImages::load(real, self.neighbours, &job.device)?;
         let epsilons = &discriminators.record.epsilons;
         let weights = trapezoid_weights(&epsilons.iter().map(|e| e.get()).collect::<Vec<_>>());
         let scorer = Scorer { job, discriminators: &discriminators, weights, shape: pool.info.shape };
@@ -164,7 +217,7 @@ impl Stage for Score {
             let pseudo = table.column(label::columns::PSEUDO, |a: &Int64Array, i| a.value(i))?;
             let confidence = table.column(label::columns::CONFIDENCE, |a: &Float32Array, i| a.value(i))?;
 
-            let mut values = Vec::new();
+            let (mut values, mut found) = (Vec::new(), Vec::new());
             for from in (0..rows.len()).step_by(CHUNK) {
                 crate::progress::check_stop()?;
                 let to = (from + CHUNK).min(rows.len());
@@ -179,10 +232,32 @@ impl Stage for Score {
                         values.extend(chunk);
                     }
                 }
+                let key = format!("{from:08}-nearest");
+                let unreadable = |e: serde_json::Error| Error::Alarm(format!("part {key}: {e}"));
+                match parts.get(&key)? {
+                    Some(bytes) => {
+                        found.extend(serde_json::from_slice::<Vec<Found>>(&bytes).map_err(unreadable)?);
+                    }
+                    None => {
+                        let chunk = real.find(&rows.pixels(from..to, pool.info.shape)?)?;
+                        if rows.len() > CHUNK {
+                            parts.put(&key, &serde_json::to_vec(&chunk).map_err(unreadable)?)?;
+                        }
+                        found.extend(chunk);
+                    }
+                }
                 bar.add((to - from) as u64);
             }
             let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
-            let hash: Vec<String> = pixels.chunks_exact(pool.info.shape.size()).map(pixel_hash).collect();
+            let images = || pixels.par_chunks_exact(pool.info.shape.size());
+            let (hash, looks): (Vec<u64>, Vec<u64>) =
+                images().map(|image| (pixel_hash(image), real.looks.of(image))).unzip();
+            let train = |get: fn(&Nearest) -> f32| -> ArrayRef {
+                Arc::new(Float32Array::from_iter_values(found.iter().map(|(train, _)| get(train))))
+            };
+            let test = |get: fn(&Nearest) -> f32| -> ArrayRef {
+                Arc::new(Float32Array::from_iter(found.iter().map(|(_, test)| test.as_ref().map(get))))
+            };
             let (folds, radii) = (discriminators.record.folds, epsilons.len());
             let fold: Vec<usize> = rows.uids.iter().map(|uid| discriminators.fold_of(uid)).collect();
             let row = |i: usize| &values[i * (folds + 1 + radii)..(i + 1) * (folds + 1 + radii)];
@@ -200,9 +275,17 @@ impl Stage for Score {
                 Arc::new(Float32Array::from(confidence)),
                 Arc::new(BooleanArray::from_iter(class.iter().zip(&pseudo).map(|(a, b)| Some(a == b)))),
                 Arc::new(Int32Array::from_iter_values(fold.iter().map(|&f| f as i32))),
-                Arc::new(StringArray::from_iter_values(&hash)),
-                Arc::new(BooleanArray::from_iter(hash.iter().map(|h| Some(train_hashes.contains(h))))),
-                Arc::new(BooleanArray::from_iter(hash.iter().map(|h| Some(test_hashes.contains(h))))),
+                Arc::new(UInt64Array::from(hash)),
+                Arc::new(UInt64Array::from(looks)),
+                Arc::new(Int32Array::from_iter_values(found.iter().map(|(train, _)| train.index as i32))),
+                train(|n| n.distance),
+                train(|n| n.copy_distance),
+                train(|n| n.ratio),
+                Arc::new(Int32Array::from_iter(
+                    found.iter().map(|(_, t)| t.as_ref().map(|t| t.index as i32)),
+                )),
+                test(|n| n.distance),
+                test(|n| n.copy_distance),
             ];
             for radius in 0..radii {
                 let p = (0..rows.len()).map(|i| row(i)[folds + 1 + radius]);
@@ -210,8 +293,8 @@ impl Stage for Score {
             }
             shards::batch(&schema, columns)
         })?;
-        let mut summary = summary(&pool, &dir, test)?;
-        summary["classes"] = real.train.class_names.len().into();
+        let mut summary = summary(&pool, &dir, real.test.is_some())?;
+        summary["classes"] = classes.into();
         summary["shards"] = pool.info.shards.into();
         Ok(Outcome::Done(summary))
     }
@@ -227,9 +310,15 @@ fn schema(epsilons: &[Epsilon]) -> SchemaRef {
         (label::columns::CONFIDENCE, DataType::Float32, false),
         (columns::AGREES, DataType::Boolean, false),
         (columns::FOLD, DataType::Int32, false),
-        (columns::HASH, DataType::Utf8, false),
-        (columns::IN_TRAIN, DataType::Boolean, false),
-        (columns::IN_TEST, DataType::Boolean, false),
+        (columns::HASH, DataType::UInt64, false),
+        (columns::LOOKS, DataType::UInt64, false),
+        (columns::NEAREST_TRAIN, DataType::Int32, false),
+        (columns::TRAIN_DISTANCE, DataType::Float32, false),
+        (columns::TRAIN_COPY, DataType::Float32, false),
+        (columns::RATIO, DataType::Float32, false),
+        (columns::NEAREST_TEST, DataType::Int32, true),
+        (columns::TEST_DISTANCE, DataType::Float32, true),
+        (columns::TEST_COPY, DataType::Float32, true),
     ];
     fields.extend(radii.iter().map(|name| (name.as_str(), DataType::Float32, false)));
     shards::schema(&fields)
@@ -239,13 +328,15 @@ fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
     let mut scores = Vec::new();
     let (mut in_train, mut in_test) = (0u64, 0u64);
     for shard in 0..pool.info.shards {
-        let table = shards::read_table(dir, shard, &[columns::SCORE, columns::IN_TRAIN, columns::IN_TEST])?;
+        let wanted = [columns::SCORE, columns::TRAIN_DISTANCE, columns::TEST_DISTANCE];
+        let table = shards::read_table(dir, shard, &wanted)?;
         scores.extend(table.column(columns::SCORE, |a: &Float32Array, i| a.value(i))?);
         let count = |name: &str| -> Result<u64> {
-            Ok(table.column(name, |a: &BooleanArray, i| u64::from(a.value(i)))?.iter().sum())
+            let distances = table.optional(name, |a: &Float32Array, i| a.value(i))?;
+            Ok(distances.iter().filter(|d| **d == Some(0.0)).count() as u64)
         };
-        in_train += count(columns::IN_TRAIN)?;
-        in_test += count(columns::IN_TEST)?;
+        in_train += count(columns::TRAIN_DISTANCE)?;
+        in_test += count(columns::TEST_DISTANCE)?;
     }
     scores.sort_by(f32::total_cmp);
     Ok(json!({

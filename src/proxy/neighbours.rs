@@ -1,0 +1,447 @@
+//! Nearest real images: what tells of memorised training images and of leaked test images.
+//!
+//! Two searches over all real images, both by matrix products in tiles. By pixels: the nearest, and how much nearer it
+//! is than the `k` nearest are on average (Carlini et al. 2023, §5.1, for CIFAR-10). By copies: the smallest difference
+//! to a real image over mirroring and shifts by up to a pixel each way.
+
+use std::collections::BinaryHeap;
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Result,
+    data::{Dataset, Range, Shape, to_floats},
+    kernels,
+};
+
+/// Images that are looked for together, and real images that they are held against at a time: bounds of memory alone.
+const QUERIES: usize = 256;
+const BLOCK: usize = 2048;
+/// Cells of the coarse image on a side, at most. Its distances are lower bounds of those between pixels.
+const GRID: usize = 6;
+/// Real images whose copy distance is computed pixel by pixel: those with the lowest bounds.
+const CANDIDATES: usize = 8;
+
+/// What was found for one image. Distances are root mean squares of the differences of pixels in [0, 1].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Nearest {
+    /// The nearest real image; of equals the first.
+    pub index: u32,
+    /// The distance to it; 0 if, and only if, all pixels are equal.
+    pub distance: f32,
+    /// That distance over the mean of the distances to the `k` nearest, itself among them: near 0 if the image stands
+    /// much closer to one real image than to the others around it. 1 if all are equal to it.
+    pub ratio: f32,
+    /// The real image that it is most nearly a copy of.
+    pub copy: u32,
+    /// The distance to it without its outermost pixels, at the best of nine shifts, mirrored or not.
+    ///
+    /// Exact up to the bound of the last candidate; otherwise what the candidates gave.
+    pub copy_distance: f32,
+}
+
+/// Real images to look among.
+pub struct Neighbours {
+    images: Dataset,
+    windows: Windows,
+    /// `(n, cells)`: the middle window of each image, coarse.
+    coarse: Vec<f32>,
+    device: Device,
+}
+
+impl Neighbours {
+    /// Prepares the search. Fails with [`Error::Data`](crate::Error::Data) if there are no images.
+    pub fn new(images: Dataset, device: &Device) -> Result<Self> {
+        if images.is_empty() {
+            bail!(Data, "there are no real images to find neighbours among, expected at least one");
+        }
+        let windows = Windows::of(images.shape);
+        let middle = Window { dy: windows.margin, dx: windows.margin, mirrored: false };
+        let size = images.shape.size();
+        let coarse = images
+            .pixels
+            .par_chunks_exact(size)
+            .flat_map_iter(|image| windows.coarse(&windows.cut(image, middle)));
+        let coarse = coarse.collect();
+        Ok(Self { images, windows, coarse, device: device.clone() })
+    }
+
+    /// How many real images there are.
+    #[expect(clippy::len_without_is_empty, reason = "there is at least one")]
+    pub fn len(&self) -> usize {
+        self.images.len()
+    }
+
+    /// What is nearest to each of the images `pixels`, one after another in the real images' shape. `k` from 1.
+    ///
+    /// What is found for an image does not depend on the others.
+    pub fn find(&self, pixels: &[u8], k: usize) -> Result<Vec<Nearest>> {
+        let size = self.images.shape.size();
+        let tiles = pixels.chunks(QUERIES * size).map(|tile| self.tile(tile, k.clamp(1, self.len())));
+        Ok(tiles.collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    fn tile(&self, pixels: &[u8], k: usize) -> Result<Vec<Nearest>> {
+        let size = self.images.shape.size();
+        let queries: Vec<&[u8]> = pixels.chunks_exact(size).collect();
+        let near = self.lowest(&centred(pixels), size, k, 1, |block| {
+            centred(&self.images.pixels[block.start * size..block.end * size])
+        })?;
+        let all = self.windows.all();
+        let coarse = |image: &&[u8]| -> Vec<f32> {
+            all.iter().flat_map(|&window| self.windows.coarse(&self.windows.cut(image, window))).collect()
+        };
+        let coarse: Vec<f32> = queries.par_iter().flat_map_iter(coarse).collect();
+        let cells = self.windows.cells();
+        let copies = self.lowest(&coarse, cells, CANDIDATES, all.len(), |block| {
+            self.coarse[block.start * cells..block.end * cells].to_vec()
+        })?;
+        let found = (0..queries.len()).into_par_iter().map(|i| {
+            let (index, distance, ratio) = self.by_pixels(queries[i], &near[i]);
+            let (copy, copy_distance) = self.by_windows(queries[i], &copies[i]);
+            Nearest { index, distance, ratio, copy, copy_distance }
+        });
+        Ok(found.collect())
+    }
+
+    /// For each image the `n` real ones of the lowest squared distance, where an image has `versions` rows in `rows`, of
+    /// which the nearest counts: indices `real · versions + version`, lowest first.
+    fn lowest(
+        &self,
+        rows: &[f32],
+        dim: usize,
+        n: usize,
+        versions: usize,
+        block_of: impl Fn(std::ops::Range<usize>) -> Vec<f32>,
+    ) -> Result<Vec<Vec<u32>>> {
+        let squares = |rows: &[f32]| -> Vec<f32> {
+            rows.chunks_exact(dim).map(|row| row.iter().map(|v| v * v).sum()).collect()
+        };
+        let of_rows = squares(rows);
+        let left = Tensor::from_slice(rows, (of_rows.len(), dim), &self.device)?;
+        let mut lowest: Vec<Lowest> = (0..of_rows.len() / versions).map(|_| Lowest::new(n)).collect();
+        for start in (0..self.len()).step_by(BLOCK) {
+            let block = block_of(start..(start + BLOCK).min(self.len()));
+            let of_block = squares(&block);
+            let count = of_block.len();
+            let right = Tensor::from_vec(block, (count, dim), &self.device)?;
+            let products = kernels::linear(&left, &right, None)?.flatten_all()?.to_vec1::<f32>()?;
+            lowest.par_iter_mut().enumerate().for_each(|(i, lowest)| {
+                for version in 0..versions {
+                    let row = i * versions + version;
+                    let products = &products[row * count..(row + 1) * count];
+                    for (j, (product, square)) in products.iter().zip(&of_block).enumerate() {
+                        let distance = of_rows[row] + square - 2.0 * product;
+                        lowest.offer(distance, ((start + j) * versions + version) as u32);
+                    }
+                }
+            });
+        }
+        Ok(lowest.into_iter().map(Lowest::into_sorted).collect())
+    }
+
+    /// Index, distance and ratio from the `k` nearest, by whole numbers: rounding has no say in what is equal.
+    fn by_pixels(&self, query: &[u8], near: &[u32]) -> (u32, f32, f32) {
+        let mut exact: Vec<(u64, u32)> =
+            near.iter().map(|&i| (squared(query, self.images.image(i as usize)), i)).collect();
+        exact.sort_unstable();
+        let distance = |squared: u64| root_mean(squared, query.len());
+        let mean = exact.iter().map(|&(d, _)| distance(d)).sum::<f64>() / exact.len() as f64;
+        let (first, index) = exact[0];
+        let ratio = if mean == 0.0 { 1.0 } else { distance(first) / mean };
+        (index, distance(first) as f32, ratio as f32)
+    }
+
+    fn by_windows(&self, query: &[u8], candidates: &[u32]) -> (u32, f32) {
+        let all = self.windows.all();
+        let middle = Window { dy: self.windows.margin, dx: self.windows.margin, mirrored: false };
+        let exact = candidates.iter().map(|&candidate| {
+            let (real, version) = (candidate as usize / all.len(), candidate as usize % all.len());
+            let window = self.windows.cut(query, all[version]);
+            (squared(&window, &self.windows.cut(self.images.image(real), middle)), real as u32)
+        });
+        let (least, index) = exact.min().unwrap_or((u64::MAX, 0));
+        (index, root_mean(least, self.windows.size()) as f32)
+    }
+}
+
+/// The `n` lowest of what was offered; of equals those with the lowest index.
+struct Lowest {
+    n: usize,
+    heap: BinaryHeap<(u32, u32)>,
+    /// No distance from here on gets in.
+    limit: f32,
+}
+
+impl Lowest {
+    fn new(n: usize) -> Self {
+        Self { n, heap: BinaryHeap::with_capacity(n + 1), limit: f32::INFINITY }
+    }
+
+    fn offer(&mut self, distance: f32, index: u32) {
+        // Indices of a row ascend, so that of equals the first is there already.
+        if distance >= self.limit {
+            return;
+        }
+        // Rounding can take a distance of 0 below it. Bits of numbers from 0 on ascend with them.
+        self.heap.push((distance.max(0.0).to_bits(), index));
+        if self.heap.len() > self.n {
+            self.heap.pop();
+        }
+        if self.heap.len() == self.n {
+            self.limit = self.heap.peek().map_or(self.limit, |worst| f32::from_bits(worst.0));
+        }
+    }
+
+    fn into_sorted(self) -> Vec<u32> {
+        self.heap.into_sorted_vec().into_iter().map(|(_, index)| index).collect()
+    }
+}
+
+/// Part of an image: all but a margin of a pixel, at some place in it.
+#[derive(Clone, Copy)]
+struct Window {
+    dy: usize,
+    dx: usize,
+    mirrored: bool,
+}
+
+/// The windows of images of one shape.
+struct Windows {
+    shape: Shape,
+    margin: usize,
+    grid: (usize, usize),
+}
+
+impl Windows {
+    fn of(shape: Shape) -> Self {
+        // Of an image of three pixels a window would be one.
+        let margin = usize::from(shape.height.min(shape.width) >= 4);
+        let (height, width) = (shape.height - 2 * margin, shape.width - 2 * margin);
+        Self { shape, margin, grid: (height.min(GRID), width.min(GRID)) }
+    }
+
+    fn size(&self) -> usize {
+        (self.shape.height - 2 * self.margin) * (self.shape.width - 2 * self.margin) * self.shape.channels
+    }
+
+    /// Numbers of a coarse window.
+    fn cells(&self) -> usize {
+        self.grid.0 * self.grid.1 * self.shape.channels
+    }
+
+    /// All places, each as it is and mirrored.
+    fn all(&self) -> Vec<Window> {
+        let places = 0..=2 * self.margin;
+        let at = |dy| places.clone().map(move |dx| (dy, dx));
+        let both = |(dy, dx)| [false, true].map(|mirrored| Window { dy, dx, mirrored });
+        places.clone().flat_map(at).flat_map(both).collect()
+    }
+
+    fn cut(&self, image: &[u8], window: Window) -> Vec<u8> {
+        let Shape { height, width, channels } = self.shape;
+        let mut pixels = Vec::with_capacity(self.size());
+        for y in window.dy..window.dy + height - 2 * self.margin {
+            for x in window.dx..window.dx + width - 2 * self.margin {
+                let x = if window.mirrored { width - 1 - x } else { x };
+                pixels.extend_from_slice(&image[(y * width + x) * channels..][..channels]);
+            }
+        }
+        pixels
+    }
+
+    /// Sums of the centred pixels of each cell over the root of their number: by the inequality of Cauchy and Schwarz two
+    /// coarse windows are at most as far apart as the windows.
+    fn coarse(&self, window: &[u8]) -> Vec<f32> {
+        let channels = self.shape.channels;
+        let (height, width) = (self.shape.height - 2 * self.margin, self.shape.width - 2 * self.margin);
+        let (rows, columns) = self.grid;
+        let mut sums = vec![0f32; self.cells()];
+        let mut counts = vec![0f32; rows * columns];
+        for y in 0..height {
+            for x in 0..width {
+                let cell = y * rows / height * columns + x * columns / width;
+                counts[cell] += 1.0;
+                for c in 0..channels {
+                    sums[cell * channels + c] += f32::from(window[(y * width + x) * channels + c]) - 127.5;
+                }
+            }
+        }
+        for (sums, count) in sums.chunks_exact_mut(channels).zip(counts) {
+            sums.iter_mut().for_each(|sum| *sum /= 255.0 * count.sqrt());
+        }
+        sums
+    }
+}
+
+/// Pixels from -½ to ½: the smaller the numbers, the less is lost where their products cancel.
+fn centred(pixels: &[u8]) -> Vec<f32> {
+    to_floats(pixels, Range::Signed).into_iter().map(|v| 0.5 * v).collect()
+}
+
+/// The squared distance of two images, in levels.
+fn squared(a: &[u8], b: &[u8]) -> u64 {
+    // A chunk of squares of differences fits in 32 bits, which the compiler makes vectors of.
+    let chunk = |(a, b): (&[u8], &[u8])| -> u64 {
+        let sum: u32 = a.iter().zip(b).map(|(&a, &b)| u32::from(a.abs_diff(b)).pow(2)).sum();
+        u64::from(sum)
+    };
+    a.chunks(4096).zip(b.chunks(4096)).map(chunk).sum()
+}
+
+fn root_mean(squared: u64, pixels: usize) -> f64 {
+    (squared as f64 / pixels as f64).sqrt() / 255.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+
+    /// Smooth images, as real ones are: sums of a few waves.
+    fn images(n: usize, shape: Shape, seed: u64) -> Dataset {
+        let mut data = Dataset::empty(shape, vec!["any".into()]);
+        for i in 0..n {
+            let mut stream = Stream::new(seed, i as u64, 0);
+            let waves: Vec<[f64; 4]> =
+                (0..4).map(|_| [(); 4].map(|()| 2.0 * stream.uniform() - 1.0)).collect();
+            let mut pixels = Vec::new();
+            for y in 0..shape.height {
+                for x in 0..shape.width {
+                    for c in 0..shape.channels {
+                        let at = |[a, fy, fx, p]: &[f64; 4]| {
+                            a * (fy * y as f64 + fx * x as f64 + 6.0 * p + c as f64).sin()
+                        };
+                        pixels.push((127.5 + 40.0 * waves.iter().map(at).sum::<f64>()) as u8);
+                    }
+                }
+            }
+            data.push(&pixels, 0);
+        }
+        data
+    }
+
+    fn shapes() -> [Shape; 4] {
+        [(28, 28, 1), (9, 11, 3), (8, 8, 1), (2, 3, 1)].map(|(height, width, channels)| Shape {
+            height,
+            width,
+            channels,
+        })
+    }
+
+    /// Every pair of images, in whole numbers.
+    fn by_hand(real: &Dataset, query: &[u8], k: usize) -> (u32, f64, f64) {
+        let mut all: Vec<(f64, u32)> = (0..real.len())
+            .map(|i| {
+                let pairs = real.image(i).iter().zip(query);
+                let sum: f64 = pairs.map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum();
+                ((sum / query.len() as f64).sqrt() / 255.0, i as u32)
+            })
+            .collect();
+        all.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let mean = all[..k].iter().map(|a| a.0).sum::<f64>() / k as f64;
+        (all[0].1, all[0].0, all[0].0 / mean)
+    }
+
+    #[test]
+    fn the_nearest_and_its_ratio_are_those_of_all_pairs() {
+        for shape in shapes() {
+            let (real, queries) = (images(2500, shape, 1), images(300, shape, 2));
+            let found =
+                Neighbours::new(real.clone(), &Device::Cpu).unwrap().find(&queries.pixels, 10).unwrap();
+            assert_eq!(found.len(), 300);
+            for (i, found) in found.iter().enumerate().step_by(7) {
+                let (index, distance, ratio) = by_hand(&real, queries.image(i), 10);
+                assert_eq!(found.index, index, "{shape}, image {i}");
+                assert!((f64::from(found.distance) - distance).abs() < 1e-6, "{shape}, image {i}");
+                assert!((f64::from(found.ratio) - ratio).abs() < 1e-5, "{shape}, image {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_found_does_not_depend_on_the_images_beside_it() {
+        let shape = shapes()[1];
+        let (real, queries) = (images(700, shape, 3), images(270, shape, 4));
+        let among = Neighbours::new(real, &Device::Cpu).unwrap();
+        let together = among.find(&queries.pixels, 5).unwrap();
+        for i in [0, 255, 256, 269] {
+            assert_eq!(among.find(queries.image(i), 5).unwrap(), [together[i]]);
+        }
+    }
+
+    /// Moves an image by `(dy, dx)`, `fill` coming in at the edges.
+    fn shifted(image: &[u8], shape: Shape, (dy, dx): (isize, isize), fill: u8) -> Vec<u8> {
+        let mut pixels = Vec::new();
+        for y in 0..shape.height as isize {
+            for x in 0..shape.width as isize {
+                for c in 0..shape.channels {
+                    let (y, x) = (y - dy, x - dx);
+                    let inside =
+                        (0..shape.height as isize).contains(&y) && (0..shape.width as isize).contains(&x);
+                    let at =
+                        |y: isize, x: isize| (y as usize * shape.width + x as usize) * shape.channels + c;
+                    pixels.push(if inside { image[at(y, x)] } else { fill });
+                }
+            }
+        }
+        pixels
+    }
+
+    fn mirrored(image: &[u8], shape: Shape) -> Vec<u8> {
+        let pixel = |y: usize, x: usize| &image[(y * shape.width + x) * shape.channels..][..shape.channels];
+        let rows = (0..shape.height).flat_map(|y| (0..shape.width).rev().map(move |x| (y, x)));
+        rows.flat_map(|(y, x)| pixel(y, x).to_vec()).collect()
+    }
+
+    #[test]
+    fn copies_are_found_exact_mirrored_shifted_and_a_level_off() {
+        for shape in &shapes()[..3] {
+            let shape = *shape;
+            let real = images(2500, shape, 5);
+            let among = Neighbours::new(real.clone(), &Device::Cpu).unwrap();
+            let mut stream = Stream::new(6, 0, 0);
+            for i in (0..2500).step_by(83) {
+                let image = real.image(i);
+                let noisy: Vec<u8> =
+                    image.iter().map(|&p| p.saturating_add_signed(stream.below(3) as i8 - 1)).collect();
+                let by = (stream.below(3) as isize - 1, stream.below(3) as isize - 1);
+                let moved = shifted(&mirrored(image, shape), shape, by, 255);
+                let found =
+                    among.find(&[image, &noisy, &mirrored(image, shape), &moved].concat(), 3).unwrap();
+                assert_eq!((found[0].index, found[0].distance, found[0].ratio), (i as u32, 0.0, 0.0));
+                assert!((found[1].distance - 0.8165 / 255.0).abs() < 0.12 / 255.0, "{:?}", found[1]);
+                for (found, largest) in found.iter().zip([0.0, 1.0 / 255.0, 0.0, 0.0]) {
+                    assert_eq!(found.copy, i as u32, "{shape}: moved by {by:?}");
+                    assert!(found.copy_distance <= largest, "{shape}: moved by {by:?}: {found:?}");
+                }
+            }
+            let others = among.find(&images(200, shape, 7).pixels, 3).unwrap();
+            assert!(others.iter().all(|found| found.copy_distance > 0.01), "{shape}");
+        }
+    }
+
+    #[test]
+    fn a_coarse_window_is_never_further_than_the_window() {
+        for shape in shapes() {
+            let windows = Windows::of(shape);
+            let data = images(60, shape, 8);
+            for i in 1..60 {
+                let cut = |i: usize| windows.cut(data.image(i), windows.all()[i % windows.all().len()]);
+                let (a, b) = (cut(i - 1), cut(i));
+                let coarse = windows
+                    .coarse(&a)
+                    .iter()
+                    .zip(windows.coarse(&b))
+                    .map(|(a, b)| (a - b).powi(2))
+                    .sum::<f32>();
+                assert!(
+                    f64::from(coarse.sqrt()) <= (squared(&a, &b) as f64).sqrt() / 255.0 + 1e-5,
+                    "{shape}"
+                );
+            }
+        }
+    }
+}
