@@ -58,12 +58,11 @@ impl Neighbours {
             bail!(Data, "there are no real images to find neighbours among, expected at least one");
         }
         let windows = Windows::of(images.shape);
-        let middle = Window { dy: windows.margin, dx: windows.margin, mirrored: false };
         let size = images.shape.size();
         let coarse = images
             .pixels
             .par_chunks_exact(size)
-            .flat_map_iter(|image| windows.coarse(&windows.cut(image, middle)));
+            .flat_map_iter(|image| windows.coarse(&windows.cut(image, windows.middle())));
         let coarse = coarse.collect();
         Ok(Self { images, windows, coarse, device: device.clone() })
     }
@@ -156,11 +155,10 @@ impl Neighbours {
 
     fn by_windows(&self, query: &[u8], candidates: &[u32]) -> (u32, f32) {
         let all = self.windows.all();
-        let middle = Window { dy: self.windows.margin, dx: self.windows.margin, mirrored: false };
         let exact = candidates.iter().map(|&candidate| {
             let (real, version) = (candidate as usize / all.len(), candidate as usize % all.len());
             let window = self.windows.cut(query, all[version]);
-            (squared(&window, &self.windows.cut(self.images.image(real), middle)), real as u32)
+            (squared(&window, &self.windows.cut(self.images.image(real), self.windows.middle())), real as u32)
         });
         let (least, index) = exact.min().unwrap_or((u64::MAX, 0));
         (index, root_mean(least, self.windows.size()) as f32)
@@ -230,6 +228,11 @@ impl Windows {
     /// Numbers of a coarse window.
     fn cells(&self) -> usize {
         self.grid.0 * self.grid.1 * self.shape.channels
+    }
+
+    /// The window that real images are looked at through.
+    fn middle(&self) -> Window {
+        Window { dy: self.margin, dx: self.margin, mirrored: false }
     }
 
     /// All places, each as it is and mirrored.
