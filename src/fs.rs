@@ -179,6 +179,23 @@ impl Parts {
         }
     }
 
+    /// The bytes of part `key`: those that were kept before, else those that `make` gives, which are kept if `keep`.
+    pub fn get_or_make(
+        &self,
+        key: &str,
+        keep: bool,
+        make: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<Vec<u8>> {
+        if let Some(bytes) = self.get(key)? {
+            return Ok(bytes);
+        }
+        let bytes = make()?;
+        if keep {
+            self.put(key, &bytes)?;
+        }
+        Ok(bytes)
+    }
+
     /// Keeps part `key`.
     pub fn put(&self, key: &str, bytes: &[u8]) -> Result<()> {
         publish(&self.dir.join(key), bytes)

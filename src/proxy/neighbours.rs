@@ -88,7 +88,7 @@ impl Neighbours {
         let near = self.lowest(&centred(pixels), size, k, 1, |block| {
             centred(&self.images.pixels[block.start * size..block.end * size])
         })?;
-        let all = self.windows.all();
+        let all = &self.windows.all;
         let coarse = |image: &&[u8]| -> Vec<f32> {
             all.iter().flat_map(|&window| self.windows.coarse(&self.windows.cut(image, window))).collect()
         };
@@ -154,7 +154,7 @@ impl Neighbours {
     }
 
     fn by_windows(&self, query: &[u8], candidates: &[u32]) -> (u32, f32) {
-        let all = self.windows.all();
+        let all = &self.windows.all;
         let exact = candidates.iter().map(|&candidate| {
             let (real, version) = (candidate as usize / all.len(), candidate as usize % all.len());
             let window = self.windows.cut(query, all[version]);
@@ -211,6 +211,8 @@ struct Windows {
     shape: Shape,
     margin: usize,
     grid: (usize, usize),
+    /// All places, each as it is and mirrored.
+    all: Vec<Window>,
 }
 
 impl Windows {
@@ -218,7 +220,11 @@ impl Windows {
         // Of an image of three pixels a window would be one.
         let margin = usize::from(shape.height.min(shape.width) >= 4);
         let (height, width) = (shape.height - 2 * margin, shape.width - 2 * margin);
-        Self { shape, margin, grid: (height.min(GRID), width.min(GRID)) }
+        let places = 0..=2 * margin;
+        let at = |dy| places.clone().map(move |dx| (dy, dx));
+        let both = |(dy, dx)| [false, true].map(|mirrored| Window { dy, dx, mirrored });
+        let all = places.clone().flat_map(at).flat_map(both).collect();
+        Self { shape, margin, grid: (height.min(GRID), width.min(GRID)), all }
     }
 
     fn size(&self) -> usize {
@@ -233,14 +239,6 @@ impl Windows {
     /// The window that real images are looked at through.
     fn middle(&self) -> Window {
         Window { dy: self.margin, dx: self.margin, mirrored: false }
-    }
-
-    /// All places, each as it is and mirrored.
-    fn all(&self) -> Vec<Window> {
-        let places = 0..=2 * self.margin;
-        let at = |dy| places.clone().map(move |dx| (dy, dx));
-        let both = |(dy, dx)| [false, true].map(|mirrored| Window { dy, dx, mirrored });
-        places.clone().flat_map(at).flat_map(both).collect()
     }
 
     fn cut(&self, image: &[u8], window: Window) -> Vec<u8> {
@@ -432,7 +430,7 @@ mod tests {
             let windows = Windows::of(shape);
             let data = images(60, shape, 8);
             for i in 1..60 {
-                let cut = |i: usize| windows.cut(data.image(i), windows.all()[i % windows.all().len()]);
+                let cut = |i: usize| windows.cut(data.image(i), windows.all[i % windows.all.len()]);
                 let (a, b) = (cut(i - 1), cut(i));
                 let coarse = windows
                     .coarse(&a)

@@ -345,14 +345,7 @@ impl Stage for FitDiscriminator {
     fn run(&self, job: &Job) -> Result<Outcome> {
         let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
         let pool = Pool::open("pool", self.pool.as_deref())?;
-        if pool.info.shape != real.train.shape {
-            bail!(
-                Data,
-                "pool has {} images, expected {} like the real ones",
-                pool.info.shape,
-                real.train.shape
-            );
-        }
+        pool.expect_shape(real.train.shape)?;
         let parts = PoolParts::read(&pool, self)?;
         let data: Vec<SetData> = (0..=self.folds).map(|set| self.set_data(&real, &parts, set)).collect();
         for (set, data) in data.iter().enumerate() {

@@ -84,19 +84,11 @@ impl Stage for Label {
                 crate::progress::check_stop()?;
                 let to = (from + CHUNK).min(rows.len());
                 let key = format!("{from:08}");
-                let probabilities = match parts.get(&key)? {
-                    Some(bytes) => floats(&bytes),
-                    None => {
-                        let x = to_tensor(&rows.pixels(from..to, shape)?, shape, Range::Unit, &job.device)?;
-                        let p = crate::kernels::softmax(&classifier.logits(&x)?)?
-                            .flatten_all()?
-                            .to_vec1::<f32>()?;
-                        if rows.len() > 16 * CHUNK {
-                            parts.put(&key, &bytes_of(&p))?;
-                        }
-                        p
-                    }
-                };
+                let probabilities = floats(&parts.get_or_make(&key, rows.len() > 16 * CHUNK, || {
+                    let x = to_tensor(&rows.pixels(from..to, shape)?, shape, Range::Unit, &job.device)?;
+                    let p = crate::kernels::softmax(&classifier.logits(&x)?)?;
+                    Ok(bytes_of(&p.flatten_all()?.to_vec1()?))
+                })?);
                 for (row, p) in (from..to).zip(probabilities.chunks_exact(names.len())) {
                     let first = argmax(p);
                     let label = rows.labels[row].unwrap_or(first);

@@ -15,7 +15,7 @@ use super::{
     Job, Label, Outcome, Split, Stage, expect, finished_input,
     fit_discriminator::{Discriminators, margins},
     label,
-    shards::{self, Pool, PoolShard, expect_same_rows, for_each_shard},
+    shards::{self, Pool, expect_same_rows, for_each_shard},
     split::Real,
 };
 use crate::{
@@ -137,11 +137,11 @@ impl Scorer<'_> {
     /// For each image: per set its mean probability, and per radius the mean over the sets that may speak.
     ///
     /// The layout of one image: `sets` scores, then `radii` probabilities.
-    fn chunk(&self, rows: &PoolShard, range: std::ops::Range<usize>) -> Result<Vec<f32>> {
+    fn chunk(&self, uids: &[String], pixels: &[u8]) -> Result<Vec<f32>> {
         let (sets, radii) = (self.discriminators.nets.len(), self.weights.len());
         let mut images = Dataset::empty(self.shape, vec!["synthetic".into()]);
-        images.pixels = rows.pixels(range.clone(), self.shape)?;
-        images.labels = vec![0; range.len()];
+        images.pixels = pixels.to_vec();
+        images.labels = vec![0; uids.len()];
         let mut probabilities = vec![vec![Vec::new(); radii]; sets];
         for (set, nets) in self.discriminators.nets.iter().enumerate() {
             for (radius, net) in nets.iter().enumerate() {
@@ -151,9 +151,9 @@ impl Scorer<'_> {
                     margins.iter().map(|&m| calibration.probability(f64::from(m))).collect::<Vec<f64>>();
             }
         }
-        let mut out = Vec::with_capacity(range.len() * (sets + radii));
-        for (i, row) in range.enumerate() {
-            let fold = self.discriminators.fold_of(&rows.uids[row]);
+        let mut out = Vec::with_capacity(uids.len() * (sets + radii));
+        for (i, uid) in uids.iter().enumerate() {
+            let fold = self.discriminators.fold_of(uid);
             for set in &probabilities {
                 out.push(set.iter().zip(&self.weights).map(|(p, w)| w * p[i]).sum::<f64>() as f32);
             }
@@ -187,14 +187,7 @@ impl Stage for Score {
         let discriminators =
             Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
-        if pool.info.shape != real.train.shape {
-            bail!(
-                Data,
-                "pool has {} images, expected {} like the real ones",
-                pool.info.shape,
-                real.train.shape
-            );
-        }
+        pool.expect_shape(real.train.shape)?;
         let classes = real.train.class_names.len();
         let real = RealImages::load(real, self.neighbours, &job.device)?;
         let epsilons = &discriminators.record.epsilons;
@@ -217,41 +210,28 @@ impl Stage for Score {
             let pseudo = table.column(label::columns::PSEUDO, |a: &Int64Array, i| a.value(i))?;
             let confidence = table.column(label::columns::CONFIDENCE, |a: &Float32Array, i| a.value(i))?;
 
+            let size = pool.info.shape.size();
+            let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
             let (mut values, mut found) = (Vec::new(), Vec::new());
             for from in (0..rows.len()).step_by(CHUNK) {
                 crate::progress::check_stop()?;
                 let to = (from + CHUNK).min(rows.len());
                 let key = format!("{from:08}");
-                match parts.get(&key)? {
-                    Some(bytes) => values.extend(label::floats(&bytes)),
-                    None => {
-                        let chunk = scorer.chunk(rows, from..to)?;
-                        if rows.len() > CHUNK {
-                            parts.put(&key, &label::bytes_of(&chunk))?;
-                        }
-                        values.extend(chunk);
-                    }
-                }
+                let pixels = &pixels[from * size..to * size];
+                let keep = rows.len() > CHUNK;
+                values.extend(label::floats(&parts.get_or_make(&key, keep, || {
+                    Ok(label::bytes_of(&scorer.chunk(&rows.uids[from..to], pixels)?))
+                })?));
                 let key = format!("{from:08}-nearest");
                 let unreadable = |e: serde_json::Error| Error::Alarm(format!("part {key}: {e}"));
-                match parts.get(&key)? {
-                    Some(bytes) => {
-                        found.extend(serde_json::from_slice::<Vec<Found>>(&bytes).map_err(unreadable)?);
-                    }
-                    None => {
-                        let chunk = real.find(&rows.pixels(from..to, pool.info.shape)?)?;
-                        if rows.len() > CHUNK {
-                            parts.put(&key, &serde_json::to_vec(&chunk).map_err(unreadable)?)?;
-                        }
-                        found.extend(chunk);
-                    }
-                }
+                let nearest = parts.get_or_make(&key, keep, || {
+                    serde_json::to_vec(&real.find(pixels)?).map_err(unreadable)
+                })?;
+                found.extend(serde_json::from_slice::<Vec<Found>>(&nearest).map_err(unreadable)?);
                 bar.add((to - from) as u64);
             }
-            let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
-            let images = || pixels.par_chunks_exact(pool.info.shape.size());
             let (hash, looks): (Vec<u64>, Vec<u64>) =
-                images().map(|image| (pixel_hash(image), real.looks.of(image))).unzip();
+                pixels.par_chunks_exact(size).map(|image| (pixel_hash(image), real.looks.of(image))).unzip();
             let train = |get: fn(&Nearest) -> f32| -> ArrayRef {
                 Arc::new(Float32Array::from_iter_values(found.iter().map(|(train, _)| get(train))))
             };

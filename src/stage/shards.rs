@@ -120,6 +120,14 @@ impl Pool {
         Ok(Self { dir, info })
     }
 
+    /// Fails unless the images have the shape of the real ones.
+    pub(super) fn expect_shape(&self, real: Shape) -> Result<()> {
+        if self.info.shape != real {
+            bail!(Data, "pool has {} images, expected {real} like the real ones", self.info.shape);
+        }
+        Ok(())
+    }
+
     /// Where the shards are.
     pub(super) fn shards_dir(&self) -> PathBuf {
         self.dir.join("pool")
