@@ -6,7 +6,7 @@ PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
 PEERS = target/peers
 
-.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers test-interop test-robustbench test-autoattack cuda test-cuda clean
+.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers bench-curate test-interop test-robustbench test-autoattack cuda test-cuda clean
 
 build:
 	$(CARGO) build --release
@@ -56,6 +56,12 @@ bench-peers:
 	$(CARGO) bench --bench peers --no-run
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(PEERS)/inductor $(PEERS)/bin/python tests/bench/peers.py \
 	  --runner "$(CARGO) bench --quiet --bench peers --" $(ARGS)
+
+# Curation of ten million rows beside DuckDB and polars.
+bench-curate: build
+	test -d $(PEERS) || python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r tests/bench/requirements-curate.txt
+	$(PEERS)/bin/python tests/bench/curate.py $(or $(CARGO_TARGET_DIR),target)/release/proxyset target/bench-curate
 
 # The logits of RobustBench's networks, with random weights, and of ours.
 test-robustbench: build

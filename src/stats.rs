@@ -87,6 +87,42 @@ pub fn compare(arm: &[Vec<bool>], baseline: &[Vec<bool>], draws: usize, seed: u6
     }
 }
 
+/// The mean of numbers and its variance, in one pass (Welford 1962).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Moments {
+    /// How many there were.
+    pub count: usize,
+    /// Their mean; 0 if there were none.
+    pub mean: f64,
+    squares: f64,
+}
+
+impl Moments {
+    /// Adds a number.
+    pub fn add(&mut self, value: f64) {
+        self.count += 1;
+        let off = value - self.mean;
+        self.mean += off / self.count as f64;
+        self.squares += off * (value - self.mean);
+    }
+
+    /// The variance of the mean: the sample variance over the count. 0 for fewer than two numbers.
+    pub fn mean_variance(&self) -> f64 {
+        if self.count < 2 {
+            return 0.0;
+        }
+        self.squares / (self.count - 1) as f64 / self.count as f64
+    }
+}
+
+/// The 95 % interval of the difference of two means, `a - b`, of independent samples (Welch 1947).
+pub fn mean_difference_interval(a: &Moments, b: &Moments) -> [f64; 2] {
+    let parts = [a, b].map(|m| (m.mean_variance(), m.count.saturating_sub(1)));
+    let half = student_975(&parts) * (parts[0].0 + parts[1].0).sqrt();
+    let difference = a.mean - b.mean;
+    [difference - half, difference + half]
+}
+
 /// Sample variance; 0 for fewer than two values.
 pub fn variance(values: &[f64]) -> f64 {
     if values.len() < 2 {
@@ -159,6 +195,24 @@ mod tests {
             })
             .count();
         assert!((4..=40).contains(&resolved), "{resolved} of 400");
+    }
+
+    /// SciPy 1.17.1: `ttest_ind(a, b, equal_var=False).confidence_interval()`.
+    #[test]
+    fn the_interval_of_a_difference_of_means_is_welchs() {
+        let moments = |values: &[f64]| {
+            let mut m = Moments::default();
+            values.iter().for_each(|&v| m.add(v));
+            m
+        };
+        let (a, b) = (moments(&[27.5, 21.0, 19.0, 23.6, 17.0]), moments(&[27.1, 22.0, 20.8, 23.4]));
+        assert!((a.mean - 21.62).abs() < 1e-12 && (b.mean - 23.325).abs() < 1e-12);
+        let [low, high] = mean_difference_interval(&a, &b);
+        assert!(
+            (low + 7.130_282_230_791).abs() < 1e-9 && (high - 3.720_282_230_791).abs() < 1e-9,
+            "{low} {high}"
+        );
+        assert_eq!(moments(&[4.0]).mean_variance(), 0.0);
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! Which samples of a pool are kept: gates that remove, one order that ranks, quotas per class.
+//! Which samples of a pool are kept: gates that refuse, one order that ranks, quotas.
 //!
-//! The selector streams: it holds one key for each sample that is kept.
+//! All of it works on columns: a few bytes for each sample of the pool, whatever its score table holds.
 
-mod rule;
+mod arm;
+mod duplicates;
+mod gate;
 mod selector;
 
-pub use rule::{Arm, Candidate, Gates, Reason};
-pub use selector::{Quota, Selector};
+pub use arm::Arm;
+pub use duplicates::{NearDuplicates, repeated};
+pub use gate::{Comparison, Condition, Gate, PASSED, verdicts};
+pub use selector::{Group, keep_first};

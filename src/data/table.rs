@@ -30,6 +30,7 @@ use parquet::{
         properties::{WriterProperties, WriterPropertiesBuilder},
         reader::ChunkReader,
     },
+    schema::types::ColumnPath,
 };
 
 use crate::{Error, Result, fs};
@@ -51,8 +52,10 @@ pub fn write(
 ) -> Result<u64> {
     let schema = SchemaRef::new(Schema::new(schema.fields.clone()));
     let mut rows = 0;
+    // Numbers and names hardly get smaller with Zstandard, and setting it up for each column chunk takes longer.
+    let properties = properties(key_values).set_compression(Compression::SNAPPY);
     fs::publish_with(path, |file| {
-        let mut writer = RowGroupWriter::new(path, file, schema, properties(key_values), row_group_rows)?;
+        let mut writer = RowGroupWriter::new(path, file, schema, properties, row_group_rows)?;
         for batch in batches {
             writer.push(batch?)?;
         }
@@ -68,6 +71,8 @@ pub(super) fn properties(key_values: &[(&str, &str)]) -> WriterPropertiesBuilder
     WriterProperties::builder()
         .set_created_by("proxyset".into())
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        // Names that never repeat have no use for a dictionary.
+        .set_column_dictionary_enabled(ColumnPath::from("uid"), false)
         .set_key_value_metadata(Some(key_values.collect()))
 }
 

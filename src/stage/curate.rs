@@ -1,26 +1,27 @@
 //! Curate: a selection from a pool by its score table. Seconds, no GPU; the pool stays as it is.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
 
-use arrow_array::{BooleanArray, Float32Array, Int32Array, Int64Array, StringArray, UInt64Array};
-use arrow_schema::DataType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Counts, Job, Outcome, Score, Stage, expect, finished_input, label, note, score, shards};
+use super::{
+    Counts, Job, Outcome, Stage, expect, label, note,
+    score::{columns, quantiles},
+    score_rows::{ScoreRows, ScoreTables},
+    selection::{self, ClassCounts, Judged, SelectRecord},
+};
 use crate::{
-    Error, Result,
-    curate::{Arm, Candidate, Gates, Quota, Reason, Selector},
-    data::table,
+    Result,
+    curate::{Arm, Comparison, Condition, Gate, Group, NearDuplicates, PASSED, keep_first, repeated},
     fs,
-    rng::{Stream, stream},
+    stats::{Moments, mean_difference_interval},
 };
 
-/// Selects from a pool: gates that remove, an arm that ranks, a quota per class.
+/// Selects from a pool: gates that remove, an arm that ranks, quotas.
+///
+/// A sample is refused by the first gate that it does not meet: a copy of a test image, of a training image, memorised,
+/// then label, confidence, score, filters, duplicates. Of those that pass, the arm keeps the first.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Curate {
@@ -30,15 +31,27 @@ pub struct Curate {
     /// What ranks.
     #[arg(long, value_enum, default_value_t = Arm::Arc)]
     pub arm: Arm,
-    /// How many of each class are kept; 0 to use keep_fraction.
+    /// How many of each class are kept; 0 to use keep_total or keep_fraction.
     #[arg(long, default_value_t = 0)]
     pub keep_per_class: usize,
-    /// The share kept of those of each class that pass the gates, when keep_per_class is 0. The paper keeps 2/3.
+    /// How many are kept in all, whatever their class; 0 to use keep_per_class or keep_fraction.
+    #[arg(long, default_value_t = 0)]
+    pub keep_total: usize,
+    /// The share kept of those that pass the gates, if no number is given. The paper keeps 2/3.
     #[arg(long, default_value_t = 0.67)]
     pub keep_fraction: f64,
-    /// A class with fewer than keep_per_class images behind the gates is an error (exit 1) unless this is set.
+    /// Whether keep_fraction is of each class or of all.
+    #[arg(long, value_enum, default_value_t = Within::Class)]
+    pub within: Within,
+    /// How many are kept of one class, by name or number, instead of what the other settings say: cat=500.
+    #[arg(long, value_delimiter = ',')]
+    pub quota: Vec<Quota>,
+    /// Fewer images behind the gates than are to be kept are an error (exit 1) unless this is set.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub allow_short: bool,
+    /// Keep only what meets this condition on a column of the score table: 'label_confidence >= 0.9'. A null meets none.
+    #[arg(long)]
+    pub filter: Vec<Condition>,
     /// Refuse images that are this near to being a copy of a real image, mirrored or not, up to a shift by a pixel: the
     /// root mean square of the differences of pixels in [0, 1].
     #[arg(long, default_value_t = 0.02)]
@@ -47,6 +60,10 @@ pub struct Curate {
     /// ones. Carlini et al. 2023 take 0.5; 0 refuses none.
     #[arg(long, default_value_t = 0.0)]
     pub min_memorization_ratio: f64,
+    /// Refuse images whose perceptual hash, of 64 bits, differs in at most this many bits from that of an image before
+    /// it that passed. Equal pixels are always refused.
+    #[arg(long)]
+    pub near_duplicate_bits: Option<u32>,
     /// Refuse images whose label the classifier does not share.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub require_agreement: bool,
@@ -56,161 +73,59 @@ pub struct Curate {
     /// Refuse images with a higher synthetic_score.
     #[arg(long, default_value_t = 1.0)]
     pub max_score: f64,
-    /// Seed of the random arm.
+    /// Seed of the random arm and of rejection sampling.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
-/// `select.json`: the rule and what it did.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SelectRecord {
-    /// `proxyset.select/1`.
-    pub schema: String,
-    /// What ranked.
-    pub arm: Arm,
-    /// All settings.
-    pub rule: Value,
-    /// Rows of the score table.
-    pub total: u64,
-    /// Rows kept.
-    pub kept: u64,
-    /// Rows rejected, by reason. `total = kept + Σ rejected`.
-    pub rejected: Counts,
-    /// Rows kept, by class.
-    pub kept_by_class: Vec<u64>,
-    /// Quantiles of `synthetic_score` over the pool.
-    pub score_before: Value,
-    /// Quantiles of `synthetic_score` over the kept.
-    pub score_after: Value,
-    /// Whether judges find the kept closer to real than an equally large random part.
-    pub judged: Option<Judged>,
+/// What a fraction is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Within {
+    /// Of each class.
+    Class,
+    /// Of all.
+    All,
 }
 
-/// The kept against an equally large random part behind the same gates, class by class, judged by
-/// discriminators that share no training image and no seed with those that ranked. Lower is closer to real.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Judged {
-    /// Mean judge score of the kept.
-    pub kept: f64,
-    /// Mean judge score of the random part.
-    pub random: f64,
-    /// Kept minus random.
-    pub difference: f64,
-    /// 95 % bootstrap interval of the difference, over images.
-    pub interval: [f64; 2],
-    /// Judged images: kept, random. Those of the judges' own fold are left out.
-    pub images: [usize; 2],
+/// How many of one class are kept: `cat=500`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Quota {
+    /// The class's name or number.
+    pub class: String,
+    /// How many.
+    pub count: usize,
 }
 
-/// One row of the score table.
-struct Row {
-    uid: String,
-    label: u32,
-    score: f32,
-    judge: Option<f32>,
-    confidence: f32,
-    agrees: bool,
-    hash: u64,
-    train_copy: f32,
-    test_copy: Option<f32>,
-    memorization_ratio: f32,
-}
+impl FromStr for Quota {
+    type Err = String;
 
-impl Row {
-    fn candidate(&self, duplicate: bool) -> Candidate<'_> {
-        Candidate {
-            uid: &self.uid,
-            label: self.label,
-            synthetic_score: self.score,
-            confidence: self.confidence,
-            agrees: self.agrees,
-            train_copy: self.train_copy,
-            test_copy: self.test_copy,
-            memorization_ratio: self.memorization_ratio,
-            duplicate,
-        }
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.rsplit_once('=').and_then(|(class, count)| {
+            Some(Self { class: class.trim().into(), count: count.trim().parse().ok()? })
+        });
+        parsed.ok_or_else(|| format!("quota '{text}' is not CLASS=COUNT"))
     }
 }
 
-/// The score tables of a pool, read shard by shard as often as need be.
-struct ScoreTables {
-    dir: PathBuf,
-    shards: usize,
-    classes: usize,
+impl fmt::Display for Quota {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.class, self.count)
+    }
 }
 
-impl ScoreTables {
-    fn open(folder: &Path) -> Result<Self> {
-        let count = |key: &str| -> Result<usize> {
-            let found = super::read_done(folder)?.and_then(|d| d.summary[key].as_u64());
-            let missing =
-                || Error::Data(format!("{}: done.json does not say the number of {key}", folder.display()));
-            found.map(|n| n as usize).ok_or_else(missing)
-        };
-        Ok(Self { dir: folder.join("scores"), shards: count("shards")?, classes: count("classes")? })
-    }
+impl TryFrom<String> for Quota {
+    type Error = String;
 
-    fn read(&self, shard: usize) -> Result<Vec<Row>> {
-        use {label::columns as l, score::columns as s};
-        let columns = [
-            l::UID,
-            l::LABEL,
-            s::SCORE,
-            s::JUDGE,
-            l::CONFIDENCE,
-            s::AGREES,
-            s::HASH,
-            s::TRAIN_COPY,
-            s::TEST_COPY,
-            s::RATIO,
-        ];
-        let table = shards::read_table(&self.dir, shard, &columns)?;
-        let text = |name| table.column(name, |a: &StringArray, i| a.value(i).to_owned());
-        let truth = |name| table.column(name, |a: &BooleanArray, i| a.value(i));
-        let number = |name| table.column(name, |a: &Float32Array, i| a.value(i));
-        let labels = table.column(l::LABEL, |a: &Int64Array, i| a.value(i))?;
-        let judges = table.optional(s::JUDGE, |a: &Float32Array, i| a.value(i))?;
-        let uids = text(l::UID)?;
-        let hashes = table.column(s::HASH, |a: &UInt64Array, i| a.value(i))?;
-        let (scores, confidences) = (number(s::SCORE)?, number(l::CONFIDENCE)?);
-        let agrees = truth(s::AGREES)?;
-        let (train_copies, ratios) = (number(s::TRAIN_COPY)?, number(s::RATIO)?);
-        let test_copies = table.optional(s::TEST_COPY, |a: &Float32Array, i| a.value(i))?;
-        let mut rows = Vec::with_capacity(uids.len());
-        for (i, (uid, hash)) in uids.into_iter().zip(hashes).enumerate() {
-            let label = u32::try_from(labels[i]).ok().filter(|&l| (l as usize) < self.classes);
-            let label = label.ok_or_else(|| {
-                Error::Data(format!(
-                    "score table of shard {shard}, {uid}: label is {}, expected a class",
-                    labels[i]
-                ))
-            })?;
-            rows.push(Row {
-                uid,
-                label,
-                score: scores[i],
-                judge: judges[i],
-                confidence: confidences[i],
-                agrees: agrees[i],
-                hash,
-                train_copy: train_copies[i],
-                test_copy: test_copies[i],
-                memorization_ratio: ratios[i],
-            });
-        }
-        Ok(rows)
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
+}
 
-    /// Streams all rows; `visit` is told shard, row, and whether the pixels came before.
-    fn for_each(&self, mut visit: impl FnMut(usize, usize, &Row, bool) -> Result<()>) -> Result<()> {
-        // The pixels' hashes are what a duplicate is told by: 8 bytes a pool image.
-        let mut seen = HashSet::new();
-        for shard in 0..self.shards {
-            for (index, row) in self.read(shard)?.iter().enumerate() {
-                visit(shard, index, row, !seen.insert(row.hash))?;
-            }
-        }
-        Ok(())
+impl From<Quota> for String {
+    fn from(quota: Quota) -> Self {
+        quota.to_string()
     }
 }
 
@@ -219,7 +134,25 @@ impl Stage for Curate {
     const INPUTS: &'static [&'static str] = &["scores"];
 
     fn validate(&self) -> Result<()> {
-        if self.keep_per_class == 0 {
+        if self.keep_per_class > 0 && self.keep_total > 0 {
+            bail!(
+                Usage,
+                "keep_per_class is {} and keep_total is {}, expected one of them",
+                self.keep_per_class,
+                self.keep_total
+            );
+        }
+        let overall = self.keep_total > 0 || self.keep_per_class == 0 && self.within == Within::All;
+        if let (true, Some(quota)) = (overall, self.quota.first()) {
+            bail!(Usage, "quota is {quota}, but what is kept is counted over all classes");
+        }
+        if self.filter.len() > 200 {
+            bail!(Usage, "there are {} filters, expected at most 200", self.filter.len());
+        }
+        if let Some(bits) = self.near_duplicate_bits {
+            expect("near_duplicate_bits", bits, 0, NearDuplicates::MAX_RADIUS)?;
+        }
+        if self.keep_per_class == 0 && self.keep_total == 0 {
             expect("keep_fraction", self.keep_fraction, 1e-9, 1.0)?;
         }
         expect("copy_tolerance", self.copy_tolerance, 0.0, 1.0)?;
@@ -229,269 +162,261 @@ impl Stage for Curate {
     }
 
     fn amount(&self) -> String {
-        match self.quota() {
-            _ if self.arm == Arm::All => "all that pass the gates".into(),
-            Quota::PerClass(k) => format!("{k} of each class, arm {}", self.arm),
-            Quota::Fraction(f) => format!("{:.0} % of each class, arm {}", 100.0 * f, self.arm),
+        let of = match self.within {
+            Within::Class => "each class",
+            Within::All => "all",
+        };
+        match self.arm {
+            Arm::All => "all that pass the gates".into(),
+            arm if self.keep_per_class > 0 => format!("{} of each class, arm {arm}", self.keep_per_class),
+            arm if self.keep_total > 0 => format!("{} in all, arm {arm}", self.keep_total),
+            arm => format!("{:.0} % of {of}, arm {arm}", 100.0 * self.keep_fraction),
         }
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let folder = finished_input::<Score>("scores", self.scores.as_deref())?;
-        let tables = ScoreTables::open(&folder)?;
-        let gates = Gates {
-            copy_tolerance: self.copy_tolerance,
-            min_memorization_ratio: self.min_memorization_ratio,
-            agreement: self.require_agreement,
-            min_confidence: self.min_confidence,
-            max_score: self.max_score,
+        let tables = ScoreTables::open("scores", self.scores.as_deref())?;
+        let schema = tables.schema()?;
+        self.filter.iter().try_for_each(|filter| filter.expect_in(&schema))?;
+        let gates = self.gates();
+        let mut reasons: Vec<String> = gates.iter().map(|gate| gate.reason.clone()).collect();
+        let mut verdict_for = |reason: &str| {
+            reasons.push(reason.into());
+            PASSED + reasons.len() as u8
         };
+        let [duplicate, near_duplicate, over_quota] =
+            ["duplicate", "near-duplicate", "over-quota"].map(&mut verdict_for);
 
-        // Pass 1: how many of each class pass the gates. Pass 2: the selector. Pass 3: the tables.
-        let mut passing = vec![0u64; tables.classes];
-        tables.for_each(|_, _, row, duplicate| {
-            passing[row.label as usize] += u64::from(gates.refuse(&row.candidate(duplicate)).is_none());
-            Ok(())
-        })?;
-        if passing.iter().all(|&n| n == 0) {
-            bail!(Gate, "none of the pool's images passes the gates: {gates:?}");
+        let mut rows = tables.load(&gates, self.arm, self.seed)?;
+        refuse_repeated(&mut rows, tables.hashes(columns::HASH)?, duplicate, repeated);
+        if let Some(bits) = self.near_duplicate_bits {
+            let mut near = NearDuplicates::new(bits);
+            let looks = tables.hashes(columns::LOOKS)?;
+            refuse_repeated(&mut rows, looks, near_duplicate, |hashes| {
+                hashes.iter().map(|&hash| near.repeats(hash)).collect()
+            });
         }
-        if self.keep_per_class > 0 && self.arm != Arm::All && !self.allow_short {
-            let short: Vec<String> = passing
-                .iter()
-                .enumerate()
-                .filter(|&(_, &n)| n < self.keep_per_class as u64)
-                .map(|(class, n)| format!("class {class} has {n}"))
-                .collect();
-            if !short.is_empty() {
-                bail!(
-                    Gate,
-                    "keep_per_class is {}, but behind the gates {}; generate more, keep fewer, or set allow_short",
-                    self.keep_per_class,
-                    short.join(", ")
-                );
+
+        let candidates = rows.passed();
+        if candidates.is_empty() {
+            bail!(
+                Gate,
+                "none of the pool's {} images passes the gates: {}",
+                tables.len(),
+                reasons.join(", ")
+            );
+        }
+        let groups = self.groups(&candidates, &rows, &tables.classes)?;
+        let kept = keep_first(groups, &rows.ranks, |tied| tables.uid_orders(tied))?;
+        let control = self.random_part(&candidates, &kept, &rows, &tables)?;
+        for &row in &candidates {
+            if !kept[row as usize] {
+                rows.verdicts[row as usize] = over_quota;
             }
         }
-        let mut selector = Selector::new(self.arm, self.seed, self.quota(), &passing);
-        // The random part that the kept are judged against: as many of each class, behind the same gates.
-        let mut control = Selector::with_limits(Arm::Random, !self.seed, selector.limits().to_vec());
-        tables.for_each(|_, _, row, duplicate| {
-            let candidate = row.candidate(duplicate);
-            if gates.refuse(&candidate).is_none() {
-                selector.offer(&candidate);
-                control.offer(&candidate);
-            }
-            Ok(())
-        })?;
 
         let (out, _lock) = job.open("run")?;
-        let mut kept = KeptRows::default();
-        let mut rejected_rows: (Vec<String>, Vec<&str>) = Default::default();
-        let mut rejected = Counts::new();
-        let mut kept_by_class = vec![0u64; passing.len()];
-        let (mut before, mut after, mut total) = (Vec::new(), Vec::new(), 0u64);
-        let mut judged: [Vec<f32>; 2] = Default::default();
-        tables.for_each(|shard, index, row, duplicate| {
-            let candidate = row.candidate(duplicate);
-            total += 1;
-            before.push(row.score);
-            let mut refused = gates.refuse(&candidate);
-            if refused.is_none() {
-                if control.keeps(&candidate) {
-                    judged[1].extend(row.judge);
-                }
-                if !selector.keeps(&candidate) {
-                    refused = Some(Reason::OverQuota);
-                }
-            }
-            match refused {
-                Some(reason) => {
-                    *rejected.entry(reason.name().into()).or_default() += 1;
-                    rejected_rows.0.push(row.uid.clone());
-                    rejected_rows.1.push(reason.name());
-                }
-                None => {
-                    kept_by_class[row.label as usize] += 1;
-                    after.push(row.score);
-                    judged[0].extend(row.judge);
-                    kept.push(shard, index, row);
-                }
-            }
-            Ok(())
-        })?;
-        let kept_total = kept.uid.len() as u64;
-        if total != kept_total + rejected.values().sum::<u64>() {
-            bail!(Alarm, "{total} rows in, but {kept_total} kept and {rejected:?} rejected");
-        }
-        kept.write(&out.join("selection.parquet"))?;
-        write_rejected(&out.join("rejected.parquet"), rejected_rows)?;
-        let record = SelectRecord {
-            schema: "proxyset.select/1".into(),
-            arm: self.arm,
-            rule: super::AnyStage::identity(self),
-            total,
-            kept: kept_total,
-            rejected,
-            kept_by_class,
-            score_before: sorted_quantiles(before),
-            score_after: sorted_quantiles(after),
-            judged: (self.arm != Arm::All).then(|| judge(&judged, self.seed)).flatten(),
-        };
+        selection::write(out, &tables, &rows.verdicts, &reasons)?;
+        let record = self.record(&tables, &rows, &reasons, &control)?;
         fs::publish_json(&out.join("select.json"), &record)?;
-        let reasons: Vec<String> = record.rejected.iter().map(|(r, n)| format!("{n} {r}")).collect();
-        note(self, &format!("{total} in = {kept_total} kept + {}", reasons.join(" + ")));
+        note(self, &record.balance());
         Ok(Outcome::Done(json!(record)))
     }
 }
 
 impl Curate {
-    fn quota(&self) -> Quota {
-        if self.keep_per_class > 0 {
-            Quota::PerClass(self.keep_per_class)
-        } else {
-            Quota::Fraction(self.keep_fraction)
+    /// The gates, in the order in which their reasons are given.
+    fn gates(&self) -> Vec<Gate> {
+        use label::columns::CONFIDENCE;
+        let gate = |reason: &str, condition| Gate { reason: reason.into(), condition, null_passes: false };
+        let number =
+            |reason, column: &str, comparison, value| gate(reason, Condition::new(column, comparison, value));
+        let (copy, least) = (self.copy_tolerance, self.min_memorization_ratio);
+        let mut gates = vec![
+            number("not-finite", columns::SCORE, Comparison::Less, f64::INFINITY),
+            number("not-finite", CONFIDENCE, Comparison::Less, f64::INFINITY),
+            Gate { null_passes: true, ..number("test-copy", columns::TEST_COPY, Comparison::More, copy) },
+            number("train-copy", columns::TRAIN_COPY, Comparison::More, copy),
+            number("memorized", columns::RATIO, Comparison::AtLeast, least),
+        ];
+        if self.require_agreement {
+            gates.push(gate("label-disagrees", Condition::is(columns::AGREES, true)));
+        }
+        gates.push(number("low-confidence", CONFIDENCE, Comparison::AtLeast, self.min_confidence));
+        gates.push(number("high-score", columns::SCORE, Comparison::AtMost, self.max_score));
+        gates.extend(self.filter.iter().map(|filter| gate(&format!("not {filter}"), filter.clone())));
+        gates
+    }
+
+    /// Who competes for how many places. Fails if there are fewer candidates than are to be kept.
+    fn groups(&self, candidates: &[u32], rows: &ScoreRows, classes: &[String]) -> Result<Vec<Group>> {
+        let share = |n: usize| (n as f64 * self.keep_fraction - 1e-9).ceil() as usize;
+        if self.arm == Arm::All {
+            return Ok(vec![Group { rows: candidates.to_vec(), limit: candidates.len() }]);
+        }
+        const REMEDY: &str = "generate more, keep fewer, or set allow_short";
+        if self.keep_total > 0 || self.keep_per_class == 0 && self.within == Within::All {
+            let limit = if self.keep_total > 0 { self.keep_total } else { share(candidates.len()) };
+            if candidates.len() < limit && !self.allow_short {
+                bail!(
+                    Gate,
+                    "{} images pass the gates, expected keep_total = {limit}; {REMEDY}",
+                    candidates.len()
+                );
+            }
+            return Ok(vec![Group { rows: candidates.to_vec(), limit }]);
+        }
+        let quotas = self.quotas(classes)?;
+        let mut groups: Vec<Group> = classes.iter().map(|_| Group { rows: Vec::new(), limit: 0 }).collect();
+        for &row in candidates {
+            groups[usize::from(rows.labels[row as usize])].rows.push(row);
+        }
+        let mut lacking = Vec::new();
+        for (class, group) in groups.iter_mut().enumerate() {
+            let count =
+                quotas.get(&class).copied().or((self.keep_per_class > 0).then_some(self.keep_per_class));
+            group.limit = count.unwrap_or_else(|| share(group.rows.len()));
+            if group.rows.len() < group.limit {
+                lacking.push(format!("{} of {}, expected {}", group.rows.len(), classes[class], group.limit));
+            }
+        }
+        if !lacking.is_empty() && !self.allow_short {
+            bail!(Gate, "too few images of a class pass the gates: {}; {REMEDY}", lacking.join("; "));
+        }
+        Ok(groups)
+    }
+
+    /// By class, the quotas of single classes.
+    fn quotas(&self, classes: &[String]) -> Result<BTreeMap<usize, usize>> {
+        let mut quotas = BTreeMap::new();
+        for quota in &self.quota {
+            let by_name = classes.iter().position(|name| *name == quota.class);
+            let by_number = || quota.class.parse().ok().filter(|&class: &usize| class < classes.len());
+            let Some(class) = by_name.or_else(by_number) else {
+                bail!(
+                    Usage,
+                    "quota {quota}: no class '{}', expected one of {}",
+                    quota.class,
+                    classes.join(", ")
+                );
+            };
+            if quotas.insert(class, quota.count).is_some() {
+                bail!(Usage, "quota {quota}: class '{}' has another quota already", classes[class]);
+            }
+        }
+        Ok(quotas)
+    }
+
+    /// The random part that the kept are judged against: as many of each class, behind the same gates.
+    fn random_part(
+        &self,
+        candidates: &[u32],
+        kept: &[bool],
+        rows: &ScoreRows,
+        tables: &ScoreTables,
+    ) -> Result<Vec<bool>> {
+        let mut groups: Vec<Group> =
+            tables.classes.iter().map(|_| Group { rows: Vec::new(), limit: 0 }).collect();
+        let mut ranks = vec![0; kept.len()];
+        for &row in candidates {
+            let group = &mut groups[usize::from(rows.labels[row as usize])];
+            group.rows.push(row);
+            group.limit += usize::from(kept[row as usize]);
+            ranks[row as usize] = Arm::Random.rank(!self.seed, u64::from(row), 0.0, 0.0);
+        }
+        keep_first(groups, &ranks, |tied| tables.uid_orders(tied))
+    }
+
+    fn record(
+        &self,
+        tables: &ScoreTables,
+        rows: &ScoreRows,
+        reasons: &[String],
+        control: &[bool],
+    ) -> Result<SelectRecord> {
+        let mut counts = vec![vec![0u64; reasons.len() + 1]; tables.classes.len()];
+        let [mut kept, mut random] = [Moments::default(); 2];
+        let mut after = Vec::new();
+        for row in 0..tables.len() {
+            let verdict = rows.verdicts[row];
+            counts[usize::from(rows.labels[row])][usize::from(verdict)] += 1;
+            let judge = f64::from(rows.judges[row]);
+            if verdict == PASSED {
+                after.push(rows.scores[row]);
+            }
+            if !judge.is_nan() {
+                if verdict == PASSED {
+                    kept.add(judge);
+                }
+                if control[row] {
+                    random.add(judge);
+                }
+            }
+        }
+        let classes: Vec<ClassCounts> = tables
+            .classes
+            .iter()
+            .zip(&counts)
+            .map(|(name, counts)| {
+                let mut rejected = Counts::new();
+                for (reason, &n) in reasons.iter().zip(&counts[1..]) {
+                    if n > 0 {
+                        *rejected.entry(reason.clone()).or_default() += n;
+                    }
+                }
+                ClassCounts { class: name.clone(), total: counts.iter().sum(), kept: counts[0], rejected }
+            })
+            .collect();
+        let mut rejected = Counts::new();
+        for (reason, n) in classes.iter().flat_map(|class| &class.rejected) {
+            *rejected.entry(reason.clone()).or_default() += n;
+        }
+        let record = SelectRecord {
+            schema: "proxyset.select/1".into(),
+            arm: self.arm,
+            rule: super::AnyStage::identity(self),
+            total: tables.len() as u64,
+            kept: after.len() as u64,
+            rejected,
+            classes,
+            score_before: sorted_quantiles(rows.scores.clone()),
+            score_after: sorted_quantiles(after),
+            judged: (self.arm != Arm::All && kept.count > 0).then(|| Judged {
+                kept: kept.mean,
+                random: random.mean,
+                difference: kept.mean - random.mean,
+                interval: mean_difference_interval(&kept, &random),
+                images: [kept.count, random.count],
+            }),
+        };
+        if record.total != record.kept + record.rejected.values().sum::<u64>() {
+            bail!(Alarm, "counts do not add up: {}", record.balance());
+        }
+        Ok(record)
+    }
+}
+
+/// Refuses those rows that passed so far and whose hash repeats one of theirs before it.
+fn refuse_repeated(
+    rows: &mut ScoreRows,
+    mut hashes: Vec<u64>,
+    verdict: u8,
+    repeats: impl FnOnce(&[u64]) -> Vec<bool>,
+) {
+    let candidates = rows.passed();
+    for (i, &row) in candidates.iter().enumerate() {
+        hashes[i] = hashes[row as usize];
+    }
+    hashes.truncate(candidates.len());
+    for (&row, repeats) in candidates.iter().zip(repeats(&hashes)) {
+        if repeats {
+            rows.verdicts[row as usize] = verdict;
         }
     }
 }
 
 fn sorted_quantiles(mut scores: Vec<f32>) -> Value {
-    scores.sort_by(f32::total_cmp);
-    score::quantiles(&scores)
-}
-
-/// Compares mean judge scores; none if the judges saw no image of a part.
-fn judge([kept, random]: &[Vec<f32>; 2], seed: u64) -> Option<Judged> {
-    const DRAWS: u64 = 1000;
-    if kept.is_empty() || random.is_empty() {
-        return None;
-    }
-    let mean = |v: &[f32]| v.iter().map(|&x| f64::from(x)).sum::<f64>() / v.len() as f64;
-    let mut differences: Vec<f64> = (0..DRAWS)
-        .map(|draw| {
-            let mut stream = Stream::new(seed, draw, stream::BOOTSTRAP);
-            let mut resampled = |v: &[f32]| {
-                (0..v.len()).map(|_| f64::from(v[stream.below(v.len())])).sum::<f64>() / v.len() as f64
-            };
-            resampled(kept) - resampled(random)
-        })
-        .collect();
-    differences.sort_by(f64::total_cmp);
-    Some(Judged {
-        kept: mean(kept),
-        random: mean(random),
-        difference: mean(kept) - mean(random),
-        interval: [differences[25], differences[974]],
-        images: [kept.len(), random.len()],
-    })
-}
-
-/// The columns of `selection.parquet`.
-#[derive(Default)]
-struct KeptRows {
-    uid: Vec<String>,
-    label: Vec<i64>,
-    score: Vec<f32>,
-    confidence: Vec<f32>,
-    shard: Vec<i32>,
-    row: Vec<i32>,
-}
-
-impl KeptRows {
-    fn push(&mut self, shard: usize, index: usize, row: &Row) {
-        self.uid.push(row.uid.clone());
-        self.label.push(i64::from(row.label));
-        self.score.push(row.score);
-        self.confidence.push(row.confidence);
-        self.shard.push(shard as i32);
-        self.row.push(index as i32);
-    }
-
-    fn write(self, path: &Path) -> Result<()> {
-        let schema = shards::schema(&[
-            ("uid", DataType::Utf8, false),
-            ("label", DataType::Int64, false),
-            ("synthetic_score", DataType::Float32, false),
-            ("label_confidence", DataType::Float32, false),
-            ("shard", DataType::Int32, false),
-            ("row", DataType::Int32, false),
-        ]);
-        let batch = shards::batch(
-            &schema,
-            vec![
-                Arc::new(StringArray::from(self.uid)),
-                Arc::new(Int64Array::from(self.label)),
-                Arc::new(Float32Array::from(self.score)),
-                Arc::new(Float32Array::from(self.confidence)),
-                Arc::new(Int32Array::from(self.shard)),
-                Arc::new(Int32Array::from(self.row)),
-            ],
-        )?;
-        table::write(path, &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[]).map(drop)
-    }
-}
-
-fn write_rejected(path: &Path, (uids, reasons): (Vec<String>, Vec<&str>)) -> Result<()> {
-    let schema = shards::schema(&[("uid", DataType::Utf8, false), ("reason", DataType::Utf8, false)]);
-    let columns: Vec<arrow_array::ArrayRef> =
-        vec![Arc::new(StringArray::from(uids)), Arc::new(StringArray::from(reasons))];
-    table::write(path, &schema, [Ok(shards::batch(&schema, columns)?)], table::ROW_GROUP_ROWS, &[]).map(drop)
-}
-
-/// One kept row, as materialize reads it.
-pub(super) struct Selected {
-    pub(super) uid: String,
-    pub(super) label: u32,
-    pub(super) score: f32,
-    pub(super) confidence: f32,
-    pub(super) shard: usize,
-    pub(super) row: usize,
-}
-
-/// Reads `selection.parquet` of a finished curate, with its record.
-pub(super) fn read_selection(key: &str, dir: Option<&Path>) -> Result<(Vec<Selected>, SelectRecord)> {
-    let dir = finished_input::<Curate>(key, dir)?;
-    let record: SelectRecord = fs::read_json(&dir.join("select.json"))?;
-    let path = dir.join("selection.parquet");
-    let columns = ["uid", "label", "synthetic_score", "label_confidence", "shard", "row"];
-    let table = shards::read_whole(&path, &columns)?;
-    let uid = table.column("uid", |a: &StringArray, i| a.value(i).to_owned())?;
-    let label = table.column("label", |a: &Int64Array, i| a.value(i) as u32)?;
-    let score = table.column("synthetic_score", |a: &Float32Array, i| a.value(i))?;
-    let confidence = table.column("label_confidence", |a: &Float32Array, i| a.value(i))?;
-    let shard = table.column("shard", |a: &Int32Array, i| a.value(i) as usize)?;
-    let row = table.column("row", |a: &Int32Array, i| a.value(i) as usize)?;
-    let selected = uid.into_iter().enumerate().map(|(i, uid)| Selected {
-        uid,
-        label: label[i],
-        score: score[i],
-        confidence: confidence[i],
-        shard: shard[i],
-        row: row[i],
-    });
-    Ok((selected.collect(), record))
-}
-
-/// Where pool images are: shard and row.
-pub(super) type Places = Vec<(usize, usize)>;
-
-/// Where the lowest- and the highest-scored images of each class are, for the contact sheet.
-pub(super) fn extremes(scores: &Path, per_class: usize) -> Result<BTreeMap<u32, [Places; 2]>> {
-    let folder = finished_input::<Score>("scores", Some(scores))?;
-    let tables = ScoreTables::open(&folder)?;
-    let mut by_class: BTreeMap<u32, Vec<(f32, u128, usize, usize)>> = BTreeMap::new();
-    tables.for_each(|shard, index, row, _| {
-        let order = crate::proxy::fold::uid_order(&row.uid);
-        by_class.entry(row.label).or_default().push((row.score, order, shard, index));
-        Ok(())
-    })?;
-    Ok(by_class
-        .into_iter()
-        .map(|(class, mut rows)| {
-            rows.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-            let place = |r: &(f32, u128, usize, usize)| (r.2, r.3);
-            let lowest = rows.iter().take(per_class).map(place).collect();
-            let highest = rows.iter().rev().take(per_class).map(place).collect();
-            (class, [lowest, highest])
-        })
-        .collect())
+    use rayon::slice::ParallelSliceMut;
+    scores.par_sort_unstable_by(f32::total_cmp);
+    quantiles(&scores)
 }

@@ -11,9 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Generate, Job, Outcome, Split, Stage,
-    curate::{SelectRecord, Selected, read_selection},
-    expect, finished_input, read_config,
+    Generate, Job, Outcome, Split, Stage, expect, finished_input, read_config,
+    selection::{self, SelectRecord, Selected},
     shards::Pool,
 };
 use crate::{
@@ -77,7 +76,7 @@ impl Stage for Materialize {
         let split = finished_input::<Split>("split", self.split.as_deref())?;
         let parts: super::split::Parts = fs::read_json(&split.join("split.json"))?;
         let pool = Pool::open("pool", self.pool.as_deref())?;
-        let (selected, record) = read_selection("selection", self.selection.as_deref())?;
+        let (selected, record) = selection::read("selection", self.selection.as_deref())?;
         if selected.is_empty() {
             bail!(Data, "the selection is empty, expected at least one image");
         }
@@ -112,7 +111,7 @@ impl Stage for Materialize {
             "files": report.files,
             "bytes": report.bytes,
             "arm": record.arm,
-            "by_class": record.kept_by_class,
+            "by_class": record.kept_by_class(),
         })))
     }
 }
@@ -227,19 +226,13 @@ impl Materialize {
         } else {
             self.pretty_name.clone()
         };
-        let reasons: Vec<String> =
-            record.rejected.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
-        let by_class: String = parts
-            .class_names
-            .iter()
-            .enumerate()
-            .map(|(class, name)| format!("| {name} | {} |\n", record.kept_by_class.get(class).unwrap_or(&0)))
-            .collect();
+        let by_class: String =
+            record.classes.iter().map(|class| format!("| {} | {} |\n", class.class, class.kept)).collect();
         let text = format!(
             "Images made by a diffusion model of {real}, {selected}, by proxyset, which implements \
              [Sehwag et al. 2022](https://arxiv.org/abs/2104.09425).\n\n\
              - **Sampler** {sampler}, seed {seed}\n\
-             - **Curation** arm `{arm}`: {total} in = {kept} kept + {reasons}\n\
+             - **Curation** arm `{arm}`: {balance}\n\
              - **Score** `synthetic_score`, low is close to real: the mean over ε of a robust discriminator's \
              probability of \"synthetic\", by networks that were not trained on the image\n\
              - **Labels** {labels}; `label_confidence` is a classifier's, trained on real images\n\
@@ -253,15 +246,14 @@ impl Materialize {
             selected = match record.arm {
                 Arm::Arc => "those that robust discriminators find closest to the real ones",
                 Arm::Confidence => "those of which a classifier is surest",
+                Arm::Rejection => "drawn with the density ratios that robust discriminators give them",
                 Arm::Random => "a random part",
                 Arm::All => "all that passed the gates",
             },
             sampler = pool.info.sampler,
             seed = pool.info.seed,
             arm = record.arm,
-            total = record.total,
-            kept = record.kept,
-            reasons = reasons.join(" + "),
+            balance = record.balance(),
             labels = if pool.info.conditional {
                 "are those the images were made for"
             } else {

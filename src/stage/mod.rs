@@ -28,6 +28,8 @@ mod publish;
 mod quality;
 mod report;
 mod score;
+mod score_rows;
+mod selection;
 mod shards;
 mod split;
 mod train;
@@ -77,7 +79,7 @@ pub const NAMES: &[&str] = &[
 ];
 
 /// The version of what stages write. Part of every fingerprint: a change of format redoes the work.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 const CONFIG: &str = "config.toml";
 const DONE: &str = "done.json";
 /// The lock on all of a stage's folder; see [`Job::open`].

@@ -12,13 +12,15 @@ use serde_json::{Value, json};
 use super::{
     Curate, Evaluate, Job, Label, Outcome, Score, Stage,
     arc::ArcRecord,
-    curate::{SelectRecord, extremes},
     evaluate::Metrics,
     expect, finished_input, read_done,
+    score_rows::ScoreTables,
+    selection::SelectRecord,
     shards::{self, Pool},
 };
 use crate::{
     Result,
+    curate::Arm,
     data::{decode_as, encode_png, grid},
     fs,
     stats::{Comparison, compare},
@@ -141,7 +143,7 @@ impl Report {
         let extremes = extremes(scores, self.samples)?;
         // Each shard is opened once, whatever is wanted from it.
         let mut wanted: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for [low, high] in extremes.values() {
+        for [low, high] in &extremes {
             low.iter().chain(high).for_each(|&(shard, row)| wanted.entry(shard).or_default().push(row));
         }
         let mut images: BTreeMap<(usize, usize), Vec<u8>> = BTreeMap::new();
@@ -155,7 +157,7 @@ impl Report {
             }
         }
         let mut cells: Vec<Option<&[u8]>> = Vec::new();
-        for [low, high] in extremes.values() {
+        for [low, high] in &extremes {
             let cell = |place: Option<&(usize, usize)>| place.and_then(|p| images.get(p)).map(Vec::as_slice);
             cells.extend((0..self.samples).map(|i| cell(low.get(i))));
             cells.push(None);
@@ -232,6 +234,27 @@ fn compare_arms(evaluations: &[Evaluation]) -> Result<Vec<ArmComparison>> {
     Ok(found)
 }
 
+/// Where pool images are: shard and row.
+type Places = Vec<(usize, usize)>;
+
+/// Where the lowest- and the highest-scored images of each class that has any are.
+fn extremes(scores: &Path, per_class: usize) -> Result<Vec<[Places; 2]>> {
+    let tables = ScoreTables::open("scores", Some(scores))?;
+    let scored = tables.load(&[], Arm::Arc, 0)?;
+    let mut by_class: Vec<Vec<usize>> = vec![Vec::new(); tables.classes.len()];
+    scored.labels.iter().enumerate().for_each(|(row, &class)| by_class[usize::from(class)].push(row));
+    by_class.retain(|rows| !rows.is_empty());
+    Ok(by_class
+        .into_iter()
+        .map(|mut rows| {
+            rows.sort_by(|&a, &b| scored.scores[a].total_cmp(&scored.scores[b]));
+            let place = |&row: &usize| tables.place(row);
+            let lowest = rows.iter().take(per_class).map(place).collect();
+            [lowest, rows.iter().rev().take(per_class).map(place).collect()]
+        })
+        .collect())
+}
+
 fn markdown(
     pool: &Pool,
     labels: Option<&Value>,
@@ -282,14 +305,11 @@ fn markdown(
         );
     }
     if let Some(s) = selection {
-        let reasons: Vec<String> = s.rejected.iter().map(|(reason, n)| format!("{n} {reason}")).collect();
         text += &format!(
-            "\n## Curation, arm {}\n\n{} in = {} kept + {}\n\nKept by class: {:?}\n",
+            "\n## Curation, arm {}\n\n{}\n\nKept by class: {:?}\n",
             s.arm,
-            s.total,
-            s.kept,
-            reasons.join(" + "),
-            s.kept_by_class
+            s.balance(),
+            s.kept_by_class()
         );
         if let Some(j) = &s.judged {
             text += &format!(

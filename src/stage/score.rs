@@ -188,7 +188,7 @@ impl Stage for Score {
             Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
         pool.expect_shape(real.train.shape)?;
-        let classes = real.train.class_names.len();
+        let classes = real.train.class_names.clone();
         let real = RealImages::load(real, self.neighbours, &job.device)?;
         let epsilons = &discriminators.record.epsilons;
         let weights = trapezoid_weights(&epsilons.iter().map(|e| e.get()).collect::<Vec<_>>());
@@ -274,7 +274,7 @@ impl Stage for Score {
             shards::batch(&schema, columns)
         })?;
         let mut summary = summary(&pool, &dir, real.test.is_some())?;
-        summary["classes"] = classes.into();
+        summary["classes"] = json!(classes);
         summary["shards"] = pool.info.shards.into();
         Ok(Outcome::Done(summary))
     }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod cuda;
+mod curate;
 mod generate;
 mod layers;
 mod pipeline;

@@ -50,7 +50,8 @@ fn a_run_is_done_once_checked_changed_in_part_and_published() {
     let select = &steps.iter().find(|s| s["stage"] == "curate").unwrap()["summary"];
     let rejected: u64 = select["rejected"].as_object().unwrap().values().map(|n| n.as_u64().unwrap()).sum();
     assert_eq!(select["total"].as_u64().unwrap(), select["kept"].as_u64().unwrap() + rejected);
-    assert_eq!(select["kept_by_class"], serde_json::json!([5, 5, 5, 5, 5, 5, 5, 5, 5, 5]));
+    let classes = select["classes"].as_array().unwrap();
+    assert!(classes.len() == 10 && classes.iter().all(|class| class["kept"] == 5), "{classes:?}");
 
     let first = done_at(&run);
     ok(&command("--threads 1"));

@@ -1,0 +1,103 @@
+//! Arms: what ranks the samples that pass the gates.
+
+use serde::{Deserialize, Serialize};
+
+use crate::rng::{self, stream};
+
+/// What ranks the samples that pass the gates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Arm {
+    /// Lowest `synthetic_score` first: closest to the real data (Sehwag et al. 2022, §2.3).
+    Arc,
+    /// Highest label confidence first (Wang et al. 2023).
+    Confidence,
+    /// Discriminator rejection sampling (Azadi et al. 2019): each is kept with probability min(1, w / M), where
+    /// w = (1 - s) / s is the density ratio that the score s claims and M what makes the quota full.
+    Rejection,
+    /// A fresh random order for each seed.
+    Random,
+    /// All that pass the gates, whatever the quota.
+    All,
+}
+
+impl Arm {
+    /// The place of a sample in the arm's order: lower comes first.
+    ///
+    /// `row`: its place in the pool, which its random number hangs on; `score` and `confidence` in [0, 1].
+    ///
+    /// Rejection sampling is an order too: a sample with the uniform number u is accepted if u ≤ w / M, that is, if
+    /// u / w is at most 1 / M, so the first k by u / w are those that the M for k accepts.
+    pub fn rank(self, seed: u64, row: u64, score: f32, confidence: f32) -> u32 {
+        let random = || rng::uint(seed, row, stream::SUBSET);
+        match self {
+            Self::Arc => ascending(score),
+            Self::Confidence => !ascending(confidence),
+            Self::Rejection => {
+                let uniform = (random() >> 11) as f64 / (1u64 << 53) as f64;
+                let score = f64::from(score).clamp(1e-6, 1.0 - 1e-6);
+                ascending((uniform * score / (1.0 - score)) as f32)
+            }
+            Self::Random => (random() >> 32) as u32,
+            Self::All => 0,
+        }
+    }
+}
+
+impl std::fmt::Display for Arm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Arc => "arc",
+            Self::Confidence => "confidence",
+            Self::Rejection => "rejection",
+            Self::Random => "random",
+            Self::All => "all",
+        })
+    }
+}
+
+/// Bits that sort like the float: `total_cmp` as an unsigned number.
+fn ascending(value: f32) -> u32 {
+    let bits = value.to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_sort_like_the_numbers() {
+        let values = [f32::NEG_INFINITY, -1.0, -0.0, 0.0, 1e-30, 0.5, 1.0, f32::INFINITY];
+        assert!(values.windows(2).all(|v| ascending(v[0]) < ascending(v[1])));
+        assert!(values.windows(2).all(|v| Arm::Arc.rank(0, 7, v[0], 0.5) < Arm::Arc.rank(0, 3, v[1], 0.5)));
+        assert!(
+            values
+                .windows(2)
+                .all(|v| { Arm::Confidence.rank(0, 7, 0.5, v[0]) > Arm::Confidence.rank(0, 3, 0.5, v[1]) })
+        );
+    }
+
+    #[test]
+    fn random_orders_differ_by_seed_and_not_by_score() {
+        let order =
+            |seed: u64| (0..100).map(|i| Arm::Random.rank(seed, i, i as f32, 0.5)).collect::<Vec<_>>();
+        assert_eq!(order(1), (0..100).map(|i| Arm::Random.rank(1, i, 0.3, 0.1)).collect::<Vec<_>>());
+        assert_ne!(order(1), order(2));
+    }
+
+    /// With M chosen as the quota's, a sample of density ratio w is kept with probability min(1, w / M): the kept rates
+    /// of two kinds are as their ratios.
+    #[test]
+    fn rejection_keeps_in_proportion_to_the_density_ratio() {
+        let n = 40_000;
+        // Ratios 1/4 and 1/16: a quota of 3,125 of each 20,000 + 20,000 has M = 2, so rates 1/8 and 1/32.
+        let score = |i: u64| if i.is_multiple_of(2) { 0.8f32 } else { 16.0 / 17.0 };
+        let mut ranked: Vec<(u32, u64)> =
+            (0..n).map(|i| (Arm::Rejection.rank(5, i, score(i), 0.0), i)).collect();
+        ranked.sort_unstable();
+        let kept = &ranked[..3125];
+        let likely = kept.iter().filter(|(_, i)| i.is_multiple_of(2)).count() as f64;
+        assert!((likely / 20_000.0 - 0.125).abs() < 0.01, "{likely}");
+    }
+}

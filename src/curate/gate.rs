@@ -1,0 +1,369 @@
+//! Gates: conditions on the columns of a score table, each with the reason for which it refuses.
+
+use std::{fmt, str::FromStr};
+
+use arrow_array::{
+    Array, BooleanArray, PrimitiveArray, RecordBatch,
+    types::{ArrowPrimitiveType, Float32Type, Int32Type, Int64Type, UInt64Type},
+};
+use arrow_schema::{DataType, Schema};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// How a value is held against a constant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comparison {
+    /// `<`
+    Less,
+    /// `<=`
+    AtMost,
+    /// `>`
+    More,
+    /// `>=`
+    AtLeast,
+    /// `==`
+    Equal,
+    /// `!=`
+    Unequal,
+}
+
+impl Comparison {
+    /// Longer signs first, since a text is searched in this order.
+    const ALL: [(&'static str, Self); 6] = [
+        ("<=", Self::AtMost),
+        (">=", Self::AtLeast),
+        ("==", Self::Equal),
+        ("!=", Self::Unequal),
+        ("<", Self::Less),
+        (">", Self::More),
+    ];
+
+    fn sign(self) -> &'static str {
+        Self::ALL.into_iter().find(|(_, c)| *c == self).map_or("", |(sign, _)| sign)
+    }
+
+    /// IEEE 754: nothing but `!=` holds for what is not a number.
+    fn holds<T: PartialOrd>(self, a: T, b: T) -> bool {
+        match self {
+            Self::Less => a < b,
+            Self::AtMost => a <= b,
+            Self::More => a > b,
+            Self::AtLeast => a >= b,
+            Self::Equal => a == b,
+            Self::Unequal => a != b,
+        }
+    }
+}
+
+/// A constant of a condition.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Constant {
+    Integer(i128),
+    Float(f64),
+    Truth(bool),
+}
+
+impl Constant {
+    fn parse(text: &str) -> Option<Self> {
+        let integer = || text.parse().ok().map(Self::Integer);
+        let float = || text.parse().ok().filter(|v: &f64| !v.is_nan()).map(Self::Float);
+        text.parse().ok().map(Self::Truth).or_else(integer).or_else(float)
+    }
+
+    fn float(self) -> Option<f64> {
+        match self {
+            Self::Integer(v) => Some(v as f64),
+            Self::Float(v) => Some(v),
+            Self::Truth(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Constant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Integer(v) => v.fmt(f),
+            Self::Float(v) => v.fmt(f),
+            Self::Truth(v) => v.fmt(f),
+        }
+    }
+}
+
+/// A condition on one column: `label_confidence >= 0.9`, `label_agrees == true`.
+///
+/// A constant takes the type of its column: `x <= 0.1` holds for the 32-bit float nearest to 0.1. A null meets no
+/// condition, as in SQL.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Condition {
+    /// The column of the score table.
+    pub column: String,
+    comparison: Comparison,
+    constant: Constant,
+}
+
+impl Condition {
+    /// `column comparison value`.
+    pub fn new(column: &str, comparison: Comparison, value: f64) -> Self {
+        Self { column: column.into(), comparison, constant: Constant::Float(value) }
+    }
+
+    /// `column == truth`.
+    pub fn is(column: &str, truth: bool) -> Self {
+        Self { column: column.into(), comparison: Comparison::Equal, constant: Constant::Truth(truth) }
+    }
+
+    /// Whether the column can be held against the constant. Fails with [`Error::Usage`] naming what there is.
+    pub fn expect_in(&self, schema: &Schema) -> Result<()> {
+        let Ok(field) = schema.field_with_name(&self.column) else {
+            let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
+            bail!(
+                Usage,
+                "filter '{self}': no column '{}', expected one of {}",
+                self.column,
+                names.join(", ")
+            );
+        };
+        let expected = match field.data_type() {
+            DataType::Float32 | DataType::Int32 | DataType::Int64 | DataType::UInt64 => {
+                self.constant.float().is_none().then_some("a number")
+            }
+            DataType::Boolean => {
+                (!matches!(self.constant, Constant::Truth(_))).then_some("== or != true or false")
+            }
+            _ => Some("a column of numbers or truths"),
+        };
+        match expected {
+            Some(expected) => {
+                bail!(
+                    Usage,
+                    "filter '{self}': column '{}' is {}, expected {expected}",
+                    self.column,
+                    field.data_type()
+                )
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Calls `visit(row, holds)` for every row of `array`, none for a null.
+    fn each(&self, array: &dyn Array, mut visit: impl FnMut(usize, Option<bool>)) -> Result<()> {
+        fn integers<T: ArrowPrimitiveType<Native: Into<i128>>>(
+            array: &dyn Array,
+            condition: &Condition,
+            visit: &mut impl FnMut(usize, Option<bool>),
+        ) -> Option<()> {
+            let array: &PrimitiveArray<T> = array.as_any().downcast_ref()?;
+            let comparison = condition.comparison;
+            match condition.constant {
+                Constant::Integer(to) => array.iter().enumerate().for_each(|(row, v)| {
+                    visit(row, v.map(|v| comparison.holds::<i128>(v.into(), to)));
+                }),
+                constant => {
+                    let to = constant.float()?;
+                    array.iter().enumerate().for_each(|(row, v)| {
+                        visit(row, v.map(|v| comparison.holds(Into::<i128>::into(v) as f64, to)));
+                    });
+                }
+            }
+            Some(())
+        }
+        let done = match array.data_type() {
+            DataType::Float32 => self.constant.float().and_then(|to| {
+                let array: &PrimitiveArray<Float32Type> = array.as_any().downcast_ref()?;
+                array.iter().enumerate().for_each(|(row, v)| {
+                    visit(row, v.map(|v| self.comparison.holds(v, to as f32)));
+                });
+                Some(())
+            }),
+            DataType::Int32 => integers::<Int32Type>(array, self, &mut visit),
+            DataType::Int64 => integers::<Int64Type>(array, self, &mut visit),
+            DataType::UInt64 => integers::<UInt64Type>(array, self, &mut visit),
+            DataType::Boolean => (|| {
+                let Constant::Truth(to) = self.constant else { return None };
+                let array: &BooleanArray = array.as_any().downcast_ref()?;
+                array.iter().enumerate().for_each(|(row, v)| {
+                    visit(row, v.map(|v| self.comparison.holds(v, to)));
+                });
+                Some(())
+            })(),
+            _ => None,
+        };
+        done.ok_or_else(|| {
+            Error::Data(format!("column '{}' is {}, unlike in other shards", self.column, array.data_type()))
+        })
+    }
+}
+
+impl fmt::Display for Condition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.column, self.comparison.sign(), self.constant)
+    }
+}
+
+impl FromStr for Condition {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = Comparison::ALL.into_iter().find_map(|(sign, comparison)| {
+            let (column, constant) = text.split_once(sign)?;
+            let column = column.trim();
+            let constant = Constant::parse(constant.trim())?;
+            let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            let orders = !matches!(comparison, Comparison::Equal | Comparison::Unequal);
+            if column.is_empty() || !column.chars().all(word) || orders && constant.float().is_none() {
+                return None;
+            }
+            Some(Self { column: column.into(), comparison, constant })
+        });
+        parsed.ok_or_else(|| {
+            format!(
+                "filter '{text}' is not a condition, expected a column, one of < <= > >= == !=, and a constant, as \
+                 in 'label_confidence >= 0.9'"
+            )
+        })
+    }
+}
+
+impl TryFrom<String> for Condition {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Condition> for String {
+    fn from(condition: Condition) -> Self {
+        condition.to_string()
+    }
+}
+
+/// What a sample must meet to be kept at all.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    /// Why a sample that does not meet it is refused: a name in `rejected.parquet` and `select.json`.
+    pub reason: String,
+    /// What must hold.
+    pub condition: Condition,
+    /// A null passes: there is nothing to hold the sample against.
+    pub null_passes: bool,
+}
+
+/// The verdict on a sample that every gate lets through; the others are one more than the number of the gate.
+pub const PASSED: u8 = 0;
+
+/// The verdicts on the rows of a batch: the first gate, in their order, that refuses. At most 250 gates.
+///
+/// Fails with [`Error::Data`] if a column is missing or has another type than its condition.
+pub fn verdicts(gates: &[Gate], batch: &RecordBatch) -> Result<Vec<u8>> {
+    let mut verdicts = vec![PASSED; batch.num_rows()];
+    for (number, gate) in (PASSED + 1..).zip(gates) {
+        let column = &gate.condition.column;
+        let array =
+            batch.column_by_name(column).ok_or_else(|| Error::Data(format!("no column '{column}'")))?;
+        gate.condition.each(array.as_ref(), |row, holds| {
+            if verdicts[row] == PASSED && !holds.unwrap_or(gate.null_passes) {
+                verdicts[row] = number;
+            }
+        })?;
+    }
+    Ok(verdicts)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow_array::{Float32Array, Int64Array, StringArray, UInt64Array};
+
+    use super::*;
+
+    fn batch() -> RecordBatch {
+        RecordBatch::try_from_iter_with_nullable([
+            ("uid", Arc::new(StringArray::from(vec!["a", "b", "c", "d"])) as _, false),
+            ("score", Arc::new(Float32Array::from(vec![0.1, 0.2, f32::NAN, 0.4])) as _, false),
+            ("label", Arc::new(Int64Array::from(vec![0, 1, 2, 3])) as _, false),
+            ("agrees", Arc::new(BooleanArray::from(vec![true, true, false, true])) as _, false),
+            (
+                "hash",
+                Arc::new(UInt64Array::from(vec![u64::MAX, u64::MAX - 1, 1 << 53, (1 << 53) + 1])) as _,
+                false,
+            ),
+            (
+                "judge",
+                Arc::new(Float32Array::from(vec![Some(0.5), None, Some(0.7), Some(f32::INFINITY)])) as _,
+                true,
+            ),
+        ])
+        .unwrap()
+    }
+
+    fn passed(text: &str) -> Vec<bool> {
+        let condition: Condition = text.parse().unwrap();
+        condition.expect_in(batch().schema_ref()).unwrap();
+        let gate = Gate { reason: text.into(), condition, null_passes: false };
+        verdicts(&[gate], &batch()).unwrap().into_iter().map(|v| v == PASSED).collect()
+    }
+
+    #[test]
+    fn conditions_hold_as_in_ieee_and_sql() {
+        assert_eq!(passed("score <= 0.1"), [true, false, false, false]);
+        assert_eq!(passed("score<0.2"), [true, false, false, false]);
+        assert_eq!(passed("score != 0.2"), [true, false, true, true]);
+        assert_eq!(passed("score >= -1e9"), [true, true, false, true]);
+        assert_eq!(passed("label >= 2"), [false, false, true, true]);
+        assert_eq!(passed("label > 1.5"), [false, false, true, true]);
+        assert_eq!(passed("agrees == true"), [true, true, false, true]);
+        assert_eq!(passed("agrees != true"), [false, false, true, false]);
+        assert_eq!(passed("hash == 18446744073709551615"), [true, false, false, false]);
+        assert_eq!(passed("hash == 9007199254740993"), [false, false, false, true]);
+        assert_eq!(passed("judge > 0"), [true, false, true, true]);
+        assert_eq!(passed("judge < inf"), [true, false, true, false]);
+    }
+
+    #[test]
+    fn the_first_gate_that_refuses_is_the_reason_and_a_null_may_pass() {
+        let gate = |text: &str, null_passes| Gate {
+            reason: text.into(),
+            condition: text.parse().unwrap(),
+            null_passes,
+        };
+        let gates = [gate("score < 0.3", false), gate("judge < 0.6", true), gate("label == 0", false)];
+        assert_eq!(verdicts(&gates, &batch()).unwrap(), [PASSED, 3, 1, 1]);
+        assert_eq!(verdicts(&[gate("judge < 0.6", false)], &batch()).unwrap(), [PASSED, 1, 1, 1]);
+    }
+
+    #[test]
+    fn what_is_no_condition_is_refused_and_says_what_one_is() {
+        for text in
+            ["", "score", "score ~ 3", "< 3", "score <= high", "agrees < true", "a b < 3", "score <= nan"]
+        {
+            let error = text.parse::<Condition>().unwrap_err();
+            assert!(error.contains("expected a column"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_column_that_is_not_there_or_of_another_type_is_a_usage_error() {
+        let cases = [
+            ("socre < 1", "expected one of uid, score"),
+            ("uid == 1", "is Utf8, expected a column of"),
+            ("agrees == 1", "expected == or != true or false"),
+            ("score == true", "expected a number"),
+        ];
+        for (text, part) in cases {
+            let error = text.parse::<Condition>().unwrap().expect_in(batch().schema_ref()).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_condition_is_written_as_it_is_read() {
+        for text in ["score <= 0.1", "agrees == true", "hash != 18446744073709551615", "judge < inf"] {
+            assert_eq!(text.parse::<Condition>().unwrap().to_string(), text);
+        }
+    }
+}
