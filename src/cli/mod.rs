@@ -1,5 +1,6 @@
 //! The command line: one verb a file. Arguments become one library call, its result is printed.
 
+mod arc;
 mod check;
 mod plan;
 mod run;
@@ -16,8 +17,8 @@ use crate::{
     device::{CpuLevel, DeviceChoice},
     progress,
     stage::{
-        Arc, Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label, Materialize,
-        Publish, Quality, Report, Score, Split, Train,
+        Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Import, Label, Materialize,
+        Publish, Quality, Rank, Report, Score, Split, Train,
     },
 };
 
@@ -77,6 +78,8 @@ enum Verb {
     FitGenerator(StageArgs<FitGenerator>),
     /// Sample a pool of images from a diffusion model.
     Generate(StageArgs<Generate>),
+    /// Make a pool of images made elsewhere.
+    Import(StageArgs<Import>),
     /// Give pool images labels, or confidence in the labels they have.
     Label(StageArgs<Label>),
     /// Measure a pool against real images: Fréchet distance, precision, recall, class accuracy.
@@ -85,8 +88,10 @@ enum Verb {
     FitDiscriminator(StageArgs<FitDiscriminator>),
     /// Score every pool image: how far from real.
     Score(StageArgs<Score>),
-    /// Estimate ARC, the area under the robust discrimination curve.
-    Arc(StageArgs<Arc>),
+    /// Estimate ARC, the area under the robust discrimination curve, or rank sample sets by it.
+    Arc(arc::Args),
+    /// Rank generators whose ARC is estimated.
+    Rank(StageArgs<Rank>),
     /// Select from a pool by its scores.
     Curate(StageArgs<Curate>),
     /// Write a selection as a Hugging Face data set.
@@ -141,11 +146,13 @@ fn perform(verb: &Verb, global: &Global) -> Result<()> {
         Verb::Split(args) => stage::main(args, global),
         Verb::FitGenerator(args) => stage::main(args, global),
         Verb::Generate(args) => stage::main(args, global),
+        Verb::Import(args) => stage::main(args, global),
         Verb::Label(args) => stage::main(args, global),
         Verb::Quality(args) => stage::main(args, global),
         Verb::FitDiscriminator(args) => stage::main(args, global),
         Verb::Score(args) => stage::main(args, global),
-        Verb::Arc(args) => stage::main(args, global),
+        Verb::Arc(args) => arc::main(args, global),
+        Verb::Rank(args) => stage::main(args, global),
         Verb::Curate(args) => stage::main(args, global),
         Verb::Materialize(args) => stage::main(args, global),
         Verb::Train(args) => stage::main(args, global),

@@ -1,4 +1,4 @@
-//! Where real images come from: the digits in this program, or Parquet files of one's own.
+//! Where images come from: the digits in this program, or files of one's own.
 
 use std::{
     fmt,
@@ -8,6 +8,7 @@ use std::{
 };
 
 use arrow_array::RecordBatch;
+use candle_core::{DType, Tensor, npy::NpzTensors};
 use parquet::{arrow::push_decoder::PushBuffers, file::reader::ChunkReader};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,9 @@ use super::{
     table::{self, Table},
 };
 use crate::{Error, Result};
+
+/// The only class of images that have none.
+pub const UNLABELLED: &str = "unlabelled";
 
 const DIGITS: &str = "builtin:digits";
 const DIGITS_TRAIN: &[u8] = include_bytes!("digits/train-00000-of-00001.parquet");
@@ -34,12 +38,17 @@ const MAX_UNNAMED_CLASSES: usize = 1 << 16;
 /// - A Parquet file. It is the test split if its name starts with `test`, else the train split.
 /// - A folder with `train-*.parquet` and `test-*.parquet`, in itself, in `data/`, or in the only folder of
 ///   `data/` that has any. Names that end in `-NNNNN-of-NNNNN` must be a complete set.
+/// - An `.npz` file with `image`, `(n, h, w, c)` or `(n, h, w)` u8, and `label`, `(n,)` integers, which may be missing.
+/// - A folder of PNG and JPEG files, one folder a class, or all in one, without labels; in `train/` and `test/`, or all
+///   of them the train split. In the order of their names.
+///
+/// Images without labels are all of the class [`UNLABELLED`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Source {
     /// The digits in this program.
     Digits,
-    /// A Parquet file, or a folder of them.
+    /// A file or a folder.
     Path(PathBuf),
 }
 
@@ -194,11 +203,15 @@ impl Source {
         let mut loader = Loader::new(limit.unwrap_or(usize::MAX), max_bad);
         match self {
             Self::Digits => loader.add(Table::new(format!("{DIGITS}/{split}"), in_memory(digits(split)))?)?,
-            Self::Path(path) => {
-                for file in files(path, split)? {
-                    loader.add(Table::open(&file)?)?;
+            Self::Path(path) => match find(path, split)? {
+                Found::Parquet(files) => {
+                    for file in files {
+                        loader.add(Table::open(&file)?)?;
+                    }
                 }
-            }
+                Found::Npz(file) => loader.add_arrays(&file)?,
+                Found::Images(folder) => loader.add_files(folder)?,
+            },
         }
         loader.finish(&format!("{self}, split {split}"))
     }
@@ -207,7 +220,7 @@ impl Source {
     pub fn has(&self, split: Split) -> bool {
         match self {
             Self::Digits => true,
-            Self::Path(path) => !matches!(files(path, split), Err(Error::Usage(_))),
+            Self::Path(path) => !matches!(find(path, split), Err(Error::Usage(_))),
         }
     }
 
@@ -223,7 +236,8 @@ impl Source {
         Ok(blake3::hash(all.join("/").as_bytes()).to_hex().to_string())
     }
 
-    /// What the split's bytes are: the BLAKE3 of its files one after another, in hexadecimal.
+    /// What the split's bytes are: the BLAKE3 of its files one after another, in hexadecimal; of a folder of images with
+    /// their names.
     ///
     /// Fails with [`Error::Usage`] if there is no such file or split.
     pub fn fingerprint(&self, split: Split) -> Result<String> {
@@ -233,7 +247,17 @@ impl Source {
                 hasher.update(digits(split));
             }
             Self::Path(path) => {
-                for path in files(path, split)? {
+                let (files, root) = match find(path, split)? {
+                    Found::Parquet(files) => (files, None),
+                    Found::Npz(file) => (vec![file], None),
+                    Found::Images(folder) => {
+                        (folder.files.into_iter().map(|(file, _)| file).collect(), Some(folder.root))
+                    }
+                };
+                for path in files {
+                    if let Some(name) = root.as_ref().and_then(|root| path.strip_prefix(root).ok()) {
+                        hasher.update(name.as_os_str().as_encoded_bytes());
+                    }
                     let file = File::open(&path).map_err(Error::io(&path))?;
                     hasher.update_reader(file).map_err(Error::io(&path))?;
                 }
@@ -257,13 +281,28 @@ fn in_memory(bytes: &'static [u8]) -> PushBuffers {
     buffers
 }
 
-/// The files of a split, in order; at least one.
-fn files(path: &Path, split: Split) -> Result<Vec<PathBuf>> {
+/// What a split is made of.
+enum Found {
+    /// At least one, in order.
+    Parquet(Vec<PathBuf>),
+    Npz(PathBuf),
+    Images(ImageFolder),
+}
+
+/// Files of images, in the order of their names, with their classes.
+struct ImageFolder {
+    root: PathBuf,
+    files: Vec<(PathBuf, u32)>,
+    class_names: Vec<String>,
+}
+
+/// Finds the files of a split.
+fn find(path: &Path, split: Split) -> Result<Found> {
     let metadata = match fs::metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             bail!(
                 Usage,
-                "data set '{}' does not exist, expected {DIGITS}, a Parquet file or a folder",
+                "data set '{}' does not exist, expected {DIGITS}, a Parquet or .npz file, or a folder",
                 path.display()
             )
         }
@@ -279,7 +318,8 @@ fn files(path: &Path, split: Split) -> Result<Vec<PathBuf>> {
                 path.display()
             );
         }
-        return Ok(vec![path.into()]);
+        let npz = path.extension().is_some_and(|extension| extension == "npz");
+        return Ok(if npz { Found::Npz(path.into()) } else { Found::Parquet(vec![path.into()]) });
     }
 
     let data = path.join("data");
@@ -296,7 +336,7 @@ fn files(path: &Path, split: Split) -> Result<Vec<PathBuf>> {
     }
     // The folder itself goes before data/, and data/ before its folders, which must not be ambiguous.
     let choice = match found.as_slice() {
-        [] => bail!(Usage, "{}: no {split}-*.parquet there, in data/ or in a folder of it", path.display()),
+        [] => return Ok(Found::Images(images_below(path, split)?)),
         [(first, _), (second, _), ..] if first.parent() == Some(&data) => bail!(
             Usage,
             "{}: {split} files in {} and {}, expected one: name the folder",
@@ -307,7 +347,53 @@ fn files(path: &Path, split: Split) -> Result<Vec<PathBuf>> {
         _ => found.swap_remove(0).1,
     };
     check_complete(&choice)?;
-    Ok(choice)
+    Ok(Found::Parquet(choice))
+}
+
+/// The images of a folder that has no Parquet files.
+fn images_below(path: &Path, split: Split) -> Result<ImageFolder> {
+    let own = path.join(split.to_string());
+    let root = if own.is_dir() || split == Split::Test { own } else { path.to_path_buf() };
+    let mut folder = ImageFolder { root: root.clone(), files: Vec::new(), class_names: Vec::new() };
+    let mut flat = Vec::new();
+    let is_image = |file: &Path| {
+        let extension = file.extension().map(|e| e.to_string_lossy().to_lowercase());
+        file.is_file() && extension.is_some_and(|e| ["png", "jpg", "jpeg"].contains(&&*e))
+    };
+    for entry in if root.is_dir() { entries(&root)? } else { Vec::new() } {
+        let name = entry.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if is_image(&entry) {
+            flat.push((entry, 0));
+        } else if entry.is_dir() && (root != *path || !["train", "test"].contains(&&*name)) {
+            let mut images = entries(&entry)?;
+            images.retain(|file| is_image(file));
+            if !images.is_empty() {
+                let class = folder.class_names.len() as u32;
+                folder.files.extend(images.into_iter().map(|file| (file, class)));
+                folder.class_names.push(name);
+            }
+        }
+    }
+    if flat.is_empty() && folder.files.is_empty() {
+        bail!(
+            Usage,
+            "{}: no {split}-*.parquet there, in data/ or in a folder of it, and no images of a {split} split",
+            path.display()
+        );
+    }
+    if !flat.is_empty() && !folder.files.is_empty() {
+        bail!(
+            Usage,
+            "{}: images beside folders of images ({}), expected either",
+            root.display(),
+            folder.class_names.join(", ")
+        );
+    }
+    if !flat.is_empty() {
+        folder.files = flat;
+        folder.class_names = vec![UNLABELLED.into()];
+    }
+    Ok(folder)
 }
 
 /// The files of a split in one folder, ordered by name.
@@ -355,6 +441,9 @@ fn shard_number(file: &Path) -> Option<(usize, usize)> {
     if word == "of" { Some((number.parse().ok()?, of.parse().ok()?)) } else { None }
 }
 
+/// An image with its label, or what is wrong with it.
+type Row = std::result::Result<(Shape, Vec<u8>, u32), String>;
+
 /// Collects good rows over the files of a split.
 struct Loader {
     limit: usize,
@@ -392,7 +481,7 @@ impl Loader {
             && let Some(batch) = batches.next()
         {
             let batch = batch?;
-            self.add_rows(&file, first_row, &batch, image)?;
+            self.add_batch(&file, first_row, &batch, image)?;
             first_row += batch.num_rows();
         }
         Ok(())
@@ -415,7 +504,89 @@ impl Loader {
         Ok(())
     }
 
-    fn add_rows(&mut self, file: &Path, first_row: usize, batch: &RecordBatch, image: &str) -> Result<()> {
+    /// Image files; those of a class are labelled with it.
+    fn add_files(&mut self, folder: ImageFolder) -> Result<()> {
+        self.class_names = Some(Some(folder.class_names));
+        for files in folder.files.chunks(BATCH_ROWS) {
+            if self.labels.len() == self.limit {
+                break;
+            }
+            let decoded = files.par_iter().map(|(file, label)| {
+                let bytes = fs::read(file).map_err(Error::io(file))?;
+                let image = image::decode(&bytes).map_err(|e| e.to_string());
+                Ok(image.map(|(shape, pixels)| (shape, pixels, *label)))
+            });
+            let rows = decoded.collect::<Result<Vec<_>>>()?;
+            self.add_rows(rows, &|row| files[row].0.display().to_string())?;
+        }
+        Ok(())
+    }
+
+    /// The arrays of an `.npz` file.
+    fn add_arrays(&mut self, file: &Path) -> Result<()> {
+        let unreadable = |e: candle_core::Error| {
+            Error::Data(format!("{}: not an .npz file, or a damaged one: {e}", file.display()))
+        };
+        let arrays = NpzTensors::new(file).map_err(unreadable)?;
+        let bytes = fs::metadata(file).map_err(Error::io(file))?.len();
+        let read = |name: &str,
+                    expected: &str,
+                    fits: fn(&[usize], DType) -> bool|
+         -> Result<Option<Tensor>> {
+            if !arrays.names().iter().any(|found| *found == name) {
+                return Ok(None);
+            }
+            let (shape, kind) = arrays.get_shape_and_dtype(name).map_err(unreadable)?;
+            if !fits(shape.dims(), kind) {
+                bail!(
+                    Data,
+                    "{}: '{name}' is {kind:?} {:?}, expected {expected}",
+                    file.display(),
+                    shape.dims()
+                );
+            }
+            // Deflate makes a byte of at most 1,032: what claims to be more is not there.
+            let size =
+                shape.dims().iter().try_fold(kind.size_in_bytes() as u64, |n, &d| n.checked_mul(d as u64));
+            if size.is_none_or(|size| size / 1032 > bytes) {
+                bail!(
+                    Data,
+                    "{}: '{name}' is {:?}, but the file has {bytes} bytes",
+                    file.display(),
+                    shape.dims()
+                );
+            }
+            arrays.get(name).map_err(unreadable)
+        };
+        let images = read("image", "u8 (n, h, w, c) with 1 or 3 channels, or (n, h, w)", |dims, kind| {
+            kind == DType::U8 && (dims.len() == 3 || dims.len() == 4 && [1, 3].contains(&dims[3]))
+        })?;
+        let Some(images) = images else {
+            bail!(Data, "{}: no array 'image', found {}", file.display(), listed(&arrays))
+        };
+        let labels = read("label", "integers (n,)", |dims, kind| dims.len() == 1 && !kind.is_float())?;
+        let dims = images.dims().to_vec();
+        let shape = Shape { height: dims[1], width: dims[2], channels: dims.get(3).copied().unwrap_or(1) };
+        let to_i64 = |labels: Tensor| labels.to_dtype(DType::I64)?.to_vec1::<i64>();
+        let labels = match labels {
+            Some(labels) => to_i64(labels).map_err(unreadable)?,
+            None => {
+                self.class_names = Some(Some(vec![UNLABELLED.into()]));
+                vec![0; dims[0]]
+            }
+        };
+        if labels.len() != dims[0] {
+            bail!(Data, "{}: {} images, but {} labels", file.display(), dims[0], labels.len());
+        }
+        let pixels = images.flatten_all().and_then(|p| p.to_vec1::<u8>()).map_err(unreadable)?;
+        let images = pixels.chunks_exact(shape.size().max(1)).zip(labels);
+        let rows = images
+            .take(self.limit.saturating_add(self.max_bad))
+            .map(|(image, label)| Ok((shape, image.to_vec(), check_label(Some(label.into()), None)?)));
+        self.add_rows(rows.collect(), &|row| format!("{}: row {row}", file.display()))
+    }
+
+    fn add_batch(&mut self, file: &Path, first_row: usize, batch: &RecordBatch, image: &str) -> Result<()> {
         let images = hub::image_bytes(file, batch, image)?;
         let labels = labels(file, batch)?;
         let classes = self.class_names.as_ref().and_then(Option::as_ref).map(Vec::len);
@@ -429,6 +600,11 @@ impl Loader {
                 Ok::<_, String>((shape, pixels, label))
             })
             .collect();
+        self.add_rows(rows, &|row| format!("{}: row {}", file.display(), first_row + row))
+    }
+
+    /// Decoded images with their labels, or what is wrong with them; `place` names one in errors.
+    fn add_rows(&mut self, rows: Vec<Row>, place: &dyn Fn(usize) -> String) -> Result<()> {
         for (row, outcome) in rows.into_iter().enumerate() {
             if self.labels.len() == self.limit {
                 break;
@@ -442,19 +618,18 @@ impl Loader {
                     self.pixels.extend_from_slice(&pixels);
                     self.labels.push(label);
                 }
-                Err(problem) => self.add_bad(file, first_row + row, &problem)?,
+                Err(problem) => self.add_bad(&place(row), &problem)?,
             }
         }
         Ok(())
     }
 
-    fn add_bad(&mut self, file: &Path, row: usize, problem: &str) -> Result<()> {
+    fn add_bad(&mut self, place: &str, problem: &str) -> Result<()> {
         self.bad_rows += 1;
         if self.bad_rows > self.max_bad {
             bail!(
                 Data,
-                "{}: row {row}: {problem} (bad row {}, and max_bad allows {})",
-                file.display(),
+                "{place}: {problem} (bad row {}, and max_bad allows {})",
                 self.bad_rows,
                 self.max_bad
             );
@@ -473,6 +648,12 @@ impl Loader {
         let Self { pixels, labels, bad_rows, .. } = self;
         Ok(Dataset { shape, pixels, labels, class_names, bad_rows })
     }
+}
+
+fn listed(arrays: &NpzTensors) -> String {
+    let mut names: Vec<&str> = arrays.names().into_iter().map(String::as_str).collect();
+    names.sort_unstable();
+    names.join(", ")
 }
 
 /// The labels of a batch, whichever integers they are.
@@ -757,5 +938,83 @@ mod tests {
         let path = dir.path().join("train.parquet");
         table::write(&path, &Schema::empty(), [], 10, &[]).unwrap();
         assert!(bad_data(&path).contains("no column 'image'"));
+    }
+
+    fn said(source: &Path, split: Split, code: u8, part: &str) {
+        let error = Source::Path(source.into()).load(split, None, 0).unwrap_err();
+        assert_eq!(error.exit_code(), code, "{error}");
+        assert!(error.to_string().contains(part), "{error}");
+    }
+
+    #[test]
+    fn a_folder_of_images_has_a_class_a_folder_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        for (i, file) in
+            ["cat/b.png", "cat/a.PNG", "ape/z.png", "ape/notes.txt", "empty/notes.txt"].iter().enumerate()
+        {
+            fs::create_dir_all(root.join(file).parent().unwrap()).unwrap();
+            fs::write(root.join(file), png(i as u8)).unwrap();
+        }
+        let source = Source::Path(root.into());
+        let data = source.load(Split::Train, None, 0).unwrap();
+        assert_eq!(data.class_names, ["ape", "cat"]);
+        assert_eq!((data.labels.clone(), data.shape), (vec![0, 1, 1], SHAPE));
+        assert_eq!([data.image(0)[0], data.image(1)[0], data.image(2)[0]], [2, 1, 0]);
+        assert_eq!(source.load(Split::Train, Some(2), 0).unwrap().labels, [0, 1]);
+        assert!(!source.has(Split::Test));
+        said(root, Split::Test, 2, "no images of a test split");
+
+        let before = source.fingerprint(Split::Train).unwrap();
+        fs::rename(root.join("cat/b.png"), root.join("cat/c.png")).unwrap();
+        assert_ne!(source.fingerprint(Split::Train).unwrap(), before);
+        fs::create_dir_all(root.join("test")).unwrap();
+        fs::write(root.join("test/0.png"), png(9)).unwrap();
+        assert_eq!(source.load(Split::Train, None, 0).unwrap().class_names, ["ape", "cat"]);
+        assert_eq!(source.load(Split::Test, None, 0).unwrap().class_names, [UNLABELLED]);
+        fs::write(root.join("0.png"), png(9)).unwrap();
+        said(root, Split::Train, 2, "images beside folders of images (ape, cat)");
+        fs::write(root.join("test/1.png"), b"not an image").unwrap();
+        said(root, Split::Test, 65, "1.png");
+        assert_eq!(source.load(Split::Test, None, 1).unwrap().bad_rows, 1);
+    }
+
+    fn write_npz(file: &Path, arrays: &[(&str, Tensor)]) {
+        Tensor::write_npz(arrays, file).unwrap();
+    }
+
+    #[test]
+    fn an_npz_file_holds_images_and_perhaps_labels() {
+        use candle_core::Device;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("samples.npz");
+        let image = |dims: &[usize]| {
+            let n = dims.iter().product::<usize>();
+            Tensor::from_vec((0..n).map(|i| i as u8).collect::<Vec<_>>(), dims, &Device::Cpu).unwrap()
+        };
+        let labels = |values: &[i64]| Tensor::new(values, &Device::Cpu).unwrap();
+        write_npz(&file, &[("image", image(&[3, 2, 4, 3])), ("label", labels(&[1, 0, 2]))]);
+        let data = Source::Path(file.clone()).load(Split::Train, None, 0).unwrap();
+        assert_eq!(data.shape, Shape { height: 2, width: 4, channels: 3 });
+        assert_eq!((data.labels.clone(), data.class_names.len()), (vec![1, 0, 2], 3));
+        assert_eq!(data.pixels, (0..72).collect::<Vec<u8>>());
+        assert_eq!(Source::Path(file.clone()).load(Split::Train, Some(2), 0).unwrap().labels, [1, 0]);
+        said(&file, Split::Test, 2, "has the train split only");
+
+        write_npz(&file, &[("image", image(&[3, 2, 2]))]);
+        assert_eq!(Source::Path(file.clone()).load(Split::Train, None, 0).unwrap().class_names, [UNLABELLED]);
+        let cases: [(&[(&str, Tensor)], &str); 5] = [
+            (&[("images", image(&[3, 2, 2]))], "no array 'image', found images"),
+            (&[("image", image(&[3, 3, 2, 2]))], "expected u8 (n, h, w, c)"),
+            (&[("image", labels(&[3, 2]))], "expected u8 (n, h, w, c)"),
+            (&[("image", image(&[3, 2, 2])), ("label", labels(&[0, 1]))], "3 images, but 2 labels"),
+            (&[("image", image(&[2, 2, 2])), ("label", labels(&[0, -1]))], "label is -1"),
+        ];
+        for (arrays, part) in cases {
+            write_npz(&file, arrays);
+            said(&file, Split::Train, 65, part);
+        }
+        fs::write(&file, b"PK").unwrap();
+        said(&file, Split::Train, 65, "not an .npz file");
     }
 }

@@ -50,6 +50,20 @@ impl PipelineFile {
         Self::parse(path, &text, set)
     }
 
+    /// A pipeline without a file: all defaults but what `set` says, and `table` of stage `stage`.
+    pub fn of(name: &str, stage: &str, table: &serde_json::Value, set: &[String]) -> Result<Self> {
+        let mut tables = Table::new();
+        tables.insert("name".into(), Value::String(name.into()));
+        let settings: Vec<(String, Value)> = table
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter_map(|(key, value)| Some((key.clone(), Value::try_from(value).ok()?)))
+            .collect();
+        tables.insert(stage.into(), Value::Table(settings.into_iter().collect()));
+        Self::parse(Path::new(name), &tables.to_string(), set)
+    }
+
     fn parse(path: &Path, text: &str, set: &[String]) -> Result<Self> {
         let usage = |e: &dyn std::fmt::Display| Error::Usage(format!("{}: {e}", path.display()));
         let mut tables: Table = toml::from_str(text).map_err(|e| usage(&e))?;

@@ -9,10 +9,13 @@ use crate::{
     Error, Result,
     curate::Arm,
     stage::{
-        self, AnyStage, Arc, Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Label,
-        Materialize, NAMES, Publish, Quality, Report, Score, Split, Stage, Train,
+        self, AnyStage, Arc, Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Import,
+        Label, Materialize, NAMES, Publish, Quality, Rank, Report, Score, Split, Stage, Train,
     },
 };
+
+/// Inputs that may be several folders.
+const SEVERAL: [&str; 3] = ["metrics", "arcs", "labelled"];
 
 /// One stage of a run.
 pub struct Node {
@@ -60,13 +63,19 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
             "shards is for one process of several: use `proxyset generate --shards`, then run the pipeline";
         return Err(file.error("generate", &problem));
     }
-    let model = if file.table("generate").contains_key("model") {
-        None
+    let pool = if file.has(Import::NAME) {
+        if let Some(other) = [Generate::NAME, FitGenerator::NAME].into_iter().find(|&name| file.has(name)) {
+            return Err(
+                file.error("import", &format!("there is [{other}] too, expected one source of the pool"))
+            );
+        }
+        graph.add::<Import>("import", &[])?
+    } else if file.table("generate").contains_key("model") {
+        graph.add::<Generate>("generate", &[])?
     } else {
-        Some(graph.add::<FitGenerator>("fit-generator", &real)?)
+        let model = graph.add::<FitGenerator>("fit-generator", &real)?;
+        graph.add::<Generate>("generate", &[("model", model)])?
     };
-    let pool =
-        graph.add::<Generate>("generate", &model.map(|m| ("model", m)).into_iter().collect::<Vec<_>>())?;
     let classifier = if file.table("label").contains_key("classifier") {
         None
     } else {
@@ -148,6 +157,46 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
     }
     let mut seen = std::collections::HashSet::new();
     graph.nodes.retain(|n| seen.insert(n.folder.clone()));
+    Ok(graph.nodes)
+}
+
+/// The stages that rank sample sets by ARC against the real data of `[split]`, in the order in which they run.
+///
+/// A set is the folder of a finished pool or a source, which is imported. With a `labeller`, a classifier's folder, the
+/// agreement with its labels stands beside ARC. The tables of `file` set what they name for all sets alike.
+pub fn ranking_nodes(
+    file: &PipelineFile,
+    run: &Path,
+    sets: &[String],
+    labeller: Option<&Path>,
+) -> Result<Vec<Node>> {
+    let mut graph = Graph { file, run, nodes: Vec::new(), last: usize::MAX };
+    let split = graph.add::<Split>("split", &[])?;
+    let mut ranked = Vec::new();
+    let mut names: Vec<Value> = Vec::new();
+    for set in sets {
+        let name = Path::new(set).file_name().map_or(set.clone(), |name| name.to_string_lossy().into_owned());
+        let name = if names.iter().any(|n| n.as_str() == Some(&name)) { set.clone() } else { name };
+        let named = |what: &str| format!("{what} {name}");
+        let pool = if stage::is_stage_folder(Path::new(set)) {
+            PathBuf::from(set)
+        } else {
+            let source = [("source", PathBuf::from(set))];
+            graph.add_with::<Import>(&named("import"), Import::NAME, &source, &[], None)?
+        };
+        let inputs = [("split", split.clone()), ("pool", pool.clone())];
+        let table = FitDiscriminator::NAME;
+        let discriminators = graph.add_with::<FitDiscriminator>(&named(table), table, &inputs, &[], None)?;
+        let inputs = [inputs[0].clone(), inputs[1].clone(), ("discriminators", discriminators)];
+        ranked.push(("arcs", graph.add_with::<Arc>(&named("arc"), Arc::NAME, &inputs, &[], None)?));
+        if let Some(labeller) = labeller {
+            let inputs = [("pool", pool), ("classifier", labeller.to_path_buf())];
+            let labels = graph.add_with::<Label>(&named("label"), Label::NAME, &inputs, &[], None)?;
+            ranked.push(("labelled", labels));
+        }
+        names.push(Value::String(name));
+    }
+    graph.add_with::<Rank>(Rank::NAME, Rank::NAME, &ranked, &[("names", Value::Array(names))], None)?;
     Ok(graph.nodes)
 }
 
@@ -234,10 +283,10 @@ impl Graph<'_> {
         for (key, folder) in inputs {
             let value = Value::String(folder.to_string_lossy().into_owned());
             match table.get_mut(*key) {
-                Some(Value::Array(several)) if *key == "metrics" => several.push(value),
+                Some(Value::Array(several)) if SEVERAL.contains(key) => several.push(value),
                 // What the table names itself stands.
                 Some(_) => {}
-                None if *key == "metrics" => drop(table.insert((*key).into(), Value::Array(vec![value]))),
+                None if SEVERAL.contains(key) => drop(table.insert((*key).into(), Value::Array(vec![value]))),
                 None => drop(table.insert((*key).into(), value)),
             }
         }

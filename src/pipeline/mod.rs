@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use file::{Experiment, PipelineFile};
-pub use graph::{Node, nodes};
+pub use graph::{Node, nodes, ranking_nodes};
 
 use crate::{
     Error, Result, ResultExt,
@@ -72,7 +72,12 @@ pub fn plan(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<
 ///
 /// Two processes may not drive one run folder: the second fails with [`Error::Stopped`].
 pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceChoice) -> Result<Vec<Step>> {
-    let nodes = nodes(file, run, until)?;
+    run_nodes(&nodes(file, run, until)?, run, device)?;
+    plan(file, run, until)
+}
+
+/// Does what is not done yet of some stages of a run folder, in order; see [`run`].
+pub fn run_nodes(nodes: &[Node], run: &Path, device: DeviceChoice) -> Result<()> {
     if let Some(problem) = nodes.iter().find_map(|n| n.problem.as_ref()) {
         bail!(Usage, "{problem}");
     }
@@ -93,7 +98,7 @@ pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceC
         let took = progress::human_seconds(started.elapsed().as_secs_f64());
         progress::note(&format!("[{}/{total}] {}: done in {took}", i + 1, node.name));
     }
-    plan(file, run, until)
+    Ok(())
 }
 
 /// Every stage folder of a run folder with its state, whatever pipeline made it.

@@ -148,6 +148,25 @@ pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u6
     }
 }
 
+/// The 95 % interval of the difference of two signed areas, `a - b`, estimated independently.
+pub fn difference_interval(a: &Estimate, b: &Estimate) -> [f64; 2] {
+    let parts = [a, b].map(|e| {
+        let images = e.images.iter().flatten().sum::<usize>();
+        [(e.se_images.powi(2), images - 1), (e.se_sets.powi(2), e.images.len() - 1)]
+    });
+    let parts = parts.concat();
+    let half = student_975(&parts) * parts.iter().map(|(variance, _)| variance).sum::<f64>().sqrt();
+    [a.signed - b.signed - half, a.signed - b.signed + half]
+}
+
+/// The signed area alone; see [`estimate`].
+pub fn signed_area(sets: &[SetResult], epsilons: &[f64]) -> f64 {
+    let curve = |set: &SetResult| -> Vec<f64> {
+        accuracies(set, &all_of(set)).iter().map(|[real, synthetic]| (real + synthetic) / 2.0).collect()
+    };
+    area(&mean_of(&sets.iter().map(curve).collect::<Vec<_>>()), epsilons)
+}
+
 /// `∫ (acc − ½) dε` by the trapezoid rule.
 fn area(curve: &[f64], epsilons: &[f64]) -> f64 {
     (1..epsilons.len())

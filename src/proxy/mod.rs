@@ -2,10 +2,11 @@
 //!
 //! [`arc`]: the area under the robust discrimination curve. [`score`]: the per-sample score. Both come from
 //! discriminators, binary networks trained under attack to tell real (class 0) from synthetic (class 1).
-//! [`quality`]: the field's distances in the features of a classifier. [`neighbours`]: the nearest real images, by pixels.
+//! [`discriminator`]: such a network at one radius. [`quality`]: the field's distances in the features of a classifier. [`neighbours`]: the nearest real images, by pixels.
 
 pub mod arc;
 pub mod calibration;
+pub mod discriminator;
 pub mod fold;
 pub mod neighbours;
 pub mod perceptual_hash;

@@ -1,12 +1,14 @@
 //! Which images a network gets right, clean or under attack.
 
+use std::ops::Range as Span;
+
 use candle_core::{D, Device, Tensor};
 
 use super::side_by_side;
 use crate::{
     Result,
-    attack::{Pgd, search::LogitsOf},
-    data::{Dataset, Range, to_tensor},
+    attack::{Apgd, Loss, Pgd, Victim, search::LogitsOf},
+    data::{Dataset, Range, Shape, to_floats, to_tensor},
     fs::Parts,
     progress::{Progress, check_stop},
 };
@@ -47,9 +49,49 @@ pub(super) fn correct_after(
     parts: Option<(&Parts, &str)>,
     bar: &Progress,
 ) -> Result<Vec<bool>> {
-    let mut all = Vec::with_capacity(data.len());
-    for start in (0..data.len()).step_by(PART) {
-        let end = (start + PART).min(data.len());
+    in_parts(data.len(), device, parts, bar, |rows| correct_chunk(logits_of, data, rows, perturb, device))
+}
+
+/// For each image of `data` whether a stronger attack, too, leaves the network right about it: `right` says where there is
+/// something to attack. The ids are the images' indices. For the rest see [`correct_after`].
+pub(super) fn correct_after_apgd(
+    logits_of: LogitsOf,
+    data: &Dataset,
+    right: &[bool],
+    attack: &Apgd,
+    device: &Device,
+    parts: Option<(&Parts, &str)>,
+    bar: &Progress,
+) -> Result<Vec<bool>> {
+    let Shape { height, width, channels } = data.shape;
+    let victim = Victim { logits_of, shape: (height, width, channels), device };
+    in_parts(data.len(), device, parts, bar, |rows| {
+        let standing: Vec<usize> = rows.clone().filter(|&row| right[row]).collect();
+        let images: Vec<Vec<f32>> =
+            standing.iter().map(|&row| to_floats(data.image(row), Range::Unit)).collect();
+        let images: Vec<&[f32]> = images.iter().map(Vec::as_slice).collect();
+        let labels: Vec<usize> = standing.iter().map(|&row| data.labels[row] as usize).collect();
+        let ids: Vec<u64> = standing.iter().map(|&row| row as u64).collect();
+        let found = attack.run(&victim, Loss::CrossEntropy, &images, &labels, &ids)?;
+        let mut still = right[rows.clone()].to_vec();
+        for (row, found) in standing.iter().zip(found) {
+            still[row - rows.start] = found.is_none();
+        }
+        Ok(still)
+    })
+}
+
+/// `one(rows)` for all rows below `len`, chunk by chunk, with finished parts kept and found again.
+fn in_parts(
+    len: usize,
+    device: &Device,
+    parts: Option<(&Parts, &str)>,
+    bar: &Progress,
+    one: impl Fn(Span<usize>) -> Result<Vec<bool>> + Sync,
+) -> Result<Vec<bool>> {
+    let mut all = Vec::with_capacity(len);
+    for start in (0..len).step_by(PART) {
+        let end = (start + PART).min(len);
         let key = parts.map(|(parts, key)| (parts, format!("{key}-{start:08}")));
         if let Some((parts, key)) = &key
             && let Some(bytes) = parts.get(key)?
@@ -60,14 +102,14 @@ pub(super) fn correct_after(
             continue;
         }
         let chunks: Vec<usize> = (start..end).step_by(CHUNK).collect();
-        let one = |&from: &usize| -> Result<Vec<bool>> {
+        let chunk = |&from: &usize| -> Result<Vec<bool>> {
             check_stop()?;
             let to = (from + CHUNK).min(end);
-            let right = correct_chunk(logits_of, data, from..to, perturb, device)?;
+            let right = one(from..to)?;
             bar.add((to - from) as u64);
             Ok(right)
         };
-        let done = side_by_side(device, &chunks, one)?.concat();
+        let done = side_by_side(device, &chunks, chunk)?.concat();
         if let Some((parts, key)) = &key {
             parts.put(key, &done.iter().map(|&b| u8::from(b)).collect::<Vec<u8>>())?;
         }
@@ -79,7 +121,7 @@ pub(super) fn correct_after(
 fn correct_chunk(
     logits_of: LogitsOf,
     data: &Dataset,
-    rows: std::ops::Range<usize>,
+    rows: Span<usize>,
     perturb: Option<Perturb>,
     device: &Device,
 ) -> Result<Vec<bool>> {

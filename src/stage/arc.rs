@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
     Job, Outcome, Split, Stage,
-    accuracy::correct,
+    accuracy::{correct, correct_after_apgd},
     expect, finished_input,
     fit_discriminator::{Discriminators, relabel, spread},
     note,
@@ -16,13 +17,14 @@ use super::{
 };
 use crate::{
     Result,
-    attack::{Epsilon, Norm, Pgd},
+    attack::{Apgd, Epsilon, Norm, Pgd, Threat},
     data::Dataset,
     fs,
+    plot::lines,
     progress::Progress,
     proxy::{
         REAL, SYNTHETIC,
-        arc::{Estimate, SetResult, estimate},
+        arc::{Estimate, Point, SetResult, estimate, signed_area},
         fold::{HeldOut, held_out, uid_order},
     },
 };
@@ -52,6 +54,9 @@ pub struct Arc {
     /// Random restarts of the attack; the strongest counts.
     #[arg(long, default_value_t = 2)]
     pub restarts: usize,
+    /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then tries what PGD left standing; 0 for none.
+    #[arg(long, default_value_t = 50)]
+    pub apgd_steps: usize,
     /// Largest number of images of each source that measure a set.
     #[arg(long, default_value_t = 5000)]
     pub max_images: usize,
@@ -73,6 +78,8 @@ pub struct ArcRecord {
     pub estimate: Estimate,
     /// `4 · ARC`: an estimate, not a certificate, of a lower bound on the Wasserstein distance.
     pub wasserstein_lower_bound_estimate: f64,
+    /// The signed area after PGD alone: how much weaker the weaker attack is.
+    pub signed_after_pgd: f64,
     /// The radii as they were written.
     pub epsilons: Vec<Epsilon>,
     /// The attack.
@@ -94,14 +101,15 @@ impl Stage for Arc {
 
     fn validate(&self) -> Result<()> {
         self.attack(Norm::Linf, Epsilon::default())?;
+        expect("apgd_steps", self.apgd_steps, 0, 100_000)?;
         expect("max_images", self.max_images, 2, usize::MAX)?;
         expect("bootstrap", self.bootstrap, 10, 1_000_000)
     }
 
     fn amount(&self) -> String {
         format!(
-            "PGD-{} with {} restarts on the measuring images of every set",
-            self.attack_steps, self.restarts
+            "PGD-{} with {} restarts and APGD-{} on the measuring images of every set",
+            self.attack_steps, self.restarts, self.apgd_steps
         )
     }
 
@@ -125,9 +133,11 @@ impl Stage for Arc {
         let (out, _lock) = job.open("run")?;
         let parts = fs::Parts::new(job.hidden(out, "parts"));
         let radii: Vec<f64> = discriminators.record.epsilons.iter().map(|e| e.get()).collect();
-        let total: usize = (0..folds).map(|s| 2 * wanted[s].min(synthetic[s].len()) * radii.len()).sum();
+        let attacks =
+            radii.len() + if self.apgd_steps > 0 { radii.iter().filter(|r| **r > 0.0).count() } else { 0 };
+        let total: usize = (0..folds).map(|s| 2 * wanted[s].min(synthetic[s].len()) * attacks).sum();
         let bar = Progress::new(Self::NAME, total as u64, "attacked images");
-        let mut results = Vec::new();
+        let (mut results, mut after_pgd) = (Vec::new(), Vec::new());
         for set in 0..folds {
             let n = wanted[set].min(synthetic[set].len());
             let chosen = spread(real_parts[set].len(), n, self.seed);
@@ -135,30 +145,49 @@ impl Stage for Arc {
             let synthetic_side = synthetic[set].subset(&(0..n).collect::<Vec<_>>());
             let class: Vec<u32> = real_side.labels.iter().chain(&synthetic_side.labels).copied().collect();
             let both = relabel(real_side, REAL).concat(&relabel(synthetic_side, SYNTHETIC));
-            let mut rows = Vec::new();
+            let (mut rows, mut pgd_rows) = (Vec::new(), Vec::new());
             for (radius, &epsilon) in discriminators.record.epsilons.iter().enumerate() {
                 let net = &discriminators.nets[set][radius];
                 let attack = self.attack(discriminators.record.norm, epsilon)?;
                 let key = format!("set{set}-radius{radius}");
-                let kept = Some((&parts, key.as_str()));
-                rows.push(correct(&|x| net.logits(x), &both, attack.as_ref(), &job.device, kept, &bar)?);
+                let logits_of = |x: &Tensor| net.logits(x);
+                let mut right =
+                    correct(&logits_of, &both, attack.as_ref(), &job.device, Some((&parts, &key)), &bar)?;
+                pgd_rows.push(right.clone());
+                if epsilon.get() > 0.0 && self.apgd_steps > 0 {
+                    let threat = Threat::new(discriminators.record.norm, epsilon)?;
+                    let apgd = Apgd { threat, steps: self.apgd_steps, restarts: 1, seed: self.seed };
+                    let kept = Some((&parts, &*format!("{key}-apgd")));
+                    right = correct_after_apgd(&logits_of, &both, &right, &apgd, &job.device, kept, &bar)?;
+                }
+                rows.push(right);
             }
-            let synthetic = both.labels.iter().map(|&l| l == SYNTHETIC).collect();
+            let synthetic: Vec<bool> = both.labels.iter().map(|&l| l == SYNTHETIC).collect();
+            after_pgd.push(SetResult {
+                correct: pgd_rows,
+                synthetic: synthetic.clone(),
+                class: class.clone(),
+            });
             results.push(SetResult { correct: rows, synthetic, class });
         }
         let estimate = estimate(&results, &radii, self.bootstrap, self.seed);
         let record = ArcRecord {
             schema: "proxyset.arc/1".into(),
             wasserstein_lower_bound_estimate: 4.0 * estimate.arc,
+            signed_after_pgd: signed_area(&after_pgd, &radii),
             epsilons: discriminators.record.epsilons.clone(),
             attack: json!({
                 "norm": discriminators.record.norm,
                 "steps": self.attack_steps,
                 "step_size_times_steps_over_epsilon": self.attack_step_ratio,
                 "restarts": self.restarts,
+                "apgd_steps_on_what_stands": self.apgd_steps,
             }),
             estimate,
         };
+        let title = "Robust discrimination of real and synthetic images";
+        let svg = lines(title, "ε", "accuracy under attack", &curves(&record.estimate))?;
+        fs::publish(&out.join("arc.svg"), svg.as_bytes())?;
         fs::publish_json(&out.join("arc.json"), &record)?;
         let e = &record.estimate;
         note(self, &format!("ARC {:.5}, 95 % interval {:.5} to {:.5}", e.arc, e.interval[0], e.interval[1]));
@@ -166,6 +195,18 @@ impl Stage for Arc {
             .map_err(|e| crate::Error::Alarm(format!("ARC cannot be written as JSON: {e}")))?;
         Ok(Outcome::Done(summary))
     }
+}
+
+/// The curve, and its two parts.
+fn curves(estimate: &Estimate) -> Vec<(String, Vec<(f64, f64)>)> {
+    let of = |name: &str, get: fn(&Point) -> f64| {
+        (name.to_owned(), estimate.curve.iter().map(|p| (p.epsilon, get(p))).collect())
+    };
+    vec![
+        of("both", |p| p.accuracy),
+        of("real", |p| p.accuracy_real),
+        of("synthetic", |p| p.accuracy_synthetic),
+    ]
 }
 
 /// Held-out pool images for each ranking set: of other folds, never used to stop or calibrate, with their classes.

@@ -1,6 +1,10 @@
 //! Fit-discriminator: robust binary networks that tell real from synthetic, one per radius and fold.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range as Span,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -29,6 +33,7 @@ use crate::{
     proxy::{
         REAL, SYNTHETIC,
         calibration::Calibration,
+        discriminator::{Condition, Discriminator},
         fold::{HeldOut, fold_of, held_out},
     },
     rng::{Permutation, stream},
@@ -38,7 +43,8 @@ use crate::{
 ///
 /// Ranking set `f` learns from the real `fit` images and the pool images of fold `f`; it is stopped and
 /// calibrated on proxy fold `f` and on held-out pool images. The judges learn from the proxy images and a pool fold
-/// of their own: they share no training image with those that rank. Each set has one network per radius.
+/// of their own: they share no training image with those that rank. Each set has one network per radius or, conditioned,
+/// one that is told the radius.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FitDiscriminator {
@@ -57,6 +63,10 @@ pub struct FitDiscriminator {
     /// The grid of radii, ascending, at least four, the first 0; for pixels in [0, 1].
     #[arg(long, value_delimiter = ',', default_values = ["0", "4/255", "8/255", "16/255"])]
     pub epsilons: Vec<Epsilon>,
+    /// One network a set, which sees the radius as one more channel, instead of one for each radius: its steps are shared
+    /// between the radii.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub conditioned: bool,
     /// Steps of the attack in training and stopping.
     #[arg(long, default_value_t = 7)]
     pub attack_steps: usize,
@@ -115,7 +125,9 @@ pub struct SetsRecord {
     pub epsilons: Vec<Epsilon>,
     /// Folds of the pool that rank; one more fold is the judges'.
     pub folds: usize,
-    /// The ranking sets in the order of their folds, then the judges.
+    /// One network a set for all radii, see [`Condition::Plane`]; else one for each.
+    pub conditioned: bool,
+    /// The ranking sets in the order of their folds, then the judges: a record for each radius.
     pub sets: Vec<Vec<NetRecord>>,
 }
 
@@ -138,7 +150,7 @@ pub struct NetRecord {
 pub(super) struct Discriminators {
     pub(super) record: SetsRecord,
     /// `[set][radius]`, as in the record.
-    pub(super) nets: Vec<Vec<Classifier>>,
+    pub(super) nets: Vec<Vec<Discriminator>>,
 }
 
 impl Discriminators {
@@ -146,14 +158,25 @@ impl Discriminators {
     pub(super) fn load(key: &str, dir: Option<&Path>, device: &Device) -> Result<Self> {
         let dir = finished_input::<FitDiscriminator>(key, dir)?;
         let record: SetsRecord = fs::read_json(&dir.join("sets.json"))?;
-        let load = |net: &NetRecord| Classifier::load(&dir.join(&net.path), device);
-        let nets = record.sets.iter().map(|set| set.iter().map(load).collect()).collect::<Result<_>>()?;
+        let of_set = |set: &Vec<NetRecord>| -> Result<Vec<Discriminator>> {
+            let mut nets: Vec<(&str, Arc<Classifier>)> = Vec::new();
+            let mut discriminators = Vec::new();
+            for (radius, NetRecord { path, .. }) in set.iter().enumerate() {
+                if nets.last().is_none_or(|(loaded, _)| loaded != path) {
+                    nets.push((path, Arc::new(Classifier::load(&dir.join(path), device)?)));
+                }
+                let condition = condition(record.conditioned, &record.epsilons, radius);
+                discriminators.extend(nets.last().map(|(_, net)| Discriminator::new(net.clone(), condition)));
+            }
+            Ok(discriminators)
+        };
+        let nets = record.sets.iter().map(of_set).collect::<Result<_>>()?;
         Ok(Self { record, nets })
     }
 
     /// Fails unless the networks take images of this shape.
     pub(super) fn expect_shape(&self, shape: crate::data::Shape) -> Result<()> {
-        let taken = self.nets[0][0].config().architecture.image_shape();
+        let taken = self.nets[0][0].image_shape();
         if taken != (shape.height, shape.width, shape.channels) {
             bail!(Data, "discriminators take {taken:?} images (height, width, channels), expected {shape}");
         }
@@ -164,6 +187,12 @@ impl Discriminators {
     pub(super) fn fold_of(&self, uid: &str) -> usize {
         fold_of(uid, self.record.folds + 1)
     }
+}
+
+/// What a network of the set is told at a radius of the grid.
+fn condition(conditioned: bool, epsilons: &[Epsilon], radius: usize) -> Condition {
+    let largest = epsilons.iter().map(|e| e.get()).fold(0.0, f64::max);
+    if conditioned { Condition::Plane((epsilons[radius].get() / largest) as f32) } else { Condition::None }
 }
 
 /// What one set learns from and is stopped on, labelled [`REAL`] and [`SYNTHETIC`].
@@ -188,25 +217,33 @@ impl FitDiscriminator {
         }
     }
 
+    /// The radii of each network of a set.
+    fn spans(&self) -> Vec<Span<usize>> {
+        let all = 0..self.epsilons.len();
+        if self.conditioned { vec![all] } else { all.map(|radius| radius..radius + 1).collect() }
+    }
+
     /// The attack at one radius; none at 0.
     fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Option<Pgd>> {
         let attack = Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, 1, seed)?;
         Ok((epsilon.get() > 0.0).then_some(attack))
     }
 
-    /// Trains one network, or finds it trained.
+    /// Trains one network for some radii, or finds it trained. Returns a record for each of them.
     fn fit(
         &self,
         job: &Job,
         out: &Path,
         set: usize,
-        radius: usize,
+        radii: Span<usize>,
         data: &SetData,
         bar: &Progress,
-    ) -> Result<NetRecord> {
-        let epsilon = self.epsilons[radius];
+    ) -> Result<Vec<NetRecord>> {
         let judges = set == self.folds;
-        let path = format!("{}-{}", if judges { "judge".into() } else { format!("rank{set}") }, radius);
+        let mut path = if judges { "judge".into() } else { format!("rank{set}") };
+        if !self.conditioned {
+            path += &format!("-{}", radii.start);
+        }
         let dir = out.join(&path);
         let record_path = dir.join("net.json");
         if record_path.is_file() {
@@ -214,11 +251,12 @@ impl FitDiscriminator {
             return fs::read_json(&record_path);
         }
         // Another seed for every network: what they agree on is not an accident of their start.
-        let seed = self.seed ^ (((set as u64 + 1) << 16 | (radius as u64 + 1)) << 32);
+        let seed = self.seed ^ (((set as u64 + 1) << 16 | (radii.start as u64 + 1)) << 32);
         let shape = data.real.shape;
         let config = ClassifierConfig {
             architecture: Architecture::SmallCnn(SmallCnnConfig {
-                in_channels: shape.channels,
+                in_channels: shape.channels
+                    + condition(self.conditioned, &self.epsilons, radii.start).channels(),
                 image_size: shape.height,
                 channels: self.channels.clone(),
                 num_classes: 2,
@@ -227,7 +265,9 @@ impl FitDiscriminator {
             class_names: vec!["real".into(), "synthetic".into()],
         };
         let net = Classifier::init(config.clone(), seed, &job.device)?;
-        let averaged = Classifier::init(config, seed, &job.device)?;
+        let averaged = Arc::new(Classifier::init(config, seed, &job.device)?);
+        let at = |radius: usize| condition(self.conditioned, &self.epsilons, radius);
+        let averaged_at = |radius: usize| Discriminator::new(averaged.clone(), at(radius));
         let tracked = net.tracked()?;
         let optimizer = Adam::new(AdamConfig { weight_decay: self.weight_decay, ..AdamConfig::default() });
         let checkpoint = job.hidden(out, &path);
@@ -239,13 +279,16 @@ impl FitDiscriminator {
             total_steps: self.steps,
             decay: LrDecay::Cosine { min: 0.05 * self.learning_rate },
         };
-        let attack = self.attack(epsilon, seed)?;
+        let attacks =
+            radii.clone().map(|r| self.attack(self.epsilons[r], seed)).collect::<Result<Vec<_>>>()?;
         let half = self.batch / 2;
         let settings = Augment { pad: self.crop_pad, flip: self.flip };
         while trainer.step() < self.steps {
             let step = trainer.step();
             let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
                 let n = slots.len();
+                // Each part of the batch has one radius, each radius as many parts.
+                let turn = (step + slots.start / n.max(1)) % radii.len();
                 let (mut pixels, mut labels, mut ids) = (Vec::new(), Vec::new(), Vec::new());
                 for slot in slots {
                     // Real and synthetic alternate, so that every part of the batch has both.
@@ -262,8 +305,10 @@ impl FitDiscriminator {
                 let pixels = augment(&pixels, shape, &ids, seed, stream::AUGMENT, settings);
                 let x = to_tensor(&pixels, shape, Range::Unit, &job.device)?;
                 let y = Tensor::from_vec(labels, n, &job.device)?;
-                let (tracked, frozen) = (|x: &Tensor| tracked.logits(x), |x: &Tensor| net.logits(x));
-                let losses = match &attack {
+                let told = at(radii.start + turn);
+                let tracked = |x: &Tensor| tracked.logits(&told.apply(x)?);
+                let frozen = |x: &Tensor| net.logits(&told.apply(x)?);
+                let losses = match &attacks[turn] {
                     Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, 0.0, &ids)?,
                     None => plain(&tracked, &x, &y, 0.0)?,
                 };
@@ -271,40 +316,44 @@ impl FitDiscriminator {
             };
             trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
+                let mut by_radius = Vec::new();
                 let accuracy = trainer.consider(averaged.params(), || {
-                    let right = correct(
-                        &|x| averaged.logits(x),
-                        &data.stop,
-                        attack.as_ref(),
-                        &job.device,
-                        None,
-                        &Progress::hidden(),
-                    )?;
-                    Ok(right.iter().filter(|&&r| r).count() as f64 / right.len() as f64)
+                    for (radius, attack) in radii.clone().zip(&attacks) {
+                        let (net, hidden) = (averaged_at(radius), Progress::hidden());
+                        let attack = attack.as_ref();
+                        let right =
+                            correct(&|x| net.logits(x), &data.stop, attack, &job.device, None, &hidden)?;
+                        by_radius.push(right.iter().filter(|&&r| r).count() as f64 / right.len() as f64);
+                    }
+                    Ok(by_radius.iter().sum::<f64>() / by_radius.len() as f64)
                 })?;
-                trainer.log(json!({ "stop_accuracy": accuracy }));
+                trainer.log(json!({ "stop_accuracy": accuracy, "by_radius": by_radius }));
             }
             bar.add(1);
             trainer.end_step()?;
         }
         let stop_accuracy = trainer.load_best(averaged.params())?.unwrap_or(f64::NAN);
-        let kept_step = trainer.log_lines().iter().find(|l| l["stop_accuracy"] == json!(stop_accuracy));
-        let kept_step = kept_step.and_then(|l| l["step"].as_u64()).unwrap_or(0) as usize;
-        let margins = margins(&averaged, &data.stop, &job.device)?;
-        let of = |side: u32| -> Vec<f64> {
-            margins
-                .iter()
-                .zip(&data.stop.labels)
-                .filter(|(_, l)| **l == side)
-                .map(|(m, _)| f64::from(*m))
-                .collect()
-        };
+        let kept = trainer.log_lines().iter().find(|l| l["stop_accuracy"] == json!(stop_accuracy));
+        let kept = kept.cloned().unwrap_or_default();
+        let mut records = Vec::new();
+        for (i, radius) in radii.enumerate() {
+            let margins = margins(&averaged_at(radius), &data.stop, &job.device)?;
+            let of = |side: u32| -> Vec<f64> {
+                let both = margins.iter().zip(&data.stop.labels);
+                both.filter(|(_, l)| **l == side).map(|(m, _)| f64::from(*m)).collect()
+            };
+            records.push(NetRecord {
+                path: path.clone(),
+                epsilon: self.epsilons[radius],
+                stop_accuracy: kept["by_radius"][i].as_f64().unwrap_or(f64::NAN),
+                kept_step: kept["step"].as_u64().unwrap_or(0) as usize,
+                calibration: Calibration::fit(&of(REAL), &of(SYNTHETIC)),
+            });
+        }
         averaged.save(&dir)?;
         fs::publish(&dir.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
-        let calibration = Calibration::fit(&of(REAL), &of(SYNTHETIC));
-        let record = NetRecord { path, epsilon, stop_accuracy, kept_step, calibration };
-        fs::publish_json(&record_path, &record)?;
-        Ok(record)
+        fs::publish_json(&record_path, &records)?;
+        Ok(records)
     }
 }
 
@@ -332,9 +381,10 @@ impl Stage for FitDiscriminator {
 
     fn amount(&self) -> String {
         format!(
-            "{} networks ({} radii, {} folds and judges), {} steps of {} images, PGD-{}",
-            self.epsilons.len() * (self.folds + 1),
+            "{} networks ({} radii{}, {} folds and judges), {} steps of {} images, PGD-{}",
+            self.spans().len() * (self.folds + 1),
             self.epsilons.len(),
+            if self.conditioned { " in each" } else { "" },
             self.folds,
             self.steps,
             self.batch,
@@ -358,12 +408,13 @@ impl Stage for FitDiscriminator {
             }
         }
         let (out, _lock) = job.open("run")?;
-        let units: Vec<(usize, usize)> = (0..=self.folds)
-            .flat_map(|set| (0..self.epsilons.len()).map(move |radius| (set, radius)))
-            .collect();
+        let spans = self.spans();
+        let units: Vec<(usize, Span<usize>)> =
+            (0..=self.folds).flat_map(|set| spans.iter().map(move |span| (set, span.clone()))).collect();
         let bar = Progress::new(Self::NAME, (units.len() * self.steps) as u64, "steps");
-        let fit = |&(set, radius): &(usize, usize)| self.fit(job, out, set, radius, &data[set], &bar);
-        let nets = side_by_side(&job.device, &units, fit)?;
+        let fit =
+            |(set, radii): &(usize, Span<usize>)| self.fit(job, out, *set, radii.clone(), &data[*set], &bar);
+        let nets = side_by_side(&job.device, &units, fit)?.concat();
         let sets: Vec<Vec<NetRecord>> = nets.chunks(self.epsilons.len()).map(<[_]>::to_vec).collect();
         let accuracies: Vec<Vec<f64>> =
             sets.iter().map(|set| set.iter().map(|n| n.stop_accuracy).collect()).collect();
@@ -373,6 +424,7 @@ impl Stage for FitDiscriminator {
             norm: self.norm,
             epsilons: self.epsilons.clone(),
             folds: self.folds,
+            conditioned: self.conditioned,
             sets,
         };
         fs::publish_json(&out.join("sets.json"), &record)?;
@@ -420,7 +472,7 @@ impl PoolParts {
 }
 
 /// The logit of synthetic minus that of real, for each image.
-pub(super) fn margins(net: &Classifier, data: &Dataset, device: &Device) -> Result<Vec<f32>> {
+pub(super) fn margins(net: &Discriminator, data: &Dataset, device: &Device) -> Result<Vec<f32>> {
     let rows: Vec<usize> = (0..data.len()).step_by(64).collect();
     let one = |&from: &usize| -> Result<Vec<f32>> {
         let to = (from + 64).min(data.len());

@@ -5,11 +5,9 @@ use std::{
     ops::Range as Span,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::Arc,
     time::Instant,
 };
 
-use arrow_array::{ArrayRef, Int64Array, StringArray, UInt64Array};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -23,10 +21,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    data::{
-        Dtype, Feature, Features, ImageWriter, Range, SYNTHETIC_SOURCE_TYPE, Shape, encode_png, from_chw,
-        gaussian_noise, image_column, to_u8,
-    },
+    data::{Range, Shape, from_chw, gaussian_noise, to_u8},
     diffusion::{
         Conditioning, DiffusionModel,
         sampler::{Plan, SamplerConfig, SamplerKind, Spacing, Start, Trajectory, sample},
@@ -497,27 +492,9 @@ impl Run<'_> {
         pixels: &[u8],
         record: Option<&ShardRecord>,
     ) -> Result<()> {
-        let shape = self.info.shape;
-        let images: Vec<Vec<u8>> =
-            pixels.par_chunks(shape.size()).map(|image| encode_png(image, shape)).collect();
-        let uid = |i: u64| format!("{}-{i:09}", &self.job.fingerprint[..12]);
         let classes = self.info.class_names.len() as u64;
         let label = |i: u64| self.info.conditional.then_some((i % classes) as i64);
-        let features = Features::image_and_label(&self.info.class_names)
-            .with("uid", Feature::Value(Dtype::String))
-            .with("index", Feature::Value(Dtype::Uint64))
-            .with("seed", Feature::Value(Dtype::Uint64));
-        let key_values =
-            [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", &*self.info.generator)];
-        let mut writer = ImageWriter::new(features, &key_values)?;
-        let columns: Vec<ArrayRef> = vec![
-            image_column(&images)?,
-            Arc::new(Int64Array::from_iter(rows.clone().map(label))),
-            Arc::new(StringArray::from_iter_values(rows.clone().map(uid))),
-            Arc::new(UInt64Array::from_iter_values(rows.clone())),
-            Arc::new(UInt64Array::from_iter_values(rows.clone().map(|_| self.config.seed))),
-        ];
-        writer.push(columns)?;
+        let writer = self.info.shard(rows, pixels, label)?;
         let name = |suffix: &str| format!("shard-{shard:05}{suffix}.parquet");
         let Some(record) = record.filter(|r| r.device_class == self.job.device_class) else {
             let entry = writer.finish(&self.dir, &name(""))?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Generate, Job, Outcome, Split, Stage, expect, finished_input, read_config,
+    Generate, Import, Job, Outcome, Split, Stage, expect, finished_input, read_config,
     selection::{self, SelectRecord, Selected},
     shards::Pool,
 };
@@ -196,7 +196,7 @@ impl Materialize {
     fn provenance(&self, pool: &Pool, record: &SelectRecord, parts: &super::split::Parts) -> Result<Value> {
         // What was computed, not where: the same work gives the same manifest in any folder.
         let mut generate = read_config(&pool.dir)?;
-        for key in Generate::INPUTS.iter().chain(Generate::RUNTIME) {
+        for key in Generate::INPUTS.iter().chain(Generate::RUNTIME).chain(Import::INPUTS) {
             generate.settings.remove(*key);
         }
         let inputs: Vec<Value> =

@@ -21,11 +21,13 @@ mod evaluate;
 mod fit_discriminator;
 mod fit_generator;
 mod generate;
+mod import;
 mod label;
 mod materialize;
 mod mix;
 mod publish;
 mod quality;
+mod rank;
 mod report;
 mod score;
 mod score_rows;
@@ -48,8 +50,8 @@ use serde_json::Value;
 
 pub use self::{
     arc::Arc, certify::Certify, curate::Curate, evaluate::Evaluate, fit_discriminator::FitDiscriminator,
-    fit_generator::FitGenerator, generate::Generate, label::Label, materialize::Materialize,
-    publish::Publish, quality::Quality, report::Report, score::Score, split::Split, train::Train,
+    fit_generator::FitGenerator, generate::Generate, import::Import, label::Label, materialize::Materialize,
+    publish::Publish, quality::Quality, rank::Rank, report::Report, score::Score, split::Split, train::Train,
 };
 use crate::{
     Error, Result, data,
@@ -64,11 +66,13 @@ pub const NAMES: &[&str] = &[
     Split::NAME,
     FitGenerator::NAME,
     Generate::NAME,
+    Import::NAME,
     Label::NAME,
     Quality::NAME,
     FitDiscriminator::NAME,
     Score::NAME,
     Arc::NAME,
+    Rank::NAME,
     Curate::NAME,
     Materialize::NAME,
     Train::NAME,
@@ -246,10 +250,12 @@ defaults_from_flags!(
     FitDiscriminator,
     FitGenerator,
     Generate,
+    Import,
     Label,
     Materialize,
     Publish,
     Quality,
+    Rank,
     Report,
     Score,
     Split,
@@ -296,6 +302,11 @@ pub fn input_fingerprint(input: &str) -> Result<String> {
     }
     let source: data::Source = input.parse().map_err(Error::Usage)?;
     source.fingerprint_all()
+}
+
+/// Whether `dir` is the folder of a stage, finished or not.
+pub fn is_stage_folder(dir: &Path) -> bool {
+    dir.join(CONFIG).is_file()
 }
 
 /// All files below `dir`, relative to it, sorted; without hidden ones.
@@ -408,24 +419,34 @@ pub fn read_done(dir: &Path) -> Result<Option<Done>> {
 ///
 /// Fails with [`Error::Usage`] if it is missing, of another stage, or not finished.
 fn finished_input<S: Stage>(key: &str, dir: Option<&Path>) -> Result<PathBuf> {
+    finished_one_of(key, dir, &[S::NAME])
+}
+
+/// An input folder that must be the finished work of one of some stages; see [`finished_input`].
+fn finished_one_of(key: &str, dir: Option<&Path>, stages: &[&str]) -> Result<PathBuf> {
+    let expected = stages.join(" or ");
     let Some(dir) = dir else {
-        bail!(Usage, "{key} is not set, expected the folder of a finished {}", S::NAME)
+        bail!(Usage, "{key} is not set, expected the folder of a finished {expected}")
     };
     if !dir.join(CONFIG).is_file() {
-        bail!(Usage, "{key} is '{}', expected the folder of a finished {}", dir.display(), S::NAME);
+        bail!(Usage, "{key} is '{}', expected the folder of a finished {expected}", dir.display());
     }
     let config = read_config(dir)?;
-    if config.stage != S::NAME {
+    if !stages.contains(&&*config.stage) {
         bail!(
             Usage,
-            "{key} is '{}', a folder of {}; expected one of {}",
+            "{key} is '{}', a folder of {}; expected one of {expected}",
             dir.display(),
-            config.stage,
-            S::NAME
+            config.stage
         );
     }
     if read_done(dir)?.is_none() {
-        bail!(Usage, "{key} is '{}', which is not finished; run its {} again first", dir.display(), S::NAME);
+        bail!(
+            Usage,
+            "{key} is '{}', which is not finished; run its {} again first",
+            dir.display(),
+            config.stage
+        );
     }
     Ok(dir.to_path_buf())
 }

@@ -6,15 +6,17 @@ use std::{
     sync::Arc,
 };
 
-use arrow_array::RecordBatch;
+use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, UInt64Array};
 use arrow_schema::SchemaRef;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{Generate, Job, finished_input};
+use super::{Generate, Import, Job, Stage, finished_one_of};
 use crate::{
     Error, Result,
     data::{
-        ImageReader, Shape,
+        Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, Shape, encode_png,
+        image_column,
         table::{self, Table},
     },
     fs::{self, Parts},
@@ -104,18 +106,48 @@ pub struct PoolInfo {
     pub named: bool,
     /// Whether images were made for a class; if not, `label` is null.
     pub conditional: bool,
-    /// The fingerprint of the generator.
+    /// The fingerprint of the stage that made it.
     pub generator: String,
-    /// The sampler and its settings.
+    /// The sampler and its settings, or what was imported.
     pub sampler: serde_json::Value,
     /// The seed.
     pub seed: u64,
 }
 
+impl PoolInfo {
+    /// A writer that holds the rows of a shard: images in HWC order, one after another, with their classes, if they have
+    /// any.
+    pub(super) fn shard(
+        &self,
+        rows: std::ops::Range<u64>,
+        pixels: &[u8],
+        label: impl Fn(u64) -> Option<i64>,
+    ) -> Result<ImageWriter> {
+        let images: Vec<Vec<u8>> =
+            pixels.par_chunks(self.shape.size()).map(|image| encode_png(image, self.shape)).collect();
+        let uid = |i: u64| format!("{}-{i:09}", &self.generator[..12]);
+        let features = Features::image_and_label(&self.class_names)
+            .with("uid", Feature::Value(Dtype::String))
+            .with("index", Feature::Value(Dtype::Uint64))
+            .with("seed", Feature::Value(Dtype::Uint64));
+        let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", &*self.generator)];
+        let mut writer = ImageWriter::new(features, &key_values)?;
+        let columns: Vec<ArrayRef> = vec![
+            image_column(&images)?,
+            Arc::new(Int64Array::from_iter(rows.clone().map(label))),
+            Arc::new(StringArray::from_iter_values(rows.clone().map(uid))),
+            Arc::new(UInt64Array::from_iter_values(rows.clone())),
+            Arc::new(UInt64Array::from_iter_values(rows.map(|_| self.seed))),
+        ];
+        writer.push(columns)?;
+        Ok(writer)
+    }
+}
+
 impl Pool {
-    /// Opens the finished pool that `key` names.
+    /// Opens the finished pool that `key` names: generated, or imported.
     pub(super) fn open(key: &str, dir: Option<&Path>) -> Result<Self> {
-        let dir = finished_input::<Generate>(key, dir)?;
+        let dir = finished_one_of(key, dir, &[Generate::NAME, Import::NAME])?;
         let info: PoolInfo = fs::read_json(&dir.join("pool.json"))?;
         Ok(Self { dir, info })
     }
@@ -169,7 +201,6 @@ impl PoolShard {
 
     /// The pixels of some rows, one image after another.
     pub(super) fn pixels(&self, rows: std::ops::Range<usize>, shape: Shape) -> Result<Vec<u8>> {
-        use rayon::prelude::*;
         let decoded: Vec<Vec<u8>> = self.images[rows]
             .par_iter()
             .map(|png| crate::data::decode_as(png, shape))

@@ -1,5 +1,6 @@
 //! The real program, in fresh folders, as a user meets it.
 
+mod arc;
 mod bad_input;
 mod cuda;
 mod curate;

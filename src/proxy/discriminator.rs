@@ -1,0 +1,81 @@
+//! A robust discriminator at one radius: a binary network of its own, or a network for all radii that is told which.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::{Result, nn::Classifier};
+
+/// How a network is told the radius that it is to withstand.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Condition {
+    /// Not at all: it was trained for one.
+    None,
+    /// By one more channel of the image, the radius over the largest one everywhere: in [0, 1], as pixels are.
+    Plane(f32),
+}
+
+impl Condition {
+    /// Channels besides those of the image.
+    pub fn channels(self) -> usize {
+        usize::from(self != Self::None)
+    }
+
+    /// `x`: `(b, h, w, c)`, images in [0, 1]. Returns what the network gets, `(b, h, w, c + channels)`.
+    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::None => Ok(x.clone()),
+            Self::Plane(level) => {
+                let (b, h, w, _) = x.dims4()?;
+                let plane = Tensor::full(level, (b, h, w, 1), x.device())?;
+                Ok(Tensor::cat(&[x, &plane], 3)?)
+            }
+        }
+    }
+}
+
+/// A discriminator, ready to use.
+#[derive(Clone)]
+pub struct Discriminator {
+    network: Arc<Classifier>,
+    condition: Condition,
+}
+
+impl Discriminator {
+    /// The network under a condition.
+    pub fn new(network: Arc<Classifier>, condition: Condition) -> Self {
+        Self { network, condition }
+    }
+
+    /// (height, width, channels) of the images that it takes.
+    pub fn image_shape(&self) -> (usize, usize, usize) {
+        let (h, w, c) = self.network.config().architecture.image_shape();
+        (h, w, c.saturating_sub(self.condition.channels()))
+    }
+
+    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits of real and synthetic, `(b, 2)`.
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        self.network.logits(&self.condition.apply(x)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    #[test]
+    fn the_plane_is_one_more_channel_and_lets_the_images_gradient_through() {
+        let x: Vec<f32> = (0..2 * 9).map(|i| i as f32 / 18.0).collect();
+        let x = Var::from_vec(x, (2, 3, 3, 1), &Device::Cpu).unwrap();
+        let conditioned = Condition::Plane(0.25).apply(x.as_tensor()).unwrap();
+        assert_eq!(conditioned.dims(), [2, 3, 3, 2]);
+        let plane = conditioned.narrow(3, 1, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(plane.iter().all(|&v| v == 0.25));
+        let grads = conditioned.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let gradient = (grads.get(x.as_tensor()).unwrap() - (x.as_tensor() * 2.0).unwrap()).unwrap();
+        let off = gradient.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(off < 1e-6, "{off}");
+    }
+}

@@ -1,0 +1,136 @@
+//! Rank: several generators by ARC.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::{Arc, Job, Label, Outcome, Stage, arc::ArcRecord, finished_input, read_done};
+use crate::{
+    Result, fs,
+    plot::lines,
+    proxy::arc::{Estimate, difference_interval},
+};
+
+/// Ranks generators by their signed ARC, lowest first: `rank.json`, and the curves in `rank.svg`.
+///
+/// Each estimate must come from the same real images and radii under the same attack. The intervals of differences take
+/// the estimates as independent; that they share real images makes them wider than need be.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Rank {
+    /// The folders of finished arcs, one a generator.
+    #[arg(long, value_delimiter = ',')]
+    pub arcs: Vec<PathBuf>,
+    /// The folders of finished labels of the same pools, in the same order: the agreement, to which ARC is blind.
+    #[arg(long, value_delimiter = ',')]
+    pub labelled: Vec<PathBuf>,
+    /// The generators' names, in the same order.
+    #[arg(long, value_delimiter = ',')]
+    pub names: Vec<String>,
+}
+
+/// One generator.
+#[derive(Clone, Debug, Serialize)]
+struct Ranked {
+    name: String,
+    /// The signed area: what ranks.
+    signed_arc: f64,
+    interval: [f64; 2],
+    /// The same after PGD alone.
+    signed_after_pgd: f64,
+    truncated: bool,
+    /// How often a classifier sees the class that an image was made for; none without labels.
+    label_agreement: Option<f64>,
+    /// The signed area minus that of the one before, and its 95 % interval.
+    behind_the_last: Option<f64>,
+    behind_interval: Option<[f64; 2]>,
+}
+
+impl Stage for Rank {
+    const NAME: &'static str = "rank";
+    const INPUTS: &'static [&'static str] = &["arcs", "labelled"];
+
+    fn validate(&self) -> Result<()> {
+        let (arcs, labelled, names) = (self.arcs.len(), self.labelled.len(), self.names.len());
+        if names != arcs || (labelled != 0 && labelled != arcs) {
+            bail!(
+                Usage,
+                "there are {arcs} arcs, {names} names and {labelled} labelled, expected as many names, and as many labelled \
+                 or none"
+            );
+        }
+        Ok(())
+    }
+
+    fn amount(&self) -> String {
+        format!("{} generators", self.arcs.len())
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        if self.arcs.is_empty() {
+            bail!(Usage, "arcs is empty, expected the folder of a finished arc for each generator");
+        }
+        let mut found: Vec<(String, ArcRecord, Option<f64>)> = Vec::new();
+        for (i, (dir, name)) in self.arcs.iter().zip(&self.names).enumerate() {
+            let dir = finished_input::<Arc>("arcs", Some(dir))?;
+            let record: ArcRecord = fs::read_json(&dir.join("arc.json"))?;
+            if let Some((_, first, _)) = found.first()
+                && (first.epsilons != record.epsilons || first.attack != record.attack)
+            {
+                bail!(
+                    Data,
+                    "{}: radii or attack are not those of {}, expected the same for all",
+                    dir.display(),
+                    self.arcs[0].display()
+                );
+            }
+            let agreement = match self.labelled.get(i) {
+                Some(labels) => {
+                    let labels = finished_input::<Label>("labelled", Some(labels))?;
+                    read_done(&labels)?.and_then(|done| done.summary["agreement"].as_f64())
+                }
+                None => None,
+            };
+            found.push((name.clone(), record, agreement));
+        }
+        found.sort_by(|a, b| a.1.estimate.signed.total_cmp(&b.1.estimate.signed));
+        let mut before: Option<&Estimate> = None;
+        let ranked: Vec<Ranked> = found
+            .iter()
+            .map(|(name, record, agreement)| {
+                let e = &record.estimate;
+                let ranked = Ranked {
+                    name: name.clone(),
+                    signed_arc: e.signed,
+                    interval: e.interval,
+                    signed_after_pgd: record.signed_after_pgd,
+                    truncated: e.truncated,
+                    label_agreement: *agreement,
+                    behind_the_last: before.map(|last| e.signed - last.signed),
+                    behind_interval: before.map(|last| difference_interval(e, last)),
+                };
+                before = Some(e);
+                ranked
+            })
+            .collect();
+        let series: Vec<(String, Vec<(f64, f64)>)> = found
+            .iter()
+            .map(|(name, record, _)| {
+                (name.clone(), record.estimate.curve.iter().map(|p| (p.epsilon, p.accuracy)).collect())
+            })
+            .collect();
+        let (out, _lock) = job.open("run")?;
+        let svg = lines(
+            "Robust discrimination of real and synthetic images",
+            "ε",
+            "accuracy under attack",
+            &series,
+        )?;
+        fs::publish(&out.join("rank.svg"), svg.as_bytes())?;
+        let summary =
+            json!({ "schema": "proxyset.rank/1", "attack": found[0].1.attack, "generators": ranked });
+        fs::publish_json(&out.join("rank.json"), &summary)?;
+        Ok(Outcome::Done(summary))
+    }
+}
