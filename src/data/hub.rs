@@ -42,6 +42,8 @@ pub const SYNTHETIC_SOURCE_TYPE: &str =
 pub enum Dtype {
     /// `bool`.
     Bool,
+    /// `int32`.
+    Int32,
     /// `int64`.
     Int64,
     /// `uint32`.
@@ -57,13 +59,22 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    const ALL: [Self; 7] =
-        [Self::Bool, Self::Int64, Self::Uint32, Self::Uint64, Self::Float32, Self::Float64, Self::String];
+    const ALL: [Self; 8] = [
+        Self::Bool,
+        Self::Int32,
+        Self::Int64,
+        Self::Uint32,
+        Self::Uint64,
+        Self::Float32,
+        Self::Float64,
+        Self::String,
+    ];
 
     /// The name in `datasets`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Bool => "bool",
+            Self::Int32 => "int32",
             Self::Int64 => "int64",
             Self::Uint32 => "uint32",
             Self::Uint64 => "uint64",
@@ -76,6 +87,7 @@ impl Dtype {
     fn arrow(self) -> DataType {
         match self {
             Self::Bool => DataType::Boolean,
+            Self::Int32 => DataType::Int32,
             Self::Int64 => DataType::Int64,
             Self::Uint32 => DataType::UInt32,
             Self::Uint64 => DataType::UInt64,

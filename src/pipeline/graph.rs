@@ -81,27 +81,31 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
     } else {
         Some(graph.add_as::<Train>("train labeller", "labeller", &real, Label::NAME)?)
     };
+    let other_classifier = match file.table("label").get("classifier") {
+        Some(Value::String(other)) => Some(("classifier", PathBuf::from(other))),
+        _ => None,
+    };
     let mut inputs = vec![("pool", pool.clone())];
     inputs.extend(classifier.map(|c| ("classifier", c)));
     if file.has(Quality::NAME) {
         let source = graph.resolve::<Split>("split", &[], &[])?.source.to_string();
         let mut compared = inputs.clone();
         compared.push(("data", PathBuf::from(source)));
-        if let Some(Value::String(other)) = file.table("label").get("classifier") {
-            compared.push(("classifier", PathBuf::from(other)));
-        }
+        compared.extend(other_classifier.clone());
         graph.add::<Quality>("quality", &compared)?;
     }
     let labels = graph.add::<Label>("label", &inputs)?;
 
     let proxy = [("split", split.clone()), ("pool", pool.clone())];
     let discriminators = graph.add::<FitDiscriminator>("fit-discriminator", &proxy)?;
-    let judged = [
+    let mut judged = vec![
         ("split", split.clone()),
         ("pool", pool.clone()),
         ("labels", labels.clone()),
         ("discriminators", discriminators),
     ];
+    judged.extend(inputs.iter().filter(|(key, _)| *key == "classifier").cloned());
+    judged.extend(other_classifier.clone());
     let scores = graph.add::<Score>("score", &judged)?;
     let attacked = [("split", split.clone()), ("pool", pool.clone()), judged[3].clone()];
     let arc = graph.add::<Arc>("arc", &attacked)?;
@@ -115,7 +119,11 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
         let inputs = [("scores", scores.clone())];
         let selection =
             graph.add_with::<Curate>(&format!("curate{suffix}"), "curate", &inputs, &extra, None)?;
-        let inputs = [("split", split.clone()), ("pool", pool.clone()), ("selection", selection.clone())];
+        let mut inputs = vec![("split", split.clone()), ("pool", pool.clone())];
+        inputs.push(("selection", selection.clone()));
+        if file.table(Materialize::NAME).get("with_pool") == Some(&Value::Boolean(true)) {
+            inputs.push(("scores", scores.clone()));
+        }
         let dataset = graph.add_with::<Materialize>(
             &format!("materialize{suffix}"),
             "materialize",

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Counts, Job, Outcome, Stage, expect, label, note,
+    Counts, Job, Outcome, Stage, coverage, expect, label, note,
     score::{columns, quantiles},
     score_rows::{ScoreRows, ScoreTables},
     selection::{self, ClassCounts, Judged, SelectRecord},
@@ -381,6 +381,7 @@ impl Curate {
             classes,
             score_before: sorted_quantiles(rows.scores.clone()),
             score_after: sorted_quantiles(after),
+            coverage: coverage::measure(&tables.folder, tables, |row| rows.verdicts[row] == PASSED)?,
             judged: (self.arm != Arm::All && kept.count > 0).then(|| Judged {
                 kept: kept.mean,
                 random: random.mean,

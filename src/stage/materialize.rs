@@ -11,7 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Generate, Import, Job, Outcome, Split, Stage, expect, finished_input, read_config,
+    Generate, Import, Job, Outcome, Split, Stage, expect, finished_input,
+    pool_configuration::PoolConfiguration,
+    read_config,
+    score_rows::ScoreTables,
     selection::{self, SelectRecord, Selected},
     shards::Pool,
 };
@@ -46,6 +49,12 @@ pub struct Materialize {
     /// The folder of a finished curate: which of them.
     #[arg(long)]
     pub selection: Option<PathBuf>,
+    /// The folder of a finished score of the pool: for with_pool.
+    #[arg(long)]
+    pub scores: Option<PathBuf>,
+    /// Write the whole pool too, with its scores and what was selected, as a second configuration `pool`.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub with_pool: bool,
     /// Largest number of rows in a file.
     #[arg(long, default_value_t = 131_072)]
     pub rows_per_file: usize,
@@ -62,9 +71,12 @@ pub struct Materialize {
 
 impl Stage for Materialize {
     const NAME: &'static str = "materialize";
-    const INPUTS: &'static [&'static str] = &["split", "pool", "selection"];
+    const INPUTS: &'static [&'static str] = &["split", "pool", "selection", "scores"];
 
     fn validate(&self) -> Result<()> {
+        if !self.with_pool && self.scores.is_some() {
+            bail!(Usage, "scores is set, but with_pool is false, expected both or neither");
+        }
         expect("rows_per_file", self.rows_per_file, 1, ROWS_IN_MEMORY)
     }
 
@@ -80,6 +92,8 @@ impl Stage for Materialize {
         if selected.is_empty() {
             bail!(Data, "the selection is empty, expected at least one image");
         }
+        let tables =
+            self.with_pool.then(|| ScoreTables::open("scores", self.scores.as_deref())).transpose()?;
         let (out, _lock) = job.open("run")?;
         let dataset = out.join("dataset");
         let work = Parts::new(job.hidden(out, "parts"));
@@ -102,8 +116,26 @@ impl Stage for Materialize {
             check_stop()?;
             entries.extend(writing.files(chunk, group * files_at_once)?);
         }
+        let mut card = self.card(&pool, &record, &parts, &entries)?;
+        if let Some(tables) = tables {
+            let mut chosen = vec![false; tables.len()];
+            for s in &selected {
+                let row = chosen.get_mut(tables.row(s.shard, s.row));
+                *row.ok_or_else(|| Error::Data("scores are not those that were selected by".into()))? = true;
+            }
+            let configuration = PoolConfiguration {
+                pool: &pool,
+                tables,
+                class_names: &parts.class_names,
+                selected: chosen,
+                rows_per_file: self.rows_per_file,
+            };
+            let (files, config) = configuration.write(&dataset, &work)?;
+            entries.extend(files);
+            card.configs.push(config);
+        }
         let provenance = self.provenance(&pool, &record, &parts)?;
-        self.card(&pool, &record, &parts, &entries).write(&dataset)?;
+        card.write(&dataset)?;
         Manifest::new(pool.info.shape, parts.class_names.clone(), entries, provenance).write(&dataset)?;
         let report = check_dataset(&dataset)?;
         Ok(Outcome::Done(json!({
@@ -136,11 +168,7 @@ impl Writing<'_> {
         let name = |file: usize| format!("data/train-{file:05}-of-{files:05}.parquet");
         let mut entries = Vec::new();
         for file in first_file..first_file + rows.len().div_ceil(self.rows_per_file) {
-            let kept = work.get(&format!("{file:05}.json"))?;
-            let entry: Option<FileEntry> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-            entries.extend(
-                entry.filter(|e| std::fs::metadata(dataset.join(&e.path)).is_ok_and(|m| m.len() == e.bytes)),
-            );
+            entries.extend(written_file(dataset, &name(file), work)?);
         }
         if entries.len() == rows.len().div_ceil(self.rows_per_file) {
             bar.skip(rows.len() as u64);
@@ -179,17 +207,44 @@ impl Writing<'_> {
             ];
             let generator = pool.info.generator.as_str();
             let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", generator)];
-            let mut writer = ImageWriter::new(features(class_names), &key_values)?;
-            writer.push(columns)?;
-            let entry = writer.finish(dataset, &name(first_file + k))?;
-            let kept =
-                serde_json::to_vec(&entry).map_err(|e| Error::Alarm(format!("a file's record: {e}")))?;
-            work.put(&format!("{:05}.json", first_file + k), &kept)?;
-            bar.add(chunk.len() as u64);
-            entries.push(entry);
+            entries.push(recorded_file(dataset, &name(first_file + k), work, bar, || {
+                let mut writer = ImageWriter::new(features(class_names), &key_values)?;
+                writer.push(columns)?;
+                Ok(writer)
+            })?);
         }
         Ok(entries)
     }
+}
+
+/// The record of a file, if the file is written.
+fn written_file(dataset: &Path, name: &str, work: &Parts) -> Result<Option<FileEntry>> {
+    let kept = work.get(&record_key(name))?;
+    let entry: Option<FileEntry> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    Ok(entry.filter(|e| std::fs::metadata(dataset.join(&e.path)).is_ok_and(|m| m.len() == e.bytes)))
+}
+
+/// The file that `make` fills, written with a record in `work`, or found written.
+pub(super) fn recorded_file(
+    dataset: &Path,
+    name: &str,
+    work: &Parts,
+    bar: &Progress,
+    make: impl FnOnce() -> Result<ImageWriter>,
+) -> Result<FileEntry> {
+    if let Some(entry) = written_file(dataset, name, work)? {
+        bar.skip(entry.rows);
+        return Ok(entry);
+    }
+    let entry = make()?.finish(dataset, name)?;
+    let record = serde_json::to_vec(&entry).map_err(|e| Error::Alarm(format!("a file's record: {e}")))?;
+    work.put(&record_key(name), &record)?;
+    bar.add(entry.rows);
+    Ok(entry)
+}
+
+fn record_key(name: &str) -> String {
+    name.replace('/', "-") + ".json"
 }
 
 impl Materialize {
@@ -218,7 +273,8 @@ impl Materialize {
         record: &SelectRecord,
         parts: &super::split::Parts,
         files: &[FileEntry],
-    ) -> Card {
+    ) -> Result<Card> {
+        let imported = read_config(&pool.dir)?.stage == Import::NAME;
         let source = parts.source.to_string();
         let real = real_name(&source);
         let pretty_name = if self.pretty_name.is_empty() {
@@ -229,7 +285,7 @@ impl Materialize {
         let by_class: String =
             record.classes.iter().map(|class| format!("| {} | {} |\n", class.class, class.kept)).collect();
         let text = format!(
-            "Images made by a diffusion model of {real}, {selected}, by proxyset, which implements \
+            "{made}, {selected}, by proxyset, which implements \
              [Sehwag et al. 2022](https://arxiv.org/abs/2104.09425).\n\n\
              - **Sampler** {sampler}, seed {seed}\n\
              - **Curation** arm `{arm}`: {balance}\n\
@@ -243,6 +299,11 @@ impl Materialize {
              pixel too, were removed. \
              Selection by low score can shrink rare modes. The licence of the real data applies.\n\n\
              `manifest.json` has the hash of every file and all settings.\n",
+            made = if imported {
+                format!("Images to stand for {real}, made elsewhere")
+            } else {
+                format!("Images made by a diffusion model of {real}")
+            },
             selected = match record.arm {
                 Arm::Arc => "those that robust discriminators find closest to the real ones",
                 Arm::Confidence => "those of which a classifier is surest",
@@ -263,7 +324,7 @@ impl Materialize {
             after = record.score_after,
         );
         let sum = |f: fn(&FileEntry) -> u64| files.iter().map(f).sum();
-        Card {
+        Ok(Card {
             pretty_name,
             license: self.license.clone(),
             license_name: (self.license == "other").then(|| "as-the-real-data".into()),
@@ -281,7 +342,7 @@ impl Materialize {
                 }],
             }],
             text,
-        }
+        })
     }
 }
 

@@ -311,6 +311,12 @@ fn markdown(
             s.balance(),
             s.kept_by_class()
         );
+        if let Some(c) = &s.coverage {
+            text += &format!(
+                "\nPrecision and recall of {} images against {} real ones: {:.3} and {:.3} of the pool, {:.3} and {:.3} of the kept.\n",
+                c.images[1], c.images[0], c.before[0], c.before[1], c.after[0], c.after[1]
+            );
+        }
         if let Some(j) = &s.judged {
             text += &format!(
                 "\nJudges (other seeds, other images): kept {:.4}, random {:.4}, difference {:+.4}, 95 % interval {:+.4} to {:+.4}: {}.\n",

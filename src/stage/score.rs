@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Label, Outcome, Split, Stage, expect, finished_input,
+    Job, Label, Outcome, Split, Stage,
+    coverage::Sampler,
+    expect, finished_input,
     fit_discriminator::{Discriminators, margins},
     label,
     shards::{self, Pool, expect_same_rows, for_each_shard},
@@ -54,6 +56,12 @@ pub struct Score {
     /// The folder of a finished fit-discriminator.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
+    /// A classifier's folder: features of a sample of the images are kept, for the precision and recall of what is selected.
+    #[arg(long)]
+    pub classifier: Option<PathBuf>,
+    /// How many images of the pool, about, and real ones, at most, are in the sample.
+    #[arg(long, default_value_t = 5000)]
+    pub sample: usize,
     /// Nearest training images whose mean distance memorization_ratio divides that of the nearest by (Carlini et al. 2023: 50).
     #[arg(long, default_value_t = 50)]
     pub neighbours: usize,
@@ -170,9 +178,10 @@ impl Scorer<'_> {
 
 impl Stage for Score {
     const NAME: &'static str = "score";
-    const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators"];
+    const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators", "classifier"];
 
     fn validate(&self) -> Result<()> {
+        expect("sample", self.sample, 1, 100_000)?;
         expect("neighbours", self.neighbours, 1, 10_000)
     }
 
@@ -189,12 +198,19 @@ impl Stage for Score {
         discriminators.expect_shape(pool.info.shape)?;
         pool.expect_shape(real.train.shape)?;
         let classes = real.train.class_names.clone();
+        let fit = self.classifier.as_ref().map(|_| real.fit());
         let real = RealImages::load(real, self.neighbours, &job.device)?;
         let epsilons = &discriminators.record.epsilons;
         let weights = trapezoid_weights(&epsilons.iter().map(|e| e.get()).collect::<Vec<_>>());
         let scorer = Scorer { job, discriminators: &discriminators, weights, shape: pool.info.shape };
         let schema = schema(epsilons);
+        let of_pool = (pool.info.count, pool.info.shape);
+        let sampler = |dir: &PathBuf| Sampler::new(dir, of_pool, self.sample, &job.device);
+        let sampler = self.classifier.as_ref().map(sampler).transpose()?;
         let (out, _lock) = job.open("run")?;
+        if let (Some(sampler), Some(fit)) = (&sampler, fit) {
+            sampler.real(out, &fit, self.sample, &job.device)?;
+        }
         let dir = out.join("scores");
         for_each_shard(job, &dir, &pool, Self::NAME, &schema, |shard, rows, parts, bar| {
             let label_columns = [
@@ -212,6 +228,9 @@ impl Stage for Score {
 
             let size = pool.info.shape.size();
             let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
+            if let Some(sampler) = &sampler {
+                sampler.shard(out, shard, rows, &pixels, pool.info.shape, &job.device)?;
+            }
             let (mut values, mut found) = (Vec::new(), Vec::new());
             for from in (0..rows.len()).step_by(CHUNK) {
                 crate::progress::check_stop()?;

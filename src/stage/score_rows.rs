@@ -21,6 +21,8 @@ const BATCH: usize = 16_384;
 
 /// The score tables of a pool.
 pub(super) struct ScoreTables {
+    /// The stage's folder.
+    pub(super) folder: PathBuf,
     dir: PathBuf,
     /// The number of the first row of each shard, then that of all rows.
     first: Vec<usize>,
@@ -73,7 +75,7 @@ impl ScoreTables {
                 classes.len()
             );
         }
-        Ok(Self { dir, first, classes })
+        Ok(Self { folder, dir, first, classes })
     }
 
     /// Images of the pool.
@@ -89,6 +91,11 @@ impl ScoreTables {
     /// The rows of a shard.
     pub(super) fn rows_of(&self, shard: usize) -> Range<usize> {
         self.first[shard]..self.first[shard + 1]
+    }
+
+    /// The number of a row of a shard; that of none if there is no such row.
+    pub(super) fn row(&self, shard: usize, row: usize) -> usize {
+        self.first.get(shard).map_or(usize::MAX, |first| first + row)
     }
 
     /// The shard of a row, and its place there.

@@ -9,7 +9,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Counts, Curate, finished_input, label::columns, score, score_rows::ScoreTables, shards};
+use super::{
+    Counts, Curate, coverage::Coverage, finished_input, label::columns, score, score_rows::ScoreTables,
+    shards,
+};
 use crate::{
     Error, Result,
     curate::{self, PASSED},
@@ -38,6 +41,8 @@ pub struct SelectRecord {
     pub score_before: Value,
     /// Quantiles of `synthetic_score` over the kept.
     pub score_after: Value,
+    /// What selection does to precision and recall, if score kept features.
+    pub coverage: Option<Coverage>,
     /// Whether judges find the kept closer to real than an equally large random part.
     pub judged: Option<Judged>,
 }

@@ -2,6 +2,9 @@
 
 use std::{collections::BTreeMap, path::Path, time::SystemTime};
 
+use arrow_array::BooleanArray;
+use proxyset::data::table::{self, Table};
+
 use crate::run::{fails, files, ok};
 
 /// The digits pipeline in seconds.
@@ -27,6 +30,16 @@ fn done_at(run: &Path) -> BTreeMap<String, SystemTime> {
         Some((f.file_name().unwrap().to_string_lossy().into_owned(), at))
     });
     done.collect()
+}
+
+/// The folder of a stage that the second run made.
+fn new_folder(
+    run: &Path,
+    first: &BTreeMap<String, SystemTime>,
+    second: &BTreeMap<String, SystemTime>,
+    stage: &str,
+) -> std::path::PathBuf {
+    run.join(second.keys().find(|k| !first.contains_key(*k) && k.starts_with(stage)).unwrap())
 }
 
 #[test]
@@ -57,7 +70,14 @@ fn a_run_is_done_once_checked_changed_in_part_and_published() {
     ok(&command("--threads 1"));
     assert_eq!(done_at(&run), first, "finished work was done again");
 
-    ok(&command("--until materialize --set curate.keep_per_class=4"));
+    let coverage = &select["coverage"];
+    assert_eq!(coverage["images"][1], select["kept"], "the sample is the pool, which is small");
+    for side in ["before", "after"] {
+        let [precision, recall] = [0, 1].map(|i| coverage[side][i].as_f64().unwrap());
+        assert!((0.0..=1.0).contains(&precision) && (0.0..=1.0).contains(&recall), "{coverage}");
+    }
+
+    ok(&command("--until materialize --set curate.keep_per_class=4 --set materialize.with_pool=true"));
     let second = done_at(&run);
     let new: Vec<&str> =
         second.keys().filter(|k| !first.contains_key(*k)).map(|k| k.split_once('-').unwrap().0).collect();
@@ -68,6 +88,25 @@ fn a_run_is_done_once_checked_changed_in_part_and_published() {
     let status: serde_json::Value =
         serde_json::from_str(&ok(&format!("status {} --json", run.display()))).unwrap();
     assert_eq!(status["steps"].as_array().unwrap().len(), second.len());
+
+    let with_pool = new_folder(&run, &first, &second, "materialize").join("dataset");
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(with_pool.join("manifest.json")).unwrap()).unwrap();
+    let rows = |folder: &str| -> u64 {
+        let files = manifest["files"].as_array().unwrap().iter();
+        files
+            .filter(|f| f["path"].as_str().unwrap().starts_with(folder))
+            .map(|f| f["rows"].as_u64().unwrap())
+            .sum()
+    };
+    assert_eq!((rows("data/"), rows("pool/")), (40, 512));
+    let path = with_pool.join("pool/train-00000-of-00001.parquet");
+    let mut selected = 0;
+    for batch in Table::open(&path).unwrap().read(&["selected", "synthetic_score"], 100).unwrap() {
+        let batch = batch.unwrap();
+        selected += table::required::<BooleanArray>(&path, &batch, "selected").unwrap().true_count();
+    }
+    assert_eq!(selected, 40);
 
     let dataset = run.join(first.keys().find(|k| k.starts_with("materialize")).unwrap());
     published(&dataset, dir.path());
