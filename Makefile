@@ -6,7 +6,7 @@ PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
 PEERS = target/peers
 
-.PHONY: build curate experiment test ci format lint docs smoke bench bench-peers bench-curate test-interop test-robustbench test-autoattack cuda test-cuda clean
+.PHONY: build curate experiment test test-extractors ci format lint docs smoke bench bench-peers bench-curate test-interop test-robustbench test-autoattack cuda test-cuda clean
 
 build:
 	$(CARGO) build --release
@@ -23,7 +23,11 @@ experiment: build
 test:
 	$(CARGO) test --release
 
-ci: format lint docs test smoke
+# Networks of the Hub as extractors of features, against their Python originals.
+test-extractors:
+	$(CARGO) test --release --features extractors --lib pretrained
+
+ci: format lint docs test test-extractors smoke
 
 format:
 	$(CARGO) fmt --check

@@ -7,9 +7,12 @@
 pub mod arc;
 pub mod calibration;
 pub mod discriminator;
+pub mod extractor;
 pub mod fold;
 pub mod neighbours;
 pub mod perceptual_hash;
+#[cfg(feature = "extractors")]
+pub mod pretrained;
 pub mod quality;
 pub mod score;
 

@@ -6,15 +6,13 @@ use std::{collections::HashMap, path::Path};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    expect_images, fit_discriminator::spread, score_rows::ScoreTables, shards::PoolShard, side_by_side,
-};
+use super::{fit_discriminator::spread, score_rows::ScoreTables, shards::PoolShard, side_by_side};
 use crate::{
     Error, Result,
     data::{Dataset, Range, Shape, to_tensor},
     fs,
-    nn::Classifier,
     proxy::{
+        extractor::Extractor,
         fold::uid_order,
         quality::{Features, precision_recall},
     },
@@ -44,7 +42,7 @@ pub struct Coverage {
 
 /// Makes the features.
 pub(super) struct Sampler {
-    classifier: Classifier,
+    network: Extractor,
     /// The largest `uid_order` in the sample.
     last: u128,
 }
@@ -57,11 +55,11 @@ impl Sampler {
         sample: usize,
         device: &Device,
     ) -> Result<Self> {
-        let network = Classifier::load(classifier, device)?;
-        expect_images(&network, classifier, &"the pool", shape)?;
+        let network = Extractor::load(classifier, device)?;
+        network.expect_shape(classifier, &"the pool", shape)?;
         let share = (sample as f64 / pool as f64).min(1.0);
         let last = if share < 1.0 { (share * u128::MAX as f64) as u128 } else { u128::MAX };
-        Ok(Self { classifier: network, last })
+        Ok(Self { network, last })
     }
 
     /// Keeps in `out`, the stage's folder, the features of those of a shard's images, decoded, that are in the sample.
@@ -113,7 +111,7 @@ impl Sampler {
         let chunks: Vec<&[u8]> = pixels.chunks(CHUNK * shape.size()).collect();
         let one = |pixels: &&[u8]| -> Result<Tensor> {
             let x = to_tensor(pixels, shape, Range::Unit, device)?;
-            Ok(self.classifier.features_and_logits(&x)?.0.to_device(&Device::Cpu)?)
+            Ok(self.network.features(&x)?.0.to_device(&Device::Cpu)?)
         };
         let features = Tensor::cat(&side_by_side(device, &chunks, one)?, 0)?.contiguous()?;
         let tensors = [("rows", Tensor::new(rows, &Device::Cpu)?), ("features", features)];

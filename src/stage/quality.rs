@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Job, Outcome, Stage, expect, expect_images, label::expect_same_classes, shards::Pool};
+use super::{Job, Outcome, Stage, expect, label::expect_same_classes, shards::Pool};
 use crate::{
     Result,
     data::{self, Range, Source, to_tensor},
     fs,
-    nn::Classifier,
     progress::{Progress, check_stop},
-    proxy::quality::{Features, frechet_distance, precision_recall},
+    proxy::{
+        extractor::Extractor,
+        quality::{Features, frechet_distance, precision_recall},
+    },
     rng::Permutation,
     stats::clopper_pearson,
 };
@@ -20,7 +22,8 @@ use crate::{
 /// Images that go through the classifier together. Results do not depend on it.
 const CHUNK: usize = 256;
 
-/// Measures a pool against real images in the features of a classifier, what its last linear layer gets.
+/// Measures a pool against real images in the features of a classifier, what its last linear layer gets, or of a network of
+/// the Hub.
 ///
 /// Fréchet distance (Heusel et al. 2017) beside that of two halves of the real images, each class halved, precision and recall
 /// (Kynkäänniemi et al. 2019), and the part of the images that the classifier gives the class they were made for. All
@@ -31,7 +34,8 @@ pub struct Quality {
     /// The folder of a finished generate.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train; or, in a program built
+    /// with the feature `extractors`, that of a ResNet, a DINOv2 or a CLIP from the Hub.
     #[arg(long)]
     pub classifier: Option<PathBuf>,
     /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
@@ -78,11 +82,13 @@ impl Stage for Quality {
         let Some(dir) = &self.classifier else {
             bail!(Usage, "classifier is not set, expected the folder of a classifier")
         };
-        let classifier = Classifier::load(dir, &job.device)?;
+        let network = Extractor::load(dir, &job.device)?;
         let real = self.data.load(self.split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
-        expect_images(&classifier, dir, &"the pool", pool.info.shape)?;
-        expect_images(&classifier, dir, &"the real data", real.shape)?;
-        expect_same_classes(&classifier, dir, &pool)?;
+        network.expect_shape(dir, &"the pool", pool.info.shape)?;
+        network.expect_shape(dir, &"the real data", real.shape)?;
+        if let Some(classifier) = network.classifier() {
+            expect_same_classes(classifier, dir, &pool)?;
+        }
         let wanted = match self.pool_limit as u64 {
             0 => pool.info.count,
             limit => limit.min(pool.info.count),
@@ -105,7 +111,7 @@ impl Stage for Quality {
             let rows = first..(first + CHUNK).min(real.len());
             let size = real.shape.size();
             let pixels = &real.pixels[rows.start * size..rows.end * size];
-            seen.add(&classifier, pixels, real.shape, job)?;
+            seen.add(&network, pixels, real.shape, job)?;
             bar.add(rows.len() as u64);
         }
         let (real_features, _) = seen.finish()?;
@@ -116,7 +122,7 @@ impl Stage for Quality {
             let end = rows.len().min(wanted - labels.len());
             for first in (0..end).step_by(CHUNK) {
                 let chunk = first..(first + CHUNK).min(end);
-                seen.add(&classifier, &rows.pixels(chunk.clone(), pool.info.shape)?, pool.info.shape, job)?;
+                seen.add(&network, &rows.pixels(chunk.clone(), pool.info.shape)?, pool.info.shape, job)?;
                 labels.extend_from_slice(&rows.labels[chunk.clone()]);
                 bar.add(chunk.len() as u64);
             }
@@ -157,7 +163,10 @@ impl Stage for Quality {
             "class_accuracy_interval": (n > 0).then(|| clopper_pearson(right, n, 0.05)),
             "images_of_class_accuracy": n,
             "features": {
-                "of": "what the last linear layer of the classifier gets",
+                "of": match network.classifier() {
+                    Some(_) => "what the last linear layer of the classifier gets",
+                    None => "what a network of the Hub pools",
+                },
                 "dimension": real_features.dim(),
                 "classifier_blake3": fs::hash_file(&dir.join("model.safetensors"))?.0,
             },
@@ -173,17 +182,20 @@ impl Stage for Quality {
 struct Seen {
     dim: usize,
     features: Vec<f32>,
+    /// Empty if the network is no classifier.
     classes: Vec<u32>,
 }
 
 impl Seen {
-    fn add(&mut self, classifier: &Classifier, pixels: &[u8], shape: data::Shape, job: &Job) -> Result<()> {
+    fn add(&mut self, network: &Extractor, pixels: &[u8], shape: data::Shape, job: &Job) -> Result<()> {
         check_stop()?;
         let x = to_tensor(pixels, shape, Range::Unit, &job.device)?;
-        let (features, logits) = classifier.features_and_logits(&x)?;
+        let (features, logits) = network.features(&x)?;
         self.dim = features.dim(1)?;
         self.features.extend(features.flatten_all()?.to_vec1::<f32>()?);
-        self.classes.extend(logits.argmax(1)?.to_vec1::<u32>()?);
+        if let Some(logits) = logits {
+            self.classes.extend(logits.argmax(1)?.to_vec1::<u32>()?);
+        }
         Ok(())
     }
 

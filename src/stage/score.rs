@@ -56,7 +56,7 @@ pub struct Score {
     /// The folder of a finished fit-discriminator.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
-    /// A classifier's folder: features of a sample of the images are kept, for the precision and recall of what is selected.
+    /// A classifier's folder, or a network's of the Hub, see quality: features of a sample of the images are kept, for the precision and recall of what is selected.
     #[arg(long)]
     pub classifier: Option<PathBuf>,
     /// How many images of the pool, about, and real ones, at most, are in the sample.
