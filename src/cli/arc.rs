@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use serde_json::json;
+
 use super::{Global, StageArgs, print, print_json, stage, table};
 use crate::{
     Result,
     data::Source,
     pipeline::{self, PipelineFile},
     progress::note,
-    stage::{AnyStage, Arc, Rank, Stage, read_done},
+    stage::{AnyStage, Arc, Rank, Split, Stage, read_done},
 };
 
 #[derive(clap::Args, Clone, Debug)]
@@ -37,9 +39,8 @@ pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
         bail!(Usage, "--out is not set, expected the folder for the ranking")
     };
     Stage::validate(&args.one.stage)?;
-    let mut set = vec![format!("split.source={real}")];
-    set.extend(args.set.iter().cloned());
-    let file = PipelineFile::of("arc", Arc::NAME, &AnyStage::settings(&args.one.stage), &set)?;
+    let given = [(Split::NAME, json!({ "source": real })), (Arc::NAME, AnyStage::settings(&args.one.stage))];
+    let file = PipelineFile::of("arc", &given, &args.set)?;
     let nodes = pipeline::ranking_nodes(&file, out, &args.synthetic, args.labeller.as_deref())?;
     pipeline::run_nodes(&nodes, out, global.device)?;
     let Some(rank) = nodes.iter().find(|node| node.stage.name() == Rank::NAME) else {

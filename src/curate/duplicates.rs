@@ -24,8 +24,8 @@ pub struct NearDuplicates {
 }
 
 impl NearDuplicates {
-    /// Bits that may differ at most: with more, the pieces are too short to tell anything apart.
-    pub const MAX_RADIUS: u32 = 7;
+    /// Bits that may differ at most: with more, the pieces are so short that each shares its with thousands of a large pool.
+    pub const MAX_RADIUS: u32 = 3;
 
     /// Hashes that differ in at most `radius` bits are near-duplicates.
     pub fn new(radius: u32) -> Self {

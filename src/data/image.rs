@@ -160,7 +160,7 @@ fn decode_jpeg(bytes: &[u8]) -> Result<(Shape, Vec<u8>)> {
     Ok((shape, pixels))
 }
 
-fn check_sides(format: &str, height: usize, width: usize) -> Result<()> {
+pub(super) fn check_sides(format: &str, height: usize, width: usize) -> Result<()> {
     if !(1..=MAX_SIDE).contains(&height) || !(1..=MAX_SIDE).contains(&width) {
         bail!(Data, "{format} is {height}x{width}, expected sides of 1 to {MAX_SIDE}");
     }

@@ -18,7 +18,7 @@ use super::{
     image::{self, Shape},
     table::{self, Table},
 };
-use crate::{Error, Result};
+use crate::{Error, Result, ResultExt};
 
 /// The only class of images that have none.
 pub const UNLABELLED: &str = "unlabelled";
@@ -35,10 +35,11 @@ const MAX_UNNAMED_CLASSES: usize = 1 << 16;
 /// A data set by name.
 ///
 /// - `builtin:digits`: 1,797 real 8×8 digits, part of the program.
-/// - A Parquet file. It is the test split if its name starts with `test`, else the train split.
+/// - A Parquet file. It is the test split if its name is `test.parquet` or starts with `test-`, else the train split.
 /// - A folder with `train-*.parquet` and `test-*.parquet`, in itself, in `data/`, or in the only folder of
 ///   `data/` that has any. Names that end in `-NNNNN-of-NNNNN` must be a complete set.
-/// - An `.npz` file with `image`, `(n, h, w, c)` or `(n, h, w)` u8, and `label`, `(n,)` integers, which may be missing.
+/// - An `.npz` file with `image`, `(n, h, w, c)` or `(n, h, w)` u8, and `label`, `(n,)` of type i16, i32, i64, u8 or u32,
+///   which may be missing; `test.npz` and `test-….npz` are the test split.
 /// - A folder of PNG and JPEG files, one folder a class, or all in one, without labels; in `train/` and `test/`, or all
 ///   of them the train split. In the order of their names.
 ///
@@ -216,11 +217,11 @@ impl Source {
         loader.finish(&format!("{self}, split {split}"))
     }
 
-    /// Whether the data set has this split, be it damaged.
+    /// Whether the data set has this split, be it damaged or ambiguous.
     pub fn has(&self, split: Split) -> bool {
         match self {
             Self::Digits => true,
-            Self::Path(path) => !matches!(find(path, split), Err(Error::Usage(_))),
+            Self::Path(path) => !matches!(search(path, split), Ok(None)),
         }
     }
 
@@ -296,8 +297,28 @@ struct ImageFolder {
     class_names: Vec<String>,
 }
 
-/// Finds the files of a split.
+/// Finds the files of a split. Fails with [`Error::Usage`] if there are none.
 fn find(path: &Path, split: Split) -> Result<Found> {
+    match search(path, split)? {
+        Some(found) => Ok(found),
+        None if path.is_dir() => bail!(
+            Usage,
+            "{}: no {split}-*.parquet there, in data/ or in a folder of it, and no images of a {split} split",
+            path.display()
+        ),
+        None => {
+            let other = if split == Split::Test { Split::Train } else { Split::Test };
+            bail!(
+                Usage,
+                "{}: has the {other} split only, expected {split}; name a folder with both",
+                path.display()
+            )
+        }
+    }
+}
+
+/// The files of a split, if there are any.
+fn search(path: &Path, split: Split) -> Result<Option<Found>> {
     let metadata = match fs::metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             bail!(
@@ -309,17 +330,17 @@ fn find(path: &Path, split: Split) -> Result<Found> {
         metadata => metadata.map_err(Error::io(path))?,
     };
     if !metadata.is_dir() {
-        let named = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("test"));
-        let found = if named { Split::Test } else { Split::Train };
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let found = if ["test.", "test-"].iter().any(|start| name.starts_with(start)) {
+            Split::Test
+        } else {
+            Split::Train
+        };
         if found != split {
-            bail!(
-                Usage,
-                "{}: has the {found} split only, expected {split}; name a folder with both",
-                path.display()
-            );
+            return Ok(None);
         }
         let npz = path.extension().is_some_and(|extension| extension == "npz");
-        return Ok(if npz { Found::Npz(path.into()) } else { Found::Parquet(vec![path.into()]) });
+        return Ok(Some(if npz { Found::Npz(path.into()) } else { Found::Parquet(vec![path.into()]) }));
     }
 
     let data = path.join("data");
@@ -336,7 +357,7 @@ fn find(path: &Path, split: Split) -> Result<Found> {
     }
     // The folder itself goes before data/, and data/ before its folders, which must not be ambiguous.
     let choice = match found.as_slice() {
-        [] => return Ok(Found::Images(images_below(path, split)?)),
+        [] => return Ok(images_below(path, split)?.map(Found::Images)),
         [(first, _), (second, _), ..] if first.parent() == Some(&data) => bail!(
             Usage,
             "{}: {split} files in {} and {}, expected one: name the folder",
@@ -347,14 +368,15 @@ fn find(path: &Path, split: Split) -> Result<Found> {
         _ => found.swap_remove(0).1,
     };
     check_complete(&choice)?;
-    Ok(Found::Parquet(choice))
+    Ok(Some(Found::Parquet(choice)))
 }
 
-/// The images of a folder that has no Parquet files.
-fn images_below(path: &Path, split: Split) -> Result<ImageFolder> {
+/// The images of a folder that has no Parquet files. What begins with a dot is left out; class folders go by name, or
+/// by number if all of them are numbers.
+fn images_below(path: &Path, split: Split) -> Result<Option<ImageFolder>> {
     let own = path.join(split.to_string());
     let root = if own.is_dir() || split == Split::Test { own } else { path.to_path_buf() };
-    let mut folder = ImageFolder { root: root.clone(), files: Vec::new(), class_names: Vec::new() };
+    let mut classes: Vec<(String, Vec<PathBuf>)> = Vec::new();
     let mut flat = Vec::new();
     let is_image = |file: &Path| {
         let extension = file.extension().map(|e| e.to_string_lossy().to_lowercase());
@@ -362,38 +384,43 @@ fn images_below(path: &Path, split: Split) -> Result<ImageFolder> {
     };
     for entry in if root.is_dir() { entries(&root)? } else { Vec::new() } {
         let name = entry.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with('.') {
+            continue;
+        }
         if is_image(&entry) {
-            flat.push((entry, 0));
+            flat.push(entry);
         } else if entry.is_dir() && (root != *path || !["train", "test"].contains(&&*name)) {
             let mut images = entries(&entry)?;
-            images.retain(|file| is_image(file));
+            let hidden = |file: &Path| file.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
+            images.retain(|file| is_image(file) && !hidden(file));
             if !images.is_empty() {
-                let class = folder.class_names.len() as u32;
-                folder.files.extend(images.into_iter().map(|file| (file, class)));
-                folder.class_names.push(name);
+                classes.push((name, images));
             }
         }
     }
-    if flat.is_empty() && folder.files.is_empty() {
-        bail!(
-            Usage,
-            "{}: no {split}-*.parquet there, in data/ or in a folder of it, and no images of a {split} split",
-            path.display()
-        );
+    let numbers: Option<Vec<u64>> = classes.iter().map(|(name, _)| name.parse().ok()).collect();
+    if let Some(numbers) = numbers {
+        for ((name, _), number) in classes.iter_mut().zip(numbers) {
+            *name = number.to_string();
+        }
+        classes.sort_by_key(|(name, _)| name.parse().unwrap_or(u64::MAX));
     }
-    if !flat.is_empty() && !folder.files.is_empty() {
-        bail!(
-            Usage,
-            "{}: images beside folders of images ({}), expected either",
-            root.display(),
-            folder.class_names.join(", ")
-        );
-    }
-    if !flat.is_empty() {
-        folder.files = flat;
-        folder.class_names = vec![UNLABELLED.into()];
-    }
-    Ok(folder)
+    let (class_names, files): (Vec<String>, Vec<Vec<PathBuf>>) = match (flat.is_empty(), classes.is_empty()) {
+        (true, true) => return Ok(None),
+        (false, true) => (vec![UNLABELLED.into()], vec![flat]),
+        (true, false) => classes.into_iter().unzip(),
+        (false, false) => {
+            let names: Vec<String> = classes.into_iter().map(|(name, _)| name).collect();
+            bail!(
+                Usage,
+                "{}: images beside folders of images ({}), expected either",
+                root.display(),
+                names.join(", ")
+            )
+        }
+    };
+    let files = (0..).zip(files).flat_map(|(class, files)| files.into_iter().map(move |file| (file, class)));
+    Ok(Some(ImageFolder { root, files: files.collect(), class_names }))
 }
 
 /// The files of a split in one folder, ordered by name.
@@ -578,12 +605,19 @@ impl Loader {
         if labels.len() != dims[0] {
             bail!(Data, "{}: {} images, but {} labels", file.display(), dims[0], labels.len());
         }
+        image::check_sides("'image'", shape.height, shape.width).context(|| file.display().to_string())?;
         let pixels = images.flatten_all().and_then(|p| p.to_vec1::<u8>()).map_err(unreadable)?;
-        let images = pixels.chunks_exact(shape.size().max(1)).zip(labels);
-        let rows = images
-            .take(self.limit.saturating_add(self.max_bad))
-            .map(|(image, label)| Ok((shape, image.to_vec(), check_label(Some(label.into()), None)?)));
-        self.add_rows(rows.collect(), &|row| format!("{}: row {row}", file.display()))
+        for (k, (images, labels)) in
+            pixels.chunks(BATCH_ROWS * shape.size()).zip(labels.chunks(BATCH_ROWS)).enumerate()
+        {
+            let rows = images
+                .chunks_exact(shape.size())
+                .zip(labels)
+                .map(|(image, &label)| Ok((shape, image.to_vec(), check_label(Some(label.into()), None)?)));
+            let first_row = k * BATCH_ROWS;
+            self.add_rows(rows.collect(), &|row| format!("{}: row {}", file.display(), first_row + row))?;
+        }
+        Ok(())
     }
 
     fn add_batch(&mut self, file: &Path, first_row: usize, batch: &RecordBatch, image: &str) -> Result<()> {
@@ -956,6 +990,9 @@ mod tests {
             fs::create_dir_all(root.join(file).parent().unwrap()).unwrap();
             fs::write(root.join(file), png(i as u8)).unwrap();
         }
+        fs::create_dir_all(root.join(".hidden")).unwrap();
+        fs::write(root.join(".hidden/0.png"), png(9)).unwrap();
+        fs::write(root.join("cat/._a.png"), b"no image").unwrap();
         let source = Source::Path(root.into());
         let data = source.load(Split::Train, None, 0).unwrap();
         assert_eq!(data.class_names, ["ape", "cat"]);
@@ -974,9 +1011,23 @@ mod tests {
         assert_eq!(source.load(Split::Test, None, 0).unwrap().class_names, [UNLABELLED]);
         fs::write(root.join("0.png"), png(9)).unwrap();
         said(root, Split::Train, 2, "images beside folders of images (ape, cat)");
+        assert!(source.has(Split::Train), "ambiguous, but there");
         fs::write(root.join("test/1.png"), b"not an image").unwrap();
         said(root, Split::Test, 65, "1.png");
         assert_eq!(source.load(Split::Test, None, 1).unwrap().bad_rows, 1);
+    }
+
+    #[test]
+    fn numbered_class_folders_go_by_number() {
+        let dir = tempfile::tempdir().unwrap();
+        for class in [10, 2, 0, 1] {
+            let folder = dir.path().join(format!("{class:02}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("0.png"), png(class)).unwrap();
+        }
+        let data = Source::Path(dir.path().into()).load(Split::Train, None, 0).unwrap();
+        assert_eq!(data.class_names, ["0", "1", "2", "10"]);
+        assert_eq!((0..4).map(|i| data.image(i)[0]).collect::<Vec<_>>(), [0, 1, 2, 10]);
     }
 
     fn write_npz(file: &Path, arrays: &[(&str, Tensor)]) {

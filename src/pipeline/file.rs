@@ -32,7 +32,7 @@ pub struct Experiment {
     /// Also train on real data alone: the baseline.
     #[serde(default = "yes")]
     pub real_only: bool,
-    /// Training seeds: initial weights, order, attack, and the random arm's subset.
+    /// Training seeds: initial weights, order, attack, and the subset of the arms that draw.
     pub seeds: Vec<u64>,
 }
 
@@ -50,17 +50,20 @@ impl PipelineFile {
         Self::parse(path, &text, set)
     }
 
-    /// A pipeline without a file: all defaults but what `set` says, and `table` of stage `stage`.
-    pub fn of(name: &str, stage: &str, table: &serde_json::Value, set: &[String]) -> Result<Self> {
+    /// A pipeline without a file: all defaults but what `set` says, and these tables of stages. What is null is not set.
+    pub fn of(name: &str, given: &[(&str, serde_json::Value)], set: &[String]) -> Result<Self> {
         let mut tables = Table::new();
         tables.insert("name".into(), Value::String(name.into()));
-        let settings: Vec<(String, Value)> = table
-            .as_object()
-            .into_iter()
-            .flatten()
-            .filter_map(|(key, value)| Some((key.clone(), Value::try_from(value).ok()?)))
-            .collect();
-        tables.insert(stage.into(), Value::Table(settings.into_iter().collect()));
+        for (stage, table) in given {
+            let mut settings = Table::new();
+            for (key, value) in table.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null())
+            {
+                let value = Value::try_from(value)
+                    .map_err(|e| Error::Usage(format!("{stage}: {key} is {value}, which is no TOML: {e}")))?;
+                settings.insert(key.clone(), value);
+            }
+            tables.insert((*stage).into(), Value::Table(settings));
+        }
         Self::parse(Path::new(name), &tables.to_string(), set)
     }
 

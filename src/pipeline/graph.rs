@@ -37,7 +37,8 @@ pub struct Node {
 /// last of that stage, and then the report of what there is.
 ///
 /// A stage whose table is missing runs with its defaults, except those that have to be asked for: train and
-/// evaluate (`[train]`), certify (`[certify]`), quality (`[quality]`), and publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
+/// evaluate (`[train]`), certify (`[certify]`), quality (`[quality]`), import (`[import]`, in place of generate), and
+/// publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
 pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Node>> {
     let last = match until {
         None => usize::MAX,
@@ -54,6 +55,10 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
         return Err(
             file.error("certify", &"there is no classifier to certify, expected [train] or [experiment]")
         );
+    }
+    if file.has(Rank::NAME) {
+        return Err(file
+            .error(Rank::NAME, &"a pipeline has one pool, expected `proxyset arc --real … --synthetic …`"));
     }
     let split = graph.add::<Split>("split", &[])?;
     let real = [("split", split.clone())];
@@ -98,16 +103,13 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
 
     let proxy = [("split", split.clone()), ("pool", pool.clone())];
     let discriminators = graph.add::<FitDiscriminator>("fit-discriminator", &proxy)?;
-    let mut judged = vec![
-        ("split", split.clone()),
-        ("pool", pool.clone()),
-        ("labels", labels.clone()),
-        ("discriminators", discriminators),
-    ];
+    let discriminators = ("discriminators", discriminators);
+    let mut judged = vec![("split", split.clone()), ("pool", pool.clone()), ("labels", labels.clone())];
+    judged.push(discriminators.clone());
     judged.extend(inputs.iter().filter(|(key, _)| *key == "classifier").cloned());
     judged.extend(other_classifier.clone());
     let scores = graph.add::<Score>("score", &judged)?;
-    let attacked = [("split", split.clone()), ("pool", pool.clone()), judged[3].clone()];
+    let attacked = [("split", split.clone()), ("pool", pool.clone()), discriminators];
     let arc = graph.add::<Arc>("arc", &attacked)?;
 
     let curated = |graph: &mut Graph, arm: Option<Arm>, seed: Option<u64>| -> Result<(PathBuf, PathBuf)> {
@@ -121,14 +123,20 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
             graph.add_with::<Curate>(&format!("curate{suffix}"), "curate", &inputs, &extra, None)?;
         let mut inputs = vec![("split", split.clone()), ("pool", pool.clone())];
         inputs.push(("selection", selection.clone()));
+        // Once is enough: the arms of an experiment go without the pool.
+        let mut alone = Vec::new();
         if file.table(Materialize::NAME).get("with_pool") == Some(&Value::Boolean(true)) {
-            inputs.push(("scores", scores.clone()));
+            if extra.is_empty() {
+                inputs.push(("scores", scores.clone()));
+            } else {
+                alone.push(("with_pool", Value::Boolean(false)));
+            }
         }
         let dataset = graph.add_with::<Materialize>(
             &format!("materialize{suffix}"),
             "materialize",
             &inputs,
-            &[],
+            &alone,
             None,
         )?;
         Ok((selection, dataset))
@@ -143,8 +151,8 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
                 let data = match arm {
                     None => None,
                     Some(arm) => {
-                        // Only the random arm depends on the seed: a fresh subset for each.
-                        let fresh = (arm == Arm::Random).then_some(seed);
+                        // Arms that draw have a fresh subset for each seed.
+                        let fresh = matches!(arm, Arm::Random | Arm::Rejection).then_some(seed);
                         Some(curated(&mut graph, Some(arm), fresh)?.1)
                     }
                 };
@@ -192,16 +200,17 @@ pub fn ranking_nodes(
             let source = [("source", PathBuf::from(set))];
             graph.add_with::<Import>(&named("import"), Import::NAME, &source, &[], None)?
         };
-        let inputs = [("split", split.clone()), ("pool", pool.clone())];
+        // Labels first: a classifier of other classes is found before hours of training.
+        if let Some(labeller) = labeller {
+            let inputs = [("pool", pool.clone()), ("classifier", labeller.to_path_buf())];
+            let labels = graph.add_with::<Label>(&named("label"), Label::NAME, &inputs, &[], None)?;
+            ranked.push(("labelled", labels));
+        }
+        let inputs = [("split", split.clone()), ("pool", pool)];
         let table = FitDiscriminator::NAME;
         let discriminators = graph.add_with::<FitDiscriminator>(&named(table), table, &inputs, &[], None)?;
         let inputs = [inputs[0].clone(), inputs[1].clone(), ("discriminators", discriminators)];
         ranked.push(("arcs", graph.add_with::<Arc>(&named("arc"), Arc::NAME, &inputs, &[], None)?));
-        if let Some(labeller) = labeller {
-            let inputs = [("pool", pool), ("classifier", labeller.to_path_buf())];
-            let labels = graph.add_with::<Label>(&named("label"), Label::NAME, &inputs, &[], None)?;
-            ranked.push(("labelled", labels));
-        }
         names.push(Value::String(name));
     }
     graph.add_with::<Rank>(Rank::NAME, Rank::NAME, &ranked, &[("names", Value::Array(names))], None)?;

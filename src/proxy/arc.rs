@@ -72,8 +72,7 @@ pub struct Estimate {
 /// At least one set, each with images of both sources; `correct` has one row a radius.
 pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u64) -> Estimate {
     let measured: Vec<Vec<[f64; 2]>> = sets.iter().map(|s| accuracies(s, &all_of(s))).collect();
-    let curves: Vec<Vec<f64>> =
-        measured.iter().map(|m| m.iter().map(|[r, s]| (r + s) / 2.0).collect()).collect();
+    let curves: Vec<Vec<f64>> = measured.iter().map(|m| curve_of(m)).collect();
     let mean_curve = mean_of(&curves);
     let signed_by_set: Vec<f64> = curves.iter().map(|c| area(c, epsilons)).collect();
     let signed = area(&mean_curve, epsilons);
@@ -91,7 +90,7 @@ pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u6
                     for stratum in strata {
                         chosen.extend(stratum.iter().map(|_| stratum[stream.below(stratum.len())]));
                     }
-                    accuracies(set, &chosen).iter().map(|[r, s]| (r + s) / 2.0).collect()
+                    curve_of(&accuracies(set, &chosen))
                 })
                 .collect();
             mean_of(&resampled)
@@ -161,10 +160,13 @@ pub fn difference_interval(a: &Estimate, b: &Estimate) -> [f64; 2] {
 
 /// The signed area alone; see [`estimate`].
 pub fn signed_area(sets: &[SetResult], epsilons: &[f64]) -> f64 {
-    let curve = |set: &SetResult| -> Vec<f64> {
-        accuracies(set, &all_of(set)).iter().map(|[real, synthetic]| (real + synthetic) / 2.0).collect()
-    };
-    area(&mean_of(&sets.iter().map(curve).collect::<Vec<_>>()), epsilons)
+    let curves: Vec<Vec<f64>> = sets.iter().map(|set| curve_of(&accuracies(set, &all_of(set)))).collect();
+    area(&mean_of(&curves), epsilons)
+}
+
+/// The accuracy on both sources, each weighing the same, by radius.
+fn curve_of(sides: &[[f64; 2]]) -> Vec<f64> {
+    sides.iter().map(|[real, synthetic]| (real + synthetic) / 2.0).collect()
 }
 
 /// `∫ (acc − ½) dε` by the trapezoid rule.

@@ -19,6 +19,12 @@ pub fn held_out(uid: &str) -> HeldOut {
     if uid_bits(uid, 1).is_multiple_of(5) { HeldOut::Stop } else { HeldOut::Measure }
 }
 
+/// Whether a pool image is in a sample of this share of the pool; independent of its fold, its role and its order.
+pub fn in_sample(uid: &str, share: f64) -> bool {
+    let word = u64::from_be_bytes(first(blake3::hash(format!("sample/{uid}").as_bytes()).as_bytes(), 0));
+    (word as f64) < share * 2f64.powi(64)
+}
+
 /// The order of equals everywhere: BLAKE3 of the `uid`, its first 16 bytes, big-endian.
 pub fn uid_order(uid: &str) -> u128 {
     u128::from_be_bytes(first(blake3::hash(uid.as_bytes()).as_bytes(), 0))
@@ -43,6 +49,9 @@ mod tests {
             let uid = format!("g-{i}");
             counts[fold_of(&uid, 3)][usize::from(held_out(&uid) == HeldOut::Stop)] += 1;
         }
+        let sampled = (0..30_000).filter(|i| in_sample(&format!("g-{i}"), 0.1)).count();
+        assert!((2800..3200).contains(&sampled), "{sampled}");
+        assert!(in_sample("g-1", 1.0) && in_sample("g-2", 7.0) && !in_sample("g-1", 0.0));
         for [measure, stop] in counts {
             assert!((f64::from(measure) - 8000.0).abs() < 300.0, "{counts:?}");
             assert!((f64::from(stop) - 2000.0).abs() < 200.0, "{counts:?}");

@@ -39,7 +39,7 @@ pub struct Arc {
     /// The folder of a finished split: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate.
+    /// The folder of a finished generate or import.
     #[arg(long)]
     pub pool: Option<PathBuf>,
     /// The folder of a finished fit-discriminator.

@@ -13,7 +13,7 @@ use crate::{
     fs,
     proxy::{
         extractor::Extractor,
-        fold::uid_order,
+        fold::in_sample,
         quality::{Features, precision_recall},
     },
 };
@@ -26,8 +26,8 @@ const NEIGHBOURS: usize = 3;
 const FOLDER: &str = "features";
 const REAL: &str = "real";
 
-/// Precision and recall of the kept beside those of as many images of the whole pool. Both depend on the classifier and on
-/// the numbers of images.
+/// Precision and recall, against proxy images, which no generator saw, of the kept and of as many images of the whole pool.
+/// Both depend on the classifier and on the numbers of images.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Coverage {
     /// Images compared: real, and of each of the other two.
@@ -43,8 +43,8 @@ pub struct Coverage {
 /// Makes the features.
 pub(super) struct Sampler {
     network: Extractor,
-    /// The largest `uid_order` in the sample.
-    last: u128,
+    /// The share of the pool in the sample.
+    share: f64,
 }
 
 impl Sampler {
@@ -57,9 +57,7 @@ impl Sampler {
     ) -> Result<Self> {
         let network = Extractor::load(classifier, device)?;
         network.expect_shape(classifier, &"the pool", shape)?;
-        let share = (sample as f64 / pool as f64).min(1.0);
-        let last = if share < 1.0 { (share * u128::MAX as f64) as u128 } else { u128::MAX };
-        Ok(Self { network, last })
+        Ok(Self { network, share: sample as f64 / pool as f64 })
     }
 
     /// Keeps in `out`, the stage's folder, the features of those of a shard's images, decoded, that are in the sample.
@@ -72,11 +70,8 @@ impl Sampler {
         shape: Shape,
         device: &Device,
     ) -> Result<()> {
-        let chosen: Vec<u32> = (0..)
-            .zip(&rows.uids)
-            .filter(|(_, uid)| uid_order(uid) <= self.last)
-            .map(|(row, _)| row)
-            .collect();
+        let chosen: Vec<u32> =
+            (0..).zip(&rows.uids).filter(|(_, uid)| in_sample(uid, self.share)).map(|(row, _)| row).collect();
         let size = shape.size();
         let images: Vec<u8> = chosen
             .iter()

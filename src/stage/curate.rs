@@ -20,8 +20,8 @@ use crate::{
 
 /// Selects from a pool: gates that remove, an arm that ranks, quotas.
 ///
-/// A sample is refused by the first gate that it does not meet: a copy of a test image, of a training image, memorised,
-/// then label, confidence, score, filters, duplicates. Of those that pass, the arm keeps the first.
+/// A sample is refused by the first gate that it does not meet: scores that are no numbers, a copy of a test image, of a
+/// training image, memorised, then label, confidence, score, filters, duplicates. Of those that pass, the arm keeps the first.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Curate {
@@ -142,8 +142,7 @@ impl Stage for Curate {
                 self.keep_total
             );
         }
-        let overall = self.keep_total > 0 || self.keep_per_class == 0 && self.within == Within::All;
-        if let (true, Some(quota)) = (overall, self.quota.first()) {
+        if let (true, Some(quota)) = (self.counts_over_all(), self.quota.first()) {
             bail!(Usage, "quota is {quota}, but what is kept is counted over all classes");
         }
         if self.filter.len() > 200 {
@@ -225,6 +224,11 @@ impl Stage for Curate {
 }
 
 impl Curate {
+    /// Whether what is kept is counted over all classes.
+    fn counts_over_all(&self) -> bool {
+        self.keep_total > 0 || self.keep_per_class == 0 && self.within == Within::All
+    }
+
     /// The gates, in the order in which their reasons are given.
     fn gates(&self) -> Vec<Gate> {
         use label::columns::CONFIDENCE;
@@ -255,7 +259,7 @@ impl Curate {
             return Ok(vec![Group { rows: candidates.to_vec(), limit: candidates.len() }]);
         }
         const REMEDY: &str = "generate more, keep fewer, or set allow_short";
-        if self.keep_total > 0 || self.keep_per_class == 0 && self.within == Within::All {
+        if self.counts_over_all() {
             let limit = if self.keep_total > 0 { self.keep_total } else { share(candidates.len()) };
             if candidates.len() < limit && !self.allow_short {
                 bail!(
@@ -267,10 +271,7 @@ impl Curate {
             return Ok(vec![Group { rows: candidates.to_vec(), limit }]);
         }
         let quotas = self.quotas(classes)?;
-        let mut groups: Vec<Group> = classes.iter().map(|_| Group { rows: Vec::new(), limit: 0 }).collect();
-        for &row in candidates {
-            groups[usize::from(rows.labels[row as usize])].rows.push(row);
-        }
+        let mut groups = by_class(candidates, rows, classes.len());
         let mut lacking = Vec::new();
         for (class, group) in groups.iter_mut().enumerate() {
             let count =
@@ -315,13 +316,10 @@ impl Curate {
         rows: &ScoreRows,
         tables: &ScoreTables,
     ) -> Result<Vec<bool>> {
-        let mut groups: Vec<Group> =
-            tables.classes.iter().map(|_| Group { rows: Vec::new(), limit: 0 }).collect();
+        let mut groups = by_class(candidates, rows, tables.classes.len());
         let mut ranks = vec![0; kept.len()];
         for &row in candidates {
-            let group = &mut groups[usize::from(rows.labels[row as usize])];
-            group.rows.push(row);
-            group.limit += usize::from(kept[row as usize]);
+            groups[usize::from(rows.labels[row as usize])].limit += usize::from(kept[row as usize]);
             ranks[row as usize] = Arm::Random.rank(!self.seed, u64::from(row), 0.0, 0.0);
         }
         keep_first(groups, &ranks, |tied| tables.uid_orders(tied))
@@ -382,7 +380,7 @@ impl Curate {
             score_before: sorted_quantiles(rows.scores.clone()),
             score_after: sorted_quantiles(after),
             coverage: coverage::measure(&tables.folder, tables, |row| rows.verdicts[row] == PASSED)?,
-            judged: (self.arm != Arm::All && kept.count > 0).then(|| Judged {
+            judged: (self.arm != Arm::All && kept.count > 1 && random.count > 1).then(|| Judged {
                 kept: kept.mean,
                 random: random.mean,
                 difference: kept.mean - random.mean,
@@ -395,6 +393,15 @@ impl Curate {
         }
         Ok(record)
     }
+}
+
+/// Each class's candidates; none of them are kept yet.
+fn by_class(candidates: &[u32], rows: &ScoreRows, classes: usize) -> Vec<Group> {
+    let mut groups = vec![Group { rows: Vec::new(), limit: 0 }; classes];
+    for &row in candidates {
+        groups[usize::from(rows.labels[row as usize])].rows.push(row);
+    }
+    groups
 }
 
 /// Refuses those rows that passed so far and whose hash repeats one of theirs before it.

@@ -20,7 +20,7 @@ use super::{
     trainer::{Part, Trainer},
 };
 use crate::{
-    Result,
+    Error, Result,
     attack::{Epsilon, Norm, Pgd},
     data::{Augment, Dataset, Range, augment, to_tensor},
     fs,
@@ -51,7 +51,7 @@ pub struct FitDiscriminator {
     /// The folder of a finished split: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate: the synthetic data.
+    /// The folder of a finished generate or import: the synthetic data.
     #[arg(long)]
     pub pool: Option<PathBuf>,
     /// Folds of the pool for ranking, at least 2: an image is scored by sets that were not trained on its fold.
@@ -285,10 +285,8 @@ impl FitDiscriminator {
         let settings = Augment { pad: self.crop_pad, flip: self.flip };
         while trainer.step() < self.steps {
             let step = trainer.step();
-            let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
+            let block_loss = |slots: Span<usize>, turn: usize| -> Result<Tensor> {
                 let n = slots.len();
-                // Each part of the batch has one radius, each radius as many parts.
-                let turn = (step + slots.start / n.max(1)) % radii.len();
                 let (mut pixels, mut labels, mut ids) = (Vec::new(), Vec::new(), Vec::new());
                 for slot in slots {
                     // Real and synthetic alternate, so that every part of the batch has both.
@@ -312,7 +310,24 @@ impl FitDiscriminator {
                     Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, 0.0, &ids)?,
                     None => plain(&tracked, &x, &y, 0.0)?,
                 };
-                Ok(Part::from((losses.sum_all()? / (2 * half) as f64)?))
+                Ok((losses.sum_all()? / (2 * half) as f64)?)
+            };
+            // With several radii each quarter of the batch has one, in turn.
+            let turn_of = |slot: usize| (step + slot * 4 / (2 * half)) % radii.len();
+            let contribution = |slots: Span<usize>| -> Result<Part> {
+                let mut loss: Option<Tensor> = None;
+                let mut from = slots.start;
+                while from < slots.end {
+                    let to = (from..slots.end).find(|&s| turn_of(s) != turn_of(from)).unwrap_or(slots.end);
+                    let block = block_loss(from..to, turn_of(from))?;
+                    loss = Some(match loss {
+                        Some(sum) => (sum + block)?,
+                        None => block,
+                    });
+                    from = to;
+                }
+                let none = || Error::Alarm("a part of a batch is empty".into());
+                Ok(Part::from(loss.ok_or_else(none)?))
             };
             trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {

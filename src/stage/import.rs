@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{
     Job, Outcome, Stage, expect,
-    shards::{PoolInfo, ShardRecord, read_record, record_file, shard_file},
+    shards::{IMPORTED, PoolInfo, ShardRecord, read_record, record_file, shard_file},
 };
 use crate::{
     Result,
@@ -22,8 +22,8 @@ use crate::{
 pub struct Import {
     /// The images: Hugging Face Parquet (file or folder), a folder of PNG or JPEG files (flat, or a folder a class), or an
     /// .npz file with `image`, (n, h, w, c) u8, and `label`, (n,).
-    #[arg(long, default_value = "builtin:digits")]
-    pub source: Source,
+    #[arg(long)]
+    pub source: Option<Source>,
     /// Which official split of it.
     #[arg(long, value_enum, default_value_t = data::Split::Train)]
     pub part: data::Split,
@@ -47,11 +47,15 @@ impl Stage for Import {
     }
 
     fn amount(&self) -> String {
-        format!("the {} images of {}", self.part, self.source)
+        let source = self.source.as_ref().map_or("(source is not set)".into(), Source::to_string);
+        format!("the {} images of {source}", self.part)
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let images = self.source.load(self.part, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        let Some(source) = &self.source else {
+            bail!(Usage, "source is not set, expected images: Parquet, a folder or an .npz file")
+        };
+        let images = source.load(self.part, (self.limit > 0).then_some(self.limit), self.max_bad)?;
         let labelled = images.class_names != [UNLABELLED];
         let info = PoolInfo {
             schema: "proxyset.pool/1".into(),
@@ -62,7 +66,7 @@ impl Stage for Import {
             named: labelled && images.class_names.iter().enumerate().any(|(i, name)| *name != i.to_string()),
             conditional: labelled,
             generator: job.fingerprint.clone(),
-            sampler: json!({ "imported_blake3": self.source.fingerprint(self.part)? }),
+            sampler: json!({ IMPORTED: source.fingerprint(self.part)? }),
             seed: 0,
         };
         let (out, _lock) = job.open("run")?;

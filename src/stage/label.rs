@@ -30,7 +30,7 @@ const CHUNK: usize = 256;
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Label {
-    /// The folder of a finished generate.
+    /// The folder of a finished generate or import.
     #[arg(long)]
     pub pool: Option<PathBuf>,
     /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
@@ -120,7 +120,9 @@ pub(super) fn expect_same_classes(classifier: &Classifier, dir: &Path, pool: &Po
     let differ = if pool.info.named {
         *names != pool.info.class_names
     } else {
-        pool.info.conditional && names.len() != pool.info.class_names.len()
+        // Of imported images only the largest label is known.
+        let (known, found) = (names.len(), pool.info.class_names.len());
+        pool.info.conditional && if pool.info.imported() { known < found } else { known != found }
     };
     if differ {
         bail!(

@@ -43,7 +43,7 @@ pub struct Materialize {
     /// The folder of a finished split: named in the card.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate: the images.
+    /// The folder of a finished generate or import: the images.
     #[arg(long)]
     pub pool: Option<PathBuf>,
     /// The folder of a finished curate: which of them.
@@ -94,6 +94,17 @@ impl Stage for Materialize {
         }
         let tables =
             self.with_pool.then(|| ScoreTables::open("scores", self.scores.as_deref())).transpose()?;
+        if let (Some(tables), Some(selection)) = (&tables, &self.selection) {
+            let scored = read_config(&tables.folder)?.fingerprint;
+            let inputs = read_config(selection)?.inputs;
+            if !inputs.iter().any(|input| input.key == "scores" && input.fingerprint == scored) {
+                bail!(
+                    Usage,
+                    "scores is '{}', which the selection was not made from, expected its scores",
+                    tables.folder.display()
+                );
+            }
+        }
         let (out, _lock) = job.open("run")?;
         let dataset = out.join("dataset");
         let work = Parts::new(job.hidden(out, "parts"));
@@ -139,7 +150,8 @@ impl Stage for Materialize {
         Manifest::new(pool.info.shape, parts.class_names.clone(), entries, provenance).write(&dataset)?;
         let report = check_dataset(&dataset)?;
         Ok(Outcome::Done(json!({
-            "rows": report.rows,
+            "rows": report.configs[0].rows,
+            "pool_rows": report.configs.get(1).map(|pool| pool.rows),
             "files": report.files,
             "bytes": report.bytes,
             "arm": record.arm,
@@ -274,7 +286,7 @@ impl Materialize {
         parts: &super::split::Parts,
         files: &[FileEntry],
     ) -> Result<Card> {
-        let imported = read_config(&pool.dir)?.stage == Import::NAME;
+        let imported = pool.info.imported();
         let source = parts.source.to_string();
         let real = real_name(&source);
         let pretty_name = if self.pretty_name.is_empty() {
@@ -287,7 +299,7 @@ impl Materialize {
         let text = format!(
             "{made}, {selected}, by proxyset, which implements \
              [Sehwag et al. 2022](https://arxiv.org/abs/2104.09425).\n\n\
-             - **Sampler** {sampler}, seed {seed}\n\
+             - {origin}\n\
              - **Curation** arm `{arm}`: {balance}\n\
              - **Score** `synthetic_score`, low is close to real: the mean over ε of a robust discriminator's \
              probability of \"synthetic\", by networks that were not trained on the image\n\
@@ -296,9 +308,14 @@ impl Materialize {
              | class | images |\n|---|---|\n{by_class}\n\
              ## Risks\n\n\
              The generator may have memorised training images; copies of one, mirrored or shifted by a \
-             pixel too, were removed. \
+             pixel too, were removed{but_pool}. \
              Selection by low score can shrink rare modes. The licence of the real data applies.\n\n\
              `manifest.json` has the hash of every file and all settings.\n",
+            but_pool = if self.with_pool {
+                ", except from the configuration `pool`, which has every image and its distances"
+            } else {
+                ""
+            },
             made = if imported {
                 format!("Images to stand for {real}, made elsewhere")
             } else {
@@ -311,8 +328,11 @@ impl Materialize {
                 Arm::Random => "a random part",
                 Arm::All => "all that passed the gates",
             },
-            sampler = pool.info.sampler,
-            seed = pool.info.seed,
+            origin = if imported {
+                format!("**Imported** {}", pool.info.sampler)
+            } else {
+                format!("**Sampler** {}, seed {}", pool.info.sampler, pool.info.seed)
+            },
             arm = record.arm,
             balance = record.balance(),
             labels = if pool.info.conditional {
@@ -330,7 +350,11 @@ impl Materialize {
             license_name: (self.license == "other").then(|| "as-the-real-data".into()),
             license_link: None,
             source_datasets: vec!["original".into()],
-            tags: ["synthetic", "adversarial-robustness", "ddpm"].map(String::from).to_vec(),
+            tags: ["synthetic", "adversarial-robustness"]
+                .into_iter()
+                .chain((!imported).then_some("ddpm"))
+                .map(String::from)
+                .collect(),
             configs: vec![CardConfig {
                 name: "curated".into(),
                 features: features(&parts.class_names),

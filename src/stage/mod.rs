@@ -293,9 +293,9 @@ pub fn input_fingerprint(input: &str) -> Result<String> {
     {
         let mut hasher = blake3::Hasher::new();
         for file in files_below(path)? {
-            let known =
-                file.extension().is_some_and(|e| ["json", "safetensors", "parquet"].iter().any(|k| e == *k));
-            if known {
+            let known = ["json", "safetensors", "parquet", "npz", "png", "jpg", "jpeg"];
+            let extension = file.extension().map(|e| e.to_string_lossy().to_lowercase());
+            if extension.is_some_and(|e| known.contains(&&*e)) {
                 hasher.update(file.to_string_lossy().as_bytes());
                 hasher.update(fs::hash_file(&path.join(&file))?.0.as_bytes());
             }
@@ -308,7 +308,7 @@ pub fn input_fingerprint(input: &str) -> Result<String> {
 
 /// Whether `dir` is the folder of a stage, finished or not.
 pub fn is_stage_folder(dir: &Path) -> bool {
-    dir.join(CONFIG).is_file()
+    dir.join(CONFIG).is_file() && read_config(dir).is_ok()
 }
 
 /// All files below `dir`, relative to it, sorted; without hidden ones.

@@ -39,6 +39,7 @@ impl PoolConfiguration<'_> {
         let files = total.div_ceil(self.rows_per_file);
         let bar = Progress::new("pool", total as u64, "images");
         let mut entries = Vec::new();
+        let mut open: Option<Shard> = None;
         for file in 0..files {
             check_stop()?;
             let rows = file * self.rows_per_file..((file + 1) * self.rows_per_file).min(total);
@@ -48,7 +49,12 @@ impl PoolConfiguration<'_> {
                 let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", generator)];
                 let mut writer = ImageWriter::new(features.clone(), &key_values)?;
                 for shard in self.tables.place(rows.start).0..=self.tables.place(rows.end - 1).0 {
-                    writer.push(self.columns(shard, &rows, &schema, &features)?)?;
+                    let shard = match open.take() {
+                        Some(read) if read.number == shard => read,
+                        _ => self.read(shard, &schema)?,
+                    };
+                    writer.push(self.columns(&shard, &rows, &features)?)?;
+                    open = Some(shard);
                 }
                 Ok(writer)
             })?);
@@ -82,38 +88,41 @@ impl PoolConfiguration<'_> {
         Ok(features.with(SELECTED, Feature::Value(Dtype::Bool)))
     }
 
-    /// The rows of a shard that are among `rows`, column by column.
-    fn columns(
-        &self,
-        shard: usize,
-        rows: &Range<usize>,
-        schema: &SchemaRef,
-        features: &Features,
-    ) -> Result<Vec<ArrayRef>> {
-        let of_shard = self.tables.rows_of(shard);
-        let here = rows.start.max(of_shard.start)..rows.end.min(of_shard.end);
-        let (from, len) = (here.start - of_shard.start, here.len());
+    fn read(&self, number: usize, schema: &SchemaRef) -> Result<Shard> {
         let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-        let batches = self.tables.batches(shard, &names)?;
+        let batches = self.tables.batches(number, &names)?;
         let schema = batches.first().map_or_else(|| schema.clone(), RecordBatch::schema);
         let scores = concat_batches(&schema, &batches)
-            .map_err(|e| Error::Data(format!("the score table of shard {shard}: {e}")))?
-            .slice(from, len);
-        let images = self.pool.read(shard)?;
-        let file = format!("score table of shard {shard}");
+            .map_err(|e| Error::Data(format!("the score table of shard {number}: {e}")))?;
+        let images = self.pool.read(number)?;
+        let file = format!("score table of shard {number}");
         let uids: &StringArray = table::required(Path::new(&file), &scores, columns::UID)?;
-        let of_pool = images.uids.get(from..from + len).unwrap_or_default();
-        if !uids.iter().flatten().eq(of_pool.iter().map(String::as_str)) {
+        if !uids.iter().flatten().eq(images.uids.iter().map(String::as_str)) {
             bail!(Data, "the {file} has rows that are not the pool's; it belongs to another pool");
         }
+        Ok(Shard { number, scores, images: images.images })
+    }
+
+    /// The rows of a shard that are among `rows`, column by column.
+    fn columns(&self, shard: &Shard, rows: &Range<usize>, features: &Features) -> Result<Vec<ArrayRef>> {
+        let of_shard = self.tables.rows_of(shard.number);
+        let here = rows.start.max(of_shard.start)..rows.end.min(of_shard.end);
+        let (from, len) = (here.start - of_shard.start, here.len());
+        let scores = shard.scores.slice(from, len);
         let column = |name: &str| match name {
-            "image" => image_column(&images.images[from..from + len]),
+            "image" => image_column(&shard.images[from..from + len]),
             SELECTED => Ok(Arc::new(BooleanArray::from(self.selected[here.clone()].to_vec())) as ArrayRef),
-            name => scores
-                .column_by_name(name)
-                .cloned()
-                .ok_or_else(|| Error::Data(format!("the {file} has no column '{name}'"))),
+            name => scores.column_by_name(name).cloned().ok_or_else(|| {
+                Error::Data(format!("the score table of shard {} has no column '{name}'", shard.number))
+            }),
         };
         features.iter().map(|(name, _)| column(name)).collect()
     }
+}
+
+/// A shard of the pool, read whole.
+struct Shard {
+    number: usize,
+    scores: RecordBatch,
+    images: Vec<Vec<u8>>,
 }

@@ -31,7 +31,7 @@ const CHUNK: usize = 256;
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Quality {
-    /// The folder of a finished generate.
+    /// The folder of a finished generate or import.
     #[arg(long)]
     pub pool: Option<PathBuf>,
     /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train; or, in a program built

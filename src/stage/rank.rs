@@ -1,11 +1,11 @@
 //! Rank: several generators by ARC.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Arc, Job, Label, Outcome, Stage, arc::ArcRecord, finished_input, read_done};
+use super::{Arc, Job, Label, Outcome, Stage, arc::ArcRecord, finished_input, read_config, read_done};
 use crate::{
     Result, fs,
     plot::lines,
@@ -14,7 +14,7 @@ use crate::{
 
 /// Ranks generators by their signed ARC, lowest first: `rank.json`, and the curves in `rank.svg`.
 ///
-/// Each estimate must come from the same real images and radii under the same attack. The intervals of differences take
+/// Each estimate must come from the same division of the real images and radii under the same attack. The intervals of differences take
 /// the estimates as independent; that they share real images makes them wider than need be.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -45,6 +45,12 @@ struct Ranked {
     /// The signed area minus that of the one before, and its 95 % interval.
     behind_the_last: Option<f64>,
     behind_interval: Option<[f64; 2]>,
+}
+
+/// The fingerprint of what a finished stage was given as `key`.
+fn input_of(dir: &Path, key: &str) -> Result<Option<String>> {
+    let inputs = read_config(dir)?.inputs;
+    Ok(inputs.into_iter().find(|input| input.key == key).map(|input| input.fingerprint))
 }
 
 impl Stage for Rank {
@@ -85,9 +91,20 @@ impl Stage for Rank {
                     self.arcs[0].display()
                 );
             }
+            if input_of(&dir, "split")? != input_of(&self.arcs[0], "split")? {
+                bail!(
+                    Data,
+                    "{}: measured on other real images than {}, expected one split for all",
+                    dir.display(),
+                    self.arcs[0].display()
+                );
+            }
             let agreement = match self.labelled.get(i) {
                 Some(labels) => {
                     let labels = finished_input::<Label>("labelled", Some(labels))?;
+                    if input_of(&dir, "pool")? != input_of(&labels, "pool")? {
+                        bail!(Data, "{}: not labels of the pool of {}", labels.display(), dir.display());
+                    }
                     read_done(&labels)?.and_then(|done| done.summary["agreement"].as_f64())
                 }
                 None => None,

@@ -188,7 +188,7 @@ fn record_of<S: Stage, T: serde::de::DeserializeOwned>(
 }
 
 /// The order of arms: each is compared with every one before it. Arms of other names come last.
-const ARMS: [&str; 5] = ["real", "all", "random", "confidence", "arc"];
+const ARMS: [&str; 6] = ["real", "all", "random", "confidence", "rejection", "arc"];
 
 /// Every two arms, the later one against the earlier, over the seeds that both have, if they were measured alike.
 fn compare_arms(evaluations: &[Evaluation]) -> Result<Vec<ArmComparison>> {
@@ -242,7 +242,9 @@ fn extremes(scores: &Path, per_class: usize) -> Result<Vec<[Places; 2]>> {
     let tables = ScoreTables::open("scores", Some(scores))?;
     let scored = tables.load(&[], Arm::Arc, 0)?;
     let mut by_class: Vec<Vec<usize>> = vec![Vec::new(); tables.classes.len()];
-    scored.labels.iter().enumerate().for_each(|(row, &class)| by_class[usize::from(class)].push(row));
+    for (row, &class) in scored.labels.iter().enumerate().filter(|(row, _)| scored.scores[*row].is_finite()) {
+        by_class[usize::from(class)].push(row);
+    }
     by_class.retain(|rows| !rows.is_empty());
     Ok(by_class
         .into_iter()

@@ -18,7 +18,7 @@ use super::{
     fit_discriminator::{Discriminators, margins},
     label,
     shards::{self, Pool, expect_same_rows, for_each_shard},
-    split::Real,
+    split::{Real, test_fingerprint},
 };
 use crate::{
     Error, Result,
@@ -47,7 +47,7 @@ pub struct Score {
     /// The folder of a finished split: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate.
+    /// The folder of a finished generate or import.
     #[arg(long)]
     pub pool: Option<PathBuf>,
     /// The folder of a finished label.
@@ -104,6 +104,9 @@ type Found = (Nearest, Option<Nearest>);
 impl RealImages {
     fn load(real: Real, neighbours: usize, device: &candle_core::Device) -> Result<Self> {
         let source = &real.parts.source;
+        if test_fingerprint(source)? != real.parts.test_fingerprint {
+            bail!(Data, "the test split of {source} has changed since it was split; split it again");
+        }
         let test = if source.has(data::Split::Test) {
             let test = source.load(data::Split::Test, None, real.parts.max_bad)?;
             if test.shape != real.train.shape {
@@ -198,7 +201,7 @@ impl Stage for Score {
         discriminators.expect_shape(pool.info.shape)?;
         pool.expect_shape(real.train.shape)?;
         let classes = real.train.class_names.clone();
-        let fit = self.classifier.as_ref().map(|_| real.fit());
+        let unseen = self.classifier.as_ref().map(|_| real.proxy());
         let real = RealImages::load(real, self.neighbours, &job.device)?;
         let epsilons = &discriminators.record.epsilons;
         let weights = trapezoid_weights(&epsilons.iter().map(|e| e.get()).collect::<Vec<_>>());
@@ -208,8 +211,8 @@ impl Stage for Score {
         let sampler = |dir: &PathBuf| Sampler::new(dir, of_pool, self.sample, &job.device);
         let sampler = self.classifier.as_ref().map(sampler).transpose()?;
         let (out, _lock) = job.open("run")?;
-        if let (Some(sampler), Some(fit)) = (&sampler, fit) {
-            sampler.real(out, &fit, self.sample, &job.device)?;
+        if let (Some(sampler), Some(unseen)) = (&sampler, unseen) {
+            sampler.real(out, &unseen, self.sample, &job.device)?;
         }
         let dir = out.join("scores");
         for_each_shard(job, &dir, &pool, Self::NAME, &schema, |shard, rows, parts, bar| {

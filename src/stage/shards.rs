@@ -23,6 +23,9 @@ use crate::{
     progress::Progress,
 };
 
+/// The key in [`PoolInfo::sampler`] of the hash of what was imported.
+pub(super) const IMPORTED: &str = "imported_blake3";
+
 /// The record of a shard, written last.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ShardRecord {
@@ -115,6 +118,11 @@ pub struct PoolInfo {
 }
 
 impl PoolInfo {
+    /// Whether the images were made elsewhere.
+    pub(super) fn imported(&self) -> bool {
+        self.sampler[IMPORTED].is_string()
+    }
+
     /// A writer that holds the rows of a shard: images in HWC order, one after another, with their classes, if they have
     /// any.
     pub(super) fn shard(

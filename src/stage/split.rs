@@ -54,6 +54,8 @@ pub struct Parts {
     pub max_bad: usize,
     /// The fingerprint of the training file or files.
     pub source_fingerprint: String,
+    /// That of the test files, if there are any: what is held against them later are the same images.
+    pub test_fingerprint: Option<String>,
     /// The names of the classes.
     pub class_names: Vec<String>,
     /// For generators, classifiers and discriminators to learn from.
@@ -119,6 +121,11 @@ impl Real {
     }
 }
 
+/// The fingerprint of the test files, if there are any.
+pub(super) fn test_fingerprint(source: &Source) -> Result<Option<String>> {
+    source.has(data::Split::Test).then(|| source.fingerprint(data::Split::Test)).transpose()
+}
+
 fn load_train(source: &Source, limit: usize, max_bad: usize) -> Result<Dataset> {
     source.load(data::Split::Train, (limit > 0).then_some(limit), max_bad)
 }
@@ -157,6 +164,7 @@ impl Stage for Split {
             limit: self.limit,
             max_bad: self.max_bad,
             source_fingerprint: self.source.fingerprint(data::Split::Train)?,
+            test_fingerprint: test_fingerprint(&self.source)?,
             class_names: train.class_names.clone(),
             fit,
             proxy,
@@ -234,6 +242,7 @@ mod tests {
             limit: 0,
             max_bad: 0,
             source_fingerprint: String::new(),
+            test_fingerprint: None,
             class_names: Vec::new(),
             fit,
             proxy,

@@ -323,7 +323,7 @@ fn a_rule_that_cannot_be_and_a_broken_table_write_nothing() {
     fail("--quota cat=3,0=4", 2, &["class 'cat' has another quota already"]);
     fail("--quota cat=3 --keep-total 5", 2, &["quota is cat=3"]);
     fail("--keep-per-class 3 --keep-total 5", 2, &["keep_total is 5"]);
-    fail("--near-duplicate-bits 9", 2, &["near_duplicate_bits is 9, expected 0 to 7"]);
+    fail("--near-duplicate-bits 9", 2, &["near_duplicate_bits is 9, expected 0 to 3"]);
     fail("--max-score 0 --filter synthetic_score>0.5", 1, &["none of the pool's 1001 images passes"]);
     rows[900].label = 4;
     write(&scores, &rows);
