@@ -44,6 +44,8 @@
 
 #[macro_use]
 mod error;
+#[macro_use]
+mod text;
 
 pub mod attack;
 pub mod certify;

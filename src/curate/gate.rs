@@ -226,19 +226,7 @@ impl FromStr for Condition {
     }
 }
 
-impl TryFrom<String> for Condition {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<Condition> for String {
-    fn from(condition: Condition) -> Self {
-        condition.to_string()
-    }
-}
+serde_as_text!(Condition);
 
 /// What a sample must meet to be kept at all.
 #[derive(Clone, Debug)]

@@ -86,19 +86,7 @@ impl FromStr for Source {
     }
 }
 
-impl TryFrom<String> for Source {
-    type Error = String;
-
-    fn try_from(s: String) -> std::result::Result<Self, String> {
-        s.parse()
-    }
-}
-
-impl From<Source> for String {
-    fn from(source: Source) -> Self {
-        source.to_string()
-    }
-}
+serde_as_text!(Source);
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -382,17 +370,18 @@ fn images_below(path: &Path, split: Split) -> Result<Option<ImageFolder>> {
         let extension = file.extension().map(|e| e.to_string_lossy().to_lowercase());
         file.is_file() && extension.is_some_and(|e| ["png", "jpg", "jpeg"].contains(&&*e))
     };
-    for entry in if root.is_dir() { entries(&root)? } else { Vec::new() } {
+    let visible = |folder: &Path| -> Result<Vec<PathBuf>> {
+        let mut all = entries(folder)?;
+        all.retain(|e| !e.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')));
+        Ok(all)
+    };
+    for entry in if root.is_dir() { visible(&root)? } else { Vec::new() } {
         let name = entry.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.starts_with('.') {
-            continue;
-        }
         if is_image(&entry) {
             flat.push(entry);
         } else if entry.is_dir() && (root != *path || !["train", "test"].contains(&&*name)) {
-            let mut images = entries(&entry)?;
-            let hidden = |file: &Path| file.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
-            images.retain(|file| is_image(file) && !hidden(file));
+            let mut images = visible(&entry)?;
+            images.retain(|file| is_image(file));
             if !images.is_empty() {
                 classes.push((name, images));
             }

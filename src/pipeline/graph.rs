@@ -81,33 +81,29 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
         let model = graph.add::<FitGenerator>("fit-generator", &real)?;
         graph.add::<Generate>("generate", &[("model", model)])?
     };
-    let classifier = if file.table("label").contains_key("classifier") {
-        None
-    } else {
-        Some(graph.add_as::<Train>("train labeller", "labeller", &real, Label::NAME)?)
+    let classifier = match file.table("label").get("classifier") {
+        Some(Value::String(other)) => PathBuf::from(other),
+        _ => graph.add_as::<Train>("train labeller", "labeller", &real, Label::NAME)?,
     };
-    let other_classifier = match file.table("label").get("classifier") {
-        Some(Value::String(other)) => Some(("classifier", PathBuf::from(other))),
-        _ => None,
-    };
-    let mut inputs = vec![("pool", pool.clone())];
-    inputs.extend(classifier.map(|c| ("classifier", c)));
+    let classifier = ("classifier", classifier);
+    let inputs = [("pool", pool.clone()), classifier.clone()];
     if file.has(Quality::NAME) {
         let source = graph.resolve::<Split>("split", &[], &[])?.source.to_string();
-        let mut compared = inputs.clone();
-        compared.push(("data", PathBuf::from(source)));
-        compared.extend(other_classifier.clone());
-        graph.add::<Quality>("quality", &compared)?;
+        let [pool, classifier] = inputs.clone();
+        graph.add::<Quality>("quality", &[pool, classifier, ("data", PathBuf::from(source))])?;
     }
     let labels = graph.add::<Label>("label", &inputs)?;
 
     let proxy = [("split", split.clone()), ("pool", pool.clone())];
     let discriminators = graph.add::<FitDiscriminator>("fit-discriminator", &proxy)?;
     let discriminators = ("discriminators", discriminators);
-    let mut judged = vec![("split", split.clone()), ("pool", pool.clone()), ("labels", labels.clone())];
-    judged.push(discriminators.clone());
-    judged.extend(inputs.iter().filter(|(key, _)| *key == "classifier").cloned());
-    judged.extend(other_classifier.clone());
+    let judged = [
+        ("split", split.clone()),
+        ("pool", pool.clone()),
+        ("labels", labels.clone()),
+        discriminators.clone(),
+        classifier,
+    ];
     let scores = graph.add::<Score>("score", &judged)?;
     let attacked = [("split", split.clone()), ("pool", pool.clone()), discriminators];
     let arc = graph.add::<Arc>("arc", &attacked)?;

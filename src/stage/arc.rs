@@ -185,9 +185,7 @@ impl Stage for Arc {
             }),
             estimate,
         };
-        let title = "Robust discrimination of real and synthetic images";
-        let svg = lines(title, "ε", "accuracy under attack", &curves(&record.estimate))?;
-        fs::publish(&out.join("arc.svg"), svg.as_bytes())?;
+        fs::publish(&out.join("arc.svg"), discrimination_svg(&curves(&record.estimate))?.as_bytes())?;
         fs::publish_json(&out.join("arc.json"), &record)?;
         let e = &record.estimate;
         note(self, &format!("ARC {:.5}, 95 % interval {:.5} to {:.5}", e.arc, e.interval[0], e.interval[1]));
@@ -195,6 +193,11 @@ impl Stage for Arc {
             .map_err(|e| crate::Error::Alarm(format!("ARC cannot be written as JSON: {e}")))?;
         Ok(Outcome::Done(summary))
     }
+}
+
+/// A plot of robust discrimination curves: a name and points (ε, accuracy) each.
+pub(super) fn discrimination_svg(curves: &[(String, Vec<(f64, f64)>)]) -> Result<String> {
+    lines("Robust discrimination of real and synthetic images", "ε", "accuracy under attack", curves)
 }
 
 /// The curve, and its two parts.

@@ -115,19 +115,7 @@ impl fmt::Display for Quota {
     }
 }
 
-impl TryFrom<String> for Quota {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<Quota> for String {
-    fn from(quota: Quota) -> Self {
-        quota.to_string()
-    }
-}
+serde_as_text!(Quota);
 
 impl Stage for Curate {
     const NAME: &'static str = "curate";

@@ -17,7 +17,7 @@ use super::{
     Job, Outcome, Stage, checkpoint_interval, expect,
     fit_generator::GeneratorInfo,
     label::{bytes_of, floats},
-    shards::{PoolInfo, ShardRecord, read_record, record_file, shard_file, shard_number},
+    shards::{PoolInfo, ShardRecord, pool_hash, read_record, record_file, shard_file, shard_number},
 };
 use crate::{
     Error, Result,
@@ -47,18 +47,13 @@ impl FromStr for ShardRange {
     }
 }
 
-impl TryFrom<String> for ShardRange {
-    type Error = String;
-    fn try_from(s: String) -> std::result::Result<Self, String> {
-        s.parse()
+impl std::fmt::Display for ShardRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}..{}", self.0.start, self.0.end)
     }
 }
 
-impl From<ShardRange> for String {
-    fn from(range: ShardRange) -> Self {
-        format!("{}..{}", range.0.start, range.0.end)
-    }
-}
+serde_as_text!(ShardRange);
 
 /// Samples a pool of images.
 ///
@@ -254,17 +249,11 @@ impl Stage for Generate {
         if let Some(path) = &self.save_float {
             run.write_floats(path)?;
         }
-        let mut hasher = blake3::Hasher::new();
-        for shard in 0..all {
-            let record = read_record(&run.dir, shard)?
-                .ok_or_else(|| Error::Alarm(format!("record {shard} vanished")))?;
-            hasher.update(record.blake3.as_bytes());
-        }
         Ok(Outcome::Done(json!({
             "images": self.count,
             "shards": all,
             "sampler": run.info.sampler,
-            "pool_blake3": hasher.finalize().to_hex().to_string(),
+            "pool_blake3": pool_hash(&run.dir, all)?,
         })))
     }
 }
@@ -359,9 +348,9 @@ impl Run<'_> {
         // Ranges may overlap: a shard and its record must come from one machine.
         let _lock = fs::Lock::acquire(&self.dir, &format!("shard-{shard:05}"))?;
         let rows = self.config.rows(shard);
-        let (path, record) = (shard_file(&self.dir, shard), read_record(&self.dir, shard)?);
+        let record = read_record(&self.dir, shard)?;
         if let Some(record) = &record
-            && std::fs::metadata(&path).is_ok_and(|m| m.len() == record.bytes)
+            && record.has_file(&self.dir)
         {
             bar.skip(record.rows);
             return Ok(());

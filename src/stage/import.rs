@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::{
     Job, Outcome, Stage, expect,
-    shards::{IMPORTED, PoolInfo, ShardRecord, read_record, record_file, shard_file},
+    shards::{IMPORTED, PoolInfo, ShardRecord, pool_hash, read_record, record_file},
 };
 use crate::{
     Result,
@@ -73,31 +73,22 @@ impl Stage for Import {
         fs::publish_json(&out.join("pool.json"), &info)?;
         let dir = out.join("pool");
         let bar = Progress::new(Self::NAME, info.count, "images");
-        let mut hasher = blake3::Hasher::new();
         for shard in 0..info.shards {
             check_stop()?;
             let first = shard * self.shard_rows;
             let rows = first..(first + self.shard_rows).min(images.len());
-            let record = match read_record(&dir, shard)? {
-                Some(record)
-                    if std::fs::metadata(shard_file(&dir, shard)).is_ok_and(|m| m.len() == record.bytes) =>
-                {
-                    bar.skip(record.rows);
-                    record
-                }
-                _ => {
-                    let size = images.shape.size();
-                    let pixels = &images.pixels[rows.start * size..rows.end * size];
-                    let label = |i: u64| labelled.then(|| i64::from(images.labels[i as usize]));
-                    let writer = info.shard(rows.start as u64..rows.end as u64, pixels, label)?;
-                    let entry = writer.finish(&dir, &format!("shard-{shard:05}.parquet"))?;
-                    let record = ShardRecord::of(job, shard, entry.rows, entry.blake3, entry.bytes);
-                    fs::publish_json(&record_file(&dir, shard), &record)?;
-                    bar.add(record.rows);
-                    record
-                }
-            };
-            hasher.update(record.blake3.as_bytes());
+            if let Some(record) = read_record(&dir, shard)?.filter(|record| record.has_file(&dir)) {
+                bar.skip(record.rows);
+                continue;
+            }
+            let size = images.shape.size();
+            let pixels = &images.pixels[rows.start * size..rows.end * size];
+            let label = |i: u64| labelled.then(|| i64::from(images.labels[i as usize]));
+            let writer = info.shard(rows.start as u64..rows.end as u64, pixels, label)?;
+            let entry = writer.finish(&dir, &format!("shard-{shard:05}.parquet"))?;
+            let record = ShardRecord::of(job, shard, entry.rows, entry.blake3, entry.bytes);
+            fs::publish_json(&record_file(&dir, shard), &record)?;
+            bar.add(record.rows);
         }
         Ok(Outcome::Done(json!({
             "images": info.count,
@@ -105,7 +96,7 @@ impl Stage for Import {
             "shards": info.shards,
             "shape": info.shape,
             "classes": info.class_names.len(),
-            "pool_blake3": hasher.finalize().to_hex().to_string(),
+            "pool_blake3": pool_hash(&dir, info.shards)?,
         })))
     }
 }

@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Arc, Job, Label, Outcome, Stage, arc::ArcRecord, finished_input, read_config, read_done};
+use super::{
+    Arc, Job, Label, Outcome, Stage,
+    arc::{ArcRecord, discrimination_svg},
+    finished_input, read_config, read_done,
+};
 use crate::{
     Result, fs,
-    plot::lines,
     proxy::arc::{Estimate, difference_interval},
 };
 
@@ -138,13 +141,7 @@ impl Stage for Rank {
             })
             .collect();
         let (out, _lock) = job.open("run")?;
-        let svg = lines(
-            "Robust discrimination of real and synthetic images",
-            "ε",
-            "accuracy under attack",
-            &series,
-        )?;
-        fs::publish(&out.join("rank.svg"), svg.as_bytes())?;
+        fs::publish(&out.join("rank.svg"), discrimination_svg(&series)?.as_bytes())?;
         let summary =
             json!({ "schema": "proxyset.rank/1", "attack": found[0].1.attack, "generators": ranked });
         fs::publish_json(&out.join("rank.json"), &summary)?;

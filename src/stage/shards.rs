@@ -48,6 +48,11 @@ pub struct ShardRecord {
 }
 
 impl ShardRecord {
+    /// Whether the shard's file is in `dir`, in its size.
+    pub(super) fn has_file(&self, dir: &Path) -> bool {
+        std::fs::metadata(shard_file(dir, self.shard)).is_ok_and(|m| m.len() == self.bytes)
+    }
+
     /// The record of a file just written for `job`.
     pub(super) fn of(job: &Job, shard: usize, rows: u64, blake3: String, bytes: u64) -> Self {
         Self {
@@ -82,6 +87,17 @@ pub(super) fn shard_number(file: &str) -> Option<usize> {
 pub(super) fn read_record(dir: &Path, shard: usize) -> Result<Option<ShardRecord>> {
     let path = record_file(dir, shard);
     if path.is_file() { fs::read_json(&path).map(Some) } else { Ok(None) }
+}
+
+/// The BLAKE3 of the hashes of a finished pool's shards, in hexadecimal.
+pub(super) fn pool_hash(dir: &Path, shards: usize) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    for shard in 0..shards {
+        let record =
+            read_record(dir, shard)?.ok_or_else(|| Error::Alarm(format!("record {shard} vanished")))?;
+        hasher.update(record.blake3.as_bytes());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// A finished pool.
@@ -232,7 +248,7 @@ pub(super) fn for_each_shard(
     let bar = Progress::new(what, pool.info.count, "images");
     for shard in 0..pool.info.shards {
         if let Some(record) = read_record(dir, shard)?
-            && std::fs::metadata(shard_file(dir, shard)).is_ok_and(|m| m.len() == record.bytes)
+            && record.has_file(dir)
         {
             bar.skip(record.rows);
             continue;

@@ -13,7 +13,7 @@ const LAYERS: [&[&str]; 8] = [
     &["diffusion", "attack"],
     &["nn", "data"],
     &["kernels"],
-    &["rng", "device", "fs", "error", "progress", "stats", "plot"],
+    &["rng", "device", "fs", "error", "progress", "stats", "plot", "text"],
 ];
 
 fn layer_of(module: &str) -> Option<usize> {
