@@ -52,6 +52,8 @@ pub mod stream {
     pub const DROPOUT: u32 = 0xFFFF_0000;
     /// Gaussian augmentation of training images.
     pub const GAUSSIAN: u32 = 0xFFFF_FFF4;
+    /// The directions of a hash of features; the sample is the bit.
+    pub const DIRECTION: u32 = 0xFFFF_FFF3;
     /// The keys of a [`super::Permutation`].
     pub const PERMUTATION: u32 = 0xFFFF_FFF2;
 }

@@ -2,12 +2,14 @@
 //!
 //! [`arc`]: the area under the robust discrimination curve. [`score`]: the per-sample score. Both come from
 //! discriminators, binary networks trained under attack to tell real (class 0) from synthetic (class 1).
-//! [`discriminator`]: such a network at one radius. [`quality`]: the field's distances in the features of a classifier. [`neighbours`]: the nearest real images, by pixels.
+//! [`discriminator`]: such a network at one radius. [`quality`]: the field's distances in the features of a classifier. [`neighbours`]: the nearest
+//! real images, by pixels. [`perceptual_hash`] and [`feature_hash`]: what near-duplicates have in common.
 
 pub mod arc;
 pub mod calibration;
 pub mod discriminator;
 pub mod extractor;
+pub mod feature_hash;
 pub mod fold;
 pub mod neighbours;
 pub mod perceptual_hash;

@@ -307,6 +307,13 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs in PROXYSET_RESNET18 the folder that `tests/golden/extractors.py FOLDER` writes, 45 MB"]
+    fn resnet18_gives_the_features_of_transformers() {
+        let off = difference(&std::env::var("PROXYSET_RESNET18").unwrap());
+        assert!(off < 1e-5, "{off}");
+    }
+
+    #[test]
     fn names_of_transformers_resnet_become_torchvisions() {
         let cases = [
             ("resnet.embedder.embedder.convolution.weight", "conv1.weight"),

@@ -38,6 +38,11 @@ impl Features {
         self.dim
     }
 
+    /// The features of each image.
+    pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
+        self.values.chunks_exact(self.dim)
+    }
+
     /// The features of some images, by number.
     pub fn subset(&self, images: &[usize]) -> Result<Self> {
         let row = |&i: &usize| self.values[i * self.dim..][..self.dim].iter().copied();

@@ -1,9 +1,10 @@
-//! Precision and recall of what is kept: score keeps features of a keyed sample of the pool and of real images, curate
-//! compares with them.
+//! The features of images: score keeps those of a keyed sample of the pool and of real images, with which curate measures
+//! precision and recall of what is kept, and hashes of all images' features, by which it finds near-duplicates.
 
 use std::{collections::HashMap, path::Path};
 
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{fit_discriminator::spread, score_rows::ScoreTables, shards::PoolShard, side_by_side};
@@ -13,6 +14,7 @@ use crate::{
     fs,
     proxy::{
         extractor::Extractor,
+        feature_hash::FeatureHash,
         fold::in_sample,
         quality::{Features, precision_recall},
     },
@@ -81,6 +83,24 @@ impl Sampler {
         self.keep(out, &file_name(shard), &images, &chosen, shape, device)
     }
 
+    /// The hash of features whose bits split the real images that were kept.
+    pub(super) fn hash(&self, out: &Path) -> Result<FeatureHash> {
+        let (_, dim, real) = read(&out.join(FOLDER).join(REAL))?;
+        Ok(FeatureHash::new(&Features::new(dim, real)?))
+    }
+
+    /// The hashes of images' features.
+    pub(super) fn hashes(
+        &self,
+        hash: &FeatureHash,
+        pixels: &[u8],
+        shape: Shape,
+        device: &Device,
+    ) -> Result<Vec<u64>> {
+        let features = self.features(pixels, shape, device)?.to_vec2()?;
+        Ok(features.par_iter().map(|features| hash.of(features)).collect())
+    }
+
     /// Keeps the features of at most `sample` real images, unless they are there.
     pub(super) fn real(&self, out: &Path, images: &Dataset, sample: usize, device: &Device) -> Result<()> {
         if out.join(FOLDER).join(REAL).is_file() {
@@ -103,16 +123,21 @@ impl Sampler {
         if rows.is_empty() {
             return Ok(());
         }
+        let features = self.features(pixels, shape, device)?;
+        let tensors = [("rows", Tensor::new(rows, &Device::Cpu)?), ("features", features)];
+        let bytes = safetensors::serialize(tensors, None)
+            .map_err(|e| Error::Alarm(format!("features cannot be written: {e}")))?;
+        fs::publish(&out.join(FOLDER).join(name), &bytes)
+    }
+
+    /// The features of images, a row each, on the CPU.
+    fn features(&self, pixels: &[u8], shape: Shape, device: &Device) -> Result<Tensor> {
         let chunks: Vec<&[u8]> = pixels.chunks(CHUNK * shape.size()).collect();
         let one = |pixels: &&[u8]| -> Result<Tensor> {
             let x = to_tensor(pixels, shape, Range::Unit, device)?;
             Ok(self.network.features(&x)?.0.to_device(&Device::Cpu)?)
         };
-        let features = Tensor::cat(&side_by_side(device, &chunks, one)?, 0)?.contiguous()?;
-        let tensors = [("rows", Tensor::new(rows, &Device::Cpu)?), ("features", features)];
-        let bytes = safetensors::serialize(tensors, None)
-            .map_err(|e| Error::Alarm(format!("features cannot be written: {e}")))?;
-        fs::publish(&out.join(FOLDER).join(name), &bytes)
+        Ok(Tensor::cat(&side_by_side(device, &chunks, one)?, 0)?.contiguous()?)
     }
 }
 

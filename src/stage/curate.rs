@@ -60,10 +60,13 @@ pub struct Curate {
     /// ones. Carlini et al. 2023 take 0.5; 0 refuses none.
     #[arg(long, default_value_t = 0.0)]
     pub min_memorization_ratio: f64,
-    /// Refuse images whose perceptual hash, of 64 bits, differs in at most this many bits from that of an image before
-    /// it that passed. Equal pixels are always refused.
+    /// Refuse images whose hash, of 64 bits, differs in at most this many bits from that of an image before it that
+    /// passed. Equal pixels are always refused.
     #[arg(long)]
     pub near_duplicate_bits: Option<u32>,
+    /// Of what near_duplicate_bits compares the hashes.
+    #[arg(long, value_enum, default_value_t = Likeness::Looks)]
+    pub near_duplicate_by: Likeness,
     /// Refuse images whose label the classifier does not share.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub require_agreement: bool,
@@ -76,6 +79,16 @@ pub struct Curate {
     /// Seed of the random arm and of rejection sampling.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+/// What near-duplicates have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Likeness {
+    /// How they look: the column perceptual_hash.
+    Looks,
+    /// What a network sees in them: the column feature_hash, which score writes with hash_features.
+    Features,
 }
 
 /// What a fraction is of.
@@ -138,6 +151,11 @@ impl Stage for Curate {
         }
         if let Some(bits) = self.near_duplicate_bits {
             expect("near_duplicate_bits", bits, 0, NearDuplicates::MAX_RADIUS)?;
+        } else if self.near_duplicate_by == Likeness::Features {
+            bail!(
+                Usage,
+                "near_duplicate_by is features, but near_duplicate_bits is not set; expected 0 to 3"
+            );
         }
         if self.keep_per_class == 0 && self.keep_total == 0 {
             expect("keep_fraction", self.keep_fraction, 1e-9, 1.0)?;
@@ -165,6 +183,16 @@ impl Stage for Curate {
         let tables = ScoreTables::open("scores", self.scores.as_deref())?;
         let schema = tables.schema()?;
         self.filter.iter().try_for_each(|filter| filter.expect_in(&schema))?;
+        let likeness = match self.near_duplicate_by {
+            Likeness::Looks => columns::LOOKS,
+            Likeness::Features => columns::FEATURES,
+        };
+        if schema.column_with_name(likeness).is_none() {
+            bail!(
+                Usage,
+                "near_duplicate_by is features, but there is no column '{likeness}'; expected scores made with hash_features"
+            );
+        }
         let gates = self.gates();
         let mut reasons: Vec<String> = gates.iter().map(|gate| gate.reason.clone()).collect();
         let mut verdict_for = |reason: &str| {
@@ -178,8 +206,8 @@ impl Stage for Curate {
         refuse_repeated(&mut rows, tables.hashes(columns::HASH)?, duplicate, repeated);
         if let Some(bits) = self.near_duplicate_bits {
             let mut near = NearDuplicates::new(bits);
-            let looks = tables.hashes(columns::LOOKS)?;
-            refuse_repeated(&mut rows, looks, near_duplicate, |hashes| {
+            let hashes = tables.hashes(likeness)?;
+            refuse_repeated(&mut rows, hashes, near_duplicate, |hashes| {
                 hashes.iter().map(|&hash| near.repeats(hash)).collect()
             });
         }

@@ -511,3 +511,58 @@ pub(super) fn spread(len: usize, n: usize, seed: u64) -> Vec<usize> {
     let order = Permutation::new(seed, u64::from(stream::SUBSET), len as u64);
     (0..n).map(|i| order.at(i as u64) as usize).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::data::{Source, Split, decode_as, encode_png, to_u8};
+
+    fn digits(n: usize) -> Dataset {
+        Source::Digits.load(Split::Train, Some(n), 0).unwrap()
+    }
+
+    fn network(images: &Dataset) -> Discriminator {
+        let architecture = Architecture::SmallCnn(SmallCnnConfig {
+            in_channels: 1,
+            image_size: images.shape.height,
+            channels: vec![8, 16],
+            num_classes: 2,
+            groups: 8,
+        });
+        let config = ClassifierConfig { architecture, class_names: vec!["real".into(), "synthetic".into()] };
+        Discriminator::new(Arc::new(Classifier::init(config, 3, &Device::Cpu).unwrap()), Condition::None)
+    }
+
+    #[test]
+    fn rounding_and_png_make_of_a_generators_floats_what_a_real_image_of_those_levels_is() {
+        let real = digits(50);
+        let levels = to_tensor(&real.pixels, real.shape, Range::Signed, &Device::Cpu).unwrap();
+        // A generator's pixels lie anywhere around a level.
+        let noise = Tensor::rand(-0.49f32 / 127.5, 0.49 / 127.5, levels.shape(), &Device::Cpu).unwrap();
+        let pixels = to_u8(&(levels + noise).unwrap(), Range::Signed).unwrap();
+        let files = pixels.chunks(real.shape.size()).map(|image| encode_png(image, real.shape));
+        let read: Vec<u8> = files.flat_map(|file| decode_as(&file, real.shape).unwrap()).collect();
+        assert!(read == real.pixels);
+    }
+
+    #[test]
+    fn an_images_margin_does_not_depend_on_its_side_or_on_the_images_beside_it() {
+        let real = digits(130);
+        let net = network(&real);
+        let of = |data: &Dataset| margins(&net, data, &Device::Cpu).unwrap();
+        let together = of(&relabel(real.clone(), REAL));
+        assert!(together.iter().any(|m| *m != together[0]), "a network that sees nothing proves nothing");
+        assert_eq!(of(&relabel(real.clone(), SYNTHETIC)), together);
+        for i in [0, 63, 64, 129] {
+            assert_eq!(of(&real.subset(&[i])), [together[i]], "image {i} alone");
+        }
+        // Beside images of one class only, or of all of them: the mean of the batch is another one.
+        let ones: Vec<usize> = (0..real.len()).filter(|&i| real.labels[i] == real.labels[0]).collect();
+        let alike = of(&real.subset(&ones));
+        for (margin, i) in alike.iter().zip(ones) {
+            assert_eq!(*margin, together[i], "image {i} among its class");
+        }
+    }
+}

@@ -56,12 +56,17 @@ pub struct Score {
     /// The folder of a finished fit-discriminator.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
-    /// A classifier's folder, or a network's of the Hub, see quality: features of a sample of the images are kept, for the precision and recall of what is selected.
+    /// A classifier's folder, or a network's of the Hub, see quality: features of a sample of the images are kept, for the
+    /// precision and recall of what is selected.
     #[arg(long)]
     pub classifier: Option<PathBuf>,
     /// How many images of the pool, about, and real ones, at most, are in the sample.
     #[arg(long, default_value_t = 5000)]
     pub sample: usize,
+    /// Also keep a hash of each image's features, by which curate finds near-duplicates. All images then go through the
+    /// classifier, which it needs.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub hash_features: bool,
     /// Nearest training images whose mean distance memorization_ratio divides that of the nearest by (Carlini et al. 2023: 50).
     #[arg(long, default_value_t = 50)]
     pub neighbours: usize,
@@ -75,6 +80,7 @@ pub(super) mod columns {
     pub(in crate::stage) const AGREES: &str = "label_agrees";
     pub(in crate::stage) const HASH: &str = "pixel_hash";
     pub(in crate::stage) const LOOKS: &str = "perceptual_hash";
+    pub(in crate::stage) const FEATURES: &str = "feature_hash";
     pub(in crate::stage) const NEAREST_TRAIN: &str = "nearest_train";
     pub(in crate::stage) const TRAIN_DISTANCE: &str = "train_distance";
     pub(in crate::stage) const TRAIN_COPY: &str = "train_copy_distance";
@@ -184,6 +190,9 @@ impl Stage for Score {
     const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators", "classifier"];
 
     fn validate(&self) -> Result<()> {
+        if self.hash_features && self.classifier.is_none() {
+            bail!(Usage, "hash_features is true, which needs a classifier; expected one");
+        }
         expect("sample", self.sample, 1, 100_000)?;
         expect("neighbours", self.neighbours, 1, 10_000)
     }
@@ -206,7 +215,7 @@ impl Stage for Score {
         let epsilons = &discriminators.record.epsilons;
         let weights = trapezoid_weights(&epsilons.iter().map(|e| e.get()).collect::<Vec<_>>());
         let scorer = Scorer { job, discriminators: &discriminators, weights, shape: pool.info.shape };
-        let schema = schema(epsilons);
+        let schema = schema(epsilons, self.hash_features);
         let of_pool = (pool.info.count, pool.info.shape);
         let sampler = |dir: &PathBuf| Sampler::new(dir, of_pool, self.sample, &job.device);
         let sampler = self.classifier.as_ref().map(sampler).transpose()?;
@@ -214,6 +223,7 @@ impl Stage for Score {
         if let (Some(sampler), Some(unseen)) = (&sampler, unseen) {
             sampler.real(out, &unseen, self.sample, &job.device)?;
         }
+        let hash = sampler.as_ref().filter(|_| self.hash_features).map(|s| s.hash(out)).transpose()?;
         let dir = out.join("scores");
         for_each_shard(job, &dir, &pool, Self::NAME, &schema, |shard, rows, parts, bar| {
             let label_columns = [
@@ -234,7 +244,7 @@ impl Stage for Score {
             if let Some(sampler) = &sampler {
                 sampler.shard(out, shard, rows, &pixels, pool.info.shape, &job.device)?;
             }
-            let (mut values, mut found) = (Vec::new(), Vec::new());
+            let (mut values, mut found, mut feature_hashes) = (Vec::new(), Vec::new(), Vec::new());
             for from in (0..rows.len()).step_by(CHUNK) {
                 crate::progress::check_stop()?;
                 let to = (from + CHUNK).min(rows.len());
@@ -250,6 +260,13 @@ impl Stage for Score {
                     serde_json::to_vec(&real.find(pixels)?).map_err(unreadable)
                 })?;
                 found.extend(serde_json::from_slice::<Vec<Found>>(&nearest).map_err(unreadable)?);
+                if let (Some(sampler), Some(hash)) = (&sampler, &hash) {
+                    let part = parts.get_or_make(&format!("{from:08}-features"), keep, || {
+                        let hashes = sampler.hashes(hash, pixels, pool.info.shape, &job.device)?;
+                        Ok(hashes.iter().flat_map(|hash| hash.to_le_bytes()).collect())
+                    })?;
+                    feature_hashes.extend(part.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)));
+                }
                 bar.add((to - from) as u64);
             }
             let (hash, looks): (Vec<u64>, Vec<u64>) =
@@ -289,6 +306,9 @@ impl Stage for Score {
                 test(|n| n.distance),
                 test(|n| n.copy_distance),
             ];
+            if self.hash_features {
+                columns.push(Arc::new(UInt64Array::from(feature_hashes)));
+            }
             for radius in 0..radii {
                 let p = (0..rows.len()).map(|i| row(i)[folds + 1 + radius]);
                 columns.push(Arc::new(Float32Array::from_iter_values(p)));
@@ -302,7 +322,7 @@ impl Stage for Score {
     }
 }
 
-fn schema(epsilons: &[Epsilon]) -> SchemaRef {
+fn schema(epsilons: &[Epsilon], hash_features: bool) -> SchemaRef {
     let radii: Vec<String> = epsilons.iter().map(radius_column).collect();
     let mut fields = vec![
         (label::columns::UID, DataType::Utf8, false),
@@ -322,6 +342,9 @@ fn schema(epsilons: &[Epsilon]) -> SchemaRef {
         (columns::TEST_DISTANCE, DataType::Float32, true),
         (columns::TEST_COPY, DataType::Float32, true),
     ];
+    if hash_features {
+        fields.push((columns::FEATURES, DataType::UInt64, false));
+    }
     fields.extend(radii.iter().map(|name| (name.as_str(), DataType::Float32, false)));
     shards::schema(&fields)
 }

@@ -220,6 +220,9 @@ pub struct Train {
     /// Mirror half of the images. Wrong for digits.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub flip: bool,
+    /// Use only this many of the real training images, drawn by the seed; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub real_images: usize,
     /// The share of the real training images held out to choose the checkpoint.
     #[arg(long, default_value_t = 0.15)]
     pub held_out: f64,
@@ -537,7 +540,12 @@ impl Stage for Train {
         if fit.len() < 2 {
             bail!(Data, "the split has {} images to learn from, expected at least 2", fit.len());
         }
-        let (train, held_out) = hold_out(&fit, self.held_out, self.seed);
+        let n_real = match self.real_images {
+            0 => fit.len(),
+            n if (2..=fit.len()).contains(&n) => n,
+            n => bail!(Usage, "real_images is {n}, expected 2 to {}, the images to learn from", fit.len()),
+        };
+        let (train, held_out) = hold_out(&fit, n_real, self.held_out, self.seed);
         let synthetic = self.synthetic(&train)?;
         let config = ClassifierConfig {
             architecture: self.architecture(&train),
@@ -664,11 +672,11 @@ impl Stage for Train {
     }
 }
 
-/// Divides training images into those that are learned from and those that choose the checkpoint.
-fn hold_out(fit: &Dataset, share: f64, seed: u64) -> (Dataset, Dataset) {
+/// Divides `n` of the training images into those that are learned from and those that choose the checkpoint.
+fn hold_out(fit: &Dataset, n: usize, share: f64, seed: u64) -> (Dataset, Dataset) {
     let order = Permutation::new(seed, u64::from(stream::SUBSET), fit.len() as u64);
-    let held = ((fit.len() as f64 * share).round() as usize).clamp(1, fit.len() - 1);
-    let mut shuffled: Vec<usize> = (0..fit.len()).map(|i| order.at(i as u64) as usize).collect();
+    let held = ((n as f64 * share).round() as usize).clamp(1, n - 1);
+    let mut shuffled: Vec<usize> = (0..n).map(|i| order.at(i as u64) as usize).collect();
     let mut train = shuffled.split_off(held);
     shuffled.sort_unstable();
     train.sort_unstable();

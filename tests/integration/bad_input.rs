@@ -61,6 +61,7 @@ fn settings_that_cannot_be_are_usage_errors_that_name_value_and_range() {
             "train --split SPLIT --data-weights 1,2",
             "data_weights is [1.0, 2.0], expected a number above 0 for each of 0",
         ),
+        ("train --split SPLIT --real-images 9999", "real_images is 9999, expected 2 to 1"),
         ("train --split SPLIT --label-smoothing 1.5", "label_smoothing is 1.5, expected 0 to"),
         ("evaluate --attack autoatack", "autoatack"),
         ("certify --model MODEL --alpha 0.7", "alpha is 0.7, expected"),

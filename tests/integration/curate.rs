@@ -24,6 +24,8 @@ struct Row {
     agrees: bool,
     pixels: u64,
     looks: u64,
+    /// No column of them if all are 0.
+    features: u64,
     train_copy: f32,
     ratio: f32,
     test_copy: Option<f32>,
@@ -42,6 +44,7 @@ fn drawn() -> Vec<Row> {
             agrees: stream.below(10) > 0,
             pixels: stream.next_u64(),
             looks: stream.next_u64(),
+            features: stream.next_u64(),
             train_copy: stream.below(40) as f32 / 100.0,
             ratio: stream.uniform() as f32,
             test_copy: Some(stream.below(40) as f32 / 100.0),
@@ -52,6 +55,8 @@ fn drawn() -> Vec<Row> {
         rows[a].pixels = rows[b].pixels;
         let (a, b) = (stream.below(rows.len()), stream.below(rows.len()));
         rows[a].looks = rows[b].looks ^ 1 << stream.below(64);
+        let (a, b) = (stream.below(rows.len()), stream.below(rows.len()));
+        rows[a].features = rows[b].features ^ 3 << stream.below(63);
     }
     rows[5].score = f32::NAN;
     rows
@@ -68,7 +73,7 @@ fn write(folder: &Path, rows: &[Row]) {
         }
         let hashes =
             |get: fn(&Row) -> u64| Arc::new(UInt64Array::from_iter_values(rows.iter().map(get))) as ArrayRef;
-        let batch = RecordBatch::try_from_iter_with_nullable([
+        let mut columns = vec![
             ("uid", Arc::new(StringArray::from_iter_values(rows.iter().map(|r| &r.uid))) as ArrayRef, false),
             (
                 "label",
@@ -88,8 +93,11 @@ fn write(folder: &Path, rows: &[Row]) {
             ("train_copy_distance", floats(rows.iter().map(|r| Some(r.train_copy))), false),
             ("memorization_ratio", floats(rows.iter().map(|r| Some(r.ratio))), false),
             ("test_copy_distance", floats(rows.iter().map(|r| r.test_copy)), true),
-        ])
-        .unwrap();
+        ];
+        if rows.iter().any(|r| r.features != 0) {
+            columns.push(("feature_hash", hashes(|r| r.features), false));
+        }
+        let batch = RecordBatch::try_from_iter_with_nullable(columns).unwrap();
         let path = folder.join(format!("scores/shard-{shard:05}.parquet"));
         table::write(&path, &batch.schema(), [Ok(batch)], 128, &[]).unwrap();
         let record = json!({
@@ -107,11 +115,14 @@ fn write(folder: &Path, rows: &[Row]) {
     std::fs::write(folder.join("done.json"), done.to_string()).unwrap();
 }
 
+/// Of an image, for near-duplicates.
+type Hash = fn(&Row) -> u64;
+
 /// What a rule is held against: the gates' reasons in their order, the rank, and how many of a class are kept.
 struct Rule<'a> {
     flags: &'a str,
     refuse: fn(&Row) -> Option<&'static str>,
-    near_bits: Option<u32>,
+    near: Option<(u32, Hash)>,
     rank: fn(&Row) -> f32,
     limit: fn(class: usize, passing: usize) -> usize,
 }
@@ -142,10 +153,10 @@ fn expected(rows: &[Row], rule: &Rule) -> BTreeMap<String, Option<&'static str>>
         }
         found.insert(row.uid.clone(), reason);
     }
-    if let Some(bits) = rule.near_bits {
+    if let Some((bits, hash)) = rule.near {
         let mut far: Vec<&Row> = Vec::new();
         for row in passing {
-            if far.iter().any(|other| (other.looks ^ row.looks).count_ones() <= bits) {
+            if far.iter().any(|other| (hash(other) ^ hash(row)).count_ones() <= bits) {
                 found.insert(row.uid.clone(), Some("near-duplicate"));
             } else {
                 far.push(row);
@@ -190,18 +201,25 @@ fn every_rule_keeps_what_a_plain_search_keeps_and_says_why_not_the_others() {
     write(&dir.path().join("scores"), &rows);
     let two_thirds = |_, n: usize| (0.67 * n as f64).ceil() as usize;
     let rules = [
-        Rule { flags: "", refuse: gates, near_bits: None, rank: |r| r.score, limit: two_thirds },
+        Rule { flags: "", refuse: gates, near: None, rank: |r| r.score, limit: two_thirds },
         Rule {
             flags: "--arm confidence --keep-per-class 50 --near-duplicate-bits 2",
             refuse: gates,
-            near_bits: Some(2),
+            near: Some((2, |r| r.looks)),
             rank: |r| -r.confidence,
             limit: |_, _| 50,
         },
         Rule {
+            flags: "--within class --near-duplicate-bits 3 --near-duplicate-by features",
+            refuse: gates,
+            near: Some((3, |r| r.features)),
+            rank: |r| r.score,
+            limit: two_thirds,
+        },
+        Rule {
             flags: "--quota 1=7,dog=0 --near-duplicate-bits 0",
             refuse: gates,
-            near_bits: Some(0),
+            near: Some((0, |r| r.looks)),
             rank: |r| r.score,
             limit: |class, n| [(0.67 * n as f64).ceil() as usize, 0, 7][class],
         },
@@ -221,14 +239,14 @@ fn every_rule_keeps_what_a_plain_search_keeps_and_says_why_not_the_others() {
                     None
                 })
             },
-            near_bits: None,
+            near: None,
             rank: |r| r.score,
             limit: |_, _| 200,
         },
         Rule {
             flags: "--arm all --keep-per-class 3 --min-confidence 0.5",
             refuse: |row| gates(row).or((row.confidence < 0.5).then_some("low-confidence")),
-            near_bits: None,
+            near: None,
             rank: |_| 0.0,
             limit: |_, n| n,
         },
@@ -325,6 +343,18 @@ fn a_rule_that_cannot_be_and_a_broken_table_write_nothing() {
     fail("--keep-per-class 3 --keep-total 5", 2, &["keep_total is 5"]);
     fail("--near-duplicate-bits 9", 2, &["near_duplicate_bits is 9, expected 0 to 3"]);
     fail("--max-score 0 --filter synthetic_score>0.5", 1, &["none of the pool's 1001 images passes"]);
+    fail(
+        "--near-duplicate-by features",
+        2,
+        &["near_duplicate_by is features, but near_duplicate_bits is not set"],
+    );
+    rows.iter_mut().for_each(|row| row.features = 0);
+    write(&scores, &rows);
+    fail(
+        "--near-duplicate-bits 3 --near-duplicate-by features",
+        2,
+        &["no column 'feature_hash'", "expected scores made with hash_features"],
+    );
     rows[900].label = 4;
     write(&scores, &rows);
     fail("", 65, &["shard-00002.parquet", "label is 4, expected 0 to 2"]);

@@ -4,6 +4,7 @@ mod arc;
 mod bad_input;
 mod cuda;
 mod curate;
+mod discriminators;
 mod generate;
 mod layers;
 mod pipeline;

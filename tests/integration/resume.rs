@@ -53,8 +53,9 @@ fn a_pool_survives_three_kills() {
     assert_eq!(files(Path::new(&killed)).len(), files(Path::new(&whole)).len(), "something was left over");
 }
 
-/// The named files come out of a run that is killed twice as they come out of a whole one.
-fn survives_kills(verb: &str, files: &[&str]) {
+/// The named files come out of a run that is killed twice as they come out of a whole one. Returns the killed one's
+/// folder, in the one that keeps it.
+fn survives_kills(verb: &str, files: &[&str]) -> (String, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let out = |name: &str| dir.path().join(name).display().to_string();
     let command = |out: &str| format!("{verb} --quiet --out {out}");
@@ -69,6 +70,7 @@ fn survives_kills(verb: &str, files: &[&str]) {
         let read = |name: &str| std::fs::read(Path::new(&out(name)).join(file)).unwrap();
         assert!(read("killed") == read("whole"), "{file} of {verb} differs");
     }
+    (out("killed"), dir)
 }
 
 #[test]
@@ -105,6 +107,26 @@ fn a_certification_survives_kills_certificate_for_certificate() {
     let settings = "--limit 60 --sigma 0.2 --n0 20 --n 200";
     let verb = format!("certify --model {} {settings}", made().path("classifier"));
     survives_kills(&verb, &["images.parquet"]);
+}
+
+#[test]
+fn discriminators_scores_and_the_selection_survive_kills_byte_for_byte() {
+    let (split, pool, labels) = (made().path("split"), made().path("pool"), made().path("labels"));
+    let settings = "--steps 30 --batch 32 --channels 8,8 --attack-steps 2 --eval-every 10";
+    let verb = format!("fit-discriminator --split {split} --pool {pool} {settings}");
+    let nets = ["rank0-0", "rank0-3", "rank1-2", "judge-1"].map(|net| format!("{net}/model.safetensors"));
+    let nets: Vec<&str> = nets.iter().map(String::as_str).collect();
+    let (discriminators, _kept) = survives_kills(&verb, &[&nets[..], &["sets.json"]].concat());
+
+    let inputs = format!("--split {split} --pool {pool} --labels {labels} --discriminators {discriminators}");
+    let verb = format!("score {inputs} --classifier {} --hash-features true", made().path("classifier"));
+    let shards = [0, 1, 2].map(|shard| format!("scores/shard-{shard:05}.parquet"));
+    let (scores, _kept) = survives_kills(&verb, &shards.each_ref().map(String::as_str));
+
+    let rule = "--arm arc --keep-per-class 2 --allow-short true --require-agreement false \
+        --near-duplicate-bits 1 --near-duplicate-by features";
+    let verb = format!("curate --scores {scores} {rule}");
+    survives_kills(&verb, &["selection.parquet", "rejected.parquet", "select.json"]);
 }
 
 /// Weight decay of 1 at this learning rate multiplies the weights by -999 in each step, until they overflow.
