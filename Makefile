@@ -6,7 +6,8 @@ PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
 PEERS = target/peers
 
-.PHONY: build curate experiment test test-extractors ci format lint docs smoke bench bench-peers bench-curate test-interop test-robustbench test-autoattack cuda test-cuda clean
+.PHONY: build curate experiment test test-extractors ci format lint docs smoke bench bench-peers bench-curate test-interop test-robustbench test-autoattack cuda check-cuda \
+	test-cuda test-cuda-emulated clean
 
 build:
 	$(CARGO) build --release
@@ -27,7 +28,7 @@ test:
 test-extractors:
 	$(CARGO) test --release --features extractors --lib pretrained
 
-ci: format lint docs test test-extractors smoke
+ci: format lint docs test test-extractors check-cuda smoke
 
 format:
 	$(CARGO) fmt --check
@@ -99,13 +100,28 @@ test-interop:
 	$(CARGO) build --release
 	$(INTEROP)/bin/python tests/interop/check_samples.py $(or $(CARGO_TARGET_DIR),target)/release/proxyset models/digits-ddpm
 
-# With a CUDA toolkit and cuDNN installed (CUDA_HOME, nvcc on the PATH).
+# With the CUDA toolkit that is installed (nvcc on the PATH or in CUDA_HOME, cuDNN), else with one made of Python wheels.
+CUDA_TOOLKIT = target/cuda-toolkit
 cuda:
-	$(CARGO) build --release --features cuda
+	environment=$$(tests/cuda/toolkit.sh $(CUDA_TOOLKIT)) && eval "$$environment" && \
+	  $(CARGO) build --release --features cuda
+
+# Whether the CUDA program compiles, where a toolkit is installed.
+check-cuda:
+	@if environment=$$(tests/cuda/toolkit.sh --installed 2>/dev/null); then \
+	  eval "$$environment" && $(CARGO) clippy --release --features cuda --all-targets -- -D warnings; \
+	else echo "check-cuda: skipped, no CUDA toolkit is installed (\`make cuda\` makes one)"; fi
 
 # Needs a GPU: the tests that are ignored elsewhere, and nothing else.
 test-cuda:
-	$(CARGO) test --release --features cuda -- --ignored cuda
+	environment=$$(tests/cuda/toolkit.sh $(CUDA_TOOLKIT)) && eval "$$environment" && \
+	  $(CARGO) test --release --features cuda -- --ignored --nocapture cuda
+
+# The CUDA kernels without a GPU: compiled for the CPU and held against PyTorch. Needs a C++ compiler; makes its own environment.
+test-cuda-emulated:
+	test -d $(PEERS) || python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r tests/bench/requirements.txt
+	$(PEERS)/bin/python tests/cuda/check_kernels.py
 
 clean:
 	$(CARGO) clean

@@ -58,8 +58,33 @@ impl DeviceChoice {
 /// second thread can race.
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize) -> Result<Device> {
-    Device::new_cuda_with_stream(ordinal)
-        .map_err(|e| Error::Usage(format!("device cuda:{ordinal} cannot be opened: {e}")))
+    let device = Device::new_cuda_with_stream(ordinal)
+        .map_err(|e| Error::Usage(format!("device cuda:{ordinal} cannot be opened: {e}{}", remedy(&e))))?;
+    if let Device::Cuda(cuda) = &device {
+        // SAFETY: all work of the process on this device goes to this one stream, in the order in which it is asked for.
+        unsafe { cuda.disable_event_tracking() };
+    }
+    Ok(device)
+}
+
+/// What can be done about an error of the driver.
+#[cfg(feature = "cuda")]
+fn remedy(error: &candle_core::Error) -> &'static str {
+    let text = error.to_string();
+    let says = |name: &str| text.contains(name);
+    if says("INVALID_DEVICE") {
+        "; there are fewer GPUs, see nvidia-smi"
+    } else if says("NO_DEVICE") {
+        "; the driver finds no GPU"
+    } else if says("INSUFFICIENT_DRIVER") || says("SYSTEM_DRIVER_MISMATCH") || says("UNSUPPORTED_PTX") {
+        "; the driver is older than this program's CUDA, expected 580 or later for CUDA 13"
+    } else if says("STUB_LIBRARY") {
+        "; libcuda.so.1 is the stub that programs are linked with, expected the driver's"
+    } else if says("OUT_OF_MEMORY") {
+        "; other processes use its memory"
+    } else {
+        ""
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -67,6 +92,42 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
     Err(Error::Usage(format!(
         "device is 'cuda:{ordinal}', but this program was built without CUDA; build it with `--features cuda`"
     )))
+}
+
+/// How f32 numbers are multiplied on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Precision {
+    /// As f32.
+    #[default]
+    F32,
+    /// Rounded to TF32, 10 bits behind the point, and added as f32: several times as fast.
+    Tf32,
+}
+
+static PRECISION: OnceLock<Precision> = OnceLock::new();
+
+impl Precision {
+    /// What was set, or f32.
+    pub fn get() -> Self {
+        PRECISION.get().copied().unwrap_or_default()
+    }
+
+    /// Sets it for the whole process; the first time counts.
+    pub fn set(self) {
+        let precision = *PRECISION.get_or_init(|| self);
+        #[cfg(feature = "cuda")]
+        candle_core::cuda_backend::set_gemm_reduced_precision_f32(precision == Self::Tf32);
+        let _ = precision;
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Tf32 => "tf32",
+        })
+    }
 }
 
 /// The instruction set that the CPU kernels use. Ordered from plain to wide.
@@ -147,7 +208,7 @@ impl ConvAlgorithm {
 }
 
 /// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90-cudnn91900`; a
-/// CPU without Winograd's filtering is `…-direct`.
+/// CPU without Winograd's filtering is `…-direct`, a GPU that multiplies in TF32 `…-tf32`.
 ///
 /// Across classes results agree up to rounding. Every record names the class that made it.
 pub fn device_class(device: &Device) -> String {
@@ -172,8 +233,12 @@ fn gpu_class(device: &Device) -> String {
     let Device::Cuda(cuda) = device else { return "unknown".into() };
     let context = cuda.cuda_stream().context().clone();
     let attribute = |a| context.attribute(a).unwrap_or(0);
+    let precision = match Precision::get() {
+        Precision::F32 => "",
+        Precision::Tf32 => "-tf32",
+    };
     format!(
-        "cuda-sm{}{}-cudnn{}",
+        "cuda-sm{}{}-cudnn{}{precision}",
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
         candle_core::cuda_backend::cudarc::cudnn::result::get_version(),

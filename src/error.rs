@@ -33,7 +33,7 @@ pub enum Error {
     #[error("{0}")]
     Stopped(String),
     /// A tensor operation failed: a bug, or out of memory. Exit code 70.
-    #[error("tensor operation failed: {0}")]
+    #[error("tensor operation failed: {0}{remedy}", remedy = remedy(.0))]
     Tensor(#[from] candle_core::Error),
     /// Another error with what was being done at the time.
     #[error("{context}: {source}")]
@@ -61,10 +61,25 @@ impl Error {
             Self::Alarm(_) => 70,
             Self::Io { .. } => 74,
             Self::Stopped(_) => 75,
-            Self::Tensor(e) if e.to_string().to_lowercase().contains("out of memory") => 2,
+            Self::Tensor(e) if is_out_of_memory(e) => 2,
             Self::Tensor(_) => 70,
             Self::Context { source, .. } => source.exit_code(),
         }
+    }
+}
+
+/// By the words of candle, and those of CUDA.
+fn is_out_of_memory(error: &candle_core::Error) -> bool {
+    let text = error.to_string().to_lowercase();
+    text.contains("out of memory") || text.contains("out_of_memory")
+}
+
+fn remedy(error: &candle_core::Error) -> &'static str {
+    match is_out_of_memory(error) {
+        true => {
+            "; take a smaller batch or micro_batch, and run the same command again: what is finished is kept"
+        }
+        false => "",
     }
 }
 

@@ -141,9 +141,7 @@ impl Lock {
     ///
     /// `name` tells locks of one folder apart: writers of different shards may work side by side.
     pub fn acquire(dir: &Path, name: &str) -> Result<Self> {
-        let path = dir.join(format!(".{name}.lock"));
-        let file =
-            File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io(&path))?;
+        let (path, file) = Self::open(dir, name)?;
         match file.try_lock() {
             Ok(()) => Ok(Self(file)),
             Err(fs::TryLockError::WouldBlock) => {
@@ -151,6 +149,19 @@ impl Lock {
             }
             Err(fs::TryLockError::Error(e)) => Err(Error::io(&path)(e)),
         }
+    }
+
+    /// Like [`Lock::acquire`], but waits for another process that holds it.
+    pub fn wait(dir: &Path, name: &str) -> Result<Self> {
+        let (path, file) = Self::open(dir, name)?;
+        file.lock().map_err(Error::io(&path))?;
+        Ok(Self(file))
+    }
+
+    fn open(dir: &Path, name: &str) -> Result<(PathBuf, File)> {
+        let path = dir.join(format!(".{name}.lock"));
+        let file = File::options().create(true).truncate(false).write(true).open(&path);
+        file.map(|file| (path.clone(), file)).map_err(Error::io(&path))
     }
 }
 

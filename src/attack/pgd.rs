@@ -187,8 +187,7 @@ pub fn ascend(
         let Some(gradient) = grads.get(var.as_tensor()) else {
             bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
         };
-        let step = (threat.direction(gradient)? * config.step_size)?;
-        x_adv = threat.project(x, &(x_adv + step)?)?;
+        x_adv = threat.step(x, &x_adv, gradient, config.step_size)?;
     }
     Ok(x_adv)
 }

@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
-use crate::{Error, Result, data::from_chw, rng};
+use crate::{Error, Result, data::from_chw, kernels, rng};
 
 /// The radius of an attack's ball: a number, or a fraction such as `8/255`.
 ///
@@ -151,6 +151,16 @@ impl Threat {
                 Ok(scaled.broadcast_div(&norms(&scaled)?)?)
             }
         }
+    }
+
+    /// The point `step_size` up the gradient from `x_adv`, projected: see [`Threat::direction`], [`Threat::project`].
+    pub fn step(&self, x: &Tensor, x_adv: &Tensor, gradient: &Tensor, step_size: f64) -> Result<Tensor> {
+        let l2 = self.norm == Norm::L2;
+        if let Some(moved) = kernels::pgd_step(x, x_adv, gradient, (step_size, self.epsilon), l2)? {
+            return Ok(moved);
+        }
+        let step = (self.direction(gradient)? * step_size)?;
+        self.project(x, &(x_adv + step)?)
     }
 
     /// A point drawn uniformly from the ball around each image, then clipped to the box.

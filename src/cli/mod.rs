@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     Error, Result,
-    device::{CpuLevel, DeviceChoice},
+    device::{CpuLevel, DeviceChoice, Precision},
     progress,
     stage::{
         Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Import, Label, Materialize,
@@ -47,6 +47,9 @@ struct Global {
     /// Where tensors live: auto, cpu or cuda:N.
     #[arg(long, global = true, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
+    /// How a GPU multiplies f32 numbers; of no effect on the CPU.
+    #[arg(long, global = true, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
     /// CPU threads; 0 for all cores. No result depends on it.
     #[arg(long, global = true, default_value_t = 0)]
     threads: usize,
@@ -126,6 +129,7 @@ fn dispatch(cli: &Cli) -> Result<()> {
         progress::set_quiet();
     }
     CpuLevel::check_env()?;
+    global.precision.set();
     if global.threads > 0 {
         rayon::ThreadPoolBuilder::new()
             .num_threads(global.threads)

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::image::Shape;
-use crate::{Error, Result, rng};
+use crate::{Error, Result, kernels, rng};
 
 /// What a tensor of pixels ranges over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +73,9 @@ pub fn gaussian_noise(
     device: &Device,
 ) -> Result<Tensor> {
     let Shape { height, width, channels } = shape;
+    if let Some(noise) = kernels::normal_images(seed, samples, step, (height, width, channels), device)? {
+        return Ok(noise);
+    }
     let mut chw = vec![0.0; shape.size()];
     let mut noise = Vec::with_capacity(samples.len() * shape.size());
     for &sample in samples {
@@ -104,6 +107,42 @@ pub struct Augment {
     pub flip: bool,
 }
 
+/// The window of each image, and whether it is mirrored, by its own draw.
+fn windows(
+    samples: &[u64],
+    seed: u64,
+    stream: u32,
+    augment: Augment,
+) -> impl Iterator<Item = (usize, usize, bool)> {
+    samples.iter().map(move |&sample| {
+        let mut draws = [0.0; 3];
+        rng::uniforms(seed, sample, stream, &mut draws);
+        let offsets = 2 * augment.pad + 1;
+        let offset = |u: f32| ((u * offsets as f32) as usize).min(offsets - 1);
+        (offset(draws[0]), offset(draws[1]), augment.flip && draws[2] < 0.5)
+    })
+}
+
+/// What [`augment`] makes of the images with [`rng::stream::AUGMENT`], as [`to_tensor`] has it; on a GPU it is done there.
+pub fn augmented(
+    pixels: &[u8],
+    shape: Shape,
+    samples: &[u64],
+    seed: u64,
+    settings: Augment,
+    range: Range,
+    device: &Device,
+) -> Result<Tensor> {
+    let stream = rng::stream::AUGMENT;
+    let dims = (samples.len(), shape.height, shape.width, shape.channels);
+    let windows = windows(samples, seed, stream, settings);
+    let table = |pixel| range.value_of(pixel);
+    if let Some(images) = kernels::crop_images(pixels, windows, table, dims, settings.pad, device)? {
+        return Ok(images);
+    }
+    to_tensor(&augment(pixels, shape, samples, seed, stream, settings), shape, range, device)
+}
+
 /// Pads, crops and flips each image of a batch by its own draw.
 ///
 /// `pixels`: images of `shape`; `samples`: what identifies each of them, the key of its draw together with
@@ -122,13 +161,8 @@ pub fn augment(
     assert_eq!(pixels.len(), samples.len() * shape.size(), "pixels of {} {shape} images", samples.len());
     let mut out = vec![0; pixels.len()];
     let images = pixels.chunks_exact(shape.size()).zip(out.chunks_exact_mut(shape.size()));
-    for ((image, out), &sample) in images.zip(samples) {
-        let mut draws = [0.0; 3];
-        rng::uniforms(seed, sample, stream, &mut draws);
-        let offsets = 2 * augment.pad + 1;
-        let offset = |u: f32| ((u * offsets as f32) as usize).min(offsets - 1);
-        let flip = augment.flip && draws[2] < 0.5;
-        crop_padded(image, out, shape, augment.pad, (offset(draws[0]), offset(draws[1])), flip);
+    for ((image, out), (top, left, flip)) in images.zip(windows(samples, seed, stream, augment)) {
+        crop_padded(image, out, shape, augment.pad, (top, left), flip);
     }
     out
 }

@@ -13,7 +13,7 @@ pub mod manifest;
 pub mod source;
 pub mod table;
 
-pub use batch::{Augment, Range, augment, from_chw, gaussian_noise, to_floats, to_tensor, to_u8};
+pub use batch::{Augment, Range, augment, augmented, from_chw, gaussian_noise, to_floats, to_tensor, to_u8};
 pub use card::{Card, CardSplit, Config as CardConfig};
 pub use hub::{Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, image_column};
 pub use image::{Shape, decode_as, encode_png, grid};

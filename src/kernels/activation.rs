@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{
     Elements, elements, for_each_chunk, math,
     microkernel::{Arithmetic, Loop, run, zeros},
@@ -11,11 +13,19 @@ use crate::{Result, device::CpuLevel};
 
 /// `x · sigmoid(x)`, element by element.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(x, &[]) {
+        return cuda::activation(x, cuda::Function::Silu);
+    }
     if on_cpu(&[x]) { apply(CpuLevel::get(), Function::Silu, x) } else { reference::silu(x) }
 }
 
 /// `max(x, 0)`, element by element; NaN stays NaN. Its gradient at 0 is 0, as in PyTorch.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(x, &[]) {
+        return cuda::activation(x, cuda::Function::Relu);
+    }
     if on_cpu(&[x]) { apply(CpuLevel::get(), Function::Relu, x) } else { reference::relu(x) }
 }
 

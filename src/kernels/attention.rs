@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{
     Elements, elements, for_each_chunk,
     math::{exp, max, sum},
@@ -13,19 +15,32 @@ use crate::{Result, device::CpuLevel};
 
 /// Softmax over the last dimension.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(x, &[]) {
+        return cuda::softmax(x, 1.0);
+    }
     if on_cpu(&[x]) { softmax_at(CpuLevel::get(), 1.0, x) } else { reference::softmax(x) }
 }
 
 /// Scaled dot-product attention, `softmax(q kᵀ / √d) v` (Vaswani et al. 2017, Eq. 1).
 /// `q`, `k`, `v`: `(b, n, d)`, heads folded into `b`. Returns `(b, n, d)`.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(q, &[]) {
+        let scores = reference::matmul(q, &k.transpose(1, 2)?)?;
+        return reference::matmul(&cuda::softmax(&scores, attention_scale(q)? as f32)?, v);
+    }
     if on_cpu(&[q, k, v]) { attention_at(CpuLevel::get(), q, k, v) } else { reference::attention(q, k, v) }
 }
 
 fn attention_at(level: CpuLevel, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
     let scores = matmul_at(level, q, &k.transpose(1, 2)?)?;
-    matmul_at(level, &softmax_at(level, scale as f32, &scores)?, v)
+    matmul_at(level, &softmax_at(level, attention_scale(q)? as f32, &scores)?, v)
+}
+
+/// 1 / √d.
+fn attention_scale(q: &Tensor) -> Result<f64> {
+    Ok(1.0 / (q.dim(D::Minus1)? as f64).sqrt())
 }
 
 /// `softmax(scale · x)`, `scale` positive.

@@ -118,7 +118,7 @@ pub fn basic_block(
         let how = (CpuLevel::get(), ConvAlgorithm::get());
         basic_block_at(how, x, theta, running, block, packed)
     } else {
-        reference::basic_block(x, theta, running, block)
+        reference::basic_block(x, theta, running, block, packed)
     }
 }
 
@@ -406,7 +406,7 @@ mod tests {
                 check(
                     &operands,
                     |level, t| Ok(at(level, block, None, t)?.0),
-                    |t| Ok(reference::basic_block(&t[0], &t[1], None, block)?.0),
+                    |t| Ok(reference::basic_block(&t[0], &t[1], None, block, &BlockWeights::default())?.0),
                 );
                 let running = running(block);
                 let doubles: Vec<BatchStatistics> = running
@@ -419,7 +419,16 @@ mod tests {
                 check(
                     &operands,
                     |level, t| Ok(at(level, block, Some(&running), t)?.0),
-                    |t| Ok(reference::basic_block(&t[0], &t[1], Some(&doubles), block)?.0),
+                    |t| {
+                        Ok(reference::basic_block(
+                            &t[0],
+                            &t[1],
+                            Some(&doubles),
+                            block,
+                            &BlockWeights::default(),
+                        )?
+                        .0)
+                    },
                 );
             }
         }
@@ -430,7 +439,9 @@ mod tests {
         for block in &BLOCKS {
             let operands = operands(block, (3, 6, 5));
             let (_, found) = at(CpuLevel::get(), block, None, &operands).unwrap();
-            let (_, expected) = reference::basic_block(&operands[0], &operands[1], None, block).unwrap();
+            let (_, expected) =
+                reference::basic_block(&operands[0], &operands[1], None, block, &BlockWeights::default())
+                    .unwrap();
             assert_eq!((found.len(), expected.len()), (block.norms(), block.norms()));
             for (found, expected) in found.iter().zip(&expected) {
                 let pairs = [(&found.mean, &expected.mean), (&found.variance, &expected.variance)];

@@ -5,6 +5,8 @@
 
 use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Shape, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{
     Elements, elements, for_each_chunk,
     microkernel::{Arithmetic, Loop, run, zeros},
@@ -41,6 +43,10 @@ pub fn batch_norm_train(
     if x.elem_count() < 2 * c {
         bail!(Alarm, "images {:?} have one value a channel, expected two for a variance", x.dims());
     }
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(x, &[weight, bias]) {
+        return cuda::batch_norm_train(x, weight, bias, epsilon, relu);
+    }
     if on_cpu(&[x, weight, bias]) {
         batch_norm_train_at(CpuLevel::get(), x, weight, bias, epsilon, relu)
     } else {
@@ -61,6 +67,10 @@ pub fn batch_norm_eval(
 ) -> Result<Tensor> {
     let BatchStatistics { mean, variance } = statistics;
     channels(x, &[mean, variance, weight, bias])?;
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(x, &[mean, variance, weight, bias]) {
+        return cuda::batch_norm_eval(x, statistics, weight, bias, epsilon, relu);
+    }
     if on_cpu(&[x, mean, variance, weight, bias]) {
         batch_norm_eval_at(CpuLevel::get(), x, statistics, weight, bias, epsilon, relu)
     } else {

@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{
     Elements, PARALLEL_WORK,
     activation::silu_slope,
@@ -31,6 +33,11 @@ pub fn group_norm(
     epsilon: f64,
     silu: bool,
 ) -> Result<Tensor> {
+    expect_fits(x, groups, weight, bias)?;
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(x, &[weight, bias]) {
+        return cuda::group_norm(x, groups, weight, bias, epsilon, silu);
+    }
     if on_cpu(&[x, weight, bias]) {
         group_norm_at(CpuLevel::get(), x, groups, weight, bias, epsilon, silu)
     } else {
@@ -38,15 +45,8 @@ pub fn group_norm(
     }
 }
 
-fn group_norm_at(
-    level: CpuLevel,
-    x: &Tensor,
-    groups: usize,
-    weight: &Tensor,
-    bias: &Tensor,
-    epsilon: f64,
-    silu: bool,
-) -> Result<Tensor> {
+/// Fails if the groups do not divide the channels, or a vector has another shape.
+fn expect_fits(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor) -> Result<()> {
     let c = x.dim(D::Minus1)?;
     if groups == 0 || c == 0 || c % groups != 0 {
         bail!(Alarm, "{c} channels cannot be normalised in {groups} groups");
@@ -61,6 +61,19 @@ fn group_norm_at(
             bias.dims()
         );
     }
+    Ok(())
+}
+
+fn group_norm_at(
+    level: CpuLevel,
+    x: &Tensor,
+    groups: usize,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    silu: bool,
+) -> Result<Tensor> {
+    let (b, c) = (x.dim(0)?, x.dim(D::Minus1)?);
     let norm = Norm { level, groups, c, sample: x.elem_count() / b.max(1), epsilon, silu };
     let op = GroupNorm { norm, moments: OnceLock::new() };
     Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)

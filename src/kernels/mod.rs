@@ -1,8 +1,8 @@
 //! The operations that dominate: one op a file, each with a plain reference in candle ops.
 //!
 //! Layout is NHWC on every device; weights are in PyTorch's order. The functions re-exported here take the
-//! fast path of the device that holds the tensors: f32 tensors on the CPU go to the loops of this module,
-//! everything else to [`mod@reference`], the specification and the oracle, which runs on any device.
+//! fast path of the device that holds the tensors: f32 tensors on the CPU go to the loops of this module, tensors on a GPU to
+//! those of `cuda`, everything else to [`mod@reference`], the specification and the oracle, which runs on any device.
 //!
 //! What the fast paths promise, besides speed:
 //! - The output and the input gradient of a sample have the same bits whatever the batch around it and the
@@ -11,10 +11,15 @@
 //! - Backward computes gradients of tracked operands only: an attack on frozen weights pays no weight gradient.
 
 mod activation;
+#[cfg(any(feature = "cuda", test))]
+mod algorithms;
 mod attention;
 mod basic_block;
 mod batch_norm;
 mod conv2d;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod fused;
 mod group_norm;
 mod loss;
 mod math;
@@ -37,6 +42,7 @@ pub use attention::{attention, softmax};
 pub use basic_block::{BasicBlock, basic_block};
 pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train};
 pub use conv2d::{PackedWeights, conv2d, conv2d_packed};
+pub use fused::{adam_step, average_step, crop_images, normal_images, pgd_step, sgd_step};
 pub use group_norm::group_norm;
 pub use loss::{cross_entropy, kl_divergence, smoothed_cross_entropy};
 pub use matmul::{linear, matmul};

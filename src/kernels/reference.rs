@@ -1,11 +1,11 @@
 //! Every op in plain candle ops: the specification, the oracle of the fast versions, and what runs on
-//! devices without one.
+//! devices without one. Blocks are composed of the ops of the device.
 
 use std::{collections::HashMap, ops::Range};
 
 use candle_core::{D, Shape, Tensor};
 
-use super::{BasicBlock, BatchStatistics, ResnetBlock, ranges};
+use super::{BasicBlock, BatchStatistics, BlockWeights, ResnetBlock, ranges};
 use crate::Result;
 
 /// 2-D convolution. `x`: `(b, h, w, c_in)` f32; `weight`: `(c_out, c_in, kh, kw)`; `bias`: `(c_out,)`.
@@ -202,14 +202,16 @@ pub fn resnet_block(
     temb: &Tensor,
     theta: &Tensor,
     block: &ResnetBlock,
+    packed: &BlockWeights,
     mask: Option<&Tensor>,
 ) -> Result<Tensor> {
+    use super::{conv2d_packed, group_norm, linear};
     let parts = split(theta, &block.parameters())?;
     let ResnetBlock { groups, epsilon, .. } = *block;
     let part = |name: &str| &parts[name];
     let (weight, bias) = (part("norm1.weight"), part("norm1.bias"));
     let h = group_norm(x, groups, weight, bias, epsilon, true)?;
-    let h = conv2d(&h, part("conv1.weight"), Some(part("conv1.bias")), 1, (1, 1))?;
+    let h = conv2d_packed(&h, part("conv1.weight"), Some(part("conv1.bias")), 1, (1, 1), &packed[0])?;
     let step = linear(temb, part("time_emb_proj.weight"), Some(part("time_emb_proj.bias")))?;
     let (weight, bias) = (part("norm2.weight"), part("norm2.bias"));
     let h = if block.scale_shift {
@@ -225,9 +227,12 @@ pub fn resnet_block(
         Some(mask) => (h * mask.detach())?,
         None => h,
     };
-    let h = conv2d(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1))?;
+    let h = conv2d_packed(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1), &packed[1])?;
     let x = match block.has_shortcut() {
-        true => conv2d(x, part("conv_shortcut.weight"), Some(part("conv_shortcut.bias")), 1, (0, 0))?,
+        true => {
+            let (weight, bias) = (part("conv_shortcut.weight"), part("conv_shortcut.bias"));
+            conv2d_packed(x, weight, Some(bias), 1, (0, 0), &packed[2])?
+        }
         false => x.clone(),
     };
     Ok(((x + h)? / block.output_scale)?)
@@ -239,7 +244,9 @@ pub fn basic_block(
     theta: &Tensor,
     running: Option<&[BatchStatistics]>,
     block: &BasicBlock,
+    packed: &BlockWeights,
 ) -> Result<(Tensor, Vec<BatchStatistics>)> {
+    use super::{batch_norm_eval, batch_norm_train, conv2d_packed, relu};
     let parts = split(theta, &block.parameters())?;
     let mut seen = Vec::new();
     let mut norm = |i: usize, name: &str, x: &Tensor, relu: bool| -> Result<Tensor> {
@@ -251,11 +258,14 @@ pub fn basic_block(
         };
         batch_norm_eval(x, &running[i], weight, bias, block.epsilon, relu)
     };
-    let h = norm(0, "bn1", &conv2d(x, &parts["conv1.weight"], None, block.stride, (1, 1))?, true)?;
-    let h = norm(1, "bn2", &conv2d(&h, &parts["conv2.weight"], None, 1, (1, 1))?, false)?;
+    let conv = |x: &Tensor, i: usize, name: &str, stride: usize, padding: usize| {
+        conv2d_packed(x, &parts[name], None, stride, (padding, padding), &packed[i])
+    };
+    let h = norm(0, "bn1", &conv(x, 0, "conv1.weight", block.stride, 1)?, true)?;
+    let h = norm(1, "bn2", &conv(&h, 1, "conv2.weight", 1, 1)?, false)?;
     let x = match block.has_shortcut() {
         true => {
-            let x = conv2d(x, &parts["shortcut.0.weight"], None, block.stride, (0, 0))?;
+            let x = conv(x, 2, "shortcut.0.weight", block.stride, 0)?;
             norm(2, "shortcut.1", &x, false)?
         }
         false => x.clone(),

@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{
     Elements, elements, for_each_chunk, microkernel::zeros, on_cpu, reduce::column_sums, reference, tensor,
 };
@@ -9,6 +11,10 @@ use crate::{Result, device::CpuLevel};
 
 /// Nearest-neighbour upsampling by two. `x`: `(b, h, w, c)`. Returns `(b, 2h, 2w, c)`.
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::on_cuda(x, &[]) {
+        return cuda::upsample_nearest2x(x);
+    }
     if !on_cpu(&[x]) {
         return reference::upsample_nearest2x(x);
     }

@@ -156,7 +156,7 @@ pub fn resnet_block(
         let how = (CpuLevel::get(), ConvAlgorithm::get());
         resnet_block_at(how, x, temb, theta, block, packed, mask)
     } else {
-        reference::resnet_block(x, temb, theta, block, mask)
+        reference::resnet_block(x, temb, theta, block, packed, mask)
     }
 }
 
@@ -544,7 +544,14 @@ mod tests {
                         |level, t| at(level, block, t, mask),
                         |t| {
                             let mask = mask.map(|mask| mask.to_dtype(t[0].dtype()).unwrap());
-                            reference::resnet_block(&t[0], &t[1], &t[2], block, mask.as_ref())
+                            reference::resnet_block(
+                                &t[0],
+                                &t[1],
+                                &t[2],
+                                block,
+                                &BlockWeights::default(),
+                                mask.as_ref(),
+                            )
                         },
                     );
                 }

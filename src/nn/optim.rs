@@ -10,7 +10,10 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, Var, ba
 use rayon::prelude::*;
 
 use super::Params;
-use crate::{Result, kernels::Elements};
+use crate::{
+    Result,
+    kernels::{self, Elements},
+};
 
 /// Elements of a parallel task.
 const CHUNK: usize = 1 << 14;
@@ -99,8 +102,10 @@ impl<const N: usize> Moments<N> {
                         let moments = std::array::from_fn(|_| vec![0.0; var.elem_count()]);
                         Values::Host { moments, shape: var.dims().to_vec() }
                     } else {
-                        let zeros = var.zeros_like()?;
-                        Values::Device(std::array::from_fn(|_| zeros.clone()))
+                        // Each has memory of its own: kernels write them where they are.
+                        let zeros =
+                            (0..N).map(|_| var.zeros_like()).collect::<candle_core::Result<Vec<_>>>()?;
+                        Values::Device(std::array::from_fn(|i| zeros[i].clone()))
                     };
                     Ok(Slot { name: name.clone(), values })
                 })
@@ -121,7 +126,7 @@ impl<const N: usize> Moments<N> {
                     Values::Host { moments, shape } => {
                         Tensor::from_slice(&moments[i], &shape[..], &Device::Cpu)?
                     }
-                    Values::Device(tensors) => tensors[i].clone(),
+                    Values::Device(tensors) => tensors[i].copy()?,
                 };
                 state.push((format!("{}.{name}", slot.name), tensor));
             }
@@ -136,7 +141,7 @@ impl<const N: usize> Moments<N> {
         for (name, var) in vars.iter().take(if step == 0 { 0 } else { vars.len() }) {
             let mut tensors = Vec::with_capacity(N);
             for moment in self.names {
-                tensors.push(find(state, &format!("{name}.{moment}"), var)?);
+                tensors.push(find(state, &format!("{name}.{moment}"), var)?.copy()?);
             }
             let values = if on_host(var) {
                 let mut moments = std::array::from_fn(|_| Vec::new());
@@ -251,6 +256,11 @@ impl Optimizer for Adam {
                     });
                 })?,
                 Values::Device([m, v]) => {
+                    let numbers =
+                        [scale, keep, step_size, correction, beta1, 1.0 - beta1, beta2, 1.0 - beta2, epsilon];
+                    if kernels::adam_step(var, grad, [m, v], numbers)? {
+                        continue;
+                    }
                     let grad = (grad * scale)?;
                     *m = ((&*m * beta1)? + (&grad * (1.0 - beta1))?)?.detach();
                     *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?.detach();
@@ -319,6 +329,9 @@ impl Optimizer for Sgd {
                     });
                 })?,
                 Values::Device([buffer]) => {
+                    if kernels::sgd_step(var, grad, buffer, [scale, lr, momentum, weight_decay], nesterov)? {
+                        continue;
+                    }
                     let weights = var.as_detached_tensor();
                     let grad = ((grad * scale)? + (&weights * weight_decay)?)?;
                     *buffer = ((&*buffer * momentum)? + &grad)?.detach();
@@ -341,9 +354,17 @@ impl Optimizer for Sgd {
 
 /// The joint ℓ2 norm of the gradients of all variables. Fails, naming it, if one has none.
 pub fn grad_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
-    let mut squares = 0.0;
+    let (mut squares, mut there) = (0.0, Vec::new());
     for (name, var) in vars {
-        squares += sum_of_squares(gradient(grads, name, var)?)?;
+        let gradient = gradient(grads, name, var)?;
+        match on_host(gradient) {
+            true => squares += sum_of_squares(gradient)?,
+            false => there.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?),
+        }
+    }
+    // One wait for the device, not one for each variable.
+    if !there.is_empty() {
+        squares += Tensor::stack(&there, 0)?.sum_all()?.to_scalar::<f64>()?;
     }
     Ok(squares.sqrt())
 }
@@ -356,9 +377,6 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 
 fn sum_of_squares(x: &Tensor) -> Result<f64> {
     const LANES: usize = 8;
-    if !on_host(x) {
-        return Ok(x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?);
-    }
     let x = x.contiguous()?;
     let elements = Elements::of(&x)?;
     // Fixed chunks and lanes, added in order: the threads do not show.
@@ -405,7 +423,7 @@ impl Ema {
                         s.iter_mut().zip(p).for_each(|(s, p)| *s += rate * (p - *s));
                     });
                 })?;
-            } else {
+            } else if !kernels::average_step(shadow, &weights, rate)? {
                 *shadow = (&*shadow + ((weights - &*shadow)? * rate)?)?;
             }
         }

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     Error, Result,
     attack::{Epsilon, Norm, Pgd},
-    data::{Augment, Dataset, Range, augment, to_tensor},
+    data::{Augment, Dataset, Range, augmented, to_tensor},
     fs,
     nn::{
         Architecture, Classifier, ClassifierConfig, LrDecay, LrSchedule, SmallCnnConfig,
@@ -300,8 +300,7 @@ impl FitDiscriminator {
                     labels.push(side);
                     ids.push((u64::from(side) << 48) | position);
                 }
-                let pixels = augment(&pixels, shape, &ids, seed, stream::AUGMENT, settings);
-                let x = to_tensor(&pixels, shape, Range::Unit, &job.device)?;
+                let x = augmented(&pixels, shape, &ids, seed, settings, Range::Unit, &job.device)?;
                 let y = Tensor::from_vec(labels, n, &job.device)?;
                 let told = at(radii.start + turn);
                 let tracked = |x: &Tensor| tracked.logits(&told.apply(x)?);

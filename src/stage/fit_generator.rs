@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     Result,
-    data::{Augment, Dataset, Range, Shape, augment, encode_png, gaussian_noise, grid, to_tensor, to_u8},
+    data::{Augment, Dataset, Range, Shape, augmented, encode_png, gaussian_noise, grid, to_tensor, to_u8},
     diffusion::{
         BetaSchedule, Conditioning, DiffusionModel, Level, PredictionType, Process, SchedulerClass,
         SchedulerConfig, TrainingPair, VarianceType, denoising_loss,
@@ -417,8 +417,8 @@ impl Stage for FitGenerator {
                     classes.push(fit.labels[image]);
                 }
                 self.shown(&mut classes, &draws, null_class);
-                let pixels = augment(&pixels, shape, &draws, self.seed, stream::AUGMENT, settings);
-                let x = to_tensor(&pixels, shape, Range::Signed, &job.device)?;
+                let range = Range::Signed;
+                let x = augmented(&pixels, shape, &draws, self.seed, settings, range, &job.device)?;
                 let (levels, noise) = self.noise(&process, &draws, shape, &job.device)?;
                 let classes =
                     if self.conditional { Some(Tensor::from_vec(classes, n, &job.device)?) } else { None };

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     Error, Result,
     attack::{Epsilon, Norm, Pgd},
-    data::{self, Augment, Dataset, Range, Source, augment, to_tensor},
+    data::{self, Augment, Dataset, Range, Source, augmented},
     fs,
     nn::{
         Activation, Architecture, BatchNormMode, Classifier, ClassifierConfig, LrDecay, LrSchedule,
@@ -600,8 +600,8 @@ impl Stage for Train {
                     ids.push(draw.id);
                     weights.push(if draw.real { weight.real } else { weight.synthetic } as f32);
                 }
-                let pixels = augment(&pixels, train.shape, &ids, self.seed, stream::AUGMENT, settings);
-                let x = to_tensor(&pixels, train.shape, Range::Unit, &job.device)?;
+                let range = Range::Unit;
+                let x = augmented(&pixels, train.shape, &ids, self.seed, settings, range, &job.device)?;
                 let y = Tensor::new(labels, &job.device)?;
                 let losses = self.losses(&views, &x, &y, &ids, step)?;
                 Ok(Part::from((losses * Tensor::new(weights, &job.device)?)?.sum_all()?))

@@ -1,47 +1,319 @@
 //! On a GPU: `make test-cuda`. Elsewhere these are listed as ignored.
+//!
+//! Every op on fresh random numbers against its reference in double precision on the CPU, output and gradients.
 
-use candle_core::{Device, Tensor};
-use proxyset::{device::DeviceChoice, kernels, rng};
+use std::{
+    sync::OnceLock,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use crate::run::ok;
+use candle_core::{DType, Device, Shape, Tensor, Var};
+use proxyset::{
+    Result,
+    attack::{Epsilon, Norm, Threat},
+    data::{Augment, Range, Shape as ImageShape, augmented, gaussian_noise},
+    device::DeviceChoice,
+    kernels::{self, BasicBlock, BatchStatistics, BlockWeights, ResnetBlock},
+    nn::{
+        Init, Params,
+        optim::{Adam, AdamConfig, Ema, Optimizer, Sgd, SgdConfig},
+    },
+    rng,
+};
+
+use crate::run::{made, ok, shards};
 
 fn gpu() -> Device {
-    DeviceChoice::Cuda(0).open().unwrap()
+    static GPU: OnceLock<Device> = OnceLock::new();
+    GPU.get_or_init(|| DeviceChoice::Cuda(0).open().unwrap()).clone()
 }
 
-fn random(key: u64, shape: &[usize]) -> Tensor {
-    let mut values = vec![0.0; shape.iter().product()];
-    rng::normals(3, key, 0, &mut values);
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+/// Standard normals, others in each run; the seed is printed.
+struct Random {
+    seed: u64,
+    drawn: u64,
 }
 
-/// Largest difference, relative to the largest value.
-fn difference(cpu: &Tensor, gpu: &Tensor) -> f32 {
-    let values =
-        |t: &Tensor| t.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let (a, b) = (values(cpu), values(gpu));
-    let scale = a.iter().fold(0f32, |m, x| m.max(x.abs()));
-    a.iter().zip(&b).fold(0f32, |m, (x, y)| m.max((x - y).abs())) / scale
+impl Random {
+    fn new() -> Self {
+        let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos().into();
+        println!("seed {seed}");
+        Self { seed, drawn: 0 }
+    }
+
+    fn normals(&mut self, shape: impl Into<Shape>) -> Tensor {
+        let shape = shape.into();
+        let mut values = vec![0.0; shape.elem_count()];
+        rng::normals(self.seed, self.drawn, 0, &mut values);
+        self.drawn += 1;
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    fn positive(&mut self, shape: impl Into<Shape>) -> Tensor {
+        (self.normals(shape).abs().unwrap() + 0.5).unwrap()
+    }
+}
+
+type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
+
+/// The output, and the gradients of its sum with fixed weights, which are uneven.
+fn output_and_gradients(operands: Vec<Tensor>, op: Op) -> Vec<Tensor> {
+    let vars: Vec<Var> = operands.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let out = op(&tensors).unwrap();
+    let mut weights = vec![0.0; out.elem_count()];
+    rng::normals(1, 2, 3, &mut weights);
+    let weights = Tensor::from_vec(weights, out.shape(), &Device::Cpu).unwrap();
+    let weights = weights.to_dtype(out.dtype()).unwrap().to_device(out.device()).unwrap();
+    let grads = (&out * weights).unwrap().sum_all().unwrap().backward().unwrap();
+    let gradients = vars.iter().map(|v| grads.get(v).expect("a gradient for each operand").clone());
+    std::iter::once(out.detach()).chain(gradients).collect()
+}
+
+fn doubles(t: &Tensor) -> Vec<f64> {
+    t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[track_caller]
+fn assert_close(what: &str, found: &Tensor, expected: &Tensor, bound: f64) {
+    assert_eq!(found.dims(), expected.dims(), "{what}");
+    let (found, expected) = (doubles(found), doubles(expected));
+    let largest = expected.iter().fold(1e-30, |m: f64, x| m.max(x.abs()));
+    let off = found.iter().zip(&expected).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / largest;
+    assert!(off <= bound, "{what}: off by {off:e} of the largest value, expected at most {bound:e}");
+}
+
+/// In f32 within 1e-5 and, if the op takes bf16, with images of bf16 within 1e-2.
+#[track_caller]
+fn agree(what: &str, operands: &[Tensor], takes_bf16: bool, op: Op) {
+    let gpu = gpu();
+    for (images, bound) in [(DType::F32, 1e-5), (DType::BF16, 1e-2)] {
+        if images == DType::BF16 && !takes_bf16 {
+            continue;
+        }
+        let first = operands[0].to_dtype(images).unwrap();
+        let others = &operands[1..];
+        let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let expected = output_and_gradients(std::iter::once(&first).chain(others).map(exact).collect(), op);
+        let there = |t: &Tensor| t.to_device(&gpu).unwrap();
+        let found = output_and_gradients(std::iter::once(&first).chain(others).map(there).collect(), op);
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let part = if i == 0 { "output".into() } else { format!("gradient {i}") };
+            assert_close(&format!("{what}, {images:?}: {part}"), found, expected, bound);
+        }
+    }
 }
 
 #[test]
 #[ignore = "needs a GPU: make test-cuda"]
-fn cuda_kernels_agree_with_the_cpu() {
-    let gpu = gpu();
-    let on = |t: &Tensor| t.to_device(&gpu).unwrap();
-    for (stride, padding) in [(1, (1, 1)), (2, (0, 1)), (2, (1, 1))] {
-        let (x, w, b) = (random(1, &[3, 9, 8, 5]), random(2, &[7, 5, 3, 3]), random(3, &[7]));
-        let cpu = kernels::conv2d(&x, &w, Some(&b), stride, padding).unwrap();
-        let cuda = kernels::conv2d(&on(&x), &on(&w), Some(&on(&b)), stride, padding).unwrap();
-        assert!(difference(&cpu, &cuda) < 1e-3, "TF32 at the worst");
+fn cuda_convolutions_agree_with_the_reference() {
+    let mut random = Random::new();
+    let cases = [
+        ([2, 5, 7, 1], [16, 3, 3], 1, (1, 1)),
+        ([3, 9, 8, 5], [7, 3, 3], 2, (0, 1)),
+        ([2, 7, 5, 33], [40, 3, 3], 2, (1, 1)),
+        ([2, 16, 16, 32], [64, 3, 3], 1, (1, 1)),
+        ([3, 4, 4, 33], [9, 1, 1], 1, (0, 0)),
+        ([2, 6, 6, 16], [8, 1, 1], 2, (0, 0)),
+    ];
+    for (i, ([b, h, w, c_in], [c_out, kh, kw], stride, padding)) in cases.into_iter().enumerate() {
+        let operands =
+            [random.normals((b, h, w, c_in)), random.normals((c_out, c_in, kh, kw)), random.normals(c_out)];
+        for operands in [&operands[..], &operands[..2]] {
+            agree(&format!("convolution {i}"), operands, true, &|t| {
+                kernels::conv2d(&t[0], &t[1], t.get(2), stride, padding)
+            });
+        }
     }
-    let (x, g, b) = (random(4, &[3, 5, 7, 16]), random(5, &[16]), random(6, &[16]));
-    let cpu = kernels::group_norm(&x, 4, &g, &b, 1e-5, true).unwrap();
-    let cuda = kernels::group_norm(&on(&x), 4, &on(&g), &on(&b), 1e-5, true).unwrap();
-    assert!(difference(&cpu, &cuda) < 1e-5);
-    let (q, k, v) = (random(7, &[4, 16, 8]), random(8, &[4, 16, 8]), random(9, &[4, 16, 8]));
-    let cpu = kernels::attention(&q, &k, &v).unwrap();
-    assert!(difference(&cpu, &kernels::attention(&on(&q), &on(&k), &on(&v)).unwrap()) < 1e-3);
+    // Other layouts.
+    let operands = [random.normals((2, 3, 6, 5)), random.normals((3, 3, 4, 3))];
+    agree("strided convolution", &operands, true, &|t| {
+        kernels::conv2d(&t[0].permute((0, 2, 3, 1))?, &t[1].transpose(0, 2)?, None, 1, (1, 1))
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU: make test-cuda"]
+fn cuda_norms_agree_with_the_reference() {
+    let mut random = Random::new();
+    for silu in [false, true] {
+        for (shape, groups) in [((3, 5, 7, 16), 4), ((2, 3, 3, 66), 3), ((2, 32, 32, 128), 32)] {
+            let c = shape.3;
+            let shared = [random.normals(shape), random.normals(c), random.normals(c)];
+            let own = [shared[0].clone(), random.normals((shape.0, c)), random.normals((shape.0, c))];
+            for operands in [&shared, &own] {
+                agree(&format!("group norm {shape:?}, {silu}"), operands, true, &|t| {
+                    kernels::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, silu)
+                });
+            }
+        }
+    }
+    for relu in [false, true] {
+        // Not larger: of many numbers one is so near to 0 that rounding decides its slope.
+        for shape in [(3, 5, 7, 5), (2, 3, 3, 40), (4, 11, 9, 33)] {
+            let c = shape.3;
+            let operands = [random.normals(shape), random.normals(c), random.normals(c)];
+            agree(&format!("batch norm {shape:?}, {relu}"), &operands, true, &|t| {
+                Ok(kernels::batch_norm_train(&t[0], &t[1], &t[2], 1e-5, relu)?.0)
+            });
+            let (mean, variance) = (random.normals(c), random.positive(c));
+            agree(&format!("given batch norm {shape:?}, {relu}"), &operands, true, &|t| {
+                let like = |s: &Tensor| s.to_dtype(t[1].dtype())?.to_device(t[1].device());
+                let statistics = BatchStatistics { mean: like(&mean)?, variance: like(&variance)? };
+                kernels::batch_norm_eval(&t[0], &statistics, &t[1], &t[2], 1e-5, relu)
+            });
+        }
+    }
+    let x = random.normals((2, 5, 7, 6));
+    let of = |device: &Device| {
+        let like = |t: &Tensor| t.to_device(device).unwrap();
+        let (ones, zeros) = (x.ones_like().unwrap(), x.zeros_like().unwrap());
+        let (ones, zeros) = (ones.get(0).unwrap(), zeros.get(0).unwrap());
+        let row = |t: &Tensor| like(&t.get(0).unwrap().get(0).unwrap());
+        kernels::batch_norm_train(&like(&x), &row(&ones), &row(&zeros), 1e-5, false).unwrap().1
+    };
+    let (cpu, cuda) = (of(&Device::Cpu), of(&gpu()));
+    assert_close("mean", &cuda.mean, &cpu.mean, 1e-5);
+    assert_close("variance", &cuda.variance, &cpu.variance, 1e-5);
+}
+
+#[test]
+#[ignore = "needs a GPU: make test-cuda"]
+fn cuda_pointwise_ops_and_products_agree_with_the_reference() {
+    let mut random = Random::new();
+    let x = [random.normals((3, 6, 5, 7))];
+    agree("silu", &x, true, &|t| kernels::silu(&t[0]));
+    agree("relu", &x, true, &|t| kernels::relu(&t[0]));
+    agree("upsampling", &x, true, &|t| kernels::upsample_nearest2x(&t[0]));
+    agree("upsampling of a transpose", &x, true, &|t| kernels::upsample_nearest2x(&t[0].transpose(1, 2)?));
+    agree("mean", &x, false, &|t| kernels::global_avg_pool(&t[0]));
+    agree("pool", &x, false, &|t| kernels::avg_pool2d(&t[0], 2));
+    for columns in [1, 32, 77] {
+        agree("softmax", &[random.normals((5, 3, columns))], true, &|t| kernels::softmax(&t[0]));
+    }
+    let heads = [random.normals((4, 16, 8)), random.normals((4, 16, 8)), random.normals((4, 16, 8))];
+    agree("attention", &heads, false, &|t| kernels::attention(&t[0], &t[1], &t[2]));
+    let linear = [random.normals((5, 9)), random.normals((7, 9)), random.normals(7)];
+    agree("linear", &linear, false, &|t| kernels::linear(&t[0], &t[1], Some(&t[2])));
+}
+
+#[test]
+#[ignore = "needs a GPU: make test-cuda"]
+fn cuda_blocks_agree_with_the_reference() {
+    let mut random = Random::new();
+    for (c_in, c_out, scale_shift) in [(8, 8, false), (8, 12, true)] {
+        let block = ResnetBlock {
+            c_in,
+            c_out,
+            time_dim: 6,
+            groups: 4,
+            epsilon: 1e-5,
+            scale_shift,
+            output_scale: 1.0,
+        };
+        let count: usize = block.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        let operands =
+            [random.normals((2, 5, 7, c_in)), random.normals((2, 6)), (random.normals(count) * 0.3).unwrap()];
+        agree("residual block", &operands, false, &|t| {
+            kernels::resnet_block(&t[0], &t[1], &t[2], &block, &BlockWeights::default(), None)
+        });
+    }
+    for (c_in, c_out, stride) in [(8, 8, 1), (8, 12, 2)] {
+        let block = BasicBlock { c_in, c_out, stride, epsilon: 1e-5 };
+        let count: usize = block.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
+        let operands = [random.normals((3, 6, 5, c_in)), (random.normals(count) * 0.3).unwrap()];
+        agree("basic block", &operands, false, &|t| {
+            Ok(kernels::basic_block(&t[0], &t[1], None, &block, &BlockWeights::default())?.0)
+        });
+    }
+}
+
+/// The images of a seed are the same on every device, and so are crops and mirrors.
+#[test]
+#[ignore = "needs a GPU: make test-cuda"]
+fn cuda_noise_and_augmentation_have_the_bits_of_the_cpu() {
+    let (gpu, shape) = (gpu(), ImageShape { height: 7, width: 5, channels: 3 });
+    let bits = |t: Tensor| -> Vec<u32> {
+        let values = t.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values.into_iter().map(f32::to_bits).collect()
+    };
+    let seed = Random::new().seed;
+    let samples: Vec<u64> = (0..1000).map(|i| i * 5_000_000_007).collect();
+    let noise = |device: &Device| bits(gaussian_noise(seed, &samples, 9, shape, device).unwrap());
+    assert!(noise(&gpu) == noise(&Device::Cpu));
+    let pixels: Vec<u8> = (0..samples.len() * shape.size()).map(|i| (i * 31 % 256) as u8).collect();
+    for range in [Range::Unit, Range::Signed] {
+        let settings = Augment { pad: 2, flip: true };
+        let crops = |device: &Device| {
+            bits(augmented(&pixels, shape, &samples, seed, settings, range, device).unwrap())
+        };
+        assert!(crops(&gpu) == crops(&Device::Cpu));
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU: make test-cuda"]
+fn cuda_steps_of_attacks_and_optimisers_are_those_of_the_cpu() {
+    let (gpu, mut random) = (gpu(), Random::new());
+    let x = random.normals((3, 5, 7, 3)).abs().unwrap().clamp(0f32, 1f32).unwrap();
+    let start = (&x + (random.normals(x.shape()) * 0.05).unwrap()).unwrap().clamp(0f32, 1f32).unwrap();
+    let gradient = random.normals(x.shape());
+    for (norm, epsilon) in [(Norm::Linf, "8/255"), (Norm::L2, "0.5")] {
+        let threat = Threat::new(norm, epsilon.parse::<Epsilon>().unwrap()).unwrap();
+        let start = threat.project(&x, &start).unwrap();
+        let step = |device: &Device| {
+            let [x, start, gradient] = [&x, &start, &gradient].map(|t| t.to_device(device).unwrap());
+            threat.step(&x, &start, &gradient, 0.02).unwrap()
+        };
+        assert_close(&format!("step in {norm}"), &step(&gpu), &step(&Device::Cpu), 1e-6);
+    }
+
+    let gradients: Vec<Tensor> = (0..3).map(|_| random.normals(1003)).collect();
+    let steps = |device: &Device, optimizer: &mut dyn Optimizer| {
+        let params = Params::init(1, device, |b| b.get("weight", 1003, Init::Normal)).unwrap();
+        let mut average = Ema::new(params.vars(), 0.9).unwrap();
+        for gradient in &gradients {
+            let (_, var) = &params.vars()[0];
+            let loss = (var.as_tensor() * gradient.to_device(device).unwrap()).unwrap().sum_all().unwrap();
+            optimizer.step_scaled(&params, &loss.backward().unwrap(), 0.5, 0.1).unwrap();
+            average.update(params.vars()).unwrap();
+        }
+        let state = optimizer.state().unwrap();
+        let (_, weights) = &params.vars()[0];
+        let mut all = vec![weights.as_detached_tensor()];
+        all.extend(state.into_iter().filter(|(name, _)| name != "step").map(|(_, t)| t));
+        all.extend(average.state().unwrap().into_iter().filter(|(_, t)| t.elem_count() > 1).map(|(_, t)| t));
+        all
+    };
+    let sgd = |nesterov| SgdConfig { momentum: 0.9, nesterov, weight_decay: 1e-2 };
+    let makers: [&dyn Fn() -> Box<dyn Optimizer>; 3] =
+        [&|| Box::new(Sgd::new(sgd(false))), &|| Box::new(Sgd::new(sgd(true))), &|| {
+            Box::new(Adam::new(AdamConfig { weight_decay: 1e-2, ..AdamConfig::default() }))
+        }];
+    for (i, make) in makers.into_iter().enumerate() {
+        let (found, expected) = (steps(&gpu, make().as_mut()), steps(&Device::Cpu, make().as_mut()));
+        assert_eq!(found.len(), expected.len());
+        for (j, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_close(&format!("optimiser {i}, tensor {j}"), found, expected, 1e-5);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU: make test-cuda"]
+fn cuda_pools_do_not_depend_on_batch_or_resume() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = |name: &str| dir.path().join(name).display().to_string();
+    let generate = |name: &str, more: &str| {
+        let pool =
+            "--count 96 --shard-rows 32 --micro-batch 16 --sampler ddpm --steps 5 --device cuda:0 --quiet";
+        ok(&format!("generate --model {} {pool} --out {} {more}", made().path("generator"), out(name)));
+    };
+    generate("one", "--shards 0..1");
+    generate("one", "");
+    generate("two", "--batch 48");
+    assert_eq!(shards(&out("one")).len(), 3);
+    assert!(shards(&out("one")) == shards(&out("two")));
 }
 
 #[test]

@@ -53,14 +53,19 @@ fn conv2d_with(
 ) -> Result<Tensor> {
     if on_cpu(&[x, weight, bias.unwrap_or(weight)]) {
         let how = (CpuLevel::get(), ConvAlgorithm::get());
-        conv2d_at(how, x, weight, bias, stride, padding, packed)
-    } else {
-        reference::conv2d(x, weight, bias, stride, padding)
+        return conv2d_at(how, x, weight, bias, stride, padding, packed);
     }
+    #[cfg(feature = "cuda")]
+    if super::cuda::on_cuda(x, &[weight, bias.unwrap_or(weight)]) {
+        let how = (CpuLevel::Portable, ConvAlgorithm::Direct);
+        Convolution::of(how, x, weight, bias, stride, padding)?;
+        return super::cuda::conv2d(x, weight, bias, stride, padding, packed.map(|p| &p.cuda));
+    }
+    reference::conv2d(x, weight, bias, stride, padding)
 }
 
 pub(super) fn conv2d_at(
-    (level, algorithm): (CpuLevel, ConvAlgorithm),
+    how: (CpuLevel, ConvAlgorithm),
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
@@ -68,17 +73,7 @@ pub(super) fn conv2d_at(
     padding: (usize, usize),
     packed: Option<&Arc<PackedWeights>>,
 ) -> Result<Tensor> {
-    let convolution = Convolution::new(level, algorithm, x.dims4()?, weight.dims4()?, stride, padding)?;
-    if let Some(bias) = bias
-        && bias.dims() != [convolution.g.c_out]
-    {
-        bail!(
-            Alarm,
-            "the bias of a convolution to {} channels has shape {:?}",
-            convolution.g.c_out,
-            bias.dims()
-        );
-    }
+    let convolution = Convolution::of(how, x, weight, bias, stride, padding)?;
     let op = Conv2d { convolution, packed: packed.cloned() };
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     Ok(match bias {
@@ -93,6 +88,8 @@ pub(super) fn conv2d_at(
 pub struct PackedWeights {
     forward: Slots<Kernels>,
     backward: Slots<BackwardKernels>,
+    #[cfg(feature = "cuda")]
+    cuda: super::cuda::CudaWeights,
 }
 
 impl PackedWeights {
@@ -181,6 +178,29 @@ pub(super) enum BackwardKernels {
 }
 
 impl Convolution {
+    /// Of these operands. Fails if they do not fit.
+    fn of(
+        (level, algorithm): (CpuLevel, ConvAlgorithm),
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        stride: usize,
+        padding: (usize, usize),
+    ) -> Result<Self> {
+        let convolution = Self::new(level, algorithm, x.dims4()?, weight.dims4()?, stride, padding)?;
+        if let Some(bias) = bias
+            && bias.dims() != [convolution.g.c_out]
+        {
+            bail!(
+                Alarm,
+                "the bias of a convolution to {} channels has shape {:?}",
+                convolution.g.c_out,
+                bias.dims()
+            );
+        }
+        Ok(convolution)
+    }
+
     /// Of an image `(b, h, w, c_in)` with a kernel `(c_out, c_in, kh, kw)`. Fails as [`conv2d`].
     pub(super) fn new(
         level: CpuLevel,

@@ -1,0 +1,489 @@
+//! Convolution by cuDNN, NHWC. Descriptors and workspace are made once for each shape and device; which algorithm is used is
+//! measured once, among those that give the same bits each time: [`super::super::algorithms`].
+
+use std::{
+    any::Any,
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    fmt,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use super::{super::algorithms, Element, not_here, tensor, uninitialized, view, with_element, with_views};
+use crate::{
+    Result,
+    device::{Precision, device_class},
+};
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Device, Layout, Shape, Tensor,
+    cuda_backend::{
+        DeviceId, WrapErr,
+        cudarc::{
+            cudnn::{
+                ConvBackwardData, ConvBackwardFilter, ConvDescriptor, ConvForward, Cudnn, FilterDescriptor,
+                TensorDescriptor, sys,
+            },
+            driver::{CudaSlice, CudaView, sys::CUevent_flags},
+        },
+    },
+};
+
+/// Convolution: see [`fn@super::super::conv2d`], which has checked the shapes. `weight`: `(c_out, c_in, kh, kw)` f32.
+/// `kept`: the weights as cuDNN takes them, if they stay the same.
+pub(in crate::kernels) fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    stride: usize,
+    (before, after): (usize, usize),
+    kept: Option<&CudaWeights>,
+) -> Result<Tensor> {
+    // cuDNN pads both ends alike.
+    let (x, padding) = match before == after {
+        true => (x.contiguous()?, before),
+        false => (x.pad_with_zeros(1, before, after)?.pad_with_zeros(2, before, after)?.contiguous()?, 0),
+    };
+    let x = aligned(x)?;
+    let made = || aligned(weight.permute((0, 2, 3, 1))?.contiguous()?.to_dtype(x.dtype())?);
+    let filter = match kept {
+        Some(kept) if !weight.track_op() => kept.get(x.dtype(), made)?,
+        _ => made()?,
+    };
+    let convolution =
+        Convolution { image: x.dims4()?, filter: filter.dims4()?, stride, padding, pass: Pass::Forward };
+    let out = x.apply_op2(&filter, convolution)?;
+    Ok(match bias {
+        Some(bias) => out.broadcast_add(&bias.to_dtype(out.dtype())?)?,
+        None => out,
+    })
+}
+
+/// A copy if the elements do not begin at a multiple of 16 bytes, which cuDNN's fastest kernels ask for.
+fn aligned(t: Tensor) -> Result<Tensor> {
+    let start = t.layout().start_offset() * t.dtype().size_in_bytes();
+    Ok(if start.is_multiple_of(16) { t } else { t.copy()? })
+}
+
+/// Weights in cuDNN's order and the images' type, `(c_out, kh, kw, c_in)`, made at first use.
+#[derive(Debug, Default)]
+pub(in crate::kernels) struct CudaWeights(Mutex<Vec<(DType, Tensor)>>);
+
+impl CudaWeights {
+    fn get(&self, dtype: DType, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, filter)) = kept.iter().find(|(of, _)| *of == dtype) {
+            return Ok(filter.clone());
+        }
+        let filter = make()?.detach();
+        kept.push((dtype, filter.clone()));
+        Ok(filter)
+    }
+}
+
+/// Algorithms that need more bytes to work in are not taken.
+const LARGEST_WORKSPACE: usize = 1 << 30;
+
+/// What of a convolution is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Pass {
+    /// The output, from image and filter.
+    Forward,
+    /// The image's gradient, from filter and the output's gradient.
+    Image,
+    /// The filter's gradient, from image and the output's gradient.
+    Filter,
+}
+
+/// A convolution of known sizes, or one of its gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Convolution {
+    /// (images, height, width, channels).
+    image: (usize, usize, usize, usize),
+    /// (channels of the output, height, width, channels of the image).
+    filter: (usize, usize, usize, usize),
+    stride: usize,
+    padding: usize,
+    pass: Pass,
+}
+
+impl fmt::Display for Convolution {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without the number of images: what an image becomes must not depend on those beside it.
+        let ((_, h, w, c), (c_out, kh, kw, _)) = (self.image, self.filter);
+        let Self { stride, padding, pass, .. } = self;
+        write!(f, "{pass:?} {h}x{w}x{c} {c_out}x{kh}x{kw} stride {stride} padding {padding}")
+    }
+}
+
+impl Convolution {
+    fn out(&self) -> (usize, usize, usize, usize) {
+        let ((b, h, w, _), (c_out, kh, kw, _)) = (self.image, self.filter);
+        let side = |n: usize, k: usize| (n + 2 * self.padding - k) / self.stride + 1;
+        (b, side(h, kh), side(w, kw), c_out)
+    }
+
+    /// What this pass computes.
+    fn result(&self) -> (usize, usize, usize, usize) {
+        match self.pass {
+            Pass::Forward => self.out(),
+            Pass::Image => self.image,
+            Pass::Filter => self.filter,
+        }
+    }
+
+    fn run<T: Element>(
+        &self,
+        device: &CudaDevice,
+        first: &CudaView<'_, T>,
+        second: &CudaView<'_, T>,
+    ) -> candle_core::Result<CudaSlice<T>> {
+        let (a, b, c, d) = self.result();
+        let mut out = uninitialized::<T>(device, a * b * c * d)?;
+        if first.is_empty() || second.is_empty() {
+            device.cuda_stream().memset_zeros(&mut out).w()?;
+            return Ok(out);
+        }
+        with_state(device, |state| {
+            let plan = state.plan::<T>(self)?;
+            let algorithm = plan.algorithm(self, state, first, second, &mut out)?;
+            plan.launch(self.pass, algorithm, state, first, second, &mut out)
+        })?;
+        Ok(out)
+    }
+
+    /// The gradient that `pass` is of.
+    fn gradient(&self, pass: Pass, first: &Tensor, second: &Tensor) -> candle_core::Result<Tensor> {
+        let gradient = Self { pass, ..*self };
+        with_element!(first, T => with_views::<T, 2, _>([first, second], |device, [first, second]| {
+            Ok(tensor(device, gradient.run::<T>(device, &first, &second)?, gradient.result()))
+        }))
+    }
+}
+
+impl CustomOp2 for Convolution {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        not_here()
+    }
+
+    fn cuda_fwd(
+        &self,
+        image: &CudaStorage,
+        image_layout: &Layout,
+        filter: &CudaStorage,
+        filter_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let device = &image.device;
+        let out = with_element!(image, T => {
+            let operands = (view::<T>(image, image_layout)?, view::<T>(filter, filter_layout)?);
+            CudaStorage::wrap_cuda_slice(self.run::<T>(device, &operands.0, &operands.1)?, device.clone())
+        });
+        Ok((out, Shape::from(self.result())))
+    }
+
+    fn bwd(
+        &self,
+        image: &Tensor,
+        filter: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let of_image = image.track_op().then(|| self.gradient(Pass::Image, filter, &dy)).transpose()?;
+        let of_filter = filter.track_op().then(|| self.gradient(Pass::Filter, image, &dy)).transpose()?;
+        Ok((of_image, of_filter))
+    }
+}
+
+/// What cuDNN needs of a device in one thread: its handles are of a thread.
+struct State {
+    device: CudaDevice,
+    /// [`device_class`]: algorithms are chosen for all of it.
+    class: String,
+    cudnn: Arc<Cudnn>,
+    plans: RefCell<HashMap<(Convolution, DType), Rc<dyn Any>>>,
+    /// Grows, and is never cleared: what runs on one stream can share it.
+    workspace: RefCell<Option<CudaSlice<u8>>>,
+}
+
+thread_local! {
+    static STATES: RefCell<HashMap<DeviceId, Rc<State>>> = RefCell::default();
+}
+
+fn with_state<R>(
+    device: &CudaDevice,
+    f: impl FnOnce(&State) -> candle_core::Result<R>,
+) -> candle_core::Result<R> {
+    let known = STATES.with(|states| states.borrow().get(&device.id()).cloned());
+    let state = match known {
+        Some(state) => state,
+        None => {
+            let state = Rc::new(State {
+                device: device.clone(),
+                class: device_class(&Device::Cuda(device.clone())),
+                cudnn: Cudnn::new(device.cuda_stream())?,
+                plans: RefCell::default(),
+                workspace: RefCell::default(),
+            });
+            STATES.with(|states| states.borrow_mut().insert(device.id(), state.clone()));
+            state
+        }
+    };
+    f(&state)
+}
+
+impl State {
+    fn plan<T: Element>(&self, convolution: &Convolution) -> candle_core::Result<Rc<Plan<T>>> {
+        let key = (*convolution, T::DTYPE);
+        if let Some(plan) = self.plans.borrow().get(&key)
+            && let Ok(plan) = plan.clone().downcast::<Plan<T>>()
+        {
+            return Ok(plan);
+        }
+        let plan = Rc::new(Plan::<T>::new(convolution, &self.cudnn)?);
+        self.plans.borrow_mut().insert(key, plan.clone());
+        Ok(plan)
+    }
+
+    /// At least so many bytes.
+    fn reserve(&self, bytes: usize) -> candle_core::Result<()> {
+        let mut workspace = self.workspace.borrow_mut();
+        if workspace.as_ref().is_none_or(|w| w.len() < bytes) {
+            // What is there is freed first, in the stream's order.
+            *workspace = None;
+            // SAFETY: cuDNN asks nothing of what is in it.
+            *workspace = Some(unsafe { self.device.alloc::<u8>(bytes.max(1)) }?);
+        }
+        Ok(())
+    }
+}
+
+/// The descriptors of a convolution, and the algorithm that one of its passes goes by.
+struct Plan<T> {
+    image: TensorDescriptor<T>,
+    filter: FilterDescriptor<T>,
+    out: TensorDescriptor<T>,
+    /// Sums are f32, whatever the elements are.
+    convolution: ConvDescriptor<f32>,
+    algorithm: Cell<Option<u32>>,
+    /// The algorithm that cuDNN was last asked about, and the bytes that it works in.
+    bytes: Cell<Option<(u32, usize)>>,
+}
+
+/// cuDNN's algorithms for a pass that give the same bits each time, by number.
+fn candidates(pass: Pass) -> &'static [u32] {
+    match pass {
+        // Implicit GEMM, precomputed implicit GEMM, GEMM, FFT, tiled FFT, Winograd, non-fused Winograd.
+        Pass::Forward => &[0, 1, 2, 4, 5, 6, 7],
+        // All but 0, whose sums come in any order.
+        Pass::Image => &[1, 2, 3, 4, 5],
+        // All but 0 and 3, for the same reason.
+        Pass::Filter => &[1, 2, 4, 5, 6],
+    }
+}
+
+macro_rules! algorithm {
+    ($number:expr, $kind:ident, [$($name:ident),+]) => {
+        [$(sys::$kind::$name),+].into_iter().find(|a| *a as u32 == $number)
+    };
+}
+
+fn forward_algorithm(number: u32) -> Option<sys::cudnnConvolutionFwdAlgo_t> {
+    algorithm!(
+        number,
+        cudnnConvolutionFwdAlgo_t,
+        [
+            CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
+            CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
+            CUDNN_CONVOLUTION_FWD_ALGO_GEMM,
+            CUDNN_CONVOLUTION_FWD_ALGO_FFT,
+            CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING,
+            CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD,
+            CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED
+        ]
+    )
+}
+
+fn image_algorithm(number: u32) -> Option<sys::cudnnConvolutionBwdDataAlgo_t> {
+    algorithm!(
+        number,
+        cudnnConvolutionBwdDataAlgo_t,
+        [
+            CUDNN_CONVOLUTION_BWD_DATA_ALGO_1,
+            CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT,
+            CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT_TILING,
+            CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD,
+            CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD_NONFUSED
+        ]
+    )
+}
+
+fn filter_algorithm(number: u32) -> Option<sys::cudnnConvolutionBwdFilterAlgo_t> {
+    algorithm!(
+        number,
+        cudnnConvolutionBwdFilterAlgo_t,
+        [
+            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1,
+            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT,
+            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD,
+            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD_NONFUSED,
+            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT_TILING
+        ]
+    )
+}
+
+fn unknown(number: u32) -> candle_core::Error {
+    candle_core::Error::Msg(format!("cuDNN has no algorithm {number} that gives the same bits each time"))
+}
+
+impl<T: Element> Plan<T> {
+    fn new(convolution: &Convolution, cudnn: &Arc<Cudnn>) -> candle_core::Result<Self> {
+        const NHWC: sys::cudnnTensorFormat_t = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC;
+        // cuDNN names sizes in the order NCHW, whatever the layout.
+        let nchw = |(n, h, w, c): (usize, usize, usize, usize)| [n, c, h, w].map(|v| v as i32);
+        let (padding, stride) = ([convolution.padding as i32; 2], [convolution.stride as i32; 2]);
+        let mode = sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION;
+        let mut descriptor = cudnn.create_conv2d::<f32>(padding, stride, [1, 1], mode)?;
+        descriptor.set_math_type(match (T::DTYPE, Precision::get()) {
+            (DType::F32, Precision::F32) => sys::cudnnMathType_t::CUDNN_FMA_MATH,
+            _ => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
+        })?;
+        Ok(Self {
+            image: cudnn.create_4d_tensor(NHWC, nchw(convolution.image))?,
+            filter: cudnn.create_4d_filter(NHWC, nchw(convolution.filter))?,
+            out: cudnn.create_4d_tensor(NHWC, nchw(convolution.out()))?,
+            convolution: descriptor,
+            algorithm: Cell::new(None),
+            bytes: Cell::new(None),
+        })
+    }
+
+    /// The algorithm that was chosen before or, the first time, the fastest.
+    fn algorithm(
+        &self,
+        convolution: &Convolution,
+        state: &State,
+        first: &CudaView<'_, T>,
+        second: &CudaView<'_, T>,
+        out: &mut CudaSlice<T>,
+    ) -> candle_core::Result<u32> {
+        if let Some(algorithm) = self.algorithm.get() {
+            return Ok(algorithm);
+        }
+        let name = format!("{convolution} {}", T::SUFFIX);
+        let algorithm = algorithms::choose(&state.class, &name, || {
+            let (mut best, mut refused) = (None, String::new());
+            for &algorithm in candidates(convolution.pass) {
+                // What does not take these sizes, or not this memory, is passed over.
+                match self.time(convolution.pass, algorithm, state, first, second, out) {
+                    Ok(time) if best.is_none_or(|(least, _)| time < least) => best = Some((time, algorithm)),
+                    Ok(_) => {}
+                    Err(error) => refused += &format!("; {algorithm}: {error}"),
+                }
+            }
+            // It may have grown for one that was not chosen.
+            *state.workspace.borrow_mut() = None;
+            match best {
+                Some((_, algorithm)) => Ok(algorithm),
+                None => candle_core::bail!(
+                    "cuDNN has no algorithm that gives the same bits each time for {name}{refused}"
+                ),
+            }
+        })?;
+        self.algorithm.set(Some(algorithm));
+        Ok(algorithm)
+    }
+
+    /// Bytes that an algorithm works in. cuDNN is asked once for the one that was chosen.
+    fn workspace(&self, pass: Pass, algorithm: u32) -> candle_core::Result<usize> {
+        if let Some((known, bytes)) = self.bytes.get()
+            && known == algorithm
+        {
+            return Ok(bytes);
+        }
+        let Self { image: x, filter: w, out: y, convolution: conv, .. } = self;
+        let unknown = || unknown(algorithm);
+        let bytes = match pass {
+            Pass::Forward => ConvForward { conv, x, w, y }
+                .get_workspace_size(forward_algorithm(algorithm).ok_or_else(unknown)?)?,
+            Pass::Image => ConvBackwardData { conv, dx: x, w, dy: y }
+                .get_workspace_size(image_algorithm(algorithm).ok_or_else(unknown)?)?,
+            Pass::Filter => ConvBackwardFilter { conv, x, dw: w, dy: y }
+                .get_workspace_size(filter_algorithm(algorithm).ok_or_else(unknown)?)?,
+        };
+        self.bytes.set(Some((algorithm, bytes)));
+        Ok(bytes)
+    }
+
+    /// Milliseconds of three runs, after one to warm up. Fails for what needs more than [`LARGEST_WORKSPACE`].
+    fn time(
+        &self,
+        pass: Pass,
+        algorithm: u32,
+        state: &State,
+        first: &CudaView<'_, T>,
+        second: &CudaView<'_, T>,
+        out: &mut CudaSlice<T>,
+    ) -> candle_core::Result<f32> {
+        let stream = state.device.cuda_stream();
+        let bytes = self.workspace(pass, algorithm)?;
+        if bytes > LARGEST_WORKSPACE {
+            candle_core::bail!("needs {bytes} bytes of workspace")
+        }
+        self.launch(pass, algorithm, state, first, second, out)?;
+        let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w();
+        let start = event()?;
+        for _ in 0..3 {
+            self.launch(pass, algorithm, state, first, second, out)?;
+        }
+        let end = event()?;
+        end.synchronize().w()?;
+        start.elapsed_ms(&end).w()
+    }
+
+    fn launch(
+        &self,
+        pass: Pass,
+        algorithm: u32,
+        state: &State,
+        first: &CudaView<'_, T>,
+        second: &CudaView<'_, T>,
+        out: &mut CudaSlice<T>,
+    ) -> candle_core::Result<()> {
+        state.reserve(self.workspace(pass, algorithm)?)?;
+        let Self { image: x, filter: w, out: y, convolution: conv, .. } = self;
+        let (scales, unknown) = ((T::one(), T::zero()), || unknown(algorithm));
+        let mut workspace = state.workspace.borrow_mut();
+        // SAFETY: the operands have the sizes and the type of the descriptors, the workspace has what cuDNN asked for.
+        unsafe {
+            match pass {
+                Pass::Forward => {
+                    let algorithm = forward_algorithm(algorithm).ok_or_else(unknown)?;
+                    let op = ConvForward { conv, x, w, y };
+                    op.launch(algorithm, workspace.as_mut(), scales, first, second, out)
+                }
+                Pass::Image => {
+                    let algorithm = image_algorithm(algorithm).ok_or_else(unknown)?;
+                    let op = ConvBackwardData { conv, dx: x, w, dy: y };
+                    op.launch(algorithm, workspace.as_mut(), scales, out, first, second)
+                }
+                Pass::Filter => {
+                    let algorithm = filter_algorithm(algorithm).ok_or_else(unknown)?;
+                    let op = ConvBackwardFilter { conv, x, dw: w, dy: y };
+                    op.launch(algorithm, workspace.as_mut(), scales, first, out, second)
+                }
+            }
+        }?;
+        Ok(())
+    }
+}

@@ -1,0 +1,374 @@
+//! Group and batch normalisation, with the activation in the same pass. Batch norm is group norm of one segment, the whole
+//! batch, with a group for each channel.
+
+use super::{
+    super::BatchStatistics, Element, config, count32, kernel, kernel_of, launch, not_here, per_segment,
+    rows_of_grid, tensor, uninitialized, view, with_element, with_views,
+};
+use crate::Result;
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp3, D, Layout, Shape, Tensor,
+    cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig},
+};
+
+/// Channels and rows of a block of the sums.
+const LANES: usize = 32;
+const ROWS: usize = 8;
+/// Values of `activation` in kernels.cu.
+const SILU: i32 = 1;
+const RELU: i32 = 2;
+
+/// Group normalisation: see [`fn@super::super::group_norm`], which has checked the shapes.
+pub(in crate::kernels) fn group_norm(
+    x: &Tensor,
+    groups: usize,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    silu: bool,
+) -> Result<Tensor> {
+    let (b, c) = (x.dim(0)?, x.dim(D::Minus1)?);
+    let sizes = Sizes { segments: b, rows: x.elem_count() / (b * c).max(1), c, groups };
+    // Of each sample its own, or of all: one rule for both.
+    let own = weight.rank() == 2 || bias.rank() == 2;
+    let spread = |t: &Tensor| if own { t.broadcast_as((b, c))?.contiguous() } else { t.contiguous() };
+    normalize(x, &spread(weight)?, &spread(bias)?, sizes, None, epsilon, if silu { SILU } else { 0 })
+        .map(|(out, _)| out)
+}
+
+/// Batch normalisation by the statistics of `x`: see [`fn@super::super::batch_norm_train`].
+pub(in crate::kernels) fn batch_norm_train(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<(Tensor, BatchStatistics)> {
+    let sizes = Sizes::of_batch(x)?;
+    let (out, moments) = normalize(
+        x,
+        &weight.contiguous()?,
+        &bias.contiguous()?,
+        sizes,
+        None,
+        epsilon,
+        if relu { RELU } else { 0 },
+    )?;
+    let rows = sizes.rows as f64;
+    let mean = moments.mean.flatten_all()?;
+    let variance = (moments.variance.flatten_all()? * (rows / (rows - 1.0)))?;
+    Ok((out, BatchStatistics { mean, variance }))
+}
+
+/// Batch normalisation by given statistics: see [`fn@super::super::batch_norm_eval`].
+pub(in crate::kernels) fn batch_norm_eval(
+    x: &Tensor,
+    statistics: &BatchStatistics,
+    weight: &Tensor,
+    bias: &Tensor,
+    epsilon: f64,
+    relu: bool,
+) -> Result<Tensor> {
+    let sizes = Sizes::of_batch(x)?;
+    let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
+    let activation = if relu { RELU } else { 0 };
+    normalize(x, &weight, &bias, sizes, Some(statistics), epsilon, activation).map(|(out, _)| out)
+}
+
+/// `segments` of `rows` rows of `c` channels, each segment normalised in `groups`.
+#[derive(Clone, Copy)]
+struct Sizes {
+    segments: usize,
+    rows: usize,
+    c: usize,
+    groups: usize,
+}
+
+impl Sizes {
+    fn of_batch(x: &Tensor) -> Result<Self> {
+        let c = x.dim(D::Minus1)?;
+        Ok(Self { segments: 1, rows: x.elem_count() / c, c, groups: c })
+    }
+
+    /// How the rows are cut for the sums: enough blocks for a large GPU, a multiple of [`ROWS`] rows each.
+    fn chunks(&self) -> (usize, usize) {
+        const BLOCKS: usize = 1024;
+        let tiles = self.segments * self.c.div_ceil(LANES);
+        let wanted = (BLOCKS / tiles.max(1)).clamp(1, self.rows.div_ceil(4 * ROWS).max(1));
+        let rows = self.rows.div_ceil(wanted).next_multiple_of(ROWS).max(ROWS);
+        (self.rows.div_ceil(rows).max(1), rows)
+    }
+
+    fn sums_config(&self) -> LaunchConfig {
+        config((self.chunks().0, rows_of_grid(self.segments), self.c.div_ceil(LANES)), (LANES, ROWS, 1))
+    }
+
+    /// A warp for each segment and group.
+    fn moments_config(&self) -> LaunchConfig {
+        const WARPS: usize = 4;
+        config(((self.segments * self.groups).div_ceil(WARPS).max(1), 1, 1), (32, WARPS, 1))
+    }
+}
+
+/// Of each segment and group, f32, `(segments, groups)`.
+#[derive(Clone)]
+struct Moments {
+    mean: Tensor,
+    /// 1 / √(variance + ε).
+    inverse: Tensor,
+    variance: Tensor,
+}
+
+fn normalize(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    sizes: Sizes,
+    given: Option<&BatchStatistics>,
+    epsilon: f64,
+    activation: i32,
+) -> Result<(Tensor, Moments)> {
+    let x = x.contiguous()?;
+    let moments = match given {
+        Some(BatchStatistics { mean, variance }) => {
+            let (mean, variance) = (mean.detach().contiguous()?, variance.detach().contiguous()?);
+            let inverse = (&variance + epsilon)?.sqrt()?.recip()?;
+            Moments { mean, inverse, variance }
+        }
+        None => moments_of(&x, sizes, epsilon)?,
+    };
+    let own = if weight.rank() == 2 { sizes.c as i32 } else { 0 };
+    let op = Normalize { sizes, moments: moments.clone(), given: given.is_some(), own, activation };
+    Ok((x.apply_op3(weight, bias, op)?, moments))
+}
+
+fn moments_of(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::Result<Moments> {
+    with_element!(x, T => moments::<T>(x, sizes, epsilon))
+}
+
+fn moments<T: Element>(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::Result<Moments> {
+    with_views::<T, 1, _>([x], |device, [x]| {
+        let Sizes { segments, rows, c, groups } = sizes;
+        let (chunks, per_chunk) = sizes.chunks();
+        let [c32, rows32, chunks32, per_chunk32, segments32, groups32] =
+            [c, rows, chunks, per_chunk, segments, groups].map(|v| v as i32);
+        let partial = doubles(device, segments * chunks * 2 * c)?;
+        let sums = kernel_of::<T>(device, "norm_sums")?;
+        launch!(sums, sizes.sums_config(), &x, &c32, &segments32, &rows32, &per_chunk32, &partial);
+        let of_groups = || uninitialized::<f32>(device, segments * groups);
+        let (mean, inverse, variance) = (of_groups()?, of_groups()?, of_groups()?);
+        let moments = kernel(device, "norm_moments")?;
+        launch!(
+            moments,
+            sizes.moments_config(),
+            &partial,
+            &chunks32,
+            &segments32,
+            &c32,
+            &groups32,
+            &rows32,
+            &epsilon,
+            &mean,
+            &inverse,
+            &variance,
+        );
+        let of = |slice| tensor(device, slice, (segments, groups));
+        Ok(Moments { mean: of(mean), inverse: of(inverse), variance: of(variance) })
+    })
+}
+
+/// Sums of the first pass.
+fn doubles(device: &CudaDevice, n: usize) -> candle_core::Result<CudaSlice<f64>> {
+    // SAFETY: the kernel writes all of them.
+    unsafe { device.alloc::<f64>(n) }
+}
+
+struct Normalize {
+    sizes: Sizes,
+    moments: Moments,
+    /// Whether the statistics are given, so that no gradient goes through them.
+    given: bool,
+    /// Weights of a segment: `c`, or 0 if all have the same.
+    own: i32,
+    activation: i32,
+}
+
+impl Normalize {
+    fn forward<T: Element>(
+        &self,
+        x: (&CudaStorage, &Layout),
+        weight: (&CudaStorage, &Layout),
+        bias: (&CudaStorage, &Layout),
+    ) -> candle_core::Result<CudaStorage> {
+        let device = &x.0.device;
+        let (x, weight, bias) =
+            (view::<T>(x.0, x.1)?, view::<f32>(weight.0, weight.1)?, view::<f32>(bias.0, bias.1)?);
+        let out = uninitialized::<T>(device, x.len())?;
+        self.with_moments(|mean, inverse| {
+            let Sizes { segments, rows, c, groups } = self.sizes;
+            let [c32, groups32, segments32] = [c, groups, segments].map(|v| v as i32);
+            let per = count32(rows * c)?;
+            let forward = kernel_of::<T>(device, "norm_forward")?;
+            launch!(
+                forward,
+                per_segment(rows * c, segments),
+                &x,
+                mean,
+                inverse,
+                &weight,
+                &bias,
+                &self.own,
+                &c32,
+                &groups32,
+                &self.activation,
+                &segments32,
+                &per,
+                &out,
+            );
+            Ok(())
+        })?;
+        Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+    }
+
+    fn with_moments<R>(
+        &self,
+        f: impl FnOnce(&CudaView<'_, f32>, &CudaView<'_, f32>) -> candle_core::Result<R>,
+    ) -> candle_core::Result<R> {
+        with_views::<f32, 2, _>([&self.moments.mean, &self.moments.inverse], |_, [mean, inverse]| {
+            f(&mean, &inverse)
+        })
+    }
+
+    /// The gradients of `x`, and of weight and bias, `(segments, c)` each.
+    fn backward<T: Element>(
+        &self,
+        x: &Tensor,
+        dy: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+    ) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
+        let Sizes { segments, rows, c, groups } = self.sizes;
+        let (chunks, per_chunk) = self.sizes.chunks();
+        let [c32, rows32, chunks32, per_chunk32, segments32, groups32] =
+            [c, rows, chunks, per_chunk, segments, groups].map(|v| v as i32);
+        let (fixed, per) = (i32::from(self.given), count32(rows * c)?);
+        let (dx, gradients) = with_views::<T, 2, _>([x, dy], |device, [x, dy]| {
+            with_views::<f32, 2, _>([weight, bias], |_, [weight, bias]| {
+                self.with_moments(|mean, inverse| {
+                    let partial = doubles(device, segments * chunks * 2 * c)?;
+                    let sums = kernel_of::<T>(device, "norm_backward_sums")?;
+                    launch!(
+                        sums,
+                        self.sizes.sums_config(),
+                        &x,
+                        &dy,
+                        mean,
+                        inverse,
+                        &weight,
+                        &bias,
+                        &self.own,
+                        &c32,
+                        &groups32,
+                        &self.activation,
+                        &segments32,
+                        &rows32,
+                        &per_chunk32,
+                        &partial,
+                    );
+                    let means = uninitialized::<f32>(device, segments * groups * 2)?;
+                    let gradients = uninitialized::<f32>(device, segments * 2 * c)?;
+                    let finish = kernel(device, "norm_gradient_sums")?;
+                    launch!(
+                        finish,
+                        self.sizes.moments_config(),
+                        &partial,
+                        &chunks32,
+                        &segments32,
+                        &c32,
+                        &groups32,
+                        &rows32,
+                        &weight,
+                        &self.own,
+                        &fixed,
+                        &means,
+                        &gradients,
+                    );
+                    let dx = uninitialized::<T>(device, x.len())?;
+                    let backward = kernel_of::<T>(device, "norm_backward")?;
+                    launch!(
+                        backward,
+                        per_segment(rows * c, segments),
+                        &x,
+                        &dy,
+                        mean,
+                        inverse,
+                        &weight,
+                        &bias,
+                        &self.own,
+                        &c32,
+                        &groups32,
+                        &self.activation,
+                        &means,
+                        &segments32,
+                        &per,
+                        &dx,
+                    );
+                    Ok((dx, tensor(device, gradients, (segments, 2, c))))
+                })
+            })
+            .map(|(dx, gradients)| (tensor(device, dx, Shape::from_dims(&[segments * rows * c])), gradients))
+        })?;
+        let of = |which: usize| gradients.narrow(1, which, 1)?.squeeze(1);
+        Ok((dx.reshape(x.shape())?, of(1)?, of(0)?))
+    }
+}
+
+impl CustomOp3 for Normalize {
+    fn name(&self) -> &'static str {
+        "normalize"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        not_here()
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let operands = ((x, x_layout), (weight, weight_layout), (bias, bias_layout));
+        let out = with_element!(x, T => self.forward::<T>(operands.0, operands.1, operands.2))?;
+        Ok((out, x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (dx, dw, db) = with_element!(x, T => self.backward::<T>(x, &dy, weight, bias))?;
+        // One row for all segments is their sum.
+        let like = |gradient: Tensor, t: &Tensor| {
+            if t.rank() == 2 { gradient.contiguous() } else { gradient.sum(0) }
+        };
+        let tracked = |t: &Tensor, gradient: Tensor| t.track_op().then(|| like(gradient, t)).transpose();
+        Ok((x.track_op().then_some(dx), tracked(weight, dw)?, tracked(bias, db)?))
+    }
+}
