@@ -18,6 +18,11 @@ impl Epsilon {
     pub fn get(self) -> f64 {
         self.0
     }
+
+    /// What it has grown to at `step`, from 0, if it grows evenly over so many steps to its full size.
+    pub fn grown(self, step: usize, over: usize) -> Self {
+        Self(self.0 * ((step + 1) as f64 / over.max(1) as f64).min(1.0))
+    }
 }
 
 impl TryFrom<f64> for Epsilon {

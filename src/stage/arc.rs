@@ -32,7 +32,9 @@ use crate::{
 /// Estimates ARC: each ranking set's accuracy under attack on images that it has seen in no way before.
 ///
 /// Real images: the proxy folds on which the set was not stopped. Synthetic images: held-out pool images of
-/// other folds. Both sides in equal numbers. ARC is blind to labels: see the agreement that label reports.
+/// other folds. Both sides in equal numbers. A network that was right on at most half of its stopping images under attack
+/// is worse than an answer that is always the same, and is replaced by it: its accuracy is then 1/2, a real image's 0 and a
+/// synthetic one's 1. ARC is blind to labels: see the agreement that label reports.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Arc {
@@ -147,6 +149,14 @@ impl Stage for Arc {
             let both = relabel(real_side, REAL).concat(&relabel(synthetic_side, SYNTHETIC));
             let (mut rows, mut pgd_rows) = (Vec::new(), Vec::new());
             for (radius, &epsilon) in discriminators.record.epsilons.iter().enumerate() {
+                if discriminators.record.sets[set][radius].stop_accuracy <= 0.5 {
+                    let right: Vec<bool> = both.labels.iter().map(|&label| label == SYNTHETIC).collect();
+                    let passes = if epsilon.get() > 0.0 && self.apgd_steps > 0 { 2 } else { 1 };
+                    bar.skip((passes * right.len()) as u64);
+                    pgd_rows.push(right.clone());
+                    rows.push(right);
+                    continue;
+                }
                 let net = &discriminators.nets[set][radius];
                 let attack = self.attack(discriminators.record.norm, epsilon)?;
                 let key = format!("set{set}-radius{radius}");

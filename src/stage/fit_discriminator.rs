@@ -67,6 +67,10 @@ pub struct FitDiscriminator {
     /// between the radii.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub conditioned: bool,
+    /// The share of the steps over which the radius grows to its full size. Under the full attack from the first step on,
+    /// networks for large radii learn nothing.
+    #[arg(long, default_value_t = 0.5)]
+    pub epsilon_warmup: f64,
     /// Steps of the attack in training and stopping.
     #[arg(long, default_value_t = 7)]
     pub attack_steps: usize,
@@ -283,8 +287,11 @@ impl FitDiscriminator {
             radii.clone().map(|r| self.attack(self.epsilons[r], seed)).collect::<Result<Vec<_>>>()?;
         let half = self.batch / 2;
         let settings = Augment { pad: self.crop_pad, flip: self.flip };
+        let warmup = (self.epsilon_warmup * self.steps as f64).round() as usize;
         while trainer.step() < self.steps {
             let step = trainer.step();
+            let grown = radii.clone().map(|r| self.attack(self.epsilons[r].grown(step, warmup), seed));
+            let grown = grown.collect::<Result<Vec<_>>>()?;
             let block_loss = |slots: Span<usize>, turn: usize| -> Result<Tensor> {
                 let n = slots.len();
                 let (mut pixels, mut labels, mut ids) = (Vec::new(), Vec::new(), Vec::new());
@@ -305,7 +312,7 @@ impl FitDiscriminator {
                 let told = at(radii.start + turn);
                 let tracked = |x: &Tensor| tracked.logits(&told.apply(x)?);
                 let frozen = |x: &Tensor| net.logits(&told.apply(x)?);
-                let losses = match &attacks[turn] {
+                let losses = match &grown[turn] {
                     Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, 0.0, &ids)?,
                     None => plain(&tracked, &x, &y, 0.0)?,
                 };
@@ -378,6 +385,7 @@ impl Stage for FitDiscriminator {
     fn validate(&self) -> Result<()> {
         expect("folds", self.folds, 2, 64)?;
         expect_channels(&self.channels, self.groups)?;
+        expect("epsilon_warmup", self.epsilon_warmup, 0.0, 1.0)?;
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 2, 1 << 20)?;
         expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;

@@ -265,8 +265,7 @@ impl Train {
 
     /// The attack of training step `step`, whose radius may still grow.
     fn attack_at(&self, step: usize) -> Result<Pgd> {
-        let grown = ((step + 1) as f64 / self.epsilon_warmup_steps.max(1) as f64).min(1.0);
-        let epsilon = Epsilon::try_from(self.epsilon.get() * grown).map_err(Error::Usage)?;
+        let epsilon = self.epsilon.grown(step, self.epsilon_warmup_steps);
         let (steps, ratio) = match self.objective {
             Objective::FgsmRs => (1, 1.25),
             _ => (self.attack_steps, self.attack_step_ratio),
