@@ -336,7 +336,9 @@ impl FitDiscriminator {
                 Ok(Part::from(loss.ok_or_else(none)?))
             };
             trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
-            if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
+            // What has not met the full radius yet is no candidate.
+            let full = trainer.step() >= warmup;
+            if full && trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
                 let mut by_radius = Vec::new();
                 let accuracy = trainer.consider(averaged.params(), || {
                     for (radius, attack) in radii.clone().zip(&attacks) {
@@ -354,7 +356,7 @@ impl FitDiscriminator {
             trainer.end_step()?;
         }
         let stop_accuracy = trainer.load_best(averaged.params())?.unwrap_or(f64::NAN);
-        let kept = trainer.log_lines().iter().find(|l| l["stop_accuracy"] == json!(stop_accuracy));
+        let kept = trainer.log_lines().iter().rfind(|l| l["stop_accuracy"] == json!(stop_accuracy));
         let kept = kept.cloned().unwrap_or_default();
         let mut records = Vec::new();
         for (i, radius) in radii.enumerate() {

@@ -243,13 +243,14 @@ impl<'a> Trainer<'a> {
         &self.state.log
     }
 
-    /// Runs `score` on the moving average of the weights; they become the best if it is higher than ever.
+    /// Runs `score` on the moving average of the weights; they become the best if it is as high as ever or higher.
     ///
     /// `averaged` holds parameters of the same network; it is overwritten with the average.
     pub(super) fn consider(&mut self, averaged: &Params, score: impl FnOnce() -> Result<f64>) -> Result<f64> {
         self.load_average(averaged)?;
         let score = score()?;
-        if self.state.best_score.is_none_or(|best| score > best) {
+        // Of equals the later: it has learned more, and the learning rate has fallen.
+        if self.state.best_score.is_none_or(|best| score >= best) {
             self.state.best_score = Some(score);
             self.best = averaged
                 .all()
