@@ -10,11 +10,6 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{super::algorithms, Element, not_here, tensor, uninitialized, view, with_element, with_views};
-use crate::{
-    Result,
-    device::{Precision, device_class},
-};
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Device, Layout, Shape, Tensor,
     cuda_backend::{
@@ -27,6 +22,12 @@ use candle_core::{
             driver::{CudaSlice, CudaView, sys::CUevent_flags},
         },
     },
+};
+
+use super::{super::algorithms, Element, not_here, tensor, uninitialized, view, with_element, with_views};
+use crate::{
+    Result,
+    device::{Precision, device_class},
 };
 
 /// Convolution: see [`fn@super::super::conv2d`], which has checked the shapes. `weight`: `(c_out, c_in, kh, kw)` f32.
@@ -280,66 +281,61 @@ struct Plan<T> {
     bytes: Cell<Option<(u32, usize)>>,
 }
 
-/// cuDNN's algorithms for a pass that give the same bits each time, by number.
-fn candidates(pass: Pass) -> &'static [u32] {
+/// cuDNN's algorithms that give the same bits each time.
+const FORWARD: [sys::cudnnConvolutionFwdAlgo_t; 7] = {
+    use sys::cudnnConvolutionFwdAlgo_t::*;
+    [
+        CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
+        CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
+        CUDNN_CONVOLUTION_FWD_ALGO_GEMM,
+        CUDNN_CONVOLUTION_FWD_ALGO_FFT,
+        CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING,
+        CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD,
+        CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED,
+    ]
+};
+/// The same for the image's gradient: all but 0, whose sums come in any order.
+const IMAGE: [sys::cudnnConvolutionBwdDataAlgo_t; 5] = {
+    use sys::cudnnConvolutionBwdDataAlgo_t::*;
+    [
+        CUDNN_CONVOLUTION_BWD_DATA_ALGO_1,
+        CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT,
+        CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT_TILING,
+        CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD,
+        CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD_NONFUSED,
+    ]
+};
+/// The same for the filter's gradient: all but 0 and 3.
+const FILTER: [sys::cudnnConvolutionBwdFilterAlgo_t; 5] = {
+    use sys::cudnnConvolutionBwdFilterAlgo_t::*;
+    [
+        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1,
+        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT,
+        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD,
+        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD_NONFUSED,
+        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT_TILING,
+    ]
+};
+
+/// The numbers of the algorithms for a pass.
+fn candidates(pass: Pass) -> Vec<u32> {
     match pass {
-        // Implicit GEMM, precomputed implicit GEMM, GEMM, FFT, tiled FFT, Winograd, non-fused Winograd.
-        Pass::Forward => &[0, 1, 2, 4, 5, 6, 7],
-        // All but 0, whose sums come in any order.
-        Pass::Image => &[1, 2, 3, 4, 5],
-        // All but 0 and 3, for the same reason.
-        Pass::Filter => &[1, 2, 4, 5, 6],
+        Pass::Forward => FORWARD.map(|a| a as u32).to_vec(),
+        Pass::Image => IMAGE.map(|a| a as u32).to_vec(),
+        Pass::Filter => FILTER.map(|a| a as u32).to_vec(),
     }
 }
 
-macro_rules! algorithm {
-    ($number:expr, $kind:ident, [$($name:ident),+]) => {
-        [$(sys::$kind::$name),+].into_iter().find(|a| *a as u32 == $number)
-    };
-}
-
 fn forward_algorithm(number: u32) -> Option<sys::cudnnConvolutionFwdAlgo_t> {
-    algorithm!(
-        number,
-        cudnnConvolutionFwdAlgo_t,
-        [
-            CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
-            CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
-            CUDNN_CONVOLUTION_FWD_ALGO_GEMM,
-            CUDNN_CONVOLUTION_FWD_ALGO_FFT,
-            CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING,
-            CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD,
-            CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED
-        ]
-    )
+    FORWARD.into_iter().find(|a| *a as u32 == number)
 }
 
 fn image_algorithm(number: u32) -> Option<sys::cudnnConvolutionBwdDataAlgo_t> {
-    algorithm!(
-        number,
-        cudnnConvolutionBwdDataAlgo_t,
-        [
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_1,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT_TILING,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD,
-            CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD_NONFUSED
-        ]
-    )
+    IMAGE.into_iter().find(|a| *a as u32 == number)
 }
 
 fn filter_algorithm(number: u32) -> Option<sys::cudnnConvolutionBwdFilterAlgo_t> {
-    algorithm!(
-        number,
-        cudnnConvolutionBwdFilterAlgo_t,
-        [
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD_NONFUSED,
-            CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT_TILING
-        ]
-    )
+    FILTER.into_iter().find(|a| *a as u32 == number)
 }
 
 fn unknown(number: u32) -> candle_core::Error {
@@ -383,7 +379,7 @@ impl<T: Element> Plan<T> {
         let name = format!("{convolution} {}", T::SUFFIX);
         let algorithm = algorithms::choose(&state.class, &name, || {
             let (mut best, mut refused) = (None, String::new());
-            for &algorithm in candidates(convolution.pass) {
+            for algorithm in candidates(convolution.pass) {
                 // What does not take these sizes, or not this memory, is passed over.
                 match self.time(convolution.pass, algorithm, state, first, second, out) {
                     Ok(time) if best.is_none_or(|(least, _)| time < least) => best = Some((time, algorithm)),

@@ -1,22 +1,20 @@
 //! Group and batch normalisation, with the activation in the same pass. Batch norm is group norm of one segment, the whole
 //! batch, with a group for each channel.
 
-use super::{
-    super::BatchStatistics, Element, config, count32, kernel, kernel_of, launch, not_here, per_segment,
-    rows_of_grid, tensor, uninitialized, view, with_element, with_views,
-};
-use crate::Result;
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp3, D, Layout, Shape, Tensor,
     cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig},
 };
 
+use super::{
+    super::BatchStatistics, Element, Function, config, count32, kernel, kernel_of, launch, not_here,
+    per_segment, rows_of_grid, tensor, uninitialized, view, with_element, with_views,
+};
+use crate::Result;
+
 /// Channels and rows of a block of the sums.
 const LANES: usize = 32;
 const ROWS: usize = 8;
-/// Values of `activation` in kernels.cu.
-const SILU: i32 = 1;
-const RELU: i32 = 2;
 
 /// Group normalisation: see [`fn@super::super::group_norm`], which has checked the shapes.
 pub(in crate::kernels) fn group_norm(
@@ -32,7 +30,7 @@ pub(in crate::kernels) fn group_norm(
     // Of each sample its own, or of all: one rule for both.
     let own = weight.rank() == 2 || bias.rank() == 2;
     let spread = |t: &Tensor| if own { t.broadcast_as((b, c))?.contiguous() } else { t.contiguous() };
-    normalize(x, &spread(weight)?, &spread(bias)?, sizes, None, epsilon, if silu { SILU } else { 0 })
+    normalize(x, &spread(weight)?, &spread(bias)?, sizes, None, epsilon, silu.then_some(Function::Silu))
         .map(|(out, _)| out)
 }
 
@@ -52,7 +50,7 @@ pub(in crate::kernels) fn batch_norm_train(
         sizes,
         None,
         epsilon,
-        if relu { RELU } else { 0 },
+        relu.then_some(Function::Relu),
     )?;
     let rows = sizes.rows as f64;
     let mean = moments.mean.flatten_all()?;
@@ -71,7 +69,7 @@ pub(in crate::kernels) fn batch_norm_eval(
 ) -> Result<Tensor> {
     let sizes = Sizes::of_batch(x)?;
     let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
-    let activation = if relu { RELU } else { 0 };
+    let activation = relu.then_some(Function::Relu);
     normalize(x, &weight, &bias, sizes, Some(statistics), epsilon, activation).map(|(out, _)| out)
 }
 
@@ -126,7 +124,7 @@ fn normalize(
     sizes: Sizes,
     given: Option<&BatchStatistics>,
     epsilon: f64,
-    activation: i32,
+    activation: Option<Function>,
 ) -> Result<(Tensor, Moments)> {
     let x = x.contiguous()?;
     let moments = match given {
@@ -138,6 +136,8 @@ fn normalize(
         None => moments_of(&x, sizes, epsilon)?,
     };
     let own = if weight.rank() == 2 { sizes.c as i32 } else { 0 };
+    // kernels.cu has 0 for none.
+    let activation = activation.map_or(0, |function| function as i32);
     let op = Normalize { sizes, moments: moments.clone(), given: given.is_some(), own, activation };
     Ok((x.apply_op3(weight, bias, op)?, moments))
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp1, D, Layout, Shape, Tensor,
-    cuda_backend::cudarc::driver::CudaSlice,
+    cuda_backend::cudarc::driver::{CudaSlice, LaunchConfig},
 };
 
 use super::{
@@ -44,8 +44,13 @@ pub(in crate::kernels) fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
 
 struct Pointwise(Kind);
 
-/// Rows of a block of softmax, a warp each.
-const WARPS: usize = 4;
+/// The rows and columns of softmax, and a warp for each row.
+fn warps(shape: &Shape) -> candle_core::Result<(i32, i32, LaunchConfig)> {
+    const WARPS: usize = 4;
+    let columns = shape.dim(D::Minus1)?.max(1);
+    let rows = shape.elem_count() / columns;
+    Ok((rows as i32, columns as i32, config((rows.div_ceil(WARPS).max(1), 1, 1), (32, WARPS, 1))))
+}
 
 impl Pointwise {
     fn forward<T: Element>(
@@ -71,9 +76,7 @@ impl Pointwise {
             }
             Kind::Softmax(scale) => {
                 let out = uninitialized::<T>(device, n)?;
-                let columns = layout.shape().dim(D::Minus1)?.max(1);
-                let (rows, columns) = ((n / columns) as i32, columns as i32);
-                let config = config(((rows as usize).div_ceil(WARPS).max(1), 1, 1), (32, WARPS, 1));
+                let (rows, columns, config) = warps(layout.shape())?;
                 launch!(
                     kernel_of::<T>(device, "softmax_forward")?,
                     config,
@@ -110,9 +113,7 @@ impl Pointwise {
                     launch!(backward, elementwise(n), &operand, &dy, &function, &n, &dx);
                 }
                 Kind::Softmax(scale) => {
-                    let columns = x.dim(D::Minus1)?.max(1);
-                    let (rows, columns) = ((n / columns) as i32, columns as i32);
-                    let config = config(((rows as usize).div_ceil(WARPS).max(1), 1, 1), (32, WARPS, 1));
+                    let (rows, columns, config) = warps(x.shape())?;
                     let backward = kernel_of::<T>(device, "softmax_backward")?;
                     launch!(backward, config, &operand, &dy, &scale, &rows, &columns, &dx);
                 }
