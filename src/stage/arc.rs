@@ -10,7 +10,7 @@ use super::{
     Job, Outcome, Split, Stage,
     accuracy::{correct, correct_after_apgd},
     expect, finished_input,
-    fit_discriminator::{Discriminators, relabel, spread},
+    fit_discriminator::{Discriminators, SetsRecord, relabel, spread},
     note,
     shards::Pool,
     split::Real,
@@ -25,6 +25,7 @@ use crate::{
     proxy::{
         REAL, SYNTHETIC,
         arc::{Estimate, Point, SetResult, estimate, signed_area},
+        discriminator::Discriminator,
         fold::{HeldOut, held_out, uid_order},
     },
 };
@@ -32,9 +33,9 @@ use crate::{
 /// Estimates ARC: each ranking set's accuracy under attack on images that it has seen in no way before.
 ///
 /// Real images: the proxy folds on which the set was not stopped. Synthetic images: held-out pool images of
-/// other folds. Both sides in equal numbers. A network that was right on at most half of its stopping images under attack
-/// is worse than an answer that is always the same, and is replaced by it: its accuracy is then 1/2, a real image's 0 and a
-/// synthetic one's 1. ARC is blind to labels: see the agreement that label reports.
+/// other folds. Both sides in equal numbers. A network that the same attack leaves right on at most half of its stopping
+/// images is worse than an answer that is always the same, and is replaced by it: its accuracy is then 1/2, a real image's 0
+/// and a synthetic one's 1. ARC is blind to labels: see the agreement that label reports.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Arc {
@@ -62,6 +63,9 @@ pub struct Arc {
     /// Largest number of images of each source that measure a set.
     #[arg(long, default_value_t = 5000)]
     pub max_images: usize,
+    /// Largest number of stopping images of each source that decide whether a network is replaced.
+    #[arg(long, default_value_t = 500)]
+    pub max_stop: usize,
     /// Bootstrap draws.
     #[arg(long, default_value_t = 1000)]
     pub bootstrap: usize,
@@ -84,6 +88,8 @@ pub struct ArcRecord {
     pub signed_after_pgd: f64,
     /// The radii as they were written.
     pub epsilons: Vec<Epsilon>,
+    /// Each network's accuracy under the attack on its stopping images, by set and radius. At 1/2 and below it is replaced.
+    pub stop_accuracy: Vec<Vec<f64>>,
     /// The attack.
     pub attack: serde_json::Value,
 }
@@ -95,6 +101,61 @@ impl Arc {
         let attack = Pgd::new(norm, epsilon, steps, ratio, self.restarts, self.seed)?;
         Ok((epsilon.get() > 0.0).then_some(attack))
     }
+
+    /// How often an image is attacked, or looked at, at one radius.
+    fn passes(&self, epsilon: Epsilon) -> usize {
+        1 + usize::from(epsilon.get() > 0.0 && self.apgd_steps > 0)
+    }
+
+    /// The images of each side that measure or stop a set, in equal numbers: real ones, then synthetic ones.
+    fn sides(&self, real: Dataset, synthetic: &Dataset, max: usize) -> Sides {
+        let n = real.len().min(synthetic.len()).min(max);
+        let real = real.subset(&spread(real.len(), n, self.seed));
+        let synthetic = synthetic.subset(&(0..n).collect::<Vec<_>>());
+        let class = real.labels.iter().chain(&synthetic.labels).copied().collect();
+        Sides { images: relabel(real, REAL).concat(&relabel(synthetic, SYNTHETIC)), class }
+    }
+}
+
+/// Images labelled [`REAL`] and [`SYNTHETIC`], and the classes that they show.
+struct Sides {
+    images: Dataset,
+    class: Vec<u32>,
+}
+
+/// On which images a network is right.
+struct Right {
+    after_pgd: Vec<bool>,
+    /// And after APGD on what PGD left standing.
+    in_the_end: Vec<bool>,
+}
+
+/// The attack on one discriminator.
+struct Trial<'a> {
+    arc: &'a Arc,
+    net: &'a Discriminator,
+    threat: Threat,
+    epsilon: Epsilon,
+    job: &'a Job,
+    parts: &'a fs::Parts,
+    bar: &'a Progress,
+}
+
+impl Trial<'_> {
+    /// Finished parts are kept under `key`.
+    fn right(&self, images: &Dataset, key: &str) -> Result<Right> {
+        let Self { arc, net, threat, epsilon, job: Job { device, .. }, parts, bar } = *self;
+        let logits_of = |x: &Tensor| net.logits(x);
+        let pgd = arc.attack(threat.norm(), epsilon)?;
+        let after_pgd = correct(&logits_of, images, pgd.as_ref(), device, Some((parts, key)), bar)?;
+        if arc.passes(epsilon) == 1 {
+            return Ok(Right { in_the_end: after_pgd.clone(), after_pgd });
+        }
+        let apgd = Apgd { threat, steps: arc.apgd_steps, restarts: 1, seed: arc.seed };
+        let kept = Some((parts, &*format!("{key}-apgd")));
+        let in_the_end = correct_after_apgd(&logits_of, images, &after_pgd, &apgd, device, kept, bar)?;
+        Ok(Right { after_pgd, in_the_end })
+    }
 }
 
 impl Stage for Arc {
@@ -105,6 +166,7 @@ impl Stage for Arc {
         self.attack(Norm::Linf, Epsilon::default())?;
         expect("apgd_steps", self.apgd_steps, 0, 100_000)?;
         expect("max_images", self.max_images, 2, usize::MAX)?;
+        expect("max_stop", self.max_stop, 2, usize::MAX)?;
         expect("bootstrap", self.bootstrap, 10, 1_000_000)
     }
 
@@ -122,9 +184,20 @@ impl Stage for Arc {
             Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
         let folds = discriminators.record.folds;
-        let real_parts: Vec<Dataset> = (0..folds).map(|set| real.proxy_measure(set, folds)).collect();
-        let wanted: Vec<usize> = real_parts.iter().map(|d| d.len().min(self.max_images)).collect();
-        let synthetic = measuring_images(&pool, &discriminators, &wanted)?;
+        let (measure, stop) = (0..folds)
+            .map(|set| (real.proxy_measure(set, folds), real.proxy_stop(set)))
+            .collect::<(Vec<Dataset>, Vec<Dataset>)>();
+        let of_pool = |part: HeldOut, real: &[Dataset], max: usize| {
+            let wanted: Vec<usize> = real.iter().map(|images| images.len().min(max)).collect();
+            held_out_images(&pool, &discriminators, part, &wanted)
+        };
+        let sides_of = |real: Vec<Dataset>, synthetic: Vec<Dataset>, max: usize| -> Vec<Sides> {
+            real.into_iter()
+                .zip(&synthetic)
+                .map(|(real, synthetic)| self.sides(real, synthetic, max))
+                .collect()
+        };
+        let synthetic = of_pool(HeldOut::Measure, &measure, self.max_images)?;
         if let Some(set) = (0..folds).find(|&set| synthetic[set].len() < 2) {
             bail!(
                 Data,
@@ -132,47 +205,44 @@ impl Stage for Arc {
                 synthetic[set].len()
             );
         }
+        let synthetic_stop = of_pool(HeldOut::Stop, &stop, self.max_stop)?;
+        let measure = sides_of(measure, synthetic, self.max_images);
+        let stop = sides_of(stop, synthetic_stop, self.max_stop);
         let (out, _lock) = job.open("run")?;
         let parts = fs::Parts::new(job.hidden(out, "parts"));
-        let radii: Vec<f64> = discriminators.record.epsilons.iter().map(|e| e.get()).collect();
-        let attacks =
-            radii.len() + if self.apgd_steps > 0 { radii.iter().filter(|r| **r > 0.0).count() } else { 0 };
-        let total: usize = (0..folds).map(|s| 2 * wanted[s].min(synthetic[s].len()) * attacks).sum();
-        let bar = Progress::new(Self::NAME, total as u64, "attacked images");
-        let (mut results, mut after_pgd) = (Vec::new(), Vec::new());
-        for set in 0..folds {
-            let n = wanted[set].min(synthetic[set].len());
-            let chosen = spread(real_parts[set].len(), n, self.seed);
-            let real_side = real_parts[set].subset(&chosen);
-            let synthetic_side = synthetic[set].subset(&(0..n).collect::<Vec<_>>());
-            let class: Vec<u32> = real_side.labels.iter().chain(&synthetic_side.labels).copied().collect();
-            let both = relabel(real_side, REAL).concat(&relabel(synthetic_side, SYNTHETIC));
-            let (mut rows, mut pgd_rows) = (Vec::new(), Vec::new());
-            for (radius, &epsilon) in discriminators.record.epsilons.iter().enumerate() {
-                if discriminators.record.sets[set][radius].stop_accuracy <= 0.5 {
-                    let right: Vec<bool> = both.labels.iter().map(|&label| label == SYNTHETIC).collect();
-                    let passes = if epsilon.get() > 0.0 && self.apgd_steps > 0 { 2 } else { 1 };
-                    bar.skip((passes * right.len()) as u64);
-                    pgd_rows.push(right.clone());
-                    rows.push(right);
-                    continue;
-                }
-                let net = &discriminators.nets[set][radius];
-                let attack = self.attack(discriminators.record.norm, epsilon)?;
+        let SetsRecord { epsilons, norm, .. } = &discriminators.record;
+        let radii: Vec<f64> = epsilons.iter().map(|e| e.get()).collect();
+        let passes: usize = epsilons.iter().map(|&epsilon| self.passes(epsilon)).sum();
+        let images: usize = measure.iter().chain(&stop).map(|sides| sides.class.len()).sum();
+        let bar = Progress::new(Self::NAME, (passes * images) as u64, "attacked images");
+        let (mut results, mut after_pgd, mut stop_accuracy) = (Vec::new(), Vec::new(), Vec::new());
+        for (set, Sides { images, class }) in measure.into_iter().enumerate() {
+            let synthetic: Vec<bool> = images.labels.iter().map(|&label| label == SYNTHETIC).collect();
+            let (mut rows, mut pgd_rows, mut accuracies) = (Vec::new(), Vec::new(), Vec::new());
+            for (radius, &epsilon) in epsilons.iter().enumerate() {
+                let trial = Trial {
+                    arc: self,
+                    net: &discriminators.nets[set][radius],
+                    threat: Threat::new(*norm, epsilon)?,
+                    epsilon,
+                    job,
+                    parts: &parts,
+                    bar: &bar,
+                };
                 let key = format!("set{set}-radius{radius}");
-                let logits_of = |x: &Tensor| net.logits(x);
-                let mut right =
-                    correct(&logits_of, &both, attack.as_ref(), &job.device, Some((&parts, &key)), &bar)?;
-                pgd_rows.push(right.clone());
-                if epsilon.get() > 0.0 && self.apgd_steps > 0 {
-                    let threat = Threat::new(discriminators.record.norm, epsilon)?;
-                    let apgd = Apgd { threat, steps: self.apgd_steps, restarts: 1, seed: self.seed };
-                    let kept = Some((&parts, &*format!("{key}-apgd")));
-                    right = correct_after_apgd(&logits_of, &both, &right, &apgd, &job.device, kept, &bar)?;
-                }
-                rows.push(right);
+                let stood = trial.right(&stop[set].images, &format!("{key}-stop"))?.in_the_end;
+                let accuracy = stood.iter().filter(|&&right| right).count() as f64 / stood.len() as f64;
+                accuracies.push(accuracy);
+                let Right { after_pgd, in_the_end } = if accuracy > 0.5 {
+                    trial.right(&images, &key)?
+                } else {
+                    bar.skip((self.passes(epsilon) * images.len()) as u64);
+                    Right { after_pgd: synthetic.clone(), in_the_end: synthetic.clone() }
+                };
+                pgd_rows.push(after_pgd);
+                rows.push(in_the_end);
             }
-            let synthetic: Vec<bool> = both.labels.iter().map(|&l| l == SYNTHETIC).collect();
+            stop_accuracy.push(accuracies);
             after_pgd.push(SetResult {
                 correct: pgd_rows,
                 synthetic: synthetic.clone(),
@@ -185,9 +255,10 @@ impl Stage for Arc {
             schema: "proxyset.arc/1".into(),
             wasserstein_lower_bound_estimate: 4.0 * estimate.arc,
             signed_after_pgd: signed_area(&after_pgd, &radii),
-            epsilons: discriminators.record.epsilons.clone(),
+            epsilons: epsilons.clone(),
+            stop_accuracy,
             attack: json!({
-                "norm": discriminators.record.norm,
+                "norm": norm,
                 "steps": self.attack_steps,
                 "step_size_times_steps_over_epsilon": self.attack_step_ratio,
                 "restarts": self.restarts,
@@ -222,8 +293,13 @@ fn curves(estimate: &Estimate) -> Vec<(String, Vec<(f64, f64)>)> {
     ]
 }
 
-/// Held-out pool images for each ranking set: of other folds, never used to stop or calibrate, with their classes.
-fn measuring_images(pool: &Pool, discriminators: &Discriminators, wanted: &[usize]) -> Result<Vec<Dataset>> {
+/// Pool images of `part` for each ranking set: of folds that it did not learn from, with their classes.
+fn held_out_images(
+    pool: &Pool,
+    discriminators: &Discriminators,
+    part: HeldOut,
+    wanted: &[usize],
+) -> Result<Vec<Dataset>> {
     let mut images: Vec<Dataset> =
         wanted.iter().map(|_| Dataset::empty(pool.info.shape, pool.info.class_names.clone())).collect();
     for shard in 0..pool.info.shards {
@@ -233,15 +309,19 @@ fn measuring_images(pool: &Pool, discriminators: &Discriminators, wanted: &[usiz
         let rows = pool.read(shard)?;
         let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
         for (row, image) in pixels.chunks_exact(pool.info.shape.size()).enumerate() {
-            if held_out(&rows.uids[row]) != HeldOut::Measure {
+            if held_out(&rows.uids[row]) != part {
                 continue;
             }
             let fold = discriminators.fold_of(&rows.uids[row]);
-            // Each image measures one set only, so that the sets' results are independent.
-            let may: Vec<usize> = (0..wanted.len()).filter(|&set| set != fold).collect();
-            let set = may[uid_order(&rows.uids[row]) as usize % may.len()];
-            if images[set].len() < wanted[set] {
-                images[set].push(image, rows.labels[row].unwrap_or(0));
+            let mut sets: Vec<usize> = (0..wanted.len()).filter(|&set| set != fold).collect();
+            if part == HeldOut::Measure {
+                // Each image measures one set only, so that the sets' results are independent.
+                sets = vec![sets[uid_order(&rows.uids[row]) as usize % sets.len()]];
+            }
+            for set in sets {
+                if images[set].len() < wanted[set] {
+                    images[set].push(image, rows.labels[row].unwrap_or(0));
+                }
             }
         }
     }

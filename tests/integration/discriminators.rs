@@ -11,8 +11,8 @@ use crate::run::ok;
 const REAL: usize = 718;
 
 /// Real digits after the first 718, each pixel at least `least`, taken for synthetic ones beside those 718: the accuracies at
-/// radius 0 on stopping images of the sets that rank.
-fn told_apart(dir: &Path, least: u8) -> Vec<f64> {
+/// each radius on stopping images of the sets that rank. Split, pool and discriminators are in folders of `dir`.
+fn told_apart(dir: &Path, least: u8, epsilons: &str) -> Vec<Vec<f64>> {
     let path = |name: &str| dir.join(format!("{name}-{least}")).display().to_string();
     let digits = "builtin:digits".parse::<Source>().unwrap().load(Split::Train, None, 0).unwrap();
     let folder = dir.join(format!("folder-{least}"));
@@ -24,23 +24,46 @@ fn told_apart(dir: &Path, least: u8) -> Vec<f64> {
     }
     ok(&format!("split --limit {REAL} --out {}", path("split")));
     ok(&format!("import --source {} --shard-rows 500 --out {}", path("folder"), path("pool")));
-    let fit = "--epsilons 0,0.001,0.002,0.003 --attack-steps 2 --steps 120 --channels 8,16 --eval-every 40 \
-        --learning-rate 5e-3";
+    let fit = "--attack-steps 2 --attack-step-ratio 0.01 --steps 120 --channels 8,16 --eval-every 40 --learning-rate 5e-3";
     let (split, pool, out) = (path("split"), path("pool"), path("out"));
-    let text = ok(&format!("fit-discriminator --split {split} --pool {pool} {fit} --json --out {out}"));
+    let text = ok(&format!(
+        "fit-discriminator --split {split} --pool {pool} --epsilons {epsilons} {fit} --json --out {out}"
+    ));
     let summary: Value = serde_json::from_str(&text).unwrap();
     let sets = summary["summary"]["stop_accuracy"].as_array().unwrap();
-    sets[..2].iter().map(|set| set[0].as_f64().unwrap()).collect()
+    let radii = |set: &Value| set.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+    sets[..2].iter().map(radii).collect()
 }
 
 #[test]
-fn real_images_taken_for_synthetic_ones_are_not_told_apart_and_marked_ones_are() {
+fn real_images_taken_for_synthetic_ones_are_not_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     // Of about 210 stopping images: chance is 0.5, its standard error 0.035.
-    for accuracy in told_apart(dir.path(), 0) {
-        assert!((0.37..=0.63).contains(&accuracy), "{accuracy} by the way through folder, pool and PNG");
+    for set in told_apart(dir.path(), 0, "0,0.001,0.002,0.003") {
+        assert!((0.37..=0.63).contains(&set[0]), "{set:?} by the way through folder, pool and PNG");
     }
-    for accuracy in told_apart(dir.path(), 32) {
-        assert!(accuracy > 0.85, "{accuracy} although the ground is brighter: too short a training to tell");
+}
+
+#[test]
+fn marked_images_are_told_apart_and_a_network_that_arc_s_attack_breaks_counts_as_the_constant_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    // The mark is 0.125: at 0.15 nothing tells the two apart, but the attack in training goes a hundredth of the way.
+    for set in told_apart(dir.path(), 32, "0,0.001,0.002,0.15") {
+        assert!(set[0] > 0.85, "{set:?} although the ground is brighter: too short a training to tell");
+        assert!(set[3] > 0.7, "{set:?}: not the weak attack that this test is about");
+    }
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (split, pool, nets, out) = (path("split-32"), path("pool-32"), path("out-32"), path("arc"));
+    let measure = "--attack-steps 10 --apgd-steps 5";
+    ok(&format!("arc --split {split} --pool {pool} --discriminators {nets} {measure} --out {out}"));
+    let arc: Value =
+        serde_json::from_slice(&std::fs::read(dir.path().join("arc/arc.json")).unwrap()).unwrap();
+    for set in 0..2 {
+        assert!(arc["stop_accuracy"][set][0].as_f64().unwrap() > 0.85, "{arc:#}");
+        assert!(arc["stop_accuracy"][set][3].as_f64().unwrap() <= 0.5, "{arc:#}");
+    }
+    assert!(arc["curve"][0]["accuracy"].as_f64().unwrap() > 0.85, "{arc:#}");
+    for (of, accuracy) in [("accuracy", 0.5), ("accuracy_real", 0.0), ("accuracy_synthetic", 1.0)] {
+        assert_eq!(arc["curve"][3][of], accuracy, "{arc:#}");
     }
 }
