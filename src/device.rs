@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::OnceLock};
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
 use crate::{Error, Result};
 
@@ -87,6 +87,40 @@ fn remedy(error: &candle_core::Error) -> &'static str {
     }
 }
 
+/// `device`, and the other GPUs of its class, at most `limit` in all: on each of them work gives the same bits. Fails with
+/// [`Error::Usage`] if one cannot be opened.
+pub fn all_of_class(device: &Device, limit: usize) -> Result<Vec<Device>> {
+    let mut devices = vec![device.clone()];
+    add_gpus_of_class(&mut devices, limit)?;
+    Ok(devices)
+}
+
+/// Adds to the first device, until there are `limit`.
+#[cfg(feature = "cuda")]
+fn add_gpus_of_class(devices: &mut Vec<Device>, limit: usize) -> Result<()> {
+    use candle_core::cuda_backend::cudarc::driver::CudaContext;
+    let device = devices[0].clone();
+    let Device::Cuda(cuda) = &device else { return Ok(()) };
+    let (own, class) = (cuda.cuda_stream().context().ordinal(), device_class(&device));
+    let count =
+        CudaContext::device_count().map_err(|e| Error::Usage(format!("the GPUs cannot be counted: {e}")))?;
+    for ordinal in (0..count as usize).filter(|&ordinal| ordinal != own) {
+        if devices.len() >= limit {
+            break;
+        }
+        let other = open_cuda(ordinal)?;
+        if device_class(&other) == class {
+            devices.push(other);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn add_gpus_of_class(_: &mut Vec<Device>, _: usize) -> Result<()> {
+    Ok(())
+}
+
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(ordinal: usize) -> Result<Device> {
     Err(Error::Usage(format!(
@@ -94,14 +128,17 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
     )))
 }
 
-/// How f32 numbers are multiplied on a GPU.
+/// What a GPU computes with. Parameters, their gradients and optimisers are f32 in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Precision {
     /// As f32.
     #[default]
     F32,
-    /// Rounded to TF32, 10 bits behind the point, and added as f32: several times as fast.
+    /// Numbers are rounded to TF32, 10 bits behind the point, before they are multiplied, and added as f32: several times as
+    /// fast.
     Tf32,
+    /// Images inside networks are bf16, 7 bits behind the point, with half the memory; products are added as f32.
+    Bf16,
 }
 
 static PRECISION: OnceLock<Precision> = OnceLock::new();
@@ -110,6 +147,11 @@ impl Precision {
     /// What was set, or f32.
     pub fn get() -> Self {
         PRECISION.get().copied().unwrap_or_default()
+    }
+
+    /// The type of images inside networks on this device.
+    pub fn images(self, device: &Device) -> DType {
+        if self == Self::Bf16 && device.is_cuda() { DType::BF16 } else { DType::F32 }
     }
 
     /// Sets it for the whole process; the first time counts.
@@ -126,6 +168,7 @@ impl fmt::Display for Precision {
         f.write_str(match self {
             Self::F32 => "f32",
             Self::Tf32 => "tf32",
+            Self::Bf16 => "bf16",
         })
     }
 }
@@ -208,7 +251,7 @@ impl ConvAlgorithm {
 }
 
 /// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90-cudnn91900`; a
-/// CPU without Winograd's filtering is `…-direct`, a GPU that multiplies in TF32 `…-tf32`.
+/// CPU without Winograd's filtering is `…-direct`, a GPU that computes in TF32 or bf16 `…-tf32`, `…-bf16`.
 ///
 /// Across classes results agree up to rounding. Every record names the class that made it.
 pub fn device_class(device: &Device) -> String {
@@ -234,8 +277,8 @@ fn gpu_class(device: &Device) -> String {
     let context = cuda.cuda_stream().context().clone();
     let attribute = |a| context.attribute(a).unwrap_or(0);
     let precision = match Precision::get() {
-        Precision::F32 => "",
-        Precision::Tf32 => "-tf32",
+        Precision::F32 => String::new(),
+        other => format!("-{other}"),
     };
     format!(
         "cuda-sm{}{}-cudnn{}{precision}",

@@ -47,7 +47,7 @@ struct Global {
     /// Where tensors live: auto, cpu or cuda:N.
     #[arg(long, global = true, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
-    /// How a GPU multiplies f32 numbers; of no effect on the CPU.
+    /// What a GPU computes with; of no effect on the CPU.
     #[arg(long, global = true, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
     /// CPU threads; 0 for all cores. No result depends on it.

@@ -1,9 +1,11 @@
 //! Every op in plain candle ops: the specification, the oracle of the fast versions, and what runs on
 //! devices without one. Blocks are composed of the ops of the device.
+//!
+//! Parameters are taken in the type of the images.
 
 use std::{collections::HashMap, ops::Range};
 
-use candle_core::{D, Shape, Tensor};
+use candle_core::{D, DType, Shape, Tensor};
 
 use super::{BasicBlock, BatchStatistics, BlockWeights, ResnetBlock, ranges};
 use crate::Result;
@@ -33,9 +35,10 @@ pub fn conv2d(
         let padded = padded.narrow(2, 0, h + before + after - unused(h, kh))?;
         (padded.narrow(3, 0, w + before + after - unused(w, kw))?.contiguous()?, 0)
     };
-    let out = x.conv2d(&weight.contiguous()?, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()?;
+    let weight = like(&x, weight)?.contiguous()?;
+    let out = x.conv2d(&weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()?;
     Ok(match bias {
-        Some(bias) => out.broadcast_add(bias)?,
+        Some(bias) => out.broadcast_add(&like(&x, bias)?)?,
         None => out,
     })
 }
@@ -44,11 +47,11 @@ pub fn conv2d(
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let mut dims = x.dims().to_vec();
     let k = dims.pop().unwrap_or(1);
-    let out = x.reshape(((), k))?.matmul(&weight.t()?)?;
+    let out = x.reshape(((), k))?.matmul(&like(x, weight)?.t()?)?;
     dims.push(weight.dim(0)?);
     let out = out.reshape(dims)?;
     Ok(match bias {
-        Some(bias) => out.broadcast_add(bias)?,
+        Some(bias) => out.broadcast_add(&like(x, bias)?)?,
         None => out,
     })
 }
@@ -80,7 +83,7 @@ pub fn group_norm(
         let mut dims = vec![1; x.rank()];
         dims[x.rank() - 1] = c;
         dims[0] = t.elem_count() / c;
-        t.reshape(dims)
+        like(x, t)?.reshape(dims)
     };
     let out = g.broadcast_mul(&per_sample(weight)?)?.broadcast_add(&per_sample(bias)?)?;
     if silu { self::silu(&out) } else { Ok(out) }
@@ -102,8 +105,9 @@ pub fn batch_norm_train(
     let mean = rows.mean(0)?;
     let variance = rows.broadcast_sub(&mean)?.sqr()?.mean(0)?;
     let out = normalize(x, &mean, &variance, weight, bias, epsilon)?;
+    let variance = (variance.detach() * (n / (n - 1.0)))?;
     let statistics =
-        BatchStatistics { mean: mean.detach(), variance: (variance.detach() * (n / (n - 1.0)))? };
+        BatchStatistics { mean: like(weight, &mean.detach())?, variance: like(weight, &variance)? };
     Ok((if relu { self::relu(&out)? } else { out }, statistics))
 }
 
@@ -116,8 +120,8 @@ pub fn batch_norm_eval(
     epsilon: f64,
     relu: bool,
 ) -> Result<Tensor> {
-    let BatchStatistics { mean, variance } = statistics;
-    let out = normalize(x, &mean.detach(), &variance.detach(), weight, bias, epsilon)?;
+    let (mean, variance) = (like(x, &statistics.mean.detach())?, like(x, &statistics.variance.detach())?);
+    let out = normalize(x, &mean, &variance, weight, bias, epsilon)?;
     if relu { self::relu(&out) } else { Ok(out) }
 }
 
@@ -130,7 +134,17 @@ fn normalize(
     epsilon: f64,
 ) -> Result<Tensor> {
     let normalized = x.broadcast_sub(mean)?.broadcast_div(&(variance + epsilon)?.sqrt()?)?;
-    Ok(normalized.broadcast_mul(weight)?.broadcast_add(bias)?)
+    Ok(normalized.broadcast_mul(&like(x, weight)?)?.broadcast_add(&like(x, bias)?)?)
+}
+
+/// `t` in the type of `x`.
+fn like(x: &Tensor, t: &Tensor) -> candle_core::Result<Tensor> {
+    t.to_dtype(x.dtype())
+}
+
+/// bf16 numbers as f32, which their sums need.
+fn to_sum(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.to_dtype(if x.dtype() == DType::BF16 { DType::F32 } else { x.dtype() })
 }
 
 /// `x · sigmoid(x)`, element by element.
@@ -149,17 +163,17 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     Ok(x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?.reshape((b, 2 * h, 2 * w, c))?)
 }
 
-/// Mean over the positions. `x`: `(b, h, w, c)`. Returns `(b, c)`.
+/// Mean over the positions. `x`: `(b, h, w, c)`. Returns `(b, c)`, f32 of bf16.
 pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
-    Ok(x.reshape((b, h * w, c))?.mean(1)?)
+    Ok(to_sum(x)?.reshape((b, h * w, c))?.mean(1)?)
 }
 
 /// Mean over windows of `k` × `k` pixels side by side; rows and columns past the last whole window are left out.
-/// `x`: `(b, h, w, c)`. Returns `(b, h / k, w / k, c)`.
+/// `x`: `(b, h, w, c)`. Returns `(b, h / k, w / k, c)`, f32 of bf16.
 pub fn avg_pool2d(x: &Tensor, k: usize) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
-    let whole = x.narrow(1, 0, h / k * k)?.narrow(2, 0, w / k * k)?;
+    let whole = to_sum(x)?.narrow(1, 0, h / k * k)?.narrow(2, 0, w / k * k)?;
     Ok(whole.reshape((b, h / k, k, w / k, k * c))?.mean(2)?.reshape((b, h / k, w / k, k, c))?.mean(3)?)
 }
 
@@ -220,11 +234,11 @@ pub fn resnet_block(
         let bias = (factor.broadcast_mul(bias)? + shift)?;
         group_norm(&h, groups, &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
     } else {
-        let h = h.broadcast_add(&step.unsqueeze(1)?.unsqueeze(1)?)?;
+        let h = h.broadcast_add(&like(&h, &step)?.unsqueeze(1)?.unsqueeze(1)?)?;
         group_norm(&h, groups, weight, bias, epsilon, true)?
     };
     let h = match mask {
-        Some(mask) => (h * mask.detach())?,
+        Some(mask) => (&h * like(&h, &mask.detach())?)?,
         None => h,
     };
     let h = conv2d_packed(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1), &packed[1])?;
@@ -235,7 +249,8 @@ pub fn resnet_block(
         }
         false => x.clone(),
     };
-    Ok(((x + h)? / block.output_scale)?)
+    let out = (x + h)?;
+    Ok(if block.output_scale == 1.0 { out } else { (out / block.output_scale)? })
 }
 
 /// A residual block of a ResNet, one operation after the other: see [`fn@super::basic_block`].

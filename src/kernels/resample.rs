@@ -22,7 +22,7 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(Upsample)?)
 }
 
-/// Mean over the positions. `x`: `(b, h, w, c)`. Returns `(b, c)`. Fails if there are no positions.
+/// Mean over the positions. `x`: `(b, h, w, c)`. Returns `(b, c)`, f32 of bf16. Fails if there are no positions.
 pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
     if on_cpu(&[x]) { global_avg_pool_at(CpuLevel::get(), x) } else { reference::global_avg_pool(x) }
 }
@@ -36,7 +36,7 @@ fn global_avg_pool_at(level: CpuLevel, x: &Tensor) -> Result<Tensor> {
 }
 
 /// Mean over windows of `k` × `k` pixels side by side; rows and columns past the last whole window are left out.
-/// `x`: `(b, h, w, c)`. Returns `(b, h / k, w / k, c)`. Fails if there is no window.
+/// `x`: `(b, h, w, c)`. Returns `(b, h / k, w / k, c)`, f32 of bf16. Fails if there is no window.
 pub fn avg_pool2d(x: &Tensor, k: usize) -> Result<Tensor> {
     let (_, h, w, _) = x.dims4()?;
     if k == 0 || h < k || w < k {

@@ -239,7 +239,10 @@ impl Classifier {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Var};
+
     use super::*;
+    use crate::nn::Standardization;
 
     fn config() -> ClassifierConfig {
         ClassifierConfig {
@@ -286,6 +289,66 @@ mod tests {
         trained.save(dir.path()).unwrap();
         let loaded = Classifier::load(dir.path(), &Device::Cpu).unwrap();
         assert_eq!(logits(&loaded), logits(&trained));
+    }
+
+    #[test]
+    fn images_may_have_another_type_than_parameters() {
+        let small = Architecture::SmallCnn(SmallCnnConfig {
+            in_channels: 3,
+            image_size: 8,
+            channels: vec![4, 8],
+            num_classes: 2,
+            groups: 2,
+        });
+        let standardize = Some(Standardization { mean: vec![0.5; 3], std: vec![0.2; 3] });
+        let resnet = |pool| {
+            let small = ResNetConfig::resnet18(3, 8, 2);
+            let standardize = standardize.clone();
+            Architecture::Resnet(ResNetConfig {
+                widths: vec![4, 8],
+                blocks: vec![1, 1],
+                pool,
+                standardize,
+                ..small
+            })
+        };
+        let wide = |activation| {
+            let config = serde_json::json!({
+                "in_channels": 3, "image_size": 8, "num_classes": 2, "depth": 10, "width": 1, "activation": activation,
+            });
+            Architecture::WideResnet(serde_json::from_value(config).unwrap())
+        };
+        let x: Vec<f32> = (0..2 * 192).map(|i| (i * i % 17) as f32 / 17.0).collect();
+        let x = Tensor::from_vec(x, (2, 8, 8, 3), &Device::Cpu).unwrap();
+        for architecture in [small, resnet(None), resnet(Some(4)), wide("relu"), wide("silu")] {
+            for mode in [BatchNormMode::Eval, BatchNormMode::Train] {
+                let of = |dtype: DType| {
+                    let config = ClassifierConfig { architecture: architecture.clone(), ..config() };
+                    let net = Classifier::init(config, 3, &Device::Cpu).unwrap();
+                    let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
+                    let logits = net.tracked().unwrap().logits_by(x.as_tensor(), mode).unwrap();
+                    assert_eq!(logits.dtype(), dtype);
+                    let grads = logits.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                    let image = [(String::from("image"), x)];
+                    let vars = net.params().vars().iter().chain(&image);
+                    let gradient =
+                        |(name, var): &(String, Var)| (name.clone(), grads.get(var).unwrap().clone());
+                    let mut all: Vec<(String, Tensor)> = vars.map(gradient).collect();
+                    all.push(("logits".into(), logits.detach()));
+                    all
+                };
+                for ((name, single), (_, double)) in of(DType::F32).into_iter().zip(of(DType::F64)) {
+                    let double = double.to_dtype(DType::F32).unwrap();
+                    let largest =
+                        |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                    let (off, size) = (largest(&(single - &double).unwrap()), largest(&double));
+                    assert!(
+                        off <= 1e-4 * size + 1e-6,
+                        "{architecture:?}, {mode:?}: {name} off by {off} of {size}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

@@ -6,8 +6,18 @@ use serde::{Deserialize, Serialize};
 use super::{Buffer, Builder, Init, Packed};
 use crate::{
     Result,
+    device::Precision,
     kernels::{self, BatchStatistics},
 };
+
+/// Images as networks compute with them: f32 ones in [`Precision::images`], others as they are. Parameters stay f32, and what
+/// comes out of a network is what went in.
+pub(super) fn to_compute(x: &Tensor) -> Result<Tensor> {
+    Ok(match x.dtype() {
+        DType::F32 => x.to_dtype(Precision::get().images(x.device()))?,
+        _ => x.clone(),
+    })
+}
 
 /// 2-D convolution over NHWC images: `torch.nn.Conv2d` with square kernels.
 #[derive(Clone, Debug)]
@@ -90,8 +100,8 @@ impl Standardization {
     /// `(x - mean) / std`, or `x` if there is nothing to do. `x`: `(…, channels)`.
     pub(super) fn apply(this: Option<&Self>, x: &Tensor) -> Result<Tensor> {
         let Some(Self { mean, std }) = this else { return Ok(x.clone()) };
-        let [mean, std] = [mean, std].map(|values| Tensor::new(values.as_slice(), x.device()));
-        Ok(x.broadcast_sub(&mean?)?.broadcast_div(&std?)?)
+        let like_x = |values: &[f32]| Tensor::new(values, x.device())?.to_dtype(x.dtype());
+        Ok(x.broadcast_sub(&like_x(mean)?)?.broadcast_div(&like_x(std)?)?)
     }
 }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     BatchNorm, BatchNormMode, Builder, Conv2d, Init, Linear, Packed, Standardization,
     classifier::{expect_images, expect_positive},
-    layers::RunningStatistics,
+    layers::{RunningStatistics, to_compute},
     params,
 };
 use crate::{Result, kernels};
@@ -126,7 +126,7 @@ impl ResNet {
     pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
         let x = Standardization::apply(self.config.standardize.as_ref(), x)?;
-        let mut x = self.bn1.forward_relu(&self.conv1.forward(&x)?, mode)?;
+        let mut x = self.bn1.forward_relu(&self.conv1.forward(&to_compute(&x)?)?, mode)?;
         for block in self.stages.iter().flatten() {
             x = block.forward(&x, mode)?;
         }

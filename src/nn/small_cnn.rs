@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Builder, Conv2d, GroupNorm, Linear,
     classifier::{expect_images, expect_positive},
+    layers::to_compute,
     params,
 };
 use crate::{Result, kernels};
@@ -91,7 +92,7 @@ impl SmallCnn {
     /// layer, `(b, channels)`, and the logits, `(b, num_classes)`.
     pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
-        let mut x = self.stem.forward(&x.affine(2.0, -1.0)?)?;
+        let mut x = self.stem.forward(&to_compute(&x.affine(2.0, -1.0)?)?)?;
         for layer in self.stages.iter().flatten() {
             x = layer.forward(&x)?;
         }

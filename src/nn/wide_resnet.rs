@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     BatchNorm, BatchNormMode, Builder, Conv2d, Linear, Standardization,
     classifier::{expect_images, expect_positive},
+    layers::to_compute,
     params,
 };
 use crate::{Result, kernels};
@@ -129,7 +130,8 @@ impl WideResNet {
     /// last layer, `(b, channels)`, and the logits, `(b, num_classes)`.
     pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
-        let mut x = self.stem.forward(&Standardization::apply(self.config.standardize.as_ref(), x)?)?;
+        let x = Standardization::apply(self.config.standardize.as_ref(), x)?;
+        let mut x = self.stem.forward(&to_compute(&x)?)?;
         for block in self.groups.iter().flatten() {
             x = block.forward(&x, mode)?;
         }

@@ -2,9 +2,11 @@
 
 use std::{
     io::Write,
+    num::NonZeroUsize,
     ops::Range as Span,
     path::{Path, PathBuf},
     str::FromStr,
+    sync::{Mutex, PoisonError},
     time::Instant,
 };
 
@@ -22,6 +24,7 @@ use super::{
 use crate::{
     Error, Result,
     data::{Range, Shape, from_chw, gaussian_noise, to_u8},
+    device::all_of_class,
     diffusion::{
         Conditioning, DiffusionModel,
         sampler::{Plan, SamplerConfig, SamplerKind, Spacing, Start, Trajectory, sample},
@@ -54,6 +57,59 @@ impl std::fmt::Display for ShardRange {
 }
 
 serde_as_text!(ShardRange);
+
+/// How many shards are made at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Workers {
+    /// One on each GPU of the device's class; one on the CPU.
+    Auto,
+    /// So many, on as many GPUs.
+    Count(NonZeroUsize),
+}
+
+impl FromStr for Workers {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            _ => s
+                .parse()
+                .map(Self::Count)
+                .map_err(|_| format!("workers is '{s}', expected auto or a number from 1")),
+        }
+    }
+}
+
+impl std::fmt::Display for Workers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Count(n) => n.fmt(f),
+        }
+    }
+}
+
+serde_as_text!(Workers);
+
+impl Workers {
+    /// The devices to work on. Fails with [`Error::Usage`] if there are too few GPUs like `device`.
+    fn devices(self, device: &Device) -> Result<Vec<Device>> {
+        let wanted = match self {
+            Self::Count(n) => n.get(),
+            Self::Auto if device.is_cpu() => 1,
+            Self::Auto => usize::MAX,
+        };
+        if device.is_cpu() {
+            return Ok(vec![device.clone(); wanted]);
+        }
+        let devices = all_of_class(device, wanted)?;
+        if devices.len() < wanted && self != Self::Auto {
+            bail!(Usage, "workers is {wanted}, expected at most {}: the GPUs of one class", devices.len());
+        }
+        Ok(devices)
+    }
+}
 
 /// Samples a pool of images.
 ///
@@ -108,6 +164,9 @@ pub struct Generate {
     /// Images in flight, for memory and speed only; 0 for one micro-batch per thread.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
+    /// Shards that are made at a time: auto for one on each GPU like the device, or a number of GPUs.
+    #[arg(long, default_value_t = Workers::Count(NonZeroUsize::MIN))]
+    pub workers: Workers,
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -117,7 +176,6 @@ pub struct Generate {
 struct Run<'a> {
     config: &'a Generate,
     job: &'a Job,
-    model: DiffusionModel,
     sampler: SamplerConfig,
     plan: Plan,
     info: PoolInfo,
@@ -127,6 +185,25 @@ struct Run<'a> {
     dir: PathBuf,
     /// Micro-batches before they were rounded.
     floats: Parts,
+    /// The shards that no worker has taken.
+    left: Mutex<Span<usize>>,
+    bar: Progress,
+}
+
+/// A device, and the model on it.
+struct Worker<'a> {
+    run: &'a Run<'a>,
+    model: DiffusionModel,
+    device: Device,
+}
+
+/// A shard's images, and what waits until they are written.
+struct Made {
+    shard: usize,
+    pixels: Vec<u8>,
+    record: Option<ShardRecord>,
+    parts: Parts,
+    _lock: fs::Lock,
 }
 
 impl Generate {
@@ -173,7 +250,7 @@ impl Generate {
 impl Stage for Generate {
     const NAME: &'static str = "generate";
     const INPUTS: &'static [&'static str] = &["model", "initial_noise"];
-    const RUNTIME: &'static [&'static str] = &["shards", "batch"];
+    const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers"];
 
     fn validate(&self) -> Result<()> {
         expect("count", self.count, 1, 1 << 40)?;
@@ -217,10 +294,13 @@ impl Stage for Generate {
         let Some(dir) = &self.model else {
             bail!(Usage, "model is not set, expected a model's folder in the layout of diffusers")
         };
-        let model = DiffusionModel::load(dir, &job.device)?;
-        let sampler = self.sampler(&model)?;
+        let devices = self.workers.devices(&job.device)?;
+        let models = devices.into_iter().map(|device| Ok((DiffusionModel::load(dir, &device)?, device)));
+        let models = models.collect::<Result<Vec<_>>>()?;
+        let (model, _) = &models[0];
+        let sampler = self.sampler(model)?;
         let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
-        let (info, null_class) = self.info(job, dir, &model, &sampler)?;
+        let (info, null_class) = self.info(job, dir, model, &sampler)?;
         let initial_noise =
             self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
         let all = self.shard_count();
@@ -229,19 +309,17 @@ impl Stage for Generate {
         let (out, _lock) = job.open(&format!("shards-{}-{}", share.start, share.end))?;
         fs::publish_json(&out.join("pool.json"), &info)?;
         let dir = out.join("pool");
-        // Gone when the stage is done, and not before.
-        let floats = Parts::new(job.hidden(out, "floats"));
-        let run =
-            Run { config: self, job, model, sampler, plan, info, null_class, initial_noise, dir, floats };
-        fs::create_dir_all(&run.dir)?;
+        fs::create_dir_all(&dir)?;
         let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
-        fs::remove_leftovers(&run.dir, &ours)?;
+        fs::remove_leftovers(&dir, &ours)?;
         let rows = |shard: usize| self.rows(shard).end - self.rows(shard).start;
         let bar = Progress::new(Self::NAME, share.clone().map(rows).sum(), "images");
-        for shard in share {
-            check_stop()?;
-            run.shard(shard, &bar)?;
-        }
+        // Gone when the stage is done, and not before.
+        let floats = Parts::new(job.hidden(out, "floats"));
+        let left = Mutex::new(share);
+        let run =
+            Run { config: self, job, sampler, plan, info, null_class, initial_noise, dir, floats, left, bar };
+        run.make(models)?;
         let missing: Vec<usize> = (0..all).filter(|&shard| !record_file(&run.dir, shard).is_file()).collect();
         if !missing.is_empty() {
             return Ok(Outcome::Partial(json!({ "shards": all, "missing": missing })));
@@ -343,37 +421,76 @@ impl Generate {
 }
 
 impl Run<'_> {
-    /// Makes a shard, or finds it made.
-    fn shard(&self, shard: usize, bar: &Progress) -> Result<()> {
+    /// Makes what is left, one worker for each of the models.
+    fn make(&self, models: Vec<(DiffusionModel, Device)>) -> Result<()> {
+        let work = |(model, device)| {
+            let worker = Worker { run: self, model, device };
+            worker.make_all().inspect_err(|_| self.give_up())
+        };
+        models.into_par_iter().with_max_len(1).map(work).collect()
+    }
+
+    fn next(&self) -> Option<usize> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).next()
+    }
+
+    /// Leaves nothing to the other workers.
+    fn give_up(&self) {
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = 0..0;
+    }
+}
+
+impl Worker<'_> {
+    /// Makes shards until none is left. A shard is written while the next one is computed.
+    fn make_all(&self) -> Result<()> {
+        let mut made = None;
+        loop {
+            check_stop()?;
+            let shard = self.run.next();
+            if shard.is_none() && made.is_none() {
+                return Ok(());
+            }
+            let (next, written) = rayon::join(
+                || shard.map_or(Ok(None), |shard| self.make(shard)),
+                || made.map_or(Ok(()), |made| self.run.write(made)),
+            );
+            written?;
+            made = next?;
+        }
+    }
+
+    /// The images of a shard; `None` if it was made before.
+    fn make(&self, shard: usize) -> Result<Option<Made>> {
+        let Run { config, dir, job, bar, .. } = self.run;
         // Ranges may overlap: a shard and its record must come from one machine.
-        let _lock = fs::Lock::acquire(&self.dir, &format!("shard-{shard:05}"))?;
-        let rows = self.config.rows(shard);
-        let record = read_record(&self.dir, shard)?;
+        let lock = fs::Lock::acquire(dir, &format!("shard-{shard:05}"))?;
+        let rows = config.rows(shard);
+        let record = read_record(dir, shard)?;
         if let Some(record) = &record
-            && record.has_file(&self.dir)
+            && record.has_file(dir)
         {
             bar.skip(record.rows);
-            return Ok(());
+            return Ok(None);
         }
-        let parts = Parts::new(self.job.hidden(&self.dir, &format!("shard-{shard:05}")));
-        let micro = self.config.micro_batch as u64;
-        let firsts: Vec<u64> = self.config.micro_batches(shard).collect();
-        let one = |&first: &u64| self.micro_batch(first, (first + micro).min(rows.end), &parts, bar);
-        let in_flight = match self.config.batch {
-            0 if self.job.device.is_cpu() => rayon::current_num_threads(),
-            batch => (batch / self.config.micro_batch).max(1),
+        let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
+        let micro = config.micro_batch as u64;
+        let firsts: Vec<u64> = config.micro_batches(shard).collect();
+        let one = |&first: &u64| self.micro_batch(first, (first + micro).min(rows.end), &parts);
+        let in_flight = match config.batch {
+            0 if self.device.is_cpu() => rayon::current_num_threads(),
+            batch => (batch / config.micro_batch).max(1),
         };
         let mut pixels = Vec::new();
         for group in firsts.chunks(in_flight) {
             pixels.extend(group.par_iter().map(one).collect::<Result<Vec<_>>>()?.concat());
         }
-        self.write(shard, rows, &pixels, record.as_ref())?;
-        parts.clear()
+        Ok(Some(Made { shard, pixels, record, parts, _lock: lock }))
     }
 
     /// The pixels of samples `first..end`, which share a micro-batch; found if they were made before.
-    fn micro_batch(&self, first: u64, end: u64, parts: &Parts, bar: &Progress) -> Result<Vec<u8>> {
-        let shape = self.info.shape;
+    fn micro_batch(&self, first: u64, end: u64, parts: &Parts) -> Result<Vec<u8>> {
+        let Run { config, sampler, plan, info, initial_noise, floats, bar, .. } = self.run;
+        let shape = info.shape;
         let wanted = (end - first) as usize * shape.size();
         let (pixels_key, state_key) = (format!("{first:012}.u8"), format!("{first:012}.state"));
         // Kept before the pixels are.
@@ -384,8 +501,8 @@ impl Run<'_> {
             return Ok(pixels);
         }
         // Padded to its full size, so that a sample's slot and its neighbours' number never change.
-        let samples: Vec<u64> = (first..first + self.config.micro_batch as u64).collect();
-        let (seed, device) = (self.config.seed, &self.job.device);
+        let samples: Vec<u64> = (first..first + config.micro_batch as u64).collect();
+        let (seed, device) = (config.seed, &self.device);
         let noise_at = |step: u32| gaussian_noise(seed, &samples, step, shape, device);
         let images_shape = (samples.len(), shape.height, shape.width, shape.channels);
         let start = match parts
@@ -398,17 +515,17 @@ impl Run<'_> {
                 let x = tensors.next().ok_or_else(|| Error::Alarm("a state without an image".into()))??;
                 Start::Saved(done, Trajectory { x, history: tensors.collect::<candle_core::Result<_>>()? })
             }
-            None => Start::Noise(match &self.initial_noise {
+            None => Start::Noise(match initial_noise {
                 Some(noise) => given_noise(noise, &samples, shape, device)?,
                 None => noise_at(stream::INITIAL)?,
             }),
         };
-        let conditioning = if self.info.conditional {
-            let n = self.info.class_names.len() as u64;
+        let conditioning = if info.conditional {
+            let n = info.class_names.len() as u64;
             let classes = Tensor::new(samples.iter().map(|s| (s % n) as u32).collect::<Vec<_>>(), device)?;
-            match self.null_class {
-                Some(null) if self.config.guidance != 1.0 => {
-                    Conditioning::Guided { classes, null, scale: self.config.guidance }
+            match self.run.null_class {
+                Some(null) if config.guidance != 1.0 => {
+                    Conditioning::Guided { classes, null, scale: config.guidance }
                 }
                 _ => Conditioning::Classes(classes),
             }
@@ -417,8 +534,8 @@ impl Run<'_> {
         };
         let mut saved = Instant::now();
         let images = sample(
-            &self.sampler,
-            &self.plan,
+            sampler,
+            plan,
             start,
             &mut |x, level| self.model.denoise(x, level, &conditioning),
             &mut |step| noise_at(step),
@@ -431,9 +548,9 @@ impl Run<'_> {
                 stop
             },
         )?;
-        if self.config.save_float.is_some() {
+        if config.save_float.is_some() {
             let chw = images.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?;
-            self.floats.put(&floats_key(first), &bytes_of(&chw[..wanted]))?;
+            floats.put(&floats_key(first), &bytes_of(&chw[..wanted]))?;
         }
         let mut pixels = to_u8(&images, Range::Signed)?;
         pixels.truncate(wanted);
@@ -441,7 +558,9 @@ impl Run<'_> {
         bar.add(end - first);
         Ok(pixels)
     }
+}
 
+impl Run<'_> {
     /// Writes the images of the whole pool as they were before they were rounded.
     fn write_floats(&self, path: &Path) -> Result<()> {
         let Shape { height, width, channels } = self.info.shape;
@@ -473,19 +592,19 @@ impl Run<'_> {
         })
     }
 
-    /// Publishes the shard, then its record.
-    fn write(
-        &self,
-        shard: usize,
-        rows: Span<u64>,
-        pixels: &[u8],
-        record: Option<&ShardRecord>,
-    ) -> Result<()> {
+    /// Publishes the shard, then its record. Then its parts are not needed any more.
+    fn write(&self, made: Made) -> Result<()> {
+        self.publish(&made)?;
+        made.parts.clear()
+    }
+
+    fn publish(&self, Made { shard, pixels, record, .. }: &Made) -> Result<()> {
+        let shard = *shard;
         let classes = self.info.class_names.len() as u64;
         let label = |i: u64| self.info.conditional.then_some((i % classes) as i64);
-        let writer = self.info.shard(rows, pixels, label)?;
+        let writer = self.info.shard(self.config.rows(shard), pixels, label)?;
         let name = |suffix: &str| format!("shard-{shard:05}{suffix}.parquet");
-        let Some(record) = record.filter(|r| r.device_class == self.job.device_class) else {
+        let Some(record) = record.as_ref().filter(|r| r.device_class == self.job.device_class) else {
             let entry = writer.finish(&self.dir, &name(""))?;
             let record = ShardRecord::of(self.job, shard, entry.rows, entry.blake3, entry.bytes);
             return fs::publish_json(&record_file(&self.dir, shard), &record);
@@ -545,6 +664,19 @@ mod tests {
         for bad in ["5", "5..5", "a..3", "3..1", "..2"] {
             assert!(bad.parse::<ShardRange>().unwrap_err().contains("expected A..B"), "{bad}");
         }
+    }
+
+    #[test]
+    fn workers_are_one_a_gpu_or_a_number() {
+        for text in ["auto", "1", "8"] {
+            assert_eq!(text.parse::<Workers>().unwrap().to_string(), text);
+        }
+        for bad in ["0", "-1", "all", ""] {
+            let error = bad.parse::<Workers>().unwrap_err();
+            assert_eq!(error, format!("workers is '{bad}', expected auto or a number from 1"));
+        }
+        let on_cpu = |text: &str| text.parse::<Workers>().unwrap().devices(&Device::Cpu).unwrap().len();
+        assert_eq!([on_cpu("auto"), on_cpu("3")], [1, 3]);
     }
 
     #[test]

@@ -72,7 +72,7 @@ show("point masses", arc("points", *sides, *grid("l2", *radii), "fit-discriminat
 
 digits = Path(__file__).parents[2] / "src" / "data" / "digits"
 rows = pa.concat_tables([pq.read_table(file) for file in sorted(digits.glob("*.parquet"))])
-images = np.stack([np.array(Image.open(io.BytesIO(row["bytes"]))) for row in rows["image"].to_pylist()])
+images = np.stack([np.array(Image.open(io.BytesIO(row["bytes"]))) for row in rows["img"].to_pylist()])
 labels = np.array(rows["label"])
 held = 0
 for halving in range(halvings):

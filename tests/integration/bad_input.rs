@@ -45,6 +45,7 @@ fn settings_that_cannot_be_are_usage_errors_that_name_value_and_range() {
         ),
         ("generate --model MODEL --count 100 --shards 0..2", "expected at most 0..1"),
         ("generate --model MODEL --count 100 --shards 3..2", "expected A..B"),
+        ("generate --model MODEL --workers 0", "workers is '0', expected auto or a number from 1"),
         ("generate --model MODEL --steps 2000", "the sampler's steps are 2000, expected from 1 to 1000"),
         ("generate --count 100", "model is not set, expected"),
         ("train --split SPLIT --epsilon=-0.1", "epsilon is -0.1, expected a number from 0 to 1"),

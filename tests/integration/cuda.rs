@@ -311,7 +311,7 @@ fn cuda_pools_do_not_depend_on_batch_or_resume() {
     };
     generate("one", "--shards 0..1");
     generate("one", "");
-    generate("two", "--batch 48");
+    generate("two", "--batch 48 --workers auto");
     assert_eq!(shards(&out("one")).len(), 3);
     assert!(shards(&out("one")) == shards(&out("two")));
 }

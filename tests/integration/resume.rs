@@ -22,6 +22,8 @@ fn a_pool_does_not_depend_on_threads_batch_or_machine_share() {
     assert!(shards(&out("two")) == expected, "2 threads and batch 64 changed the pool");
     ok(&generate(&out("batch"), "--threads 2 --batch 16"));
     assert!(shards(&out("batch")) == expected, "batch 16 changed the pool");
+    ok(&generate(&out("workers"), "--threads 2 --workers 2"));
+    assert!(shards(&out("workers")) == expected, "two workers changed the pool");
 
     let share = ok(&generate(&out("split"), "--shards 1..3 --json"));
     assert!(share.contains("\"missing\""), "{share}");
@@ -41,8 +43,8 @@ fn a_pool_survives_three_kills() {
     let took = started.elapsed();
     // Moments that differ from run to run; whatever they are, the result must not.
     let mut jitter = std::process::id() % 97;
-    for _ in 0..3 {
-        let mut child = start(&generate(&killed, "--threads 1"));
+    for workers in 1..=3 {
+        let mut child = start(&generate(&killed, &format!("--threads 1 --workers {workers}")));
         jitter = (jitter * 31 + 17) % 97;
         std::thread::sleep(took.mul_f64(0.1 + 0.3 * f64::from(jitter) / 97.0));
         child.kill().unwrap();

@@ -9,7 +9,7 @@ use blocks::{DownBlock, MidBlock, UpBlock};
 use candle_core::{D, Tensor};
 pub use config::{SampleSize, UNetConfig};
 
-use super::{Builder, Conv2d, Embedding, GroupNorm, Linear, params};
+use super::{Builder, Conv2d, Embedding, GroupNorm, Linear, layers::to_compute, params};
 use crate::{Result, kernels, rng};
 
 /// The version of `diffusers` whose file layout is written.
@@ -110,7 +110,8 @@ impl UNet {
         }
         let temb = self.embed(t, class_labels)?;
         let x = if self.config.center_input_sample { x.affine(2.0, -1.0)? } else { x.clone() };
-        let mut x = self.conv_in.forward(&x)?;
+        let given = x.dtype();
+        let mut x = self.conv_in.forward(&to_compute(&x)?)?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
             x = block.forward(x, &temb, &mut skips, dropout)?;
@@ -119,7 +120,7 @@ impl UNet {
         for block in &self.up_blocks {
             x = block.forward(x, &temb, &mut skips, dropout)?;
         }
-        self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
+        Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?.to_dtype(given)?)
     }
 
     /// The embedding of step and class, behind the SiLU that all residual blocks begin with: `(b, time)`.

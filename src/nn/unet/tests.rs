@@ -34,8 +34,16 @@ impl Golden {
     }
 
     fn forward(&self, net: &UNet) -> Tensor {
+        self.forward_as(DType::F32, net)
+    }
+
+    /// With images of this type.
+    fn forward_as(&self, images: DType, net: &UNet) -> Tensor {
         let labels = self.tensors.get("labels").map(|labels| labels.to_dtype(DType::U32).unwrap());
-        net.forward(&self.nhwc("x"), &self.tensors["t"], labels.as_ref()).unwrap()
+        let x = self.nhwc("x").to_dtype(images).unwrap();
+        let out = net.forward(&x, &self.tensors["t"], labels.as_ref()).unwrap();
+        assert_eq!(out.dtype(), images);
+        out.to_dtype(DType::F32).unwrap()
     }
 }
 
@@ -64,6 +72,7 @@ fn outputs_are_those_of_diffusers() {
         let golden = Golden::load(name);
         let net = golden.params.frozen(|b| UNet::new(&golden.config, b)).unwrap();
         assert_close(name, &golden.forward(&net), &golden.nhwc("y"), 1e-4);
+        assert_close(name, &golden.forward_as(DType::F64, &net), &golden.nhwc("y"), 1e-4);
     }
 }
 
@@ -71,7 +80,13 @@ fn outputs_are_those_of_diffusers() {
 fn gradients_are_those_of_pytorch() {
     let golden = Golden::load("conditional");
     let net = golden.params.tracked(|b| UNet::new(&golden.config, b)).unwrap();
-    let loss = (golden.forward(&net) - golden.nhwc("x")).unwrap().sqr().unwrap().mean_all().unwrap();
+    for images in [DType::F32, DType::F64] {
+        gradients_agree(&golden, &golden.forward_as(images, &net));
+    }
+}
+
+fn gradients_agree(golden: &Golden, out: &Tensor) {
+    let loss = (out - golden.nhwc("x")).unwrap().sqr().unwrap().mean_all().unwrap();
     let grads = loss.backward().unwrap();
     let named = golden.params.named(|var| Ok(grads.get(var.as_tensor()).unwrap().clone())).unwrap();
     let found: BTreeMap<_, _> = named.iter().map(|(name, grad)| (name.as_str(), grad)).collect();
