@@ -6,7 +6,7 @@ PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
 PEERS = target/peers
 
-.PHONY: build curate experiment test test-extractors ci format lint docs smoke bench bench-peers bench-curate test-interop test-robustbench test-autoattack cuda check-cuda \
+.PHONY: build curate experiment test test-extractors ci format lint docs smoke bench bench-peers bench-cuda bench-curate test-interop test-robustbench test-autoattack cuda check-cuda \
 	test-cuda test-cuda-emulated clean
 
 build:
@@ -61,6 +61,18 @@ bench-peers:
 	$(CARGO) bench --bench peers --no-run
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(PEERS)/inductor $(PEERS)/bin/python tests/bench/peers.py \
 	  --runner "$(CARGO) bench --quiet --bench peers --" $(ARGS)
+
+# proxyset and PyTorch on the same GPU in one run; needs one. A part, in another precision: `make bench-cuda PRECISION=tf32
+# ARGS="--only 'unet*'"`.
+PRECISION = bf16
+bench-cuda:
+	test -d $(PEERS) || python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r tests/bench/requirements.txt
+	environment=$$(tests/cuda/toolkit.sh $(CUDA_TOOLKIT)) && eval "$$environment" && \
+	  $(CARGO) bench --features cuda --bench peers --no-run && \
+	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(PEERS)/inductor $(PEERS)/bin/python tests/bench/peers.py --device cuda:0 \
+	  --precision $(PRECISION) --out target/bench-cuda-$(PRECISION).json \
+	  --runner "$(CARGO) bench --quiet --features cuda --bench peers --" $(ARGS)
 
 # Curation of ten million rows beside DuckDB and polars.
 bench-curate: build

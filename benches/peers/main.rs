@@ -1,4 +1,4 @@
-//! Our side of `make bench-peers`: a server that `tests/bench/peers.py` drives, so that it can run PyTorch and
+//! Our side of `make bench-peers` and `make bench-cuda`: a server that `tests/bench/peers.py` drives, so that it can run PyTorch and
 //! proxyset in turn.
 //!
 //! One JSON command a line on stdin, one JSON answer a line on stdout, `{"error": …}` if it failed:
@@ -7,9 +7,10 @@
 //!   to `dir`; see [`Work`]. The case before it is dropped.
 //! - `{"op": "output", "path": …}`: writes what all sides must agree on as safetensors, images in NCHW: in full for
 //!   `ours`, the network's output alone for `candle`. It comes before `time`, which changes weights that train.
-//! - `{"op": "time", "warmup": n, "iterations": m}`: `{"ms": …}`, the mean of `m` runs after `n` untimed ones.
+//! - `{"op": "time", "warmup": n, "iterations": m}`: `{"ms": …}`, the mean of `m` runs after `n` untimed ones, to the end of
+//!   what the device does.
 //!
-//! The one argument is the engine: `ours`, or `candle` for the same work in stock candle ops.
+//! The engine is `ours`, or `candle` for the same work in stock candle ops.
 
 mod ours;
 mod stock;
@@ -23,6 +24,8 @@ use std::{
 };
 
 use candle_core::{Device, Tensor};
+use clap::{Parser, ValueEnum};
+use proxyset::device::{CpuLevel, DeviceChoice, Precision, device_class};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -34,6 +37,24 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Tensors by name.
 type Named = HashMap<String, Tensor>;
+
+#[derive(Parser)]
+struct Args {
+    engine: Engine,
+    #[arg(long, default_value_t = DeviceChoice::Cpu)]
+    device: DeviceChoice,
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
+    /// Cargo adds it.
+    #[arg(long)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Engine {
+    Ours,
+    Candle,
+}
 
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
@@ -53,6 +74,8 @@ enum Work {
     Conv2d { stride: usize, padding: usize, backward: bool },
     /// The folder is a diffusion model's; `x`, perhaps `labels`. Its noise at step `t`, without gradients.
     Denoise { t: usize },
+    /// The same; `x` is the noise that DDIM begins with.
+    Sample { steps: usize },
     /// Also `noise`: the gradients of the mean squared error to all parameters.
     DenoiseGradients { t: usize, parts: usize },
     /// The folder is a classifier's; `x` and `labels`. Its logits, without gradients.
@@ -87,8 +110,8 @@ trait Case {
     fn outputs(&mut self) -> Result<Named>;
 }
 
-fn inputs(dir: &Path) -> Result<Named> {
-    Ok(candle_core::safetensors::load(dir.join("inputs.safetensors"), &Device::Cpu)?)
+fn inputs(dir: &Path, device: &Device) -> Result<Named> {
+    Ok(candle_core::safetensors::load(dir.join("inputs.safetensors"), device)?)
 }
 
 /// Takes an input out of those of a case.
@@ -96,14 +119,16 @@ fn take(inputs: &mut Named, name: &str) -> Result<Tensor> {
     inputs.remove(name).ok_or_else(|| format!("the inputs have no '{name}'").into())
 }
 
-fn time(case: &mut dyn Case, warmup: usize, iterations: usize) -> Result<f64> {
+fn time(case: &mut dyn Case, device: &Device, warmup: usize, iterations: usize) -> Result<f64> {
     for _ in 0..warmup {
         case.run()?;
     }
+    device.synchronize()?;
     let start = Instant::now();
     for _ in 0..iterations {
         case.run()?;
     }
+    device.synchronize()?;
     Ok(1e3 * start.elapsed().as_secs_f64() / iterations as f64)
 }
 
@@ -115,7 +140,7 @@ fn prepared(case: &mut Option<Box<dyn Case>>) -> Result<&mut dyn Case> {
 }
 
 /// Serves stdin until it ends.
-fn serve(prepare: fn(&Path, Work) -> Result<Box<dyn Case>>) -> Result<()> {
+fn serve(prepare: fn(&Path, Work, &Device) -> Result<Box<dyn Case>>, device: &Device) -> Result<()> {
     let mut case: Option<Box<dyn Case>> = None;
     for line in io::stdin().lock().lines() {
         let line = line?;
@@ -123,13 +148,13 @@ fn serve(prepare: fn(&Path, Work) -> Result<Box<dyn Case>>) -> Result<()> {
             Ok(match command {
                 Command::Hello => json!({
                     "version": env!("CARGO_PKG_VERSION"),
-                    "device_class": proxyset::device::device_class(&Device::Cpu),
+                    "device_class": device_class(device),
                     "threads": rayon::current_num_threads(),
                 }),
                 Command::Prepare { dir, work } => {
                     // First, so that two large networks are never there at once.
                     case = None;
-                    case = Some(prepare(&dir, work)?);
+                    case = Some(prepare(&dir, work, device)?);
                     json!({})
                 }
                 Command::Output { path } => {
@@ -138,7 +163,7 @@ fn serve(prepare: fn(&Path, Work) -> Result<Box<dyn Case>>) -> Result<()> {
                     json!({})
                 }
                 Command::Time { warmup, iterations } => {
-                    json!({ "ms": time(prepared(&mut case)?, warmup, iterations)? })
+                    json!({ "ms": time(prepared(&mut case)?, device, warmup, iterations)? })
                 }
             })
         });
@@ -150,17 +175,17 @@ fn serve(prepare: fn(&Path, Work) -> Result<Box<dyn Case>>) -> Result<()> {
 }
 
 fn main() -> Result<()> {
-    proxyset::device::CpuLevel::check_env()?;
-    // Cargo adds `--bench`.
-    let engine = std::env::args().skip(1).find(|argument| argument != "--bench");
-    match engine.as_deref() {
-        Some("ours") => {
-            // SAFETY: no other thread exists yet.
-            unsafe { proxyset::process::tune() };
-            // In the pool, as the program.
-            Ok(rayon::scope(|_| serve(ours::prepare).map_err(|e| e.to_string()))?)
-        }
-        Some("candle") => serve(stock::prepare),
-        _ => Err("run by `make bench-peers`; the engine is 'ours' or 'candle'".into()),
+    CpuLevel::check_env()?;
+    let args = Args::parse();
+    if let Engine::Ours = args.engine {
+        // SAFETY: no other thread exists yet.
+        unsafe { proxyset::process::tune() };
+    }
+    args.precision.set();
+    let device = args.device.open()?;
+    match args.engine {
+        // In the pool, as the program.
+        Engine::Ours => Ok(rayon::scope(|_| serve(ours::prepare, &device).map_err(|e| e.to_string()))?),
+        Engine::Candle => serve(stock::prepare, &device),
     }
 }

@@ -5,7 +5,10 @@ use std::{hint::black_box, ops::Range, path::Path};
 use candle_core::{Device, Tensor, Var, backprop::GradStore};
 use proxyset::{
     attack::{Epsilon, Norm, Pgd, PgdConfig, PgdLoss, Threat},
-    diffusion::DiffusionModel,
+    diffusion::{
+        Conditioning, DiffusionModel,
+        sampler::{Plan, SamplerConfig, SamplerKind, Start, sample},
+    },
     kernels,
     nn::{
         BatchNormMode, Classifier, Network, Params, UNet,
@@ -17,8 +20,8 @@ use rayon::prelude::*;
 
 use super::{Attack, Case, Descent, Named, Result, Work, inputs, take};
 
-pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
-    let mut inputs = inputs(dir)?;
+pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>> {
+    let mut inputs = inputs(dir, device)?;
     let x = nhwc(&take(&mut inputs, "x")?)?;
     Ok(match work {
         Work::Conv2d { stride, padding, backward } => {
@@ -31,24 +34,31 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
             Box::new(Conv2d { x, weight, bias, grad, stride, padding: (padding, padding), backward })
         }
         Work::Denoise { t } => {
-            let model = DiffusionModel::load(dir, &Device::Cpu)?;
+            let model = DiffusionModel::load(dir, device)?;
             Box::new(Denoise { model, x, t, labels: inputs.remove("labels") })
         }
+        Work::Sample { steps } => {
+            let model = DiffusionModel::load(dir, device)?;
+            let sampler = SamplerConfig { kind: SamplerKind::Ddim, steps, ..model.scheduler().sampler() };
+            let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
+            let conditioning = inputs.remove("labels").map_or(Conditioning::None, Conditioning::Classes);
+            Box::new(Sample { model, sampler, plan, conditioning, x })
+        }
         Work::DenoiseGradients { t, parts } => {
-            let model = DiffusionModel::load(dir, &Device::Cpu)?;
+            let model = DiffusionModel::load(dir, device)?;
             Box::new(DenoiseGradients {
                 network: model.tracked()?,
                 params: model.params().clone(),
-                t: Tensor::full(t as f32, x.dim(0)?, &Device::Cpu)?,
+                t: Tensor::full(t as f32, x.dim(0)?, device)?,
                 noise: nhwc(&take(&mut inputs, "noise")?)?,
                 labels: inputs.remove("labels"),
                 x,
                 parts,
             })
         }
-        Work::Logits => Box::new(Logits { classifier: Classifier::load(dir, &Device::Cpu)?, x }),
+        Work::Logits => Box::new(Logits { classifier: Classifier::load(dir, device)?, x }),
         Work::PgdStep { attack, sgd, parts } => {
-            let classifier = Classifier::load(dir, &Device::Cpu)?;
+            let classifier = Classifier::load(dir, device)?;
             let Attack { epsilon, step_size, steps } = attack;
             let Descent { learning_rate, momentum, weight_decay } = sgd;
             Box::new(PgdStep {
@@ -182,6 +192,41 @@ impl Case for Denoise {
     fn outputs(&mut self) -> Result<Named> {
         let eps = self.model.predict(&self.x, self.t as f64, self.labels.as_ref())?;
         Ok(Named::from([("eps".into(), nchw(&eps)?)]))
+    }
+}
+
+struct Sample {
+    model: DiffusionModel,
+    sampler: SamplerConfig,
+    plan: Plan,
+    conditioning: Conditioning,
+    x: Tensor,
+}
+
+impl Sample {
+    fn images(&self) -> Result<Tensor> {
+        let denoise = &mut |x: &Tensor, level| self.model.denoise(x, level, &self.conditioning);
+        // DDIM without a share of noise.
+        let none = &mut |_| Ok(self.x.zeros_like()?);
+        Ok(sample(
+            &self.sampler,
+            &self.plan,
+            Start::Noise(self.x.clone()),
+            denoise,
+            none,
+            &mut |_, _| Ok(()),
+        )?)
+    }
+}
+
+impl Case for Sample {
+    fn run(&mut self) -> Result<()> {
+        black_box(self.images()?);
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Named> {
+        Ok(Named::from([("images".into(), nchw(&self.images()?)?)]))
     }
 }
 

@@ -13,8 +13,8 @@ use proxyset::{
 
 use super::{Attack, Case, Descent, Named, Result, Work, inputs, take};
 
-pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
-    let mut inputs = inputs(dir)?;
+pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>> {
+    let mut inputs = inputs(dir, device)?;
     let x = take(&mut inputs, "x")?;
     Ok(match work {
         Work::Conv2d { stride, padding, backward } => {
@@ -31,7 +31,7 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
             })
         }
         Work::Denoise { t } => {
-            let model = DiffusionModel::load(dir, &Device::Cpu)?;
+            let model = DiffusionModel::load(dir, device)?;
             let (config, weights) = (model.config().clone(), frozen(&variables(model.params())?));
             let (t, labels) = (steps(t, &x)?, inputs.remove("labels"));
             Box::new(Forward {
@@ -40,8 +40,9 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
                 loss: None,
             })
         }
+        Work::Sample { .. } => return Err("sampling is not written in stock candle".into()),
         Work::DenoiseGradients { t, .. } => {
-            let model = DiffusionModel::load(dir, &Device::Cpu)?;
+            let model = DiffusionModel::load(dir, device)?;
             let (config, weights) = (model.config().clone(), tracked(&variables(model.params())?));
             let (t, labels, noise) = (steps(t, &x)?, inputs.remove("labels"), take(&mut inputs, "noise")?);
             Box::new(Forward {
@@ -51,7 +52,7 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
             })
         }
         Work::Logits => {
-            let classifier = Classifier::load(dir, &Device::Cpu)?;
+            let classifier = Classifier::load(dir, device)?;
             let weights = frozen(&variables(classifier.params())?);
             let architecture = classifier.config().architecture.clone();
             Box::new(Forward {
@@ -61,7 +62,7 @@ pub fn prepare(dir: &Path, work: Work) -> Result<Box<dyn Case>> {
             })
         }
         Work::PgdStep { attack, sgd, .. } => {
-            let classifier = Classifier::load(dir, &Device::Cpu)?;
+            let classifier = Classifier::load(dir, device)?;
             let named = variables(classifier.params())?;
             let vars: Vec<_> = named.iter().map(|(_, var)| var.clone()).collect();
             let momenta = vars.iter().map(|var| var.zeros_like()).collect::<CandleResult<_>>()?;

@@ -9,8 +9,8 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from networks import ResNet, SmallCNN
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from networks import ResNet, SmallCNN, WideResNet
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
@@ -32,27 +32,58 @@ class Variant:
 
     compiled: bool
     channels_last: bool
+    device: str = "cpu"
+    bf16: bool = False
 
     @property
     def name(self):
         return f"{'compile' if self.compiled else 'eager'}, {'channels_last' if self.channels_last else 'NCHW'}"
 
     def place(self, value):
-        """A copy of a tensor or module in this memory format."""
+        """A copy of a tensor or module on the device, in this memory format."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         if isinstance(value, torch.nn.Module):
-            return copy.deepcopy(value).to(memory_format=layout)
-        return value.clone(memory_format=layout if value.dim() == 4 else torch.contiguous_format)
+            return copy.deepcopy(value).to(self.device, memory_format=layout)
+        return value.to(self.device, copy=True, memory_format=layout if value.dim() == 4 else torch.contiguous_format)
 
     def compile(self, function):
         return torch.compile(function, dynamic=False) if self.compiled else function
+
+    def network(self, model, training):
+        """A placed model as a function with f32 outputs: in bf16 its weights are bf16, in training autocast makes them so."""
+        if self.bf16 and training:
+
+            def call(x, *rest, **named):
+                with torch.autocast(self.device, torch.bfloat16):
+                    return model(x, *rest, **named)
+
+        elif self.bf16:
+            model.to(torch.bfloat16)
+
+            def call(x, *rest, **named):
+                return model(x.to(torch.bfloat16), *rest, **named)
+
+        else:
+            call = model
+        compiled = self.compile(call)
+        return lambda *given, **named: in_f32(compiled(*given, **named))
+
+
+def in_f32(result):
+    # diffusers' networks return a tuple.
+    return result[0].float() if isinstance(result, tuple) else result.float()
 
 
 def save_inputs(folder, **tensors):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "inputs.safetensors")
 
 
-class Convolution:
+class Case:
+    # Whether benches/peers has it in stock candle's ops.
+    in_candle = True
+
+
+class Convolution(Case):
     """With bias; `backward` adds the gradients to input, weight and bias."""
 
     def __init__(self, kernel, c_in, c_out, side, stride=1, batch=16, *, backward):
@@ -91,10 +122,10 @@ class Convolution:
         return Peer((lambda: gradients(ones)) if self.backward else forward, outputs)
 
 
-class DenoisingStep:
+class DenoisingStep(Case):
     """A U-Net's noise at one step; `backward`: the gradients of the training loss to all parameters."""
 
-    def __init__(self, folder, batch, *, backward):
+    def __init__(self, folder, batch, *, backward, parts=PARTS):
         self.folder, self.backward, self.t = folder, backward, 500
         self.model = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
         config = self.model.config
@@ -104,7 +135,7 @@ class DenoisingStep:
         self.labels = torch.arange(batch) % classes if classes else None
         self.work = {"kind": "denoise", "t": self.t}
         if backward:
-            self.work = {"kind": "denoise_gradients", "t": self.t, "parts": PARTS}
+            self.work = {"kind": "denoise_gradients", "t": self.t, "parts": parts}
 
     def save(self, folder):
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
@@ -114,11 +145,12 @@ class DenoisingStep:
     def peer(self, variant):
         model = variant.place(self.model)
         x, noise = variant.place(self.x), variant.place(self.noise)
-        t = torch.full((len(x),), float(self.t))
-        compiled = variant.compile(model)
+        t = torch.full((len(x),), float(self.t), device=variant.device)
+        labels = None if self.labels is None else variant.place(self.labels)
+        network = variant.network(model, self.backward)
 
         def predict():
-            return compiled(x, t, class_labels=self.labels, return_dict=False)[0]
+            return network(x, t, class_labels=labels, return_dict=False)
 
         def forward():
             with torch.no_grad():
@@ -138,17 +170,46 @@ class DenoisingStep:
         return Peer(step if self.backward else forward, outputs)
 
 
-class Classifier:
+class Sampling(DenoisingStep):
+    """Images from noise by DDIM without a share of noise."""
+
+    in_candle = False
+
+    def __init__(self, folder, batch, steps):
+        super().__init__(folder, batch, backward=False)
+        self.scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        self.scheduler.set_timesteps(steps)
+        self.work = {"kind": "sample", "steps": steps}
+
+    def peer(self, variant):
+        network = variant.network(variant.place(self.model), False)
+        labels = None if self.labels is None else variant.place(self.labels)
+        noise = variant.place(self.x)
+
+        def run():
+            x = noise
+            with torch.no_grad():
+                for t in self.scheduler.timesteps:
+                    # A number is copied to the device in each step, a tensor is there.
+                    steps = torch.full((len(x),), float(t), device=variant.device)
+                    eps = network(x, steps, class_labels=labels, return_dict=False)
+                    x = self.scheduler.step(eps, int(t), x).prev_sample
+            return x
+
+        return Peer(run, lambda: {"images": run()})
+
+
+class Classifier(Case):
     """The logits of a batch; `attack`: a step of adversarial training instead.
 
     `config` is what proxyset's `config.json` says about the network. PGD starts from the images themselves, so
-    that both sides do the same arithmetic. Batch statistics are in training mode throughout.
+    that both sides do the same arithmetic. Batch statistics are in training mode throughout a step.
     """
 
     SGD = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
     def __init__(self, model, config, shape, *, attack=None, parts=1):
-        self.model, self.attack = model.train(), attack
+        self.model, self.attack = model.train(bool(attack)), attack
         self.config = config | {"class_names": [str(i) for i in range(10)]}
         self.x = torch.rand(shape)
         self.labels = torch.arange(len(self.x)) % 10
@@ -162,8 +223,8 @@ class Classifier:
         save_inputs(folder, x=self.x, labels=self.labels.to(torch.uint32))
 
     def peer(self, variant):
-        model, x, labels = variant.place(self.model), variant.place(self.x), self.labels
-        logits_of = variant.compile(model)
+        model, x, labels = (variant.place(value) for value in (self.model, self.x, self.labels))
+        logits_of = variant.network(model, bool(self.attack))
         optimizer = torch.optim.SGD(
             model.parameters(),
             lr=self.SGD["learning_rate"],
@@ -261,6 +322,12 @@ def resnet18(batch, **options):
     return Classifier(ResNet((2, 2, 2, 2), config["num_classes"]), config, (batch, 3, 32, 32), **options)
 
 
+def wide_resnet(batch, **options):
+    """WRN-28-10."""
+    config = {"arch": "wide_resnet", "in_channels": 3, "image_size": 32, "num_classes": 10, "depth": 28, "width": 10}
+    return Classifier(WideResNet(28, 10, config["num_classes"]), config, (batch, 3, 32, 32), **options)
+
+
 CONVOLUTIONS = {
     "conv3x3_32_32_32": (3, 32, 32, 32),
     "conv3x3_64_64_32": (3, 64, 64, 32),
@@ -275,8 +342,20 @@ PGD10 = {"epsilon": 8 / 255, "step_size": 2 / 255, "steps": 10}
 DIGITS_DDPM = ROOT / "models" / "digits-ddpm"
 
 
-def cases():
+def gpu_cases():
     """Name to a function of the scratch folder that makes the case."""
+    found = {}
+    for batch in (128, 512, 2048):
+        found[f"unet_ddim10_b{batch}"] = lambda scratch, batch=batch: Sampling(cifar10_unet(scratch), batch, 10)
+    found["unet_b128_fwdbwd"] = lambda scratch: DenoisingStep(cifar10_unet(scratch), 128, backward=True, parts=1)
+    found["resnet18_b1024"] = lambda _: resnet18(1024)
+    found["resnet18_pgd10_b256"] = lambda _: resnet18(256, attack=PGD10, parts=1)
+    found["wrn28_10_pgd10_b128"] = lambda _: wide_resnet(128, attack=PGD10, parts=1)
+    return found
+
+
+def cases():
+    """The same for the CPU."""
     found = {}
     for name, shape in CONVOLUTIONS.items():
         for suffix, backward in (("fwd", False), ("fwdbwd", True)):
@@ -285,6 +364,7 @@ def cases():
         found[f"unet_b{batch}"] = lambda scratch, batch=batch: DenoisingStep(cifar10_unet(scratch), batch, backward=False)
     found["digits_unet_b64"] = lambda _: DenoisingStep(DIGITS_DDPM, 64, backward=False)
     found["digits_unet_b64_fwdbwd"] = lambda _: DenoisingStep(DIGITS_DDPM, 64, backward=True)
+    found["digits_unet_ddim10_b64"] = lambda _: Sampling(DIGITS_DDPM, 64, 10)
     found["small_cnn_b128"] = lambda _: small_cnn(128)
     found["small_cnn_pgd10_b128"] = lambda _: small_cnn(128, attack=PGD10, parts=PARTS)
     # Batch statistics need the whole batch.

@@ -74,3 +74,46 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(x.mean((2, 3)))
+
+
+class WideBlock(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.convShortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x):
+        h = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(h))))
+        return out + (x if self.convShortcut is None else self.convShortcut(h))
+
+
+class WideGroup(nn.Module):
+    def __init__(self, c_in, c_out, stride, blocks):
+        super().__init__()
+        inputs = [(c_in, stride)] + [(c_out, 1)] * (blocks - 1)
+        self.layer = nn.Sequential(*(WideBlock(c, c_out, s) for c, s in inputs))
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class WideResNet(nn.Module):
+    """Zagoruyko & Komodakis 2016, with the names of TRADES."""
+
+    def __init__(self, depth, width, num_classes):
+        super().__init__()
+        channels, blocks = [16, 16 * width, 32 * width, 64 * width], (depth - 4) // 6
+        self.conv1 = nn.Conv2d(3, channels[0], 3, 1, 1, bias=False)
+        self.block1 = WideGroup(channels[0], channels[1], 1, blocks)
+        self.block2 = WideGroup(channels[1], channels[2], 2, blocks)
+        self.block3 = WideGroup(channels[2], channels[3], 2, blocks)
+        self.bn1 = nn.BatchNorm2d(channels[3])
+        self.fc = nn.Linear(channels[3], num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
+        return self.fc(x.mean((2, 3)))
