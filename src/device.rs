@@ -63,8 +63,29 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
     if let Device::Cuda(cuda) = &device {
         // SAFETY: all work of the process on this device goes to this one stream, in the order in which it is asked for.
         unsafe { cuda.disable_event_tracking() };
+        keep_freed_memory(cuda);
     }
     Ok(device)
+}
+
+/// Lets the driver keep freed memory for the next tensor. By default it gives all of it back whenever the stream is waited for,
+/// and asks for it again, which takes milliseconds. Where the driver has no pools there is nothing to keep.
+#[cfg(feature = "cuda")]
+fn keep_freed_memory(device: &candle_core::CudaDevice) {
+    use candle_core::cuda_backend::cudarc::driver::sys;
+    let context = device.cuda_stream().context().clone();
+    if !context.has_async_alloc() {
+        return;
+    }
+    let mut pool = std::ptr::null_mut();
+    let mut threshold = u64::MAX;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is open, and the attribute's value is 64 bits. A refusal costs time alone.
+    unsafe {
+        if sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()) == sys::CUresult::CUDA_SUCCESS {
+            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast());
+        }
+    }
 }
 
 /// What can be done about an error of the driver.
