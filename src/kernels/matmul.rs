@@ -16,10 +16,15 @@ use crate::{Result, device::CpuLevel};
 /// Fails if the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     if on_cpu(&[x, weight, bias.unwrap_or(weight)]) {
-        linear_at(CpuLevel::get(), x, weight, bias)
-    } else {
-        reference::linear(x, weight, bias)
+        return linear_at(CpuLevel::get(), x, weight, bias);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(bias) = bias
+        && super::cuda::on_cuda(x, &[weight, bias])
+    {
+        return super::cuda::add_channels(&reference::linear(x, weight, None)?, bias);
+    }
+    reference::linear(x, weight, bias)
 }
 
 pub(super) fn linear_at(

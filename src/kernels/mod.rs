@@ -11,6 +11,7 @@
 //! - Backward computes gradients of tracked operands only: an attack on frozen weights pays no weight gradient.
 
 mod activation;
+mod add_channels;
 #[cfg(any(feature = "cuda", test))]
 mod algorithms;
 mod attention;
@@ -38,6 +39,7 @@ use candle_core::{CpuStorage, DType, Device, Layout, Shape, Storage, StorageRef,
 use rayon::prelude::*;
 
 pub use activation::{relu, silu};
+pub use add_channels::add_channels;
 pub use attention::{attention, softmax};
 pub use basic_block::{BasicBlock, basic_block};
 pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train};

@@ -79,13 +79,7 @@ pub fn group_norm(
     let g = g.broadcast_sub(&g.mean_keepdim((1, 3))?)?;
     let variance = g.sqr()?.mean_keepdim((1, 3))?;
     let g = g.broadcast_div(&(variance + epsilon)?.sqrt()?)?.reshape(x.dims())?;
-    let per_sample = |t: &Tensor| -> candle_core::Result<Tensor> {
-        let mut dims = vec![1; x.rank()];
-        dims[x.rank() - 1] = c;
-        dims[0] = t.elem_count() / c;
-        like(x, t)?.reshape(dims)
-    };
-    let out = g.broadcast_mul(&per_sample(weight)?)?.broadcast_add(&per_sample(bias)?)?;
+    let out = g.broadcast_mul(&per_channel(x, weight)?)?.broadcast_add(&per_channel(x, bias)?)?;
     if silu { self::silu(&out) } else { Ok(out) }
 }
 
@@ -145,6 +139,20 @@ fn like(x: &Tensor, t: &Tensor) -> candle_core::Result<Tensor> {
 /// bf16 numbers as f32, which their sums need.
 fn to_sum(x: &Tensor) -> candle_core::Result<Tensor> {
     x.to_dtype(if x.dtype() == DType::BF16 { DType::F32 } else { x.dtype() })
+}
+
+/// `x + shift`. `x`: `(b, …, c)`; `shift`: `(c,)`, or `(b, c)` for each sample its own.
+pub fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    Ok(x.broadcast_add(&per_channel(x, shift)?)?)
+}
+
+/// A vector of the channels, or one for each sample, in as many dimensions as `x`, and in its type.
+fn per_channel(x: &Tensor, t: &Tensor) -> candle_core::Result<Tensor> {
+    let c = x.dim(D::Minus1)?;
+    let mut dims = vec![1; x.rank()];
+    dims[0] = t.elem_count() / c;
+    dims[x.rank() - 1] = c;
+    like(x, t)?.reshape(dims)
 }
 
 /// `x · sigmoid(x)`, element by element.
@@ -219,22 +227,23 @@ pub fn resnet_block(
     packed: &BlockWeights,
     mask: Option<&Tensor>,
 ) -> Result<Tensor> {
-    use super::{conv2d_packed, group_norm, linear};
+    use super::{add_channels, conv2d_packed, group_norm, linear};
     let parts = split(theta, &block.parameters())?;
     let ResnetBlock { groups, epsilon, .. } = *block;
     let part = |name: &str| &parts[name];
     let (weight, bias) = (part("norm1.weight"), part("norm1.bias"));
     let h = group_norm(x, groups, weight, bias, epsilon, true)?;
-    let h = conv2d_packed(&h, part("conv1.weight"), Some(part("conv1.bias")), 1, (1, 1), &packed[0])?;
     let step = linear(temb, part("time_emb_proj.weight"), Some(part("time_emb_proj.bias")))?;
+    let conv1 = |bias: Option<&Tensor>| conv2d_packed(&h, part("conv1.weight"), bias, 1, (1, 1), &packed[0]);
     let (weight, bias) = (part("norm2.weight"), part("norm2.bias"));
     let h = if block.scale_shift {
+        let h = conv1(Some(part("conv1.bias")))?;
         let factor = (step.narrow(1, 0, block.c_out)? + 1.0)?;
         let shift = step.narrow(1, block.c_out, block.c_out)?;
         let bias = (factor.broadcast_mul(bias)? + shift)?;
         group_norm(&h, groups, &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
     } else {
-        let h = h.broadcast_add(&like(&h, &step)?.unsqueeze(1)?.unsqueeze(1)?)?;
+        let h = add_channels(&conv1(None)?, &add_channels(&step, part("conv1.bias"))?)?;
         group_norm(&h, groups, weight, bias, epsilon, true)?
     };
     let h = match mask {

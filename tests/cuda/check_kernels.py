@@ -189,6 +189,23 @@ for kind in (Kind("f32"), Kind("bf16")):
             given = rng.standard_normal(c).astype(np.float32), rng.uniform(0.5, 2, c).astype(np.float32)
             norm_case(kind, 1, rows, c, c, activation, False, given, of_batch_norm(given))
 
+    for segments, rows, c in [(1, 35, 8), (3, 11, 33)]:
+        x, dy = (kind.pack(rng.standard_normal((segments, rows, c))) for _ in range(2))
+        shift, y = rng.standard_normal((segments, c)).astype(np.float32), kind.empty(x.shape)
+        launch(f"add_channels_{kind.suffix}", (3, max(1, segments - 1), 1), (64, 1, 1), x, shift, c, segments, rows * c, y)
+        tx, ts = double(kind.unpack(x)), double(shift)
+        out = tx + ts[:, None]
+        close(f"channels {kind.suffix} {segments}", kind.unpack(y), out, kind.bound)
+        # The gradient of the shift is `rows` times the mean that norms begin with.
+        partial, moments = np.zeros((segments, 3, 2, c)), [np.zeros((segments, c), np.float32) for _ in range(3)]
+        per_chunk = -(-rows // 3)
+        launch(f"norm_sums_{kind.suffix}", (3, segments, -(-c // LANES)), (LANES, ROWS, 1), dy, c, segments, rows, per_chunk,
+               partial)
+        launch("norm_moments", (-(-segments * c // 2), 1, 1), (32, 2, 1), partial, 3, segments, c, c, rows,
+               ctypes.c_double(0), *moments)
+        out.backward(torch.from_numpy(np.asarray(kind.unpack(dy), np.float64)))
+        close(f"channels {kind.suffix} {segments}: shift", moments[0] * rows, ts.grad, 1e-5)
+
     n = 1003
     for name in ("silu", "relu"):
         x, dy = (kind.pack(rng.standard_normal(n) * 3) for _ in range(2))

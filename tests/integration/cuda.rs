@@ -186,6 +186,8 @@ fn cuda_pointwise_ops_and_products_agree_with_the_reference() {
     agree("relu", &x, true, &|t| kernels::relu(&t[0]));
     agree("upsampling", &x, true, &|t| kernels::upsample_nearest2x(&t[0]));
     agree("upsampling of a transpose", &x, true, &|t| kernels::upsample_nearest2x(&t[0].transpose(1, 2)?));
+    agree("shift", &[x[0].clone(), random.normals(7)], true, &|t| kernels::add_channels(&t[0], &t[1]));
+    agree("shifts", &[x[0].clone(), random.normals((3, 7))], true, &|t| kernels::add_channels(&t[0], &t[1]));
     agree("mean", &x, false, &|t| kernels::global_avg_pool(&t[0]));
     agree("pool", &x, false, &|t| kernels::avg_pool2d(&t[0], 2));
     for columns in [1, 32, 77] {

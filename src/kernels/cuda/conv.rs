@@ -24,7 +24,9 @@ use candle_core::{
     },
 };
 
-use super::{super::algorithms, Element, not_here, tensor, uninitialized, view, with_element, with_views};
+use super::{
+    super::algorithms, Element, add_channels, not_here, tensor, uninitialized, view, with_element, with_views,
+};
 use crate::{
     Result,
     device::{Precision, device_class},
@@ -55,7 +57,7 @@ pub(in crate::kernels) fn conv2d(
         Convolution { image: x.dims4()?, filter: filter.dims4()?, stride, padding, pass: Pass::Forward };
     let out = x.apply_op2(&filter, convolution)?;
     Ok(match bias {
-        Some(bias) => out.broadcast_add(&bias.to_dtype(out.dtype())?)?,
+        Some(bias) => add_channels(&out, bias)?,
         None => out,
     })
 }

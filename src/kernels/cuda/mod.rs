@@ -3,6 +3,7 @@
 //!
 //! Everything runs on the device's one stream, in the order in which it is asked for.
 
+mod add_channels;
 mod conv;
 mod norm;
 mod pointwise;
@@ -24,6 +25,7 @@ use candle_core::{
 };
 use half::bf16;
 
+pub(super) use add_channels::add_channels;
 pub(super) use conv::{CudaWeights, conv2d};
 pub(super) use norm::{batch_norm_eval, batch_norm_train, group_norm};
 pub(super) use pointwise::{Function, activation, softmax, upsample_nearest2x};

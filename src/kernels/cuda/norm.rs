@@ -75,11 +75,11 @@ pub(in crate::kernels) fn batch_norm_eval(
 
 /// `segments` of `rows` rows of `c` channels, each segment normalised in `groups`.
 #[derive(Clone, Copy)]
-struct Sizes {
-    segments: usize,
-    rows: usize,
-    c: usize,
-    groups: usize,
+pub(super) struct Sizes {
+    pub(super) segments: usize,
+    pub(super) rows: usize,
+    pub(super) c: usize,
+    pub(super) groups: usize,
 }
 
 impl Sizes {
@@ -110,8 +110,8 @@ impl Sizes {
 
 /// Of each segment and group, f32, `(segments, groups)`.
 #[derive(Clone)]
-struct Moments {
-    mean: Tensor,
+pub(super) struct Moments {
+    pub(super) mean: Tensor,
     /// 1 / √(variance + ε).
     inverse: Tensor,
     variance: Tensor,
@@ -142,7 +142,7 @@ fn normalize(
     Ok((x.apply_op3(weight, bias, op)?, moments))
 }
 
-fn moments_of(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::Result<Moments> {
+pub(super) fn moments_of(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::Result<Moments> {
     with_element!(x, T => moments::<T>(x, sizes, epsilon))
 }
 

@@ -1,0 +1,82 @@
+//! A number added to each channel.
+
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, Layout, Shape, Tensor};
+
+use super::{
+    Element, count32, kernel_of, launch,
+    norm::{Sizes, moments_of},
+    not_here, per_segment, uninitialized, view, with_element,
+};
+use crate::Result;
+
+/// See [`fn@super::super::add_channels`].
+pub(in crate::kernels) fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    let c = x.dim(D::Minus1)?;
+    let segments = shift.elem_count() / c.max(1);
+    let rows = x.elem_count() / (segments * c).max(1);
+    let op = AddChannels(Sizes { segments, rows, c, groups: c });
+    Ok(x.contiguous()?.apply_op2(&shift.contiguous()?, op)?)
+}
+
+/// Segments that have the same numbers: the samples, or one of all rows.
+struct AddChannels(Sizes);
+
+impl AddChannels {
+    fn forward<T: Element>(
+        &self,
+        (x, x_layout): (&CudaStorage, &Layout),
+        (shift, shift_layout): (&CudaStorage, &Layout),
+    ) -> candle_core::Result<CudaStorage> {
+        let device = &x.device;
+        let (x, shift) = (view::<T>(x, x_layout)?, view::<f32>(shift, shift_layout)?);
+        let Sizes { segments, rows, c, .. } = self.0;
+        let out = uninitialized::<T>(device, x.len())?;
+        let ([c32, segments32], per) = ([c, segments].map(|v| v as i32), count32(rows * c)?);
+        let config = per_segment(rows * c, segments);
+        launch!(kernel_of::<T>(device, "add_channels")?, config, &x, &shift, &c32, &segments32, &per, &out);
+        Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+    }
+}
+
+impl CustomOp2 for AddChannels {
+    fn name(&self) -> &'static str {
+        "add-channels"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        not_here()
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        shift: &CudaStorage,
+        shift_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let out = with_element!(x, T => self.forward::<T>((x, x_layout), (shift, shift_layout)))?;
+        Ok((out, x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        shift: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        // The sums over the rows are those that norms begin with.
+        let sums = || {
+            let mean = moments_of(&dy.contiguous()?, self.0, 0.0)?.mean;
+            (mean * self.0.rows as f64)?.reshape(shift.shape())
+        };
+        let of_shift = shift.track_op().then(sums).transpose()?;
+        Ok((x.track_op().then(|| dy.clone()), of_shift))
+    }
+}
