@@ -127,7 +127,9 @@ check-cuda:
 # Needs a GPU: the tests that are ignored elsewhere, and nothing else.
 test-cuda:
 	environment=$$(tests/cuda/toolkit.sh $(CUDA_TOOLKIT)) && eval "$$environment" && \
-	  $(CARGO) test --release --features cuda -- --ignored --nocapture cuda
+	  $(CARGO) test --release --features cuda -- --ignored --nocapture cuda && \
+	  PROXYSET_TEST_PRECISION=tf32 $(CARGO) test --release --features cuda -- --ignored --nocapture agree && \
+	  PROXYSET_TEST_PRECISION=bf16 $(CARGO) test --release --features cuda -- --ignored --nocapture cuda_networks
 
 # The CUDA kernels without a GPU: compiled for the CPU and held against PyTorch. Needs a C++ compiler; makes its own environment.
 test-cuda-emulated:
