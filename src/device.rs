@@ -1,5 +1,10 @@
 //! Where tensors live, and the class of machines that compute bit-identical results.
 
+#[cfg(feature = "cuda")]
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+};
 use std::{fmt, str::FromStr, sync::OnceLock};
 
 use candle_core::{DType, Device};
@@ -54,10 +59,17 @@ impl DeviceChoice {
     }
 }
 
+/// The device of this ordinal, the same whenever it is asked for: what is kept for a device is kept once.
+///
 /// `new_cuda_with_stream`, never `new_cuda`: the latter shares a stream without event tracking, so that a
 /// second thread can race.
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize) -> Result<Device> {
+    static OPEN: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = open.get(&ordinal) {
+        return Ok(device.clone());
+    }
     let device = Device::new_cuda_with_stream(ordinal)
         .map_err(|e| Error::Usage(format!("device cuda:{ordinal} cannot be opened: {e}{}", remedy(&e))))?;
     if let Device::Cuda(cuda) = &device {
@@ -65,6 +77,7 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
         unsafe { cuda.disable_event_tracking() };
         keep_freed_memory(cuda);
     }
+    open.insert(ordinal, device.clone());
     Ok(device)
 }
 
@@ -109,7 +122,7 @@ fn remedy(error: &candle_core::Error) -> &'static str {
 }
 
 /// `device`, and the other GPUs of its class, at most `limit` in all: on each of them work gives the same bits. Fails with
-/// [`Error::Usage`] if one cannot be opened.
+/// [`Error::Usage`] if the driver does not say how many there are.
 pub fn all_of_class(device: &Device, limit: usize) -> Result<Vec<Device>> {
     let mut devices = vec![device.clone()];
     add_gpus_of_class(&mut devices, limit)?;
@@ -129,8 +142,10 @@ fn add_gpus_of_class(devices: &mut Vec<Device>, limit: usize) -> Result<()> {
         if devices.len() >= limit {
             break;
         }
-        let other = open_cuda(ordinal)?;
-        if device_class(&other) == class {
+        // One that cannot be opened is of no use, as one of another class.
+        if let Ok(other) = open_cuda(ordinal)
+            && device_class(&other) == class
+        {
             devices.push(other);
         }
     }
@@ -149,7 +164,7 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
     )))
 }
 
-/// What a GPU computes with. Parameters, their gradients and optimisers are f32 in any case.
+/// What a GPU computes with. Parameters, optimisers and statistics are f32 in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Precision {
     /// As f32.
@@ -271,7 +286,8 @@ impl ConvAlgorithm {
     }
 }
 
-/// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90-cudnn91900`; a
+/// The class of machines on which a run gives the same bits: `cpu-avx2`, `cpu-portable`, `cuda-sm90x132-cudnn91900` (architecture
+/// and number of multiprocessors, by which algorithms are chosen); a
 /// CPU without Winograd's filtering is `…-direct`, a GPU that computes in TF32 or bf16 `…-tf32`, `…-bf16`.
 ///
 /// Across classes results agree up to rounding. Every record names the class that made it.
@@ -302,9 +318,10 @@ fn gpu_class(device: &Device) -> String {
         other => format!("-{other}"),
     };
     format!(
-        "cuda-sm{}{}-cudnn{}{precision}",
+        "cuda-sm{}{}x{}-cudnn{}{precision}",
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
         candle_core::cuda_backend::cudarc::cudnn::result::get_version(),
     )
 }

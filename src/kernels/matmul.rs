@@ -22,7 +22,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     if let Some(bias) = bias
         && super::cuda::on_cuda(x, &[weight, bias])
     {
-        return super::cuda::add_channels(&reference::linear(x, weight, None)?, bias);
+        return super::add_channels(&reference::linear(x, weight, None)?, bias);
     }
     reference::linear(x, weight, bias)
 }

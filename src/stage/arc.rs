@@ -10,7 +10,7 @@ use super::{
     Job, Outcome, Split, Stage,
     accuracy::{correct, correct_after_apgd},
     expect, finished_input,
-    fit_discriminator::{Discriminators, SetsRecord, relabel, spread},
+    fit_discriminator::{Discriminators, SetsRecord, relabel, some_of, spread},
     note,
     shards::Pool,
     split::Real,
@@ -89,6 +89,7 @@ pub struct ArcRecord {
     /// The radii as they were written.
     pub epsilons: Vec<Epsilon>,
     /// Each network's accuracy under the attack on its stopping images, by set and radius. At 1/2 and below it is replaced.
+    #[serde(default)]
     pub stop_accuracy: Vec<Vec<f64>>,
     /// The attack.
     pub attack: serde_json::Value,
@@ -111,7 +112,7 @@ impl Arc {
     fn sides(&self, real: Dataset, synthetic: &Dataset, max: usize) -> Sides {
         let n = real.len().min(synthetic.len()).min(max);
         let real = real.subset(&spread(real.len(), n, self.seed));
-        let synthetic = synthetic.subset(&(0..n).collect::<Vec<_>>());
+        let synthetic = synthetic.subset(&some_of(synthetic.len(), n, self.seed));
         let class = real.labels.iter().chain(&synthetic.labels).copied().collect();
         Sides { images: relabel(real, REAL).concat(&relabel(synthetic, SYNTHETIC)), class }
     }
@@ -172,7 +173,7 @@ impl Stage for Arc {
 
     fn amount(&self) -> String {
         format!(
-            "PGD-{} with {} restarts and APGD-{} on the measuring images of every set",
+            "PGD-{} with {} restarts and APGD-{} on the stopping and measuring images of every set",
             self.attack_steps, self.restarts, self.apgd_steps
         )
     }
@@ -198,14 +199,13 @@ impl Stage for Arc {
                 .collect()
         };
         let synthetic = of_pool(HeldOut::Measure, &measure, self.max_images)?;
-        if let Some(set) = (0..folds).find(|&set| synthetic[set].len() < 2) {
-            bail!(
-                Data,
-                "the pool has {} images to measure set {set} on, expected at least 2",
-                synthetic[set].len()
-            );
-        }
         let synthetic_stop = of_pool(HeldOut::Stop, &stop, self.max_stop)?;
+        for (images, what, least) in [(&synthetic, "measure", 2), (&synthetic_stop, "stop", 1)] {
+            if let Some((set, found)) = images.iter().map(Dataset::len).enumerate().find(|(_, n)| *n < least)
+            {
+                bail!(Data, "the pool has {found} images to {what} set {set} on, expected at least {least}");
+            }
+        }
         let measure = sides_of(measure, synthetic, self.max_images);
         let stop = sides_of(stop, synthetic_stop, self.max_stop);
         let (out, _lock) = job.open("run")?;
@@ -300,30 +300,16 @@ fn held_out_images(
     part: HeldOut,
     wanted: &[usize],
 ) -> Result<Vec<Dataset>> {
-    let mut images: Vec<Dataset> =
-        wanted.iter().map(|_| Dataset::empty(pool.info.shape, pool.info.class_names.clone())).collect();
-    for shard in 0..pool.info.shards {
-        if images.iter().zip(wanted).all(|(d, &n)| d.len() >= n) {
-            break;
+    pool.draw(wanted, |uid| {
+        if held_out(uid) != part {
+            return Vec::new();
         }
-        let rows = pool.read(shard)?;
-        let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
-        for (row, image) in pixels.chunks_exact(pool.info.shape.size()).enumerate() {
-            if held_out(&rows.uids[row]) != part {
-                continue;
-            }
-            let fold = discriminators.fold_of(&rows.uids[row]);
-            let mut sets: Vec<usize> = (0..wanted.len()).filter(|&set| set != fold).collect();
-            if part == HeldOut::Measure {
-                // Each image measures one set only, so that the sets' results are independent.
-                sets = vec![sets[uid_order(&rows.uids[row]) as usize % sets.len()]];
-            }
-            for set in sets {
-                if images[set].len() < wanted[set] {
-                    images[set].push(image, rows.labels[row].unwrap_or(0));
-                }
-            }
+        let fold = discriminators.fold_of(uid);
+        let sets: Vec<usize> = (0..wanted.len()).filter(|&set| set != fold).collect();
+        match part {
+            HeldOut::Stop => sets,
+            // Each image measures one set only, so that the sets' results are independent.
+            HeldOut::Measure => vec![sets[uid_order(uid) as usize % sets.len()]],
         }
-    }
-    Ok(images)
+    })
 }

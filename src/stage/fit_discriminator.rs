@@ -107,7 +107,7 @@ pub struct FitDiscriminator {
     /// Steps between looks at the stopping images.
     #[arg(long, default_value_t = 50)]
     pub eval_every: usize,
-    /// Largest number of synthetic images that a set learns from; the first of its fold.
+    /// Largest number of synthetic images that a set learns from.
     #[arg(long, default_value_t = 50_000)]
     pub max_synthetic: usize,
     /// Largest number of images of each source that stop and calibrate a network.
@@ -213,7 +213,7 @@ impl FitDiscriminator {
             if judges { (real.proxy(), real.fit()) } else { (real.fit(), real.proxy_stop(set)) };
         let n_stop = stop.len().min(self.max_stop).min(pool.stop[set].len());
         let stop = stop.subset(&spread(stop.len(), n_stop, self.seed));
-        let synthetic_stop = pool.stop[set].subset(&(0..n_stop).collect::<Vec<_>>());
+        let synthetic_stop = pool.stop[set].subset(&some_of(pool.stop[set].len(), n_stop, self.seed));
         SetData {
             real: relabel(learn, REAL),
             synthetic: relabel(pool.learn[set].clone(), SYNTHETIC),
@@ -470,28 +470,14 @@ struct PoolParts {
 impl PoolParts {
     fn read(pool: &Pool, config: &FitDiscriminator) -> Result<Self> {
         let sets = config.folds + 1;
-        let empty = || Dataset::empty(pool.info.shape, pool.info.class_names.clone());
-        let mut parts =
-            Self { learn: (0..sets).map(|_| empty()).collect(), stop: (0..sets).map(|_| empty()).collect() };
-        for shard in 0..pool.info.shards {
-            let rows = pool.read(shard)?;
-            let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
-            for (row, uid) in rows.uids.iter().enumerate() {
-                let fold = fold_of(uid, sets);
-                let image = &pixels[row * pool.info.shape.size()..(row + 1) * pool.info.shape.size()];
-                if parts.learn[fold].len() < config.max_synthetic {
-                    parts.learn[fold].push(image, SYNTHETIC);
-                }
-                if held_out(uid) == HeldOut::Stop {
-                    for set in (0..sets).filter(|&set| set != fold) {
-                        if parts.stop[set].len() < config.max_stop {
-                            parts.stop[set].push(image, SYNTHETIC);
-                        }
-                    }
-                }
-            }
-        }
-        Ok(parts)
+        let wanted = [vec![config.max_synthetic; sets], vec![config.max_stop; sets]].concat();
+        let mut learn = pool.draw(&wanted, |uid| {
+            let fold = fold_of(uid, sets);
+            let stops = (0..sets).filter(|&set| set != fold && held_out(uid) == HeldOut::Stop);
+            std::iter::once(fold).chain(stops.map(|set| sets + set)).collect()
+        })?;
+        let stop = learn.split_off(sets);
+        Ok(Self { learn, stop })
     }
 }
 
@@ -513,6 +499,13 @@ pub(super) fn relabel(mut data: Dataset, class: u32) -> Dataset {
     data.labels.fill(class);
     data.class_names = vec!["real".into(), "synthetic".into()];
     data
+}
+
+/// `n` of `len` indices, drawn by a keyed order, ascending.
+pub(super) fn some_of(len: usize, n: usize, seed: u64) -> Vec<usize> {
+    let mut chosen = spread(len, n, seed);
+    chosen.sort_unstable();
+    chosen
 }
 
 /// `n` of `len` indices, spread by a keyed order.

@@ -60,7 +60,7 @@ serde_as_text!(ShardRange);
 
 /// How many shards are made at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "WrittenWorkers", into = "String")]
 pub enum Workers {
     /// One on each GPU of the device's class; one on the CPU.
     Auto,
@@ -90,15 +90,38 @@ impl std::fmt::Display for Workers {
     }
 }
 
-serde_as_text!(Workers);
+impl From<Workers> for String {
+    fn from(workers: Workers) -> Self {
+        workers.to_string()
+    }
+}
+
+/// As a file may have it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum WrittenWorkers {
+    Number(i64),
+    Text(String),
+}
+
+impl TryFrom<WrittenWorkers> for Workers {
+    type Error = String;
+    fn try_from(written: WrittenWorkers) -> std::result::Result<Self, String> {
+        match written {
+            WrittenWorkers::Number(n) => n.to_string().parse(),
+            WrittenWorkers::Text(text) => text.parse(),
+        }
+    }
+}
 
 impl Workers {
-    /// The devices to work on. Fails with [`Error::Usage`] if there are too few GPUs like `device`.
-    fn devices(self, device: &Device) -> Result<Vec<Device>> {
+    /// The devices to work on, no more than there are shards. Fails with [`Error::Usage`] if there are too few GPUs like
+    /// `device`.
+    fn devices(self, device: &Device, shards: usize) -> Result<Vec<Device>> {
         let wanted = match self {
-            Self::Count(n) => n.get(),
+            Self::Count(n) => n.get().min(shards),
             Self::Auto if device.is_cpu() => 1,
-            Self::Auto => usize::MAX,
+            Self::Auto => shards,
         };
         if device.is_cpu() {
             return Ok(vec![device.clone(); wanted]);
@@ -294,7 +317,9 @@ impl Stage for Generate {
         let Some(dir) = &self.model else {
             bail!(Usage, "model is not set, expected a model's folder in the layout of diffusers")
         };
-        let devices = self.workers.devices(&job.device)?;
+        let all = self.shard_count();
+        let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
+        let devices = self.workers.devices(&job.device, share.len())?;
         let models = devices.into_iter().map(|device| Ok((DiffusionModel::load(dir, &device)?, device)));
         let models = models.collect::<Result<Vec<_>>>()?;
         let (model, _) = &models[0];
@@ -303,8 +328,6 @@ impl Stage for Generate {
         let (info, null_class) = self.info(job, dir, model, &sampler)?;
         let initial_noise =
             self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
-        let all = self.shard_count();
-        let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
         // Machines with different shares work side by side, so the lock is the share's.
         let (out, _lock) = job.open(&format!("shards-{}-{}", share.start, share.end))?;
         fs::publish_json(&out.join("pool.json"), &info)?;
@@ -466,13 +489,14 @@ impl Worker<'_> {
         let lock = fs::Lock::acquire(dir, &format!("shard-{shard:05}"))?;
         let rows = config.rows(shard);
         let record = read_record(dir, shard)?;
+        let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
         if let Some(record) = &record
             && record.has_file(dir)
         {
             bar.skip(record.rows);
+            parts.clear()?;
             return Ok(None);
         }
-        let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
         let micro = config.micro_batch as u64;
         let firsts: Vec<u64> = config.micro_batches(shard).collect();
         let one = |&first: &u64| self.micro_batch(first, (first + micro).min(rows.end), &parts);
@@ -675,8 +699,17 @@ mod tests {
             let error = bad.parse::<Workers>().unwrap_err();
             assert_eq!(error, format!("workers is '{bad}', expected auto or a number from 1"));
         }
-        let on_cpu = |text: &str| text.parse::<Workers>().unwrap().devices(&Device::Cpu).unwrap().len();
-        assert_eq!([on_cpu("auto"), on_cpu("3")], [1, 3]);
+        let on_cpu = |text: &str| text.parse::<Workers>().unwrap().devices(&Device::Cpu, 5).unwrap().len();
+        assert_eq!([on_cpu("auto"), on_cpu("3"), on_cpu("18446744073709551615")], [1, 3, 5]);
+        let config: Generate = toml::from_str("workers = 2").unwrap();
+        assert_eq!(config.workers, "2".parse().unwrap());
+        assert_eq!(
+            toml::from_str::<Generate>(&toml::to_string(&config).unwrap()).unwrap().workers,
+            config.workers
+        );
+        assert!(
+            toml::from_str::<Generate>("workers = 0").unwrap_err().to_string().contains("workers is '0'")
+        );
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! `shard-00007.json`. A shard is there if, and only if, its record is.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -15,12 +16,13 @@ use super::{Generate, Import, Job, Stage, finished_one_of};
 use crate::{
     Error, Result,
     data::{
-        Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, Shape, encode_png,
-        image_column,
+        Dataset, Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, Shape,
+        encode_png, image_column,
         table::{self, Table},
     },
     fs::{self, Parts},
     progress::Progress,
+    proxy::fold::uid_order,
 };
 
 /// The key in [`PoolInfo::sampler`] of the hash of what was imported.
@@ -218,6 +220,49 @@ pub(super) struct PoolShard {
     pub(super) images: Vec<Vec<u8>>,
 }
 
+/// A row that [`Pool::draw`] keeps.
+#[derive(Clone)]
+struct Drawn {
+    place: usize,
+    class: u32,
+    png: Arc<Vec<u8>>,
+}
+
+impl Pool {
+    /// For each slot, of the images that `slots` sends there, the first ones by [`uid_order`]: at most `wanted`, in the order
+    /// of the pool, with their classes. So a part is drawn evenly, however the pool is sorted. An image may go to several
+    /// slots. One pass; memory is that of the images drawn.
+    pub(super) fn draw(&self, wanted: &[usize], slots: impl Fn(&str) -> Vec<usize>) -> Result<Vec<Dataset>> {
+        let mut drawn: Vec<BTreeMap<u128, Drawn>> = vec![BTreeMap::new(); wanted.len()];
+        let mut place = 0;
+        for shard in 0..self.info.shards {
+            let rows = self.read(shard)?;
+            for ((uid, label), png) in rows.uids.iter().zip(rows.labels).zip(rows.images) {
+                let png = Arc::new(png);
+                for slot in slots(uid) {
+                    let row = Drawn { place, class: label.unwrap_or(0), png: png.clone() };
+                    drawn[slot].insert(uid_order(uid), row);
+                    if drawn[slot].len() > wanted[slot] {
+                        drawn[slot].pop_last();
+                    }
+                }
+                place += 1;
+            }
+        }
+        let decoded = |drawn: BTreeMap<u128, Drawn>| {
+            let mut rows: Vec<_> = drawn.into_values().collect();
+            rows.sort_unstable_by_key(|row| row.place);
+            let pixels = rows.par_iter().map(|row| crate::data::decode_as(&row.png, self.info.shape));
+            let mut images = Dataset::empty(self.info.shape, self.info.class_names.clone());
+            for (pixels, row) in pixels.collect::<Result<Vec<_>>>()?.iter().zip(&rows) {
+                images.push(pixels, row.class);
+            }
+            Ok(images)
+        };
+        drawn.into_iter().map(decoded).collect()
+    }
+}
+
 impl PoolShard {
     pub(super) fn len(&self) -> usize {
         self.uids.len()
@@ -344,4 +389,47 @@ pub(super) fn schema(fields: &[(&str, arrow_schema::DataType, bool)]) -> SchemaR
 pub(super) fn batch(schema: &SchemaRef, columns: Vec<arrow_array::ArrayRef>) -> Result<RecordBatch> {
     RecordBatch::try_new(schema.clone(), columns)
         .map_err(|e| Error::Alarm(format!("a table does not fit: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_pool_is_drawn_evenly_however_the_pool_is_sorted() {
+        let dir = tempfile::tempdir().unwrap();
+        let info = PoolInfo {
+            schema: "proxyset.pool/1".into(),
+            count: 200,
+            shards: 2,
+            shape: Shape { height: 2, width: 1, channels: 1 },
+            class_names: (0..10).map(|class| class.to_string()).collect(),
+            named: false,
+            conditional: true,
+            generator: "123456789abcdef".into(),
+            sampler: serde_json::Value::Null,
+            seed: 0,
+        };
+        let pool = Pool { dir: dir.path().into(), info };
+        for shard in 0..2u64 {
+            let rows = shard * 100..(shard + 1) * 100;
+            let pixels: Vec<u8> = rows.clone().flat_map(|i| [i as u8, 7]).collect();
+            // Sorted by class.
+            let writer = pool.info.shard(rows, &pixels, |i| Some(i as i64 / 20)).unwrap();
+            writer.finish(&pool.shards_dir(), &format!("shard-{shard:05}.parquet")).unwrap();
+        }
+        let even = |uid: &str| uid.ends_with(['0', '2', '4', '6', '8']);
+        let slots = |uid: &str| if even(uid) { vec![0, 1] } else { vec![1] };
+        let drawn = pool.draw(&[30, 500], slots).unwrap();
+        let ids = |images: &Dataset| (0..images.len()).map(|i| images.image(i)[0]).collect::<Vec<u8>>();
+        assert_eq!(ids(&drawn[1]), (0..200).collect::<Vec<u8>>());
+        let mut uids: Vec<(u128, u8)> =
+            (0..200).step_by(2).map(|i: u8| (uid_order(&format!("123456789abc-{i:09}")), i)).collect();
+        uids.sort_unstable();
+        let mut first: Vec<u8> = uids[..30].iter().map(|(_, id)| *id).collect();
+        first.sort_unstable();
+        assert_eq!(ids(&drawn[0]), first);
+        assert!(drawn[0].labels.iter().zip(&first).all(|(label, id)| *label == u32::from(id / 20)));
+        assert!((0..10).all(|class| drawn[0].labels.contains(&class)), "{:?}", drawn[0].labels);
+    }
 }

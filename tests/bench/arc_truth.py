@@ -37,8 +37,9 @@ def arc(name, real, synthetic, *settings):
     run = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
-    records = [json.loads(file.read_text()) for file in folder.glob("arc-*/arc.json")]
-    return records[0]
+    # Another version's may lie beside it.
+    newest = max(folder.glob("arc-*/arc.json"), key=lambda file: file.stat().st_mtime)
+    return json.loads(newest.read_text())
 
 
 def gaussians(rng, n, shift, deviation):

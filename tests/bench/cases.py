@@ -54,7 +54,7 @@ class Variant:
         if self.bf16 and training:
 
             def call(x, *rest, **named):
-                with torch.autocast(self.device, torch.bfloat16):
+                with torch.autocast(torch.device(self.device).type, torch.bfloat16):
                     return model(x, *rest, **named)
 
         elif self.bf16:

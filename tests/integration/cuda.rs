@@ -34,7 +34,7 @@ fn gpu() -> Device {
     .clone()
 }
 
-/// Standard normals, others in each run; the seed is printed.
+/// Standard normals, others in each run; the seed is printed, and can be given: `PROXYSET_TEST_SEED`.
 struct Random {
     seed: u64,
     drawn: u64,
@@ -42,7 +42,9 @@ struct Random {
 
 impl Random {
     fn new() -> Self {
-        let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos().into();
+        let given = std::env::var("PROXYSET_TEST_SEED").map(|seed| seed.parse().expect("a number"));
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos().into();
+        let seed = given.unwrap_or_else(|_| now());
         println!("seed {seed}");
         Self { seed, drawn: 0 }
     }
@@ -89,27 +91,45 @@ fn assert_close(what: &str, found: &Tensor, expected: &Tensor, bound: f64) {
     assert!(off <= bound, "{what}: off by {off:e} of the largest value, expected at most {bound:e}");
 }
 
-/// Of the largest value, with images of bf16.
-const BF16: Option<f64> = Some(1e-2);
-/// The same of several ops one after the other.
-const BLOCK: Option<f64> = Some(3e-2);
+/// What is off at most: in f32 of the largest value, in TF32 of the length of the vector, with images of bf16 of the largest.
+#[derive(Clone, Copy)]
+struct Bounds {
+    f32: f64,
+    tf32: f64,
+    bf16: Option<f64>,
+    /// Whether gradients are compared in less than f32: where ReLU's slopes flip they are others.
+    all_gradients: bool,
+}
 
-/// In f32 within 1e-5, in TF32 within 1e-3 and, if there is a bound for it, with images of bf16 within that.
+const OP: Bounds = Bounds { f32: 1e-5, tf32: 1e-3, bf16: Some(1e-2), all_gradients: true };
+const F32_OP: Bounds = Bounds { bf16: None, ..OP };
+/// Several ops one after the other.
+const BLOCK: Bounds = Bounds { tf32: 5e-3, bf16: Some(3e-2), all_gradients: false, ..OP };
+
 #[track_caller]
-fn agree(what: &str, operands: &[Tensor], bf16: Option<f64>, op: Op) {
+fn agree(what: &str, operands: &[Tensor], bounds: Bounds, op: Op) {
     let gpu = gpu();
-    let f32 = if Precision::get() == Precision::Tf32 { 1e-3 } else { 1e-5 };
-    for (images, bound) in [(DType::F32, Some(f32)), (DType::BF16, bf16)] {
-        let Some(bound) = bound else { continue };
+    let tf32 = Precision::get() == Precision::Tf32;
+    for images in [DType::F32, DType::BF16] {
+        let in_bf16 = images == DType::BF16;
+        if in_bf16 && bounds.bf16.is_none() {
+            continue;
+        }
         let first = operands[0].to_dtype(images).unwrap();
         let others = &operands[1..];
         let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
         let expected = output_and_gradients(std::iter::once(&first).chain(others).map(exact).collect(), op);
         let there = |t: &Tensor| t.to_device(&gpu).unwrap();
         let found = output_and_gradients(std::iter::once(&first).chain(others).map(there).collect(), op);
-        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let compared = if bounds.all_gradients || !(in_bf16 || tf32) { found.len() } else { 1 };
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate().take(compared) {
             let part = if i == 0 { "output".into() } else { format!("gradient {i}") };
-            assert_close(&format!("{what}, {images:?}: {part}"), found, expected, bound);
+            let what = format!("{what}, {images:?}: {part}");
+            match (in_bf16, tf32) {
+                (true, _) => assert_close(&what, found, expected, bounds.bf16.unwrap()),
+                (false, true) => assert_near(&what, found, expected, bounds.tf32),
+                (false, false) => assert_close(&what, found, expected, bounds.f32),
+            }
         }
     }
 }
@@ -130,14 +150,14 @@ fn cuda_convolutions_agree_with_the_reference() {
         let operands =
             [random.normals((b, h, w, c_in)), random.normals((c_out, c_in, kh, kw)), random.normals(c_out)];
         for operands in [&operands[..], &operands[..2]] {
-            agree(&format!("convolution {i}"), operands, BF16, &|t| {
+            agree(&format!("convolution {i}"), operands, OP, &|t| {
                 kernels::conv2d(&t[0], &t[1], t.get(2), stride, padding)
             });
         }
     }
     // Other layouts.
     let operands = [random.normals((2, 3, 6, 5)), random.normals((3, 3, 4, 3))];
-    agree("strided convolution", &operands, BF16, &|t| {
+    agree("strided convolution", &operands, OP, &|t| {
         kernels::conv2d(&t[0].permute((0, 2, 3, 1))?, &t[1].transpose(0, 2)?, None, 1, (1, 1))
     });
 }
@@ -152,7 +172,7 @@ fn cuda_norms_agree_with_the_reference() {
             let shared = [random.normals(shape), random.normals(c), random.normals(c)];
             let own = [shared[0].clone(), random.normals((shape.0, c)), random.normals((shape.0, c))];
             for operands in [&shared, &own] {
-                agree(&format!("group norm {shape:?}, {silu}"), operands, BF16, &|t| {
+                agree(&format!("group norm {shape:?}, {silu}"), operands, OP, &|t| {
                     kernels::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, silu)
                 });
             }
@@ -163,11 +183,11 @@ fn cuda_norms_agree_with_the_reference() {
         for shape in [(3, 5, 7, 5), (2, 3, 3, 40), (4, 11, 9, 33)] {
             let c = shape.3;
             let operands = [random.normals(shape), random.normals(c), random.normals(c)];
-            agree(&format!("batch norm {shape:?}, {relu}"), &operands, BF16, &|t| {
+            agree(&format!("batch norm {shape:?}, {relu}"), &operands, OP, &|t| {
                 Ok(kernels::batch_norm_train(&t[0], &t[1], &t[2], 1e-5, relu)?.0)
             });
             let (mean, variance) = (random.normals(c), random.positive(c));
-            agree(&format!("given batch norm {shape:?}, {relu}"), &operands, BF16, &|t| {
+            agree(&format!("given batch norm {shape:?}, {relu}"), &operands, OP, &|t| {
                 let like = |s: &Tensor| s.to_dtype(t[1].dtype())?.to_device(t[1].device());
                 let statistics = BatchStatistics { mean: like(&mean)?, variance: like(&variance)? };
                 kernels::batch_norm_eval(&t[0], &statistics, &t[1], &t[2], 1e-5, relu)
@@ -192,16 +212,16 @@ fn cuda_norms_agree_with_the_reference() {
 fn cuda_pointwise_ops_and_products_agree_with_the_reference() {
     let mut random = Random::new();
     let x = [random.normals((3, 6, 5, 7))];
-    agree("silu", &x, BF16, &|t| kernels::silu(&t[0]));
-    agree("relu", &x, BF16, &|t| kernels::relu(&t[0]));
-    agree("upsampling", &x, BF16, &|t| kernels::upsample_nearest2x(&t[0]));
-    agree("upsampling of a transpose", &x, BF16, &|t| kernels::upsample_nearest2x(&t[0].transpose(1, 2)?));
-    agree("shift", &[x[0].clone(), random.normals(7)], BF16, &|t| kernels::add_channels(&t[0], &t[1]));
-    agree("shifts", &[x[0].clone(), random.normals((3, 7))], BF16, &|t| kernels::add_channels(&t[0], &t[1]));
-    agree("mean", &x, None, &|t| kernels::global_avg_pool(&t[0]));
-    agree("pool", &x, None, &|t| kernels::avg_pool2d(&t[0], 2));
+    agree("silu", &x, OP, &|t| kernels::silu(&t[0]));
+    agree("relu", &x, OP, &|t| kernels::relu(&t[0]));
+    agree("upsampling", &x, OP, &|t| kernels::upsample_nearest2x(&t[0]));
+    agree("upsampling of a transpose", &x, OP, &|t| kernels::upsample_nearest2x(&t[0].transpose(1, 2)?));
+    agree("shift", &[x[0].clone(), random.normals(7)], OP, &|t| kernels::add_channels(&t[0], &t[1]));
+    agree("shifts", &[x[0].clone(), random.normals((3, 7))], OP, &|t| kernels::add_channels(&t[0], &t[1]));
+    agree("mean", &x, F32_OP, &|t| kernels::global_avg_pool(&t[0]));
+    agree("pool", &x, F32_OP, &|t| kernels::avg_pool2d(&t[0], 2));
     for columns in [1, 32, 77] {
-        agree("softmax", &[random.normals((5, 3, columns))], BF16, &|t| kernels::softmax(&t[0]));
+        agree("softmax", &[random.normals((5, 3, columns))], OP, &|t| kernels::softmax(&t[0]));
     }
     let heads = [random.normals((4, 16, 8)), random.normals((4, 16, 8)), random.normals((4, 16, 8))];
     agree("attention", &heads, BLOCK, &|t| {
@@ -209,7 +229,7 @@ fn cuda_pointwise_ops_and_products_agree_with_the_reference() {
         kernels::attention(&t[0], &like(&t[1])?, &like(&t[2])?)
     });
     let linear = [random.normals((5, 9)), random.normals((7, 9)), random.normals(7)];
-    agree("linear", &linear, BF16, &|t| kernels::linear(&t[0], &t[1], Some(&t[2])));
+    agree("linear", &linear, OP, &|t| kernels::linear(&t[0], &t[1], Some(&t[2])));
 }
 
 #[test]
@@ -288,7 +308,7 @@ fn cuda_networks_agree_with_the_cpu() {
         assert_near(&format!("logits of {arch}"), &cuda.0, &cpu.0, bound);
         assert_near(&format!("logits of {arch} in training"), &cuda.1, &cpu.1, bound);
         for (i, (found, expected)) in cuda.2.iter().zip(&cpu.2).enumerate().filter(|_| in_f32) {
-            assert_near(&format!("gradient {i} of {arch}"), found, expected, 1e-3);
+            assert_near(&format!("gradient {i} of {arch}"), found, expected, 1e-2);
         }
     }
     let config = UNetConfig {

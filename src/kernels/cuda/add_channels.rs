@@ -11,15 +11,17 @@ use crate::Result;
 
 /// See [`fn@super::super::add_channels`].
 pub(in crate::kernels) fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
-    let c = x.dim(D::Minus1)?;
-    let segments = shift.elem_count() / c.max(1);
-    let rows = x.elem_count() / (segments * c).max(1);
-    let op = AddChannels(Sizes { segments, rows, c, groups: c });
+    let (b, c) = (x.dim(0)?, x.dim(D::Minus1)?);
+    let op = AddChannels { images: b, c, own: shift.rank() == 2 };
     Ok(x.contiguous()?.apply_op2(&shift.contiguous()?, op)?)
 }
 
-/// Segments that have the same numbers: the samples, or one of all rows.
-struct AddChannels(Sizes);
+struct AddChannels {
+    images: usize,
+    c: usize,
+    /// Whether each image has its own numbers.
+    own: bool,
+}
 
 impl AddChannels {
     fn forward<T: Element>(
@@ -29,11 +31,13 @@ impl AddChannels {
     ) -> candle_core::Result<CudaStorage> {
         let device = &x.device;
         let (x, shift) = (view::<T>(x, x_layout)?, view::<f32>(shift, shift_layout)?);
-        let Sizes { segments, rows, c, .. } = self.0;
+        let Self { images, c, own } = *self;
         let out = uninitialized::<T>(device, x.len())?;
-        let ([c32, segments32], per) = ([c, segments].map(|v| v as i32), count32(rows * c)?);
-        let config = per_segment(rows * c, segments);
-        launch!(kernel_of::<T>(device, "add_channels")?, config, &x, &shift, &c32, &segments32, &per, &out);
+        let per_image = x.len() / images.max(1);
+        let own = if own { c } else { 0 };
+        let ([c32, own32, images32], per) = ([c, own, images].map(|v| v as i32), count32(per_image)?);
+        let (kernel, config) = (kernel_of::<T>(device, "add_channels")?, per_segment(per_image, images));
+        launch!(kernel, config, &x, &shift, &own32, &c32, &images32, &per, &out);
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
     }
 }
@@ -73,8 +77,10 @@ impl CustomOp2 for AddChannels {
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         // The sums over the rows are those that norms begin with.
         let sums = || {
-            let mean = moments_of(&dy.contiguous()?, self.0, 0.0)?.mean;
-            (mean * self.0.rows as f64)?.reshape(shift.shape())
+            let segments = if self.own { self.images } else { 1 };
+            let rows = dy.elem_count() / (segments * self.c).max(1);
+            let sizes = Sizes { segments, rows, c: self.c, groups: self.c };
+            (moments_of(&dy.contiguous()?, sizes, 0.0)?.mean * rows as f64)?.reshape(shift.shape())
         };
         let of_shift = shift.track_op().then(sums).transpose()?;
         Ok((x.track_op().then(|| dy.clone()), of_shift))

@@ -220,15 +220,16 @@ __device__ void normalize_backward(const T* x, const T* dy, Norm norm, const flo
     }
 }
 
-// ---- y = x + shift of each channel or, where there is one for each segment, of each segment and channel
+// ---- y = x + shift of each channel or (`own` = c) of each segment and channel
 
 template <typename T>
-__device__ void add_channels(const T* x, const float* shift, unsigned c, int segments, unsigned per_segment, T* y) {
+__device__ void add_channels(const T* x, const float* shift, int own, unsigned c, int segments, unsigned per_segment,
+                             T* y) {
     for (int segment = blockIdx.y; segment < segments; segment += gridDim.y) {
         size_t base = (size_t)segment * per_segment;
-        const float* own = shift + (size_t)segment * c;
+        const float* with = shift + (size_t)segment * own;
         for (unsigned i = thread_index(); i < per_segment; i += thread_count())
-            store(y, base + i, load(x, base + i) + own[i % c]);
+            store(y, base + i, load(x, base + i) + with[i % c]);
     }
 }
 
@@ -488,9 +489,9 @@ extern "C" __global__ void normal_images(unsigned seed_low, unsigned seed_high, 
         Norm norm = {mean, inverse, weight, bias, own, c, groups, kind};                                                  \
         normalize_backward(x, dy, norm, means, segments, per_segment, dx);                                                          \
     }                                                                                                                     \
-    extern "C" __global__ void add_channels_##suffix(const T* x, const float* shift, int c, int segments,                 \
+    extern "C" __global__ void add_channels_##suffix(const T* x, const float* shift, int own, int c, int segments,        \
                                                      unsigned per_segment, T* y) {                                        \
-        add_channels(x, shift, c, segments, per_segment, y);                                                              \
+        add_channels(x, shift, own, c, segments, per_segment, y);                                                         \
     }                                                                                                                     \
     extern "C" __global__ void activation_forward_##suffix(const T* x, int kind, size_t n, T* y) {                        \
         activation(x, kind, n, y);                                                                                        \
