@@ -220,6 +220,14 @@ struct Worker<'a> {
     device: Device,
 }
 
+/// A micro-batch.
+enum Sampled {
+    /// The pixels, which were kept before.
+    Kept(Vec<u8>),
+    /// Images on the device, with those that fill it up.
+    Images(Tensor),
+}
+
 /// A shard's images, and what waits until they are written.
 struct Made {
     shard: usize,
@@ -499,31 +507,39 @@ impl Worker<'_> {
         }
         let micro = config.micro_batch as u64;
         let firsts: Vec<u64> = config.micro_batches(shard).collect();
-        let one = |&first: &u64| self.micro_batch(first, (first + micro).min(rows.end), &parts);
+        let samples = |first: u64| first..(first + micro).min(rows.end);
         let in_flight = match config.batch {
             0 if self.device.is_cpu() => rayon::current_num_threads(),
             batch => (batch / config.micro_batch).max(1),
         };
-        let mut pixels = Vec::new();
-        for group in firsts.chunks(in_flight) {
-            pixels.extend(group.par_iter().map(one).collect::<Result<Vec<_>>>()?.concat());
+        let (mut pixels, mut before) = (Vec::new(), Vec::new());
+        for group in firsts.chunks(in_flight).chain([&[][..]]) {
+            let sample = |&first: &u64| Ok((samples(first), self.sample(samples(first), &parts)?));
+            // While a group is computed, the images of the one before come from the device and are kept.
+            let (sampled, kept) = rayon::join(
+                || group.par_iter().map(sample).collect::<Result<Vec<_>>>(),
+                || {
+                    let keep = |(span, sampled)| self.keep(span, sampled, &parts);
+                    before.into_iter().map(keep).collect::<Result<Vec<_>>>()
+                },
+            );
+            pixels.extend(kept?.concat());
+            before = sampled?;
         }
         Ok(Some(Made { shard, pixels, record, parts, _lock: lock }))
     }
 
-    /// The pixels of samples `first..end`, which share a micro-batch; found if they were made before.
-    fn micro_batch(&self, first: u64, end: u64, parts: &Parts) -> Result<Vec<u8>> {
-        let Run { config, sampler, plan, info, initial_noise, floats, bar, .. } = self.run;
-        let shape = info.shape;
-        let wanted = (end - first) as usize * shape.size();
-        let (pixels_key, state_key) = (format!("{first:012}.u8"), format!("{first:012}.state"));
-        // Kept before the pixels are.
-        if let Some(pixels) = parts.get(&pixels_key)?
-            && pixels.len() == wanted
+    /// A micro-batch; found if it was made before.
+    fn sample(&self, span: Span<u64>, parts: &Parts) -> Result<Sampled> {
+        let Run { config, sampler, plan, info, initial_noise, bar, .. } = self.run;
+        let (shape, first) = (info.shape, span.start);
+        if let Some(pixels) = parts.get(&pixels_key(first))?
+            && pixels.len() == (span.end - first) as usize * shape.size()
         {
-            bar.skip(end - first);
-            return Ok(pixels);
+            bar.skip(span.end - first);
+            return Ok(Sampled::Kept(pixels));
         }
+        let state_key = format!("{first:012}.state");
         // Padded to its full size, so that a sample's slot and its neighbours' number never change.
         let samples: Vec<u64> = (first..first + config.micro_batch as u64).collect();
         let (seed, device) = (config.seed, &self.device);
@@ -572,14 +588,26 @@ impl Worker<'_> {
                 stop
             },
         )?;
+        Ok(Sampled::Images(images))
+    }
+
+    /// The pixels of a micro-batch, which are kept.
+    fn keep(&self, span: Span<u64>, sampled: Sampled, parts: &Parts) -> Result<Vec<u8>> {
+        let images = match sampled {
+            Sampled::Kept(pixels) => return Ok(pixels),
+            Sampled::Images(images) => images,
+        };
+        let Run { config, info, floats, bar, .. } = self.run;
+        let wanted = (span.end - span.start) as usize * info.shape.size();
+        // Before the pixels, which say that all of it was kept.
         if config.save_float.is_some() {
             let chw = images.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?;
-            floats.put(&floats_key(first), &bytes_of(&chw[..wanted]))?;
+            floats.put(&floats_key(span.start), &bytes_of(&chw[..wanted]))?;
         }
         let mut pixels = to_u8(&images, Range::Signed)?;
         pixels.truncate(wanted);
-        parts.put(&pixels_key, &pixels)?;
-        bar.add(end - first);
+        parts.put(&pixels_key(span.start), &pixels)?;
+        bar.add(span.end - span.start);
         Ok(pixels)
     }
 }
@@ -656,6 +684,10 @@ fn given_noise(noise: &[f32], samples: &[u64], shape: Shape, device: &Device) ->
     let of = |sample: &u64| &noise[(*sample as usize).min(last) * shape.size()..][..shape.size()];
     let chw: Vec<f32> = samples.iter().flat_map(|sample| of(sample).iter().copied()).collect();
     from_chw(chw, &[samples.len(), shape.height, shape.width, shape.channels], device)
+}
+
+fn pixels_key(first: u64) -> String {
+    format!("{first:012}.u8")
 }
 
 fn floats_key(first: u64) -> String {
