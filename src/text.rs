@@ -1,13 +1,39 @@
 //! Settings that are written as text wherever they stand: flags, TOML, JSON.
 
-/// Makes a type with `FromStr<Err = String>` and `Display` fit for `#[serde(try_from = "String", into = "String")]`.
+use serde::Deserialize;
+
+/// As a file may have it: `workers = 2` is `workers = "2"`.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a text or a number")]
+pub enum Written {
+    /// A whole number.
+    Integer(i64),
+    /// Any other number.
+    Number(f64),
+    /// Text.
+    Text(String),
+}
+
+impl Written {
+    /// The text. Fails for a number with a fraction, whose text may have been another: `1.10` is read as 1.1.
+    pub fn into_text(self) -> Result<String, String> {
+        match self {
+            Self::Integer(n) => Ok(n.to_string()),
+            Self::Number(n) => Err(format!("found the number {n}, expected a text: put it in quotes")),
+            Self::Text(text) => Ok(text),
+        }
+    }
+}
+
+/// Makes a type with `FromStr<Err = String>` and `Display` fit for
+/// `#[serde(try_from = "Written", into = "String")]`.
 macro_rules! serde_as_text {
     ($type:ty) => {
-        impl TryFrom<String> for $type {
+        impl TryFrom<crate::text::Written> for $type {
             type Error = String;
 
-            fn try_from(text: String) -> std::result::Result<Self, String> {
-                text.parse()
+            fn try_from(written: crate::text::Written) -> std::result::Result<Self, String> {
+                written.into_text()?.parse()
             }
         }
 

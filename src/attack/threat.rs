@@ -3,14 +3,15 @@
 use std::{fmt, str::FromStr};
 
 use candle_core::{D, Tensor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde::{Deserialize, Serialize, Serializer};
 
-use crate::{Error, Result, data::from_chw, kernels, rng};
+use crate::{Error, Result, data::from_chw, kernels, rng, text::Written};
 
 /// The radius of an attack's ball: a number, or a fraction such as `8/255`.
 ///
 /// Fractions of 255 are written as such, so that what was read as `8/255` is written as `8/255`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, Deserialize)]
+#[serde(try_from = "Written")]
 pub struct Epsilon(f64);
 
 impl Epsilon {
@@ -67,19 +68,13 @@ impl Serialize for Epsilon {
     }
 }
 
-impl<'de> Deserialize<'de> for Epsilon {
-    fn deserialize<De: Deserializer<'de>>(deserializer: De) -> std::result::Result<Self, De::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Number(f64),
-            Text(String),
-        }
-        match Written::deserialize(deserializer)? {
+impl TryFrom<Written> for Epsilon {
+    type Error = String;
+    fn try_from(written: Written) -> std::result::Result<Self, String> {
+        match written {
             Written::Number(value) => Self::try_from(value),
-            Written::Text(text) => text.parse(),
+            other => other.into_text()?.parse(),
         }
-        .map_err(De::Error::custom)
     }
 }
 

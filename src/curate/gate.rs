@@ -95,7 +95,7 @@ impl fmt::Display for Constant {
 /// A constant takes the type of its column: `x <= 0.1` holds for the 32-bit float nearest to 0.1. A null meets no
 /// condition, as in SQL.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "crate::text::Written", into = "String")]
 pub struct Condition {
     /// The column of the score table.
     pub column: String,

@@ -45,7 +45,7 @@ const MAX_UNNAMED_CLASSES: usize = 1 << 16;
 ///
 /// Images without labels are all of the class [`UNLABELLED`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "crate::text::Written", into = "String")]
 pub enum Source {
     /// The digits in this program.
     Digits,

@@ -103,7 +103,7 @@ pub enum Within {
 
 /// How many of one class are kept: `cat=500`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "crate::text::Written", into = "String")]
 pub struct Quota {
     /// The class's name or number.
     pub class: String,

@@ -36,7 +36,7 @@ use crate::{
 
 /// Shards `A..B`: from A up to, but not including, B.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "crate::text::Written", into = "String")]
 pub struct ShardRange(Span<usize>);
 
 impl FromStr for ShardRange {
@@ -60,7 +60,7 @@ serde_as_text!(ShardRange);
 
 /// How many shards are made at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "WrittenWorkers", into = "String")]
+#[serde(try_from = "crate::text::Written", into = "String")]
 pub enum Workers {
     /// One on each GPU of the device's class; one on the CPU.
     Auto,
@@ -90,29 +90,7 @@ impl std::fmt::Display for Workers {
     }
 }
 
-impl From<Workers> for String {
-    fn from(workers: Workers) -> Self {
-        workers.to_string()
-    }
-}
-
-/// As a file may have it.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum WrittenWorkers {
-    Number(i64),
-    Text(String),
-}
-
-impl TryFrom<WrittenWorkers> for Workers {
-    type Error = String;
-    fn try_from(written: WrittenWorkers) -> std::result::Result<Self, String> {
-        match written {
-            WrittenWorkers::Number(n) => n.to_string().parse(),
-            WrittenWorkers::Text(text) => text.parse(),
-        }
-    }
-}
+serde_as_text!(Workers);
 
 impl Workers {
     /// The devices to work on, no more than there are shards. Fails with [`Error::Usage`] if there are too few GPUs like

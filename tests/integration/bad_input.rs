@@ -90,6 +90,8 @@ fn pipeline_files_that_cannot_be_are_usage_errors() {
         ("name = 'x'\n[generate]\nshards = '0..1'", "proxyset generate --shards"),
         ("name = 'x'\n[publish]", "to is not set"),
         ("name = 'x'\nlabeller = 3", "expected a table [labeller]"),
+        ("name = 'x'\n[split]\nsource = true", "expected a text or a number"),
+        ("name = 'x'\n[split]\nsource = 1.10", "found the number 1.1, expected a text"),
         ("name = 'x'\n[split", "p.toml"),
     ];
     for (text, said) in cases {
