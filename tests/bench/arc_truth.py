@@ -10,7 +10,6 @@ Needs numpy, pillow and pyarrow.
 
 import io
 import json
-import subprocess
 import sys
 from math import erf, exp, pi, sqrt
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from command import run
 
 proxyset, out = sys.argv[1], Path(sys.argv[2])
 halvings = int(sys.argv[3]) if len(sys.argv) > 3 else 20
@@ -30,13 +31,9 @@ def arc(name, real, synthetic, *settings):
     if not folder.exists():
         for kind, (images, labels) in {"real": real, "synthetic": synthetic}.items():
             np.savez(out / f"{name}-{kind}.npz", image=images, label=labels)
-    command = [proxyset, "arc", "--real", out / f"{name}-real.npz", "--synthetic", out / f"{name}-synthetic.npz",
-               "--out", folder, "--json", "--quiet"]
-    for setting in settings:
-        command += ["--set", setting]
-    run = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(run.stderr)
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    run(proxyset, "arc", "--real", out / f"{name}-real.npz", "--synthetic", out / f"{name}-synthetic.npz", "--out", folder,
+        *flags)
     # Another version's may lie beside it.
     newest = max(folder.glob("arc-*/arc.json"), key=lambda file: file.stat().st_mtime)
     return json.loads(newest.read_text())

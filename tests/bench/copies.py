@@ -12,8 +12,8 @@ Needs what requirements-curate.txt lists, and pillow.
 
 import io
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+import command
+
 proxyset, source, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 planted = int(sys.argv[4]) if len(sys.argv) > 4 else 1000
 TOLERANCE = 0.02
 
-
-def run(*arguments):
-    subprocess.run([proxyset, *map(str, arguments), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+run = partial(command.run, proxyset)
 
 
 def table(split):

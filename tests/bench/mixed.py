@@ -10,8 +10,6 @@ Needs numpy, pillow and pyarrow.
 """
 
 import io
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+import command
+
 proxyset, split, pool, real, classifier, out = sys.argv[1:7]
 count = int(sys.argv[7]) if len(sys.argv) > 7 else 1000
 out = Path(out)
@@ -27,11 +27,7 @@ out.mkdir(parents=True, exist_ok=True)
 
 
 def run(*arguments):
-    command = [proxyset, *map(str, arguments), "--json", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout)["summary"]
+    return command.run(proxyset, *arguments)["summary"]
 
 
 def table(folder, *columns):

@@ -8,21 +8,17 @@ under PGD-20 (l-infinity, 0.1) on the test digits of a classifier that was train
 Nothing but Python's own library. What is finished in OUT is taken as it is.
 """
 
-import json
 import shutil
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+import command
 
 proxyset, out = sys.argv[1], Path(sys.argv[2])
 count = int(sys.argv[3]) if len(sys.argv) > 3 else 3000
 root = Path(__file__).parents[2]
-
-
-def run(*arguments):
-    command = [proxyset, *map(str, arguments), "--json", "--quiet"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
+run = partial(command.run, proxyset)
 
 split, labeller, early = out / "split", out / "labeller", out / "early"
 run("split", "--out", split)

@@ -7,19 +7,18 @@ Nothing but Python's own library. Finished pools in OUT are taken as they are.
 """
 
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+import command
 
 proxyset, model, classifier, data, out = sys.argv[1:6]
 count = int(sys.argv[6]) if len(sys.argv) > 6 else 1000
 RUNS = [("ddpm", 100)] + [
     (kind, steps) for kind in ("ddim", "dpm-solver++", "ipndm", "heun", "euler") for steps in (10, 20, 50)
 ]
-
-
-def run(*arguments):
-    subprocess.run([proxyset, *map(str, arguments), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+run = partial(command.run, proxyset)
 
 
 def done(folder):
