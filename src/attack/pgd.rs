@@ -1,9 +1,9 @@
 //! Projected gradient ascent (Madry et al. 2018, §2.1).
 
-use candle_core::{D, Tensor, Var};
+use candle_core::{D, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::{Epsilon, Norm, Threat};
+use super::{Epsilon, Norm, Threat, search::choice};
 use crate::{Result, kernels, rng};
 
 /// What [`pgd`] makes large.
@@ -63,6 +63,14 @@ impl PgdConfig {
         }
         Ok(())
     }
+
+    /// Where the attack on `x` begins, the `restart`-th time.
+    fn start(&self, threat: &Threat, x: &Tensor, seed: u64, restart: usize, ids: &[u64]) -> Result<Tensor> {
+        match self.random_start {
+            true => threat.random_start(x, rng::uint(seed, restart as u64, rng::stream::ATTACK), ids),
+            false => Ok(x.clone()),
+        }
+    }
 }
 
 /// An attack that is ready to run: [`pgd`] with its ball, its settings and the seed of its random starts.
@@ -110,6 +118,90 @@ impl Pgd {
     ) -> Result<Tensor> {
         pgd(logits_of, x, labels, &self.threat, &self.config, self.seed, sample_ids)
     }
+
+    /// For each image whether it is answered by its label wherever the attack comes by: at the image itself, at the random
+    /// starts and after each step. Who is answered otherwise leaves, so that steps are made for those only that stand.
+    ///
+    /// `x`: `(b, …)` f32, in [0, 1]; `labels` and `sample_ids`: one an image. At least as strong as [`Pgd::perturb`], which
+    /// looks at the last points only. For the rest see [`pgd`].
+    pub fn withstood(
+        &self,
+        logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+        x: &Tensor,
+        labels: &[u32],
+        sample_ids: &[u64],
+    ) -> Result<Vec<bool>> {
+        let Self { threat, config, .. } = self;
+        config.validate()?;
+        let x = x.detach();
+        let n = x.dim(0)?;
+        if (labels.len(), sample_ids.len()) != (n, n) {
+            bail!(Alarm, "{n} images have {} labels and {} ids", labels.len(), sample_ids.len());
+        }
+        let mut stands = vec![true; n];
+        leave(&mut stands, &(0..n).collect::<Vec<_>>(), labels, &logits_of(&x)?)?;
+        if threat.epsilon() == 0.0 {
+            return Ok(stands);
+        }
+        for restart in 0..config.restarts {
+            self.withstood_from(restart, logits_of, &x, labels, sample_ids, &mut stands)?;
+        }
+        Ok(stands)
+    }
+
+    /// The attack's way from one start, for the images that stand.
+    fn withstood_from(
+        &self,
+        restart: usize,
+        logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+        x: &Tensor,
+        labels: &[u32],
+        sample_ids: &[u64],
+        stands: &mut [bool],
+    ) -> Result<()> {
+        let Self { threat, config, seed } = self;
+        let mut rows: Vec<usize> = (0..stands.len()).filter(|&row| stands[row]).collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let mut x = x.index_select(&indices(&rows, x.device())?, 0)?;
+        let ids: Vec<u64> = rows.iter().map(|&row| sample_ids[row]).collect();
+        let mut x_adv = config.start(threat, &x, *seed, restart, &ids)?;
+        for _ in 0..config.steps {
+            let var = Var::from_tensor(&x_adv)?;
+            let logits = logits_of(var.as_tensor())?;
+            leave(stands, &rows, labels, &logits)?;
+            let kept: Vec<usize> = (0..rows.len()).filter(|&i| stands[rows[i]]).collect();
+            if kept.is_empty() {
+                return Ok(());
+            }
+            let expected: Vec<u32> = rows.iter().map(|&row| labels[row]).collect();
+            let loss = config.loss.of(&logits, &Tensor::new(expected, x.device())?)?;
+            x_adv = threat.step(&x, &x_adv, &gradient(&loss, &var)?, config.step_size)?;
+            if kept.len() < rows.len() {
+                let places = indices(&kept, x.device())?;
+                (x, x_adv) = (x.index_select(&places, 0)?, x_adv.index_select(&places, 0)?);
+                rows = kept.into_iter().map(|i| rows[i]).collect();
+            }
+        }
+        leave(stands, &rows, labels, &logits_of(&x_adv)?)
+    }
+}
+
+/// Takes those of `rows` down that the logits, one row of them each, do not answer by their label.
+fn leave(stands: &mut [bool], rows: &[usize], labels: &[u32], logits: &Tensor) -> Result<()> {
+    let logits = logits.detach().to_vec2::<f32>()?;
+    if logits.len() != rows.len() {
+        bail!(Alarm, "{} images have logits for {}", rows.len(), logits.len());
+    }
+    for (&row, logits) in rows.iter().zip(logits) {
+        stands[row] = choice(&logits) == Some(labels[row] as usize);
+    }
+    Ok(())
+}
+
+fn indices(rows: &[usize], device: &Device) -> Result<Tensor> {
+    Ok(Tensor::new(rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), device)?)
 }
 
 /// The images within `threat` of `x` that PGD finds to have the highest loss.
@@ -137,11 +229,7 @@ pub fn pgd(
     }
     let mut worst: Option<(Tensor, Tensor)> = None;
     for restart in 0..config.restarts {
-        let mut start = x.clone();
-        if config.random_start {
-            let seed = rng::uint(seed, restart as u64, rng::stream::ATTACK);
-            start = threat.random_start(&x, seed, sample_ids)?;
-        }
+        let start = config.start(threat, &x, seed, restart, sample_ids)?;
         let loss_of = |logits: &Tensor| config.loss.of(logits, labels);
         let x_adv = ascend(logits_of, &loss_of, &x, start, threat, config)?;
         if config.restarts == 1 {
@@ -181,15 +269,19 @@ pub fn ascend(
     let mut x_adv = start;
     for _ in 0..config.steps {
         let var = Var::from_tensor(&x_adv)?;
-        // The sum, not the mean: the gradient of an image then does not depend on the batch.
-        let loss = loss_of(&logits_of(var.as_tensor())?)?.sum_all()?;
-        let grads = loss.backward()?;
-        let Some(gradient) = grads.get(var.as_tensor()) else {
-            bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
-        };
-        x_adv = threat.step(x, &x_adv, gradient, config.step_size)?;
+        let loss = loss_of(&logits_of(var.as_tensor())?)?;
+        x_adv = threat.step(x, &x_adv, &gradient(&loss, &var)?, config.step_size)?;
     }
     Ok(x_adv)
+}
+
+/// The gradient by the images of their losses, `(b,)`.
+fn gradient(loss: &Tensor, images: &Var) -> Result<Tensor> {
+    // The sum, not the mean: the gradient of an image then does not depend on the batch.
+    match loss.sum_all()?.backward()?.remove(images.as_tensor()) {
+        Some(gradient) => Ok(gradient),
+        None => bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow"),
+    }
 }
 
 #[cfg(test)]
@@ -299,6 +391,57 @@ mod tests {
         let (one, four) = (run(1), run(4));
         assert!(one.iter().zip(&four).all(|(one, four)| four >= &(one - 1e-6)));
         assert!(one.iter().zip(&four).filter(|(one, four)| *four > &(*one + 1e-4)).count() > n / 2);
+    }
+
+    #[test]
+    fn an_image_stands_if_no_point_on_the_way_of_the_attack_is_answered_otherwise() {
+        let n = 60;
+        let (x, ids) = (images(n), (0..n as u64).collect::<Vec<_>>());
+        let chosen =
+            |x: &Tensor| -> Vec<u32> { wavy(x).unwrap().argmax(D::Minus1).unwrap().to_vec1().unwrap() };
+        let mut labels = chosen(&x);
+        labels[3] = 1 - labels[3];
+        let y = Tensor::new(labels.as_slice(), &Device::Cpu).unwrap();
+        let loss_of = |logits: &Tensor| kernels::cross_entropy(logits, &y);
+        for (norm, epsilon) in [(Norm::Linf, 0.015), (Norm::L2, 0.03)] {
+            // Steps beyond the maxima of the waves.
+            let once = config(4, 2.0 * epsilon);
+            let threat = threat(norm, epsilon);
+            let (mut all, mut last, mut standing) = (vec![true; n], vec![true; n], Vec::new());
+            let and_right = |stands: &mut [bool], points: &Tensor| {
+                chosen(points).iter().enumerate().for_each(|(i, chosen)| stands[i] &= *chosen == labels[i]);
+                stands.iter().filter(|&&stands| stands).count()
+            };
+            standing.push(and_right(&mut all, &x));
+            for restart in 0..3 {
+                // Each number of steps by the attack that returns the last point.
+                let start = once.start(&threat, &x, 5, restart, &ids).unwrap();
+                for steps in 0..=4 {
+                    let config = PgdConfig { steps, ..once };
+                    let points = ascend(&wavy, &loss_of, &x, start.clone(), &threat, &config).unwrap();
+                    standing.push(and_right(&mut all, &points));
+                    if steps == 4 {
+                        and_right(&mut last, &points);
+                    }
+                }
+                let pgd = Pgd { threat, config: PgdConfig { restarts: restart + 1, ..once }, seed: 5 };
+                assert_eq!(pgd.withstood(&wavy, &x, &labels, &ids).unwrap(), all, "{norm:?}, {restart}");
+            }
+            // Else this would show little: images leave on the way, not all at once, and not all of them.
+            standing.dedup();
+            assert!(
+                standing.len() > 3 && standing[0] < n && standing.last() > Some(&0),
+                "{norm:?}: {standing:?}"
+            );
+            assert!(norm == Norm::L2 || all != last, "the last points tell as much");
+        }
+    }
+
+    #[test]
+    fn an_answer_that_is_no_number_does_not_stand() {
+        let pgd = Pgd { threat: threat(Norm::Linf, 0.1), config: config(2, 0.1), seed: 0 };
+        let blind = |x: &Tensor| Ok((linear(x)? * f64::NAN)?);
+        assert_eq!(pgd.withstood(&blind, &images(2), &[1, 0], &[0, 1]).unwrap(), [false, false]);
     }
 
     #[test]

@@ -21,20 +21,20 @@ const PART: usize = 16 * CHUNK;
 /// What an adversary, or noise, makes of images in [0, 1]: `(x, labels, ids)` to images of the same shape.
 pub(super) type Perturb<'a> = &'a (dyn Fn(&Tensor, &Tensor, &[u64]) -> Result<Tensor> + Sync);
 
-/// For each image of `data` whether the first choice of the network is its label; under attack, if one is given.
-///
-/// For the rest see [`correct_after`].
-pub(super) fn correct(
+/// For each image of `data` whether the network answers it by its label wherever `attack` comes by; see
+/// [`Pgd::withstood`]. For the rest see [`correct_after`].
+pub(super) fn correct_throughout(
     logits_of: LogitsOf,
     data: &Dataset,
-    attack: Option<&Pgd>,
+    attack: &Pgd,
     device: &Device,
     parts: Option<(&Parts, &str)>,
     bar: &Progress,
 ) -> Result<Vec<bool>> {
-    let perturb =
-        attack.map(|attack| move |x: &Tensor, y: &Tensor, ids: &[u64]| attack.perturb(logits_of, x, y, ids));
-    correct_after(logits_of, data, perturb.as_ref().map(|perturb| perturb as Perturb), device, parts, bar)
+    in_parts(data.len(), device, parts, bar, |rows| {
+        let (x, ids) = (images(data, rows.clone(), device)?, ids(rows.clone()));
+        attack.withstood(logits_of, &x, &data.labels[rows], &ids)
+    })
 }
 
 /// For each image of `data` whether the first choice of the network is its label; as `perturb` leaves it, if given.
@@ -125,14 +125,22 @@ fn correct_chunk(
     perturb: Option<Perturb>,
     device: &Device,
 ) -> Result<Vec<bool>> {
-    let size = data.shape.size();
-    let x = to_tensor(&data.pixels[rows.start * size..rows.end * size], data.shape, Range::Unit, device)?;
+    let x = images(data, rows.clone(), device)?;
     let labels = &data.labels[rows.clone()];
-    let y = Tensor::new(labels, device)?;
     let x = match perturb {
         None => x,
-        Some(perturb) => perturb(&x, &y, &rows.map(|i| i as u64).collect::<Vec<_>>())?,
+        Some(perturb) => perturb(&x, &Tensor::new(labels, device)?, &ids(rows))?,
     };
     let chosen = logits_of(&x)?.argmax(D::Minus1)?.to_vec1::<u32>()?;
     Ok(chosen.iter().zip(labels).map(|(a, b)| a == b).collect())
+}
+
+/// The images of some rows, in [0, 1].
+pub(super) fn images(data: &Dataset, rows: Span<usize>, device: &Device) -> Result<Tensor> {
+    let size = data.shape.size();
+    to_tensor(&data.pixels[rows.start * size..rows.end * size], data.shape, Range::Unit, device)
+}
+
+fn ids(rows: Span<usize>) -> Vec<u64> {
+    rows.map(|row| row as u64).collect()
 }

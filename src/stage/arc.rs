@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{
     Job, Outcome, Split, Stage,
-    accuracy::{correct, correct_after_apgd},
+    accuracy::{correct_after_apgd, correct_throughout},
     expect, finished_input,
     fit_discriminator::{Discriminators, SetsRecord, relabel, some_of, spread},
     note,
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     Result,
-    attack::{Apgd, Epsilon, Norm, Pgd, Threat},
+    attack::{Apgd, Epsilon, Norm, Pgd},
     data::Dataset,
     fs,
     plot::lines,
@@ -54,7 +54,7 @@ pub struct Arc {
     /// The step of the attack as a multiple of epsilon / steps.
     #[arg(long, default_value_t = 2.5)]
     pub attack_step_ratio: f64,
-    /// Random restarts of the attack; the strongest counts.
+    /// Random starts of the attack; an image has to withstand all of them, at every point on the way.
     #[arg(long, default_value_t = 2)]
     pub restarts: usize,
     /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then tries what PGD left standing; 0 for none.
@@ -88,7 +88,8 @@ pub struct ArcRecord {
     pub signed_after_pgd: f64,
     /// The radii as they were written.
     pub epsilons: Vec<Epsilon>,
-    /// Each network's accuracy under the attack on its stopping images, by set and radius. At 1/2 and below it is replaced.
+    /// Each network's accuracy under the attack on its stopping images, by set and radius. At 1/2 and below it is replaced,
+    /// and there it is the accuracy after PGD alone, if that was enough.
     #[serde(default)]
     pub stop_accuracy: Vec<Vec<f64>>,
     /// The attack.
@@ -96,16 +97,14 @@ pub struct ArcRecord {
 }
 
 impl Arc {
-    /// The attack at one radius; none at 0.
-    fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<Option<Pgd>> {
-        let (steps, ratio) = (self.attack_steps, self.attack_step_ratio);
-        let attack = Pgd::new(norm, epsilon, steps, ratio, self.restarts, self.seed)?;
-        Ok((epsilon.get() > 0.0).then_some(attack))
+    /// The attack at one radius.
+    fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<Pgd> {
+        Pgd::new(norm, epsilon, self.attack_steps, self.attack_step_ratio, self.restarts, self.seed)
     }
 
     /// How often an image is attacked, or looked at, at one radius.
-    fn passes(&self, epsilon: Epsilon) -> usize {
-        1 + usize::from(epsilon.get() > 0.0 && self.apgd_steps > 0)
+    fn passes(&self, epsilon: f64) -> usize {
+        1 + usize::from(epsilon > 0.0 && self.apgd_steps > 0)
     }
 
     /// The images of each side that measure or stop a set, in equal numbers: real ones, then synthetic ones.
@@ -124,44 +123,54 @@ struct Sides {
     class: Vec<u32>,
 }
 
-/// On which images a network is right.
-struct Right {
-    after_pgd: Vec<bool>,
-    /// And after APGD on what PGD left standing.
-    in_the_end: Vec<bool>,
-}
-
 /// The attack on one discriminator.
 struct Trial<'a> {
     arc: &'a Arc,
     net: &'a Discriminator,
-    threat: Threat,
-    epsilon: Epsilon,
+    pgd: Pgd,
     job: &'a Job,
     parts: &'a fs::Parts,
     bar: &'a Progress,
 }
 
 impl Trial<'_> {
-    /// Finished parts are kept under `key`.
-    fn right(&self, images: &Dataset, key: &str) -> Result<Right> {
-        let Self { arc, net, threat, epsilon, job: Job { device, .. }, parts, bar } = *self;
-        let logits_of = |x: &Tensor| net.logits(x);
-        let pgd = arc.attack(threat.norm(), epsilon)?;
-        let after_pgd = correct(&logits_of, images, pgd.as_ref(), device, Some((parts, key)), bar)?;
-        if arc.passes(epsilon) == 1 {
-            return Ok(Right { in_the_end: after_pgd.clone(), after_pgd });
+    /// Which images PGD leaves standing. Finished parts are kept under `key`.
+    fn after_pgd(&self, images: &Dataset, key: &str) -> Result<Vec<bool>> {
+        let logits_of = |x: &Tensor| self.net.logits(x);
+        let parts = Some((self.parts, key));
+        correct_throughout(&logits_of, images, &self.pgd, &self.job.device, parts, self.bar)
+    }
+
+    /// Which of those that are `standing` after PGD APGD leaves standing, too.
+    fn after_apgd(&self, images: &Dataset, standing: Vec<bool>, key: &str) -> Result<Vec<bool>> {
+        let (arc, threat) = (self.arc, self.pgd.threat);
+        if arc.passes(threat.epsilon()) == 1 {
+            return Ok(standing);
         }
         let apgd = Apgd { threat, steps: arc.apgd_steps, restarts: 1, seed: arc.seed };
-        let kept = Some((parts, &*format!("{key}-apgd")));
-        let in_the_end = correct_after_apgd(&logits_of, images, &after_pgd, &apgd, device, kept, bar)?;
-        Ok(Right { after_pgd, in_the_end })
+        let logits_of = |x: &Tensor| self.net.logits(x);
+        let parts = Some((self.parts, &*format!("{key}-apgd")));
+        correct_after_apgd(&logits_of, images, &standing, &apgd, &self.job.device, parts, self.bar)
+    }
+
+    /// The accuracy after both attacks; after PGD alone, if that leaves half of the images or less.
+    fn accuracy(&self, images: &Dataset, key: &str) -> Result<f64> {
+        let share = |right: &[bool]| right.iter().filter(|&&right| right).count() as f64 / right.len() as f64;
+        let after_pgd = self.after_pgd(images, key)?;
+        let accuracy = share(&after_pgd);
+        if accuracy <= 0.5 {
+            let passes = self.arc.passes(self.pgd.threat.epsilon());
+            self.bar.skip(((passes - 1) * images.len()) as u64);
+            return Ok(accuracy);
+        }
+        Ok(share(&self.after_apgd(images, after_pgd, key)?))
     }
 }
 
 impl Stage for Arc {
     const NAME: &'static str = "arc";
     const INPUTS: &'static [&'static str] = &["split", "pool", "discriminators"];
+    const REVISION: u32 = 1;
 
     fn validate(&self) -> Result<()> {
         self.attack(Norm::Linf, Epsilon::default())?;
@@ -173,7 +182,7 @@ impl Stage for Arc {
 
     fn amount(&self) -> String {
         format!(
-            "PGD-{} with {} restarts and APGD-{} on the stopping and measuring images of every set",
+            "PGD-{} with {} restarts, then APGD-{}, on the stopping and measuring images of every set",
             self.attack_steps, self.restarts, self.apgd_steps
         )
     }
@@ -188,18 +197,15 @@ impl Stage for Arc {
         let (measure, stop) = (0..folds)
             .map(|set| (real.proxy_measure(set, folds), real.proxy_stop(set)))
             .collect::<(Vec<Dataset>, Vec<Dataset>)>();
-        let of_pool = |part: HeldOut, real: &[Dataset], max: usize| {
-            let wanted: Vec<usize> = real.iter().map(|images| images.len().min(max)).collect();
-            held_out_images(&pool, &discriminators, part, &wanted)
-        };
         let sides_of = |real: Vec<Dataset>, synthetic: Vec<Dataset>, max: usize| -> Vec<Sides> {
             real.into_iter()
                 .zip(&synthetic)
                 .map(|(real, synthetic)| self.sides(real, synthetic, max))
                 .collect()
         };
-        let synthetic = of_pool(HeldOut::Measure, &measure, self.max_images)?;
-        let synthetic_stop = of_pool(HeldOut::Stop, &stop, self.max_stop)?;
+        let limits = [(&measure, self.max_images), (&stop, self.max_stop)];
+        let wanted = limits.map(|(real, max)| real.iter().map(|real| real.len().min(max)).collect());
+        let [synthetic, synthetic_stop] = held_out_images(&pool, &discriminators, wanted)?;
         for (images, what, least) in [(&synthetic, "measure", 2), (&synthetic_stop, "stop", 1)] {
             if let Some((set, found)) = images.iter().map(Dataset::len).enumerate().find(|(_, n)| *n < least)
             {
@@ -212,7 +218,7 @@ impl Stage for Arc {
         let parts = fs::Parts::new(job.hidden(out, "parts"));
         let SetsRecord { epsilons, norm, .. } = &discriminators.record;
         let radii: Vec<f64> = epsilons.iter().map(|e| e.get()).collect();
-        let passes: usize = epsilons.iter().map(|&epsilon| self.passes(epsilon)).sum();
+        let passes: usize = radii.iter().map(|&radius| self.passes(radius)).sum();
         let images: usize = measure.iter().chain(&stop).map(|sides| sides.class.len()).sum();
         let bar = Progress::new(Self::NAME, (passes * images) as u64, "attacked images");
         let (mut results, mut after_pgd, mut stop_accuracy) = (Vec::new(), Vec::new(), Vec::new());
@@ -223,24 +229,23 @@ impl Stage for Arc {
                 let trial = Trial {
                     arc: self,
                     net: &discriminators.nets[set][radius],
-                    threat: Threat::new(*norm, epsilon)?,
-                    epsilon,
+                    pgd: self.attack(*norm, epsilon)?,
                     job,
                     parts: &parts,
                     bar: &bar,
                 };
                 let key = format!("set{set}-radius{radius}");
-                let stood = trial.right(&stop[set].images, &format!("{key}-stop"))?.in_the_end;
-                let accuracy = stood.iter().filter(|&&right| right).count() as f64 / stood.len() as f64;
+                let accuracy = trial.accuracy(&stop[set].images, &format!("{key}-stop"))?;
                 accuracies.push(accuracy);
-                let Right { after_pgd, in_the_end } = if accuracy > 0.5 {
-                    trial.right(&images, &key)?
+                if accuracy > 0.5 {
+                    let after_pgd = trial.after_pgd(&images, &key)?;
+                    rows.push(trial.after_apgd(&images, after_pgd.clone(), &key)?);
+                    pgd_rows.push(after_pgd);
                 } else {
-                    bar.skip((self.passes(epsilon) * images.len()) as u64);
-                    Right { after_pgd: synthetic.clone(), in_the_end: synthetic.clone() }
-                };
-                pgd_rows.push(after_pgd);
-                rows.push(in_the_end);
+                    bar.skip((self.passes(epsilon.get()) * images.len()) as u64);
+                    rows.push(synthetic.clone());
+                    pgd_rows.push(synthetic.clone());
+                }
             }
             stop_accuracy.push(accuracies);
             after_pgd.push(SetResult {
@@ -262,6 +267,7 @@ impl Stage for Arc {
                 "steps": self.attack_steps,
                 "step_size_times_steps_over_epsilon": self.attack_step_ratio,
                 "restarts": self.restarts,
+                "counts": "every point on the way",
                 "apgd_steps_on_what_stands": self.apgd_steps,
             }),
             estimate,
@@ -293,23 +299,55 @@ fn curves(estimate: &Estimate) -> Vec<(String, Vec<(f64, f64)>)> {
     ]
 }
 
-/// Pool images of `part` for each ranking set: of folds that it did not learn from, with their classes.
+/// Pool images that measure and that stop each ranking set, as many as `wanted`: of folds that it did not learn from, with
+/// their classes.
 fn held_out_images(
     pool: &Pool,
     discriminators: &Discriminators,
-    part: HeldOut,
-    wanted: &[usize],
-) -> Result<Vec<Dataset>> {
-    pool.draw(wanted, |uid| {
-        if held_out(uid) != part {
-            return Vec::new();
+    wanted: [Vec<usize>; 2],
+) -> Result<[Vec<Dataset>; 2]> {
+    let folds = discriminators.record.folds;
+    let slots = |uid: &str| slots(uid, discriminators.fold_of(uid), folds);
+    let mut measure = pool.draw(&wanted.concat(), slots)?;
+    let stop = measure.split_off(folds);
+    Ok([measure, stop])
+}
+
+/// What a pool image of `fold` is for: it measures set `i < folds`, and stops set `i - folds`.
+fn slots(uid: &str, fold: usize, folds: usize) -> Vec<usize> {
+    let sets: Vec<usize> = (0..folds).filter(|&set| set != fold).collect();
+    match held_out(uid) {
+        // Each image measures one set only, so that the sets' results are independent.
+        HeldOut::Measure => vec![sets[uid_order(uid) as usize % sets.len()]],
+        HeldOut::Stop => sets.into_iter().map(|set| folds + set).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::fold::fold_of;
+
+    #[test]
+    fn a_pool_image_measures_one_set_or_stops_all_that_did_not_learn_from_it() {
+        let folds = 3;
+        let mut measured = [0; 3];
+        for i in 0..4000 {
+            let uid = format!("pool-{i}");
+            let fold = fold_of(&uid, folds + 1);
+            let found = slots(&uid, fold, folds);
+            match held_out(&uid) {
+                HeldOut::Measure => {
+                    assert!(found.len() == 1 && found[0] != fold, "{uid}: {found:?}");
+                    measured[found[0]] += 1;
+                }
+                HeldOut::Stop => {
+                    let others: Vec<usize> =
+                        (0..folds).filter(|&set| set != fold).map(|set| folds + set).collect();
+                    assert_eq!(found, others, "{uid}");
+                }
+            }
         }
-        let fold = discriminators.fold_of(uid);
-        let sets: Vec<usize> = (0..wanted.len()).filter(|&set| set != fold).collect();
-        match part {
-            HeldOut::Stop => sets,
-            // Each image measures one set only, so that the sets' results are independent.
-            HeldOut::Measure => vec![sets[uid_order(uid) as usize % sets.len()]],
-        }
-    })
+        assert!(measured.iter().all(|n| (900..1250).contains(n)), "{measured:?}");
+    }
 }

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{
     Job, Outcome, Split, Stage,
-    accuracy::correct,
+    accuracy::{correct_throughout, images},
     expect, expect_channels, finished_input, note,
     shards::Pool,
     side_by_side,
@@ -22,13 +22,13 @@ use super::{
 use crate::{
     Error, Result,
     attack::{Epsilon, Norm, Pgd},
-    data::{Augment, Dataset, Range, augmented, to_tensor},
+    data::{Augment, Dataset, Range, augmented},
     fs,
     nn::{
         Architecture, Classifier, ClassifierConfig, LrDecay, LrSchedule, SmallCnnConfig,
         optim::{Adam, AdamConfig},
     },
-    objective::{pgd_at, plain},
+    objective::pgd_at,
     progress::Progress,
     proxy::{
         REAL, SYNTHETIC,
@@ -227,10 +227,9 @@ impl FitDiscriminator {
         if self.conditioned { vec![all] } else { all.map(|radius| radius..radius + 1).collect() }
     }
 
-    /// The attack at one radius; none at 0.
-    fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Option<Pgd>> {
-        let attack = Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, 1, seed)?;
-        Ok((epsilon.get() > 0.0).then_some(attack))
+    /// The attack at one radius.
+    fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Pgd> {
+        Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, 1, seed)
     }
 
     /// Trains one network for some radii, or finds it trained. Returns a record for each of them.
@@ -312,10 +311,7 @@ impl FitDiscriminator {
                 let told = at(radii.start + turn);
                 let tracked = |x: &Tensor| tracked.logits(&told.apply(x)?);
                 let frozen = |x: &Tensor| net.logits(&told.apply(x)?);
-                let losses = match &grown[turn] {
-                    Some(attack) => pgd_at(&tracked, &frozen, &x, &y, attack, 0.0, &ids)?,
-                    None => plain(&tracked, &x, &y, 0.0)?,
-                };
+                let losses = pgd_at(&tracked, &frozen, &x, &y, &grown[turn], 0.0, &ids)?;
                 Ok((losses.sum_all()? / (2 * half) as f64)?)
             };
             // With several radii each quarter of the batch has one, in turn.
@@ -343,9 +339,9 @@ impl FitDiscriminator {
                 let accuracy = trainer.consider(averaged.params(), || {
                     for (radius, attack) in radii.clone().zip(&attacks) {
                         let (net, hidden) = (averaged_at(radius), Progress::hidden());
-                        let attack = attack.as_ref();
+                        let logits_of = |x: &Tensor| net.logits(x);
                         let right =
-                            correct(&|x| net.logits(x), &data.stop, attack, &job.device, None, &hidden)?;
+                            correct_throughout(&logits_of, &data.stop, attack, &job.device, None, &hidden)?;
                         by_radius.push(right.iter().filter(|&&r| r).count() as f64 / right.len() as f64);
                     }
                     Ok(by_radius.iter().sum::<f64>() / by_radius.len() as f64)
@@ -383,6 +379,7 @@ impl FitDiscriminator {
 impl Stage for FitDiscriminator {
     const NAME: &'static str = "fit-discriminator";
     const INPUTS: &'static [&'static str] = &["split", "pool"];
+    const REVISION: u32 = 1;
 
     fn validate(&self) -> Result<()> {
         expect("folds", self.folds, 2, 64)?;
@@ -485,9 +482,7 @@ impl PoolParts {
 pub(super) fn margins(net: &Discriminator, data: &Dataset, device: &Device) -> Result<Vec<f32>> {
     let rows: Vec<usize> = (0..data.len()).step_by(64).collect();
     let one = |&from: &usize| -> Result<Vec<f32>> {
-        let to = (from + 64).min(data.len());
-        let size = data.shape.size();
-        let x = to_tensor(&data.pixels[from * size..to * size], data.shape, Range::Unit, device)?;
+        let x = images(data, from..(from + 64).min(data.len()), device)?;
         let logits = net.logits(&x)?.to_vec2::<f32>()?;
         Ok(logits.iter().map(|l| l[SYNTHETIC as usize] - l[REAL as usize]).collect())
     };
@@ -519,7 +514,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::data::{Source, Split, decode_as, encode_png, to_u8};
+    use crate::data::{Source, Split, decode_as, encode_png, to_tensor, to_u8};
 
     fn digits(n: usize) -> Dataset {
         Source::Digits.load(Split::Train, Some(n), 0).unwrap()

@@ -99,6 +99,9 @@ pub trait Stage: clap::Args + Serialize + DeserializeOwned + Default + Clone + '
     const INPUTS: &'static [&'static str];
     /// The keys that change no byte of the output, and so are no part of the fingerprint.
     const RUNTIME: &'static [&'static str] = &[];
+    /// How often this stage alone came to write other bytes: added to the format version, so that its work is redone and
+    /// that of the stages before it is not.
+    const REVISION: u32 = 0;
 
     /// Whether the output holds the inputs' names, so that they decide what is made as much as what they name.
     const KEEPS_NAMES: bool = false;
@@ -172,6 +175,8 @@ impl Job {
 pub trait AnyStage {
     /// [`Stage::NAME`].
     fn name(&self) -> &'static str;
+    /// [`Stage::REVISION`].
+    fn revision(&self) -> u32;
     /// [`Stage::validate`].
     fn validate(&self) -> Result<()>;
     /// [`Stage::amount`].
@@ -189,6 +194,9 @@ pub trait AnyStage {
 impl<S: Stage> AnyStage for S {
     fn name(&self) -> &'static str {
         S::NAME
+    }
+    fn revision(&self) -> u32 {
+        S::REVISION
     }
     fn validate(&self) -> Result<()> {
         Stage::validate(self)
@@ -268,7 +276,7 @@ defaults_from_flags!(
 pub fn fingerprint(stage: &dyn AnyStage, inputs: &[(&'static str, String)]) -> String {
     // serde_json's maps are sorted, so equal settings are equal text.
     let text = serde_json::json!({
-        "format": FORMAT,
+        "format": FORMAT + stage.revision(),
         "stage": stage.name(),
         "settings": stage.identity(),
         "inputs": inputs,
