@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import diffusers
@@ -182,9 +183,9 @@ class Oracle:
         self.expected = of(bench.oracles[0])
         bench.set_numbers()
         self.own = relative_errors(of(bench.oracles[1]), self.expected)
-        self.sizes = {}
+        self.sizes = Counter()
         for name, tensor in self.expected.items():
-            self.sizes[name.split(".")[0]] = self.sizes.get(name.split(".")[0], 0) + tensor.numel()
+            self.sizes[name.split(".")[0]] += tensor.numel()
 
     def error(self, side, found):
         """The largest error of the groups that a side found; fails if one is over its limit."""
