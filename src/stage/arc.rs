@@ -54,8 +54,8 @@ pub struct Arc {
     /// The step of the attack as a multiple of epsilon / steps.
     #[arg(long, default_value_t = 2.5)]
     pub attack_step_ratio: f64,
-    /// Random starts of the attack; an image has to withstand all of them, at every point on the way.
-    #[arg(long, default_value_t = 2)]
+    /// Random starts of PGD; an image has to withstand all of them, at every point on the way. APGD brings one more.
+    #[arg(long, default_value_t = 1)]
     pub restarts: usize,
     /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then tries what PGD left standing; 0 for none.
     #[arg(long, default_value_t = 50)]
@@ -182,7 +182,7 @@ impl Stage for Arc {
 
     fn amount(&self) -> String {
         format!(
-            "PGD-{} with {} restarts, then APGD-{}, on the stopping and measuring images of every set",
+            "PGD-{} from {} random starts, then APGD-{}, on the stopping and measuring images of every set",
             self.attack_steps, self.restarts, self.apgd_steps
         )
     }
