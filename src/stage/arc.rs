@@ -188,10 +188,11 @@ impl Stage for Arc {
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
+        let split = finished_input::<Split>("split", self.split.as_deref())?;
+        let real = Real::load(&split)?;
         let pool = Pool::open("pool", self.pool.as_deref())?;
         let discriminators =
-            Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
+            Discriminators::load(self.discriminators.as_deref(), &split, &pool, &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
         let folds = discriminators.record.folds;
         let (measure, stop) = (0..folds)

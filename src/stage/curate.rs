@@ -133,6 +133,7 @@ serde_as_text!(Quota);
 impl Stage for Curate {
     const NAME: &'static str = "curate";
     const INPUTS: &'static [&'static str] = &["scores"];
+    const REVISION: u32 = 1;
 
     fn validate(&self) -> Result<()> {
         if self.keep_per_class > 0 && self.keep_total > 0 {
@@ -392,6 +393,7 @@ impl Curate {
             total: tables.len() as u64,
             kept: after.len() as u64,
             rejected,
+            split: tables.split.clone(),
             classes,
             score_before: sorted_quantiles(rows.scores.clone()),
             score_after: sorted_quantiles(after),

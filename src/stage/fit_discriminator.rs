@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{
     Job, Outcome, Split, Stage,
     accuracy::{correct_throughout, images},
-    expect, expect_channels, finished_input, note,
+    expect, expect_channels, expect_made_with, finished_input, note,
     shards::Pool,
     side_by_side,
     split::Real,
@@ -158,9 +158,13 @@ pub(super) struct Discriminators {
 }
 
 impl Discriminators {
-    /// Loads a finished fit-discriminator's networks.
-    pub(super) fn load(key: &str, dir: Option<&Path>, device: &Device) -> Result<Self> {
+    /// Loads a finished fit-discriminator's networks. Fails with [`Error::Usage`](crate::Error::Usage) unless they were trained
+    /// with this division of the real images and this pool: of others nothing tells which images they have seen.
+    pub(super) fn load(dir: Option<&Path>, split: &Path, pool: &Pool, device: &Device) -> Result<Self> {
+        let key = "discriminators";
         let dir = finished_input::<FitDiscriminator>(key, dir)?;
+        expect_made_with(key, &dir, "split", split)?;
+        expect_made_with(key, &dir, "pool", &pool.dir)?;
         let record: SetsRecord = fs::read_json(&dir.join("sets.json"))?;
         let of_set = |set: &Vec<NetRecord>| -> Result<Vec<Discriminator>> {
             let mut nets: Vec<(&str, Arc<Classifier>)> = Vec::new();

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Generate, Import, Job, Outcome, Split, Stage, expect, finished_input,
+    Generate, Import, Job, Outcome, Split, Stage, expect, expect_made_with, finished_input,
     pool_configuration::PoolConfiguration,
     read_config,
     score_rows::ScoreTables,
@@ -95,15 +95,16 @@ impl Stage for Materialize {
         let tables =
             self.with_pool.then(|| ScoreTables::open("scores", self.scores.as_deref())).transpose()?;
         if let (Some(tables), Some(selection)) = (&tables, &self.selection) {
-            let scored = read_config(&tables.folder)?.fingerprint;
-            let inputs = read_config(selection)?.inputs;
-            if !inputs.iter().any(|input| input.key == "scores" && input.fingerprint == scored) {
-                bail!(
-                    Usage,
-                    "scores is '{}', which the selection was not made from, expected its scores",
-                    tables.folder.display()
-                );
-            }
+            expect_made_with("selection", selection, "scores", &tables.folder)?;
+        }
+        let of_split = read_config(&split)?.fingerprint;
+        if record.split.as_ref() != Some(&of_split) {
+            bail!(
+                Usage,
+                "selection is by scores against split {}, expected {of_split}, that of '{}'",
+                record.split.as_deref().unwrap_or("unknown"),
+                split.display()
+            );
         }
         let (out, _lock) = job.open("run")?;
         let dataset = out.join("dataset");

@@ -461,6 +461,29 @@ fn finished_one_of(key: &str, dir: Option<&Path>, stages: &[&str]) -> Result<Pat
     Ok(dir.to_path_buf())
 }
 
+/// The fingerprint of what the stage in `dir` was given as `key`.
+fn input_of(dir: &Path, key: &str) -> Result<Option<String>> {
+    let inputs = read_config(dir)?.inputs;
+    Ok(inputs.into_iter().find(|input| input.key == key).map(|input| input.fingerprint))
+}
+
+/// Fails with [`Error::Usage`] unless the stage in `dir`, the input `name`, was itself made with `input` as its `key`.
+fn expect_made_with(name: &str, dir: &Path, key: &str, input: &Path) -> Result<()> {
+    let (made_with, given) = (input_of(dir, key)?, read_config(input)?.fingerprint);
+    if made_with.as_deref() != Some(&given) {
+        let short = |fingerprint: &str| fingerprint.chars().take(8).collect::<String>();
+        bail!(
+            Usage,
+            "{name} is '{}', which was made with {key} {}, expected {}, that of '{}'",
+            dir.display(),
+            made_with.as_deref().map_or_else(|| "unknown".into(), short),
+            short(&given),
+            input.display()
+        );
+    }
+    Ok(())
+}
+
 /// What became of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {

@@ -1,6 +1,6 @@
 //! Rank: several generators by ARC.
 
-use std::path::{Path, PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{
     Arc, Job, Label, Outcome, Stage,
     arc::{ArcRecord, discrimination_svg},
-    finished_input, read_config, read_done,
+    finished_input, input_of, read_done,
 };
 use crate::{
     Result, fs,
@@ -48,12 +48,6 @@ struct Ranked {
     /// The signed area minus that of the one before, and its 95 % interval.
     behind_the_last: Option<f64>,
     behind_interval: Option<[f64; 2]>,
-}
-
-/// The fingerprint of what a finished stage was given as `key`.
-fn input_of(dir: &Path, key: &str) -> Result<Option<String>> {
-    let inputs = read_config(dir)?.inputs;
-    Ok(inputs.into_iter().find(|input| input.key == key).map(|input| input.fingerprint))
 }
 
 impl Stage for Rank {

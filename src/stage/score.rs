@@ -202,11 +202,12 @@ impl Stage for Score {
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
+        let split = finished_input::<Split>("split", self.split.as_deref())?;
+        let real = Real::load(&split)?;
         let pool = Pool::open("pool", self.pool.as_deref())?;
         let labels = finished_input::<Label>("labels", self.labels.as_deref())?.join("labels");
         let discriminators =
-            Discriminators::load("discriminators", self.discriminators.as_deref(), &job.device)?;
+            Discriminators::load(self.discriminators.as_deref(), &split, &pool, &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
         pool.expect_shape(real.train.shape)?;
         let classes = real.train.class_names.clone();

@@ -8,7 +8,7 @@ use std::{
 use arrow_array::{Array, Float32Array, Int64Array, RecordBatch, StringArray, UInt64Array};
 use rayon::prelude::*;
 
-use super::{Score, finished_input, label, score::columns, shards};
+use super::{Score, finished_input, input_of, label, score::columns, shards};
 use crate::{
     Error, Result,
     curate::{Arm, Gate, PASSED, verdicts},
@@ -28,6 +28,8 @@ pub(super) struct ScoreTables {
     first: Vec<usize>,
     /// The classes' names.
     pub(super) classes: Vec<String>,
+    /// The fingerprint of the split that the pool was scored against.
+    pub(super) split: Option<String>,
 }
 
 /// Columns of the score tables of a whole pool, in the pool's order: 15 bytes an image.
@@ -75,7 +77,8 @@ impl ScoreTables {
                 classes.len()
             );
         }
-        Ok(Self { folder, dir, first, classes })
+        let split = input_of(&folder, "split")?;
+        Ok(Self { folder, dir, first, classes, split })
     }
 
     /// Images of the pool.

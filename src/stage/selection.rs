@@ -29,6 +29,9 @@ pub struct SelectRecord {
     pub arm: curate::Arm,
     /// All settings.
     pub rule: Value,
+    /// The fingerprint of the split whose real images the scores hold the pool against.
+    #[serde(default)]
+    pub split: Option<String>,
     /// Rows of the score table.
     pub total: u64,
     /// Rows kept.

@@ -5,7 +5,7 @@ use std::path::Path;
 use proxyset::data::{Source, Split, encode_png};
 use serde_json::Value;
 
-use crate::run::ok;
+use crate::run::{fails, made, ok};
 
 /// Images that are real.
 const REAL: usize = 718;
@@ -66,4 +66,37 @@ fn marked_images_are_told_apart_and_a_network_that_arc_s_attack_breaks_counts_as
     for (of, accuracy) in [("accuracy", 0.5), ("accuracy_real", 0.0), ("accuracy_synthetic", 1.0)] {
         assert_eq!(arc["curve"][3][of], accuracy, "{arc:#}");
     }
+}
+
+#[test]
+fn networks_speak_of_the_split_and_the_pool_that_they_were_trained_with_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (split, pool, labels) = (made().path("split"), made().path("pool"), made().path("labels"));
+    let (nets, out) = (path("nets"), path("out"));
+    let tiny = "--steps 2 --batch 8 --channels 8,8 --attack-steps 1 --eval-every 2";
+    ok(&format!("fit-discriminator --split {split} --pool {pool} {tiny} --out {nets}"));
+    ok(&format!("split --seed 1 --out {}", path("split")));
+    let generate = "--count 96 --shard-rows 32 --micro-batch 16 --steps 1 --seed 1";
+    ok(&format!("generate --model {} {generate} --out {}", made().path("generator"), path("pool")));
+    let others =
+        [(path("split"), pool.clone(), "made with split"), (split.clone(), path("pool"), "made with pool")];
+    for (split, pool, said) in others {
+        let inputs = format!("--split {split} --pool {pool} --discriminators {nets} --out {out}");
+        for verb in ["arc", &format!("score --labels {labels}")] {
+            fails(&format!("{verb} {inputs}"), 2, &["discriminators is", said]);
+            assert!(!Path::new(&out).exists());
+        }
+    }
+
+    let inputs = format!("--split {split} --pool {pool} --labels {labels} --discriminators {nets}");
+    ok(&format!("score {inputs} --out {}", path("scores")));
+    let rule = "--arm all --require-agreement false";
+    ok(&format!("curate --scores {} {rule} --out {}", path("scores"), path("selection")));
+    let data = |split: &str| {
+        format!("materialize --split {split} --pool {pool} --selection {} --out {out}", path("selection"))
+    };
+    fails(&data(&path("split")), 2, &["selection is by scores against split"]);
+    assert!(!Path::new(&out).exists());
+    ok(&data(&split));
 }
