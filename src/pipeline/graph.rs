@@ -74,7 +74,7 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
                 file.error("import", &format!("there is [{other}] too, expected one source of the pool"))
             );
         }
-        graph.add::<Import>("import", &[])?
+        graph.add::<Import>("import", &[("split", split.clone())])?
     } else if file.table("generate").contains_key("model") {
         graph.add::<Generate>("generate", &[])?
     } else {
@@ -184,32 +184,36 @@ pub fn ranking_nodes(
 ) -> Result<Vec<Node>> {
     let mut graph = Graph { file, run, nodes: Vec::new(), last: usize::MAX };
     let split = graph.add::<Split>("split", &[])?;
-    let mut ranked = Vec::new();
-    let mut names: Vec<Value> = Vec::new();
+    // What is wrong with any of the sets or its labels is found before hours of training for another.
+    let (mut ranked, mut pools) = (Vec::new(), Vec::new());
+    let mut names: Vec<String> = Vec::new();
     for set in sets {
         let name = Path::new(set).file_name().map_or(set.clone(), |name| name.to_string_lossy().into_owned());
-        let name = if names.iter().any(|n| n.as_str() == Some(&name)) { set.clone() } else { name };
+        let name = if names.contains(&name) { set.clone() } else { name };
         let named = |what: &str| format!("{what} {name}");
         let pool = if stage::is_stage_folder(Path::new(set)) {
             PathBuf::from(set)
         } else {
-            let source = [("source", PathBuf::from(set))];
-            graph.add_with::<Import>(&named("import"), Import::NAME, &source, &[], None)?
+            let inputs = [("source", PathBuf::from(set)), ("split", split.clone())];
+            graph.add_with::<Import>(&named("import"), Import::NAME, &inputs, &[], None)?
         };
-        // Labels first: a classifier of other classes is found before hours of training.
         if let Some(labeller) = labeller {
             let inputs = [("pool", pool.clone()), ("classifier", labeller.to_path_buf())];
             let labels = graph.add_with::<Label>(&named("label"), Label::NAME, &inputs, &[], None)?;
             ranked.push(("labelled", labels));
         }
+        pools.push(pool);
+        names.push(name);
+    }
+    for (pool, name) in pools.into_iter().zip(&names) {
+        let named = |what: &str| format!("{what} {name}");
         let inputs = [("split", split.clone()), ("pool", pool)];
         let table = FitDiscriminator::NAME;
         let discriminators = graph.add_with::<FitDiscriminator>(&named(table), table, &inputs, &[], None)?;
         let inputs = [inputs[0].clone(), inputs[1].clone(), ("discriminators", discriminators)];
         ranked.push(("arcs", graph.add_with::<Arc>(&named("arc"), Arc::NAME, &inputs, &[], None)?));
-        names.push(Value::String(name));
     }
-    graph.add_with::<Rank>(Rank::NAME, Rank::NAME, &ranked, &[("names", Value::Array(names))], None)?;
+    graph.add_with::<Rank>(Rank::NAME, Rank::NAME, &ranked, &[("names", Value::from(names))], None)?;
     Ok(graph.nodes)
 }
 

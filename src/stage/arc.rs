@@ -1,10 +1,9 @@
 //! Arc: the area under the robust discrimination curve of a pool.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use super::{
     Job, Outcome, Split, Stage,
@@ -93,7 +92,31 @@ pub struct ArcRecord {
     #[serde(default)]
     pub stop_accuracy: Vec<Vec<f64>>,
     /// The attack.
-    pub attack: serde_json::Value,
+    pub attack: AttackRecord,
+}
+
+/// What an estimate of ARC attacked with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttackRecord {
+    norm: Norm,
+    steps: usize,
+    step_size_times_steps_over_epsilon: f64,
+    restarts: usize,
+    counts: String,
+    apgd_steps_on_what_stands: usize,
+}
+
+impl fmt::Display for AttackRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PGD-{} in {}", self.steps, self.norm)?;
+        if self.restarts > 1 {
+            write!(f, " from {} random starts", self.restarts)?;
+        }
+        match self.apgd_steps_on_what_stands {
+            0 => Ok(()),
+            steps => write!(f, ", then APGD-{steps} on what stands"),
+        }
+    }
 }
 
 impl Arc {
@@ -263,14 +286,14 @@ impl Stage for Arc {
             signed_after_pgd: signed_area(&after_pgd, &radii),
             epsilons: epsilons.clone(),
             stop_accuracy,
-            attack: json!({
-                "norm": norm,
-                "steps": self.attack_steps,
-                "step_size_times_steps_over_epsilon": self.attack_step_ratio,
-                "restarts": self.restarts,
-                "counts": "every point on the way",
-                "apgd_steps_on_what_stands": self.apgd_steps,
-            }),
+            attack: AttackRecord {
+                norm: *norm,
+                steps: self.attack_steps,
+                step_size_times_steps_over_epsilon: self.attack_step_ratio,
+                restarts: self.restarts,
+                counts: "every point on the way".into(),
+                apgd_steps_on_what_stands: self.apgd_steps,
+            },
             estimate,
         };
         fs::publish(&out.join("arc.svg"), discrimination_svg(&curves(&record.estimate))?.as_bytes())?;

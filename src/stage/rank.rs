@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Result, fs,
-    proxy::arc::{Estimate, difference_interval},
+    proxy::arc::{Estimate, Point, difference_interval},
 };
 
 /// Ranks generators by their signed ARC, lowest first: `rank.json`, and the curves in `rank.svg`.
@@ -43,6 +43,10 @@ struct Ranked {
     /// The same after PGD alone.
     signed_after_pgd: f64,
     truncated: bool,
+    /// See [`Estimate::largest_rise_se`].
+    largest_rise_se: f64,
+    /// Images measured, in all sets: real, synthetic.
+    images: [usize; 2],
     /// How often a classifier sees the class that an image was made for; none without labels.
     label_agreement: Option<f64>,
     /// The signed area minus that of the one before, and its 95 % interval.
@@ -53,6 +57,7 @@ struct Ranked {
 impl Stage for Rank {
     const NAME: &'static str = "rank";
     const INPUTS: &'static [&'static str] = &["arcs", "labelled"];
+    const REVISION: u32 = 1;
 
     fn validate(&self) -> Result<()> {
         let (arcs, labelled, names) = (self.arcs.len(), self.labelled.len(), self.names.len());
@@ -120,6 +125,8 @@ impl Stage for Rank {
                     interval: e.interval,
                     signed_after_pgd: record.signed_after_pgd,
                     truncated: e.truncated,
+                    largest_rise_se: e.largest_rise_se,
+                    images: [0, 1].map(|side| e.images.iter().map(|images| images[side]).sum()),
                     label_agreement: *agreement,
                     behind_the_last: before.map(|last| e.signed - last.signed),
                     behind_interval: before.map(|last| difference_interval(e, last)),
@@ -128,6 +135,8 @@ impl Stage for Rank {
                 ranked
             })
             .collect();
+        let curves: BTreeMap<&str, &[Point]> =
+            found.iter().map(|(name, record, _)| (&**name, &*record.estimate.curve)).collect();
         let series: Vec<(String, Vec<(f64, f64)>)> = found
             .iter()
             .map(|(name, record, _)| {
@@ -136,8 +145,12 @@ impl Stage for Rank {
             .collect();
         let (out, _lock) = job.open("run")?;
         fs::publish(&out.join("rank.svg"), discrimination_svg(&series)?.as_bytes())?;
-        let summary =
-            json!({ "schema": "proxyset.rank/1", "attack": found[0].1.attack, "generators": ranked });
+        let summary = json!({
+            "schema": "proxyset.rank/1",
+            "attack": found[0].1.attack,
+            "generators": ranked,
+            "curves": curves,
+        });
         fs::publish_json(&out.join("rank.json"), &summary)?;
         Ok(Outcome::Done(summary))
     }

@@ -284,13 +284,14 @@ fn markdown(
     if let Some(arc) = arc {
         let e = &arc.estimate;
         text += &format!(
-            "\n## ARC\n\nARC = **{:.5}** (signed {:.5}, 95 % interval {:.5} to {:.5}; low is a good proxy){}\n\n\
+            "\n## ARC\n\nARC = **{:.5}** (signed {:.5}, 95 % interval {:.5} to {:.5}; low is a good proxy){}\n\n{}.\n\n\
              | ε | accuracy under attack | ± SE | on real | on synthetic |\n|---|---|---|---|---|\n",
             e.arc,
             e.signed,
             e.interval[0],
             e.interval[1],
             if e.truncated { "; truncated: the grid ends before the curve reaches ½" } else { "" },
+            arc.attack,
         );
         for (point, epsilon) in e.curve.iter().zip(&arc.epsilons) {
             text += &format!(

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use proxyset::data::ImageReader;
+use proxyset::data::{ImageReader, Shape, encode_png};
 use serde_json::Value;
 
 use crate::run::{fails, files, made, ok, shards};
@@ -59,6 +59,9 @@ fn a_folder_of_images_becomes_a_pool_and_sets_are_ranked_with_curves() {
     }
     let names: Vec<&str> = generators.iter().map(|g| g["name"].as_str().unwrap()).collect();
     assert!(names.contains(&"pool") && names.contains(&"folder"), "{names:?}");
+    let points = &found["curves"]["folder"];
+    assert_eq!(points.as_array().map(Vec::len), Some(4), "{points}");
+    assert!(points[0]["accuracy"].is_f64() && points[3]["epsilon"].is_f64(), "{points}");
     let made = files(Path::new(&path("rank")));
     let curves = made.iter().filter(|(name, _)| name.ends_with("rank.svg") || name.ends_with("arc.svg"));
     assert_eq!(curves.count(), 3);
@@ -91,4 +94,17 @@ fn a_ranking_that_cannot_be_says_so_and_writes_nothing() {
         fails(&format!("{args} --out {out}"), 2, &[said]);
         assert!(!Path::new(&out).exists(), "{args}");
     }
+}
+
+#[test]
+fn a_set_of_another_shape_is_found_before_networks_are_trained_for_those_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let shape = Shape { height: 9, width: 9, channels: 1 };
+    std::fs::create_dir(path("nine")).unwrap();
+    std::fs::write(path("nine/0.png"), encode_png(&[7; 81], shape)).unwrap();
+    let sets = format!("--synthetic {} --synthetic {}", made().path("pool"), path("nine"));
+    fails(&format!("arc --real builtin:digits {sets} --out {}", path("out")), 65, &["9x9", "8x8"]);
+    let made = files(Path::new(&path("out")));
+    assert!(made.iter().all(|(name, _)| name.display().to_string().starts_with("split-")), "{made:?}");
 }
