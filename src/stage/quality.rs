@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Job, Outcome, Stage, expect, label::expect_same_classes, shards::Pool};
+use super::{
+    Job, Outcome, Stage, expect, fit_discriminator::spread, label::expect_same_classes, shards::Pool,
+};
 use crate::{
     Result,
     data::{self, Range, Source, to_tensor},
@@ -13,6 +15,7 @@ use crate::{
     progress::{Progress, check_stop},
     proxy::{
         extractor::Extractor,
+        fold::uid_order,
         quality::{Features, frechet_distance, precision_recall},
     },
     rng::Permutation,
@@ -47,19 +50,19 @@ pub struct Quality {
     /// Use only the first N real images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
-    /// Use only the first N images of the pool; 0 for all.
+    /// Use only N images of the pool, drawn by the hash of their uid; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub pool_limit: usize,
     /// The neighbour whose distance is the radius of a ball, for precision and recall.
     #[arg(long, default_value_t = 3)]
     pub neighbours: usize,
-    /// Largest number of images of each kind for precision and recall, whose work grows with its square.
+    /// Largest number of images of each kind, drawn, for precision and recall, whose work grows with its square.
     #[arg(long, default_value_t = 5000)]
     pub max_manifold: usize,
     /// Unreadable rows of the source that are tolerated, skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
-    /// Seed of the halves of the real images.
+    /// Seed of the halves of the real images, and of those that are drawn.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
@@ -67,6 +70,7 @@ pub struct Quality {
 impl Stage for Quality {
     const NAME: &'static str = "quality";
     const INPUTS: &'static [&'static str] = &["pool", "classifier", "data"];
+    const REVISION: u32 = 1;
 
     fn validate(&self) -> Result<()> {
         expect("neighbours", self.neighbours, 1, 1000)?;
@@ -116,19 +120,18 @@ impl Stage for Quality {
         }
         let (real_features, _) = seen.finish()?;
 
-        let (mut seen, mut labels) = (Seen::default(), Vec::new());
+        let last = pool.last_of_first(wanted)?;
+        let (mut seen, mut labels, mut uid_orders) = (Seen::default(), Vec::new(), Vec::new());
         for shard in 0..pool.info.shards {
-            let rows = pool.read(shard)?;
-            let end = rows.len().min(wanted - labels.len());
-            for first in (0..end).step_by(CHUNK) {
-                let chunk = first..(first + CHUNK).min(end);
+            let mut rows = pool.read(shard)?;
+            rows.retain(|uid| uid_order(uid) <= last);
+            for first in (0..rows.len()).step_by(CHUNK) {
+                let chunk = first..(first + CHUNK).min(rows.len());
                 seen.add(&network, &rows.pixels(chunk.clone(), pool.info.shape)?, pool.info.shape, job)?;
-                labels.extend_from_slice(&rows.labels[chunk.clone()]);
                 bar.add(chunk.len() as u64);
             }
-            if labels.len() == wanted {
-                break;
-            }
+            uid_orders.extend(rows.uids.iter().map(|uid| uid_order(uid)));
+            labels.extend(rows.labels);
         }
         let (synthetic, classes) = seen.finish()?;
 
@@ -139,10 +142,12 @@ impl Stage for Quality {
         let half = |from: usize| shuffled.iter().copied().skip(from).step_by(2).collect::<Vec<_>>();
         let (first, second) = (half(0), half(1));
         let halves = frechet_distance(&real_features.subset(&first)?, &real_features.subset(&second)?);
-        let manifold = |features: &Features| {
-            features.subset(&(0..features.len().min(self.max_manifold)).collect::<Vec<_>>())
-        };
-        let (real_part, synthetic_part) = (manifold(&real_features)?, manifold(&synthetic)?);
+        let most = self.max_manifold;
+        let real_part = real_features.subset(&spread(real.len(), real.len().min(most), self.seed))?;
+        let mut drawn: Vec<usize> = (0..synthetic.len()).collect();
+        drawn.sort_unstable_by_key(|&image| uid_orders[image]);
+        drawn.truncate(most);
+        let synthetic_part = synthetic.subset(&drawn)?;
         let (precision, recall) = precision_recall(&real_part, &synthetic_part, self.neighbours)?;
         let asked: Vec<(u32, u32)> =
             labels.iter().zip(&classes).filter_map(|(label, class)| Some(((*label)?, *class))).collect();

@@ -212,6 +212,21 @@ impl Pool {
     }
 }
 
+impl Pool {
+    /// The [`uid_order`] of the last of the first `n` images by it, from which those are known in another pass. `n` from 1.
+    pub(super) fn last_of_first(&self, n: usize) -> Result<u128> {
+        if n as u64 >= self.info.count {
+            return Ok(u128::MAX);
+        }
+        let mut orders = Vec::new();
+        for shard in 0..self.info.shards {
+            let uids = read_table(&self.shards_dir(), shard, &["uid"])?;
+            orders.extend(uids.column("uid", |a: &StringArray, i| uid_order(a.value(i)))?);
+        }
+        Ok(*orders.select_nth_unstable(n - 1).1)
+    }
+}
+
 /// The rows of one pool shard.
 pub(super) struct PoolShard {
     pub(super) uids: Vec<String>,
@@ -266,6 +281,18 @@ impl Pool {
 impl PoolShard {
     pub(super) fn len(&self) -> usize {
         self.uids.len()
+    }
+
+    /// Keeps the rows of these images alone.
+    pub(super) fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        let kept: Vec<bool> = self.uids.iter().map(|uid| keep(uid)).collect();
+        fn of<T>(rows: &mut Vec<T>, kept: &[bool]) {
+            let mut kept = kept.iter();
+            rows.retain(|_| kept.next() == Some(&true));
+        }
+        of(&mut self.uids, &kept);
+        of(&mut self.labels, &kept);
+        of(&mut self.images, &kept);
     }
 
     /// The pixels of some rows, one image after another.
@@ -431,5 +458,17 @@ mod tests {
         assert_eq!(ids(&drawn[0]), first);
         assert!(drawn[0].labels.iter().zip(&first).all(|(label, id)| *label == u32::from(id / 20)));
         assert!((0..10).all(|class| drawn[0].labels.contains(&class)), "{:?}", drawn[0].labels);
+
+        let last = pool.last_of_first(30).unwrap();
+        let mut found = Vec::new();
+        for shard in 0..2 {
+            let mut rows = pool.read(shard).unwrap();
+            rows.retain(|uid| uid_order(uid) <= last);
+            let pixels = rows.pixels(0..rows.len(), pool.info.shape).unwrap();
+            found.extend(pixels.chunks(2).zip(&rows.labels).map(|(image, label)| (image[0], label.unwrap())));
+        }
+        let all = &pool.draw(&[30], |_| vec![0]).unwrap()[0];
+        assert!(found.into_iter().eq(ids(all).into_iter().zip(all.labels.iter().copied())));
+        assert_eq!(pool.last_of_first(200).unwrap(), u128::MAX);
     }
 }
