@@ -197,6 +197,16 @@ impl Precision {
         candle_core::cuda_backend::set_gemm_reduced_precision_f32(precision == Self::Tf32);
         let _ = precision;
     }
+
+    /// Does `work` with products of f32 numbers in full, whatever was set; for the whole process, as it was set.
+    pub fn in_full<T>(work: impl FnOnce() -> T) -> T {
+        #[cfg(feature = "cuda")]
+        candle_core::cuda_backend::set_gemm_reduced_precision_f32(false);
+        let done = work();
+        #[cfg(feature = "cuda")]
+        candle_core::cuda_backend::set_gemm_reduced_precision_f32(Self::get() == Self::Tf32);
+        done
+    }
 }
 
 impl fmt::Display for Precision {

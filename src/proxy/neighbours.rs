@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Result,
     data::{Dataset, Range, Shape, to_floats},
+    device::Precision,
     kernels,
 };
 
@@ -21,13 +22,16 @@ const QUERIES: usize = 256;
 const BLOCK: usize = 2048;
 /// Cells of the coarse image on a side, at most. Its distances are lower bounds of those between pixels.
 const GRID: usize = 6;
-/// Real images whose copy distance is computed pixel by pixel: those with the lowest bounds.
+/// Real images whose distance is computed in whole numbers, at least: those that are nearest by rounded products, and those of
+/// the lowest bounds on the copy distance.
+const NEAREST: usize = 16;
 const CANDIDATES: usize = 8;
 
 /// What was found for one image. Distances are root mean squares of the differences of pixels in [0, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Nearest {
-    /// The nearest real image; of equals the first.
+    /// The nearest real image; of equals the first. Exact unless products, in single precision, put more than 15 others, or
+    /// `k - 1`, before it.
     pub index: u32,
     /// The distance to it; 0 if, and only if, all pixels are equal.
     pub distance: f32,
@@ -85,7 +89,7 @@ impl Neighbours {
     fn tile(&self, pixels: &[u8], k: usize) -> Result<Vec<Nearest>> {
         let size = self.images.shape.size();
         let queries: Vec<&[u8]> = pixels.chunks_exact(size).collect();
-        let near = self.lowest(&centred(pixels), size, k, 1, |block| {
+        let near = self.lowest(&centred(pixels), size, k.max(NEAREST), 1, |block| {
             centred(&self.images.pixels[block.start * size..block.end * size])
         })?;
         let all = &self.windows.all;
@@ -98,7 +102,7 @@ impl Neighbours {
             self.coarse[block.start * cells..block.end * cells].to_vec()
         })?;
         let found = (0..queries.len()).into_par_iter().map(|i| {
-            let (index, distance, ratio) = self.by_pixels(queries[i], &near[i]);
+            let (index, distance, ratio) = self.by_pixels(queries[i], &near[i], k);
             let (copy, copy_distance) = self.by_windows(queries[i], &copies[i]);
             Nearest { index, distance, ratio, copy, copy_distance }
         });
@@ -106,7 +110,7 @@ impl Neighbours {
     }
 
     /// For each image the `n` real ones of the lowest squared distance, where an image has `versions` rows in `rows`, of
-    /// which the nearest counts: indices `real · versions + version`, lowest first.
+    /// which the nearest counts; lowest first, and of equals the first.
     fn lowest(
         &self,
         rows: &[f32],
@@ -126,26 +130,30 @@ impl Neighbours {
             let of_block = squares(&block);
             let count = of_block.len();
             let right = Tensor::from_vec(block, (count, dim), &self.device)?;
-            let products = kernels::linear(&left, &right, None)?.flatten_all()?.to_vec1::<f32>()?;
+            let products = Precision::in_full(|| kernels::linear(&left, &right, None))?;
+            let products = products.flatten_all()?.to_vec1::<f32>()?;
             lowest.par_iter_mut().enumerate().for_each(|(i, lowest)| {
-                for version in 0..versions {
-                    let row = i * versions + version;
+                let mut nearest = vec![f32::INFINITY; count];
+                for row in i * versions..(i + 1) * versions {
                     let products = &products[row * count..(row + 1) * count];
-                    for (j, (product, square)) in products.iter().zip(&of_block).enumerate() {
-                        let distance = of_rows[row] + square - 2.0 * product;
-                        lowest.offer(distance, ((start + j) * versions + version) as u32);
+                    for ((nearest, product), square) in nearest.iter_mut().zip(products).zip(&of_block) {
+                        *nearest = nearest.min(of_rows[row] + square - 2.0 * product);
                     }
+                }
+                for (j, &distance) in nearest.iter().enumerate() {
+                    lowest.offer(distance, (start + j) as u32);
                 }
             });
         }
         Ok(lowest.into_iter().map(Lowest::into_sorted).collect())
     }
 
-    /// Index, distance and ratio from the `k` nearest, by whole numbers: rounding has no say in what is equal.
-    fn by_pixels(&self, query: &[u8], near: &[u32]) -> (u32, f32, f32) {
+    /// Index, distance and ratio from the `k` nearest of `near`, by whole numbers: rounding has no say in what is equal.
+    fn by_pixels(&self, query: &[u8], near: &[u32], k: usize) -> (u32, f32, f32) {
         let mut exact: Vec<(u64, u32)> =
             near.iter().map(|&i| (squared(query, self.images.image(i as usize)), i)).collect();
         exact.sort_unstable();
+        exact.truncate(k);
         let distance = |squared: u64| root_mean(squared, query.len());
         let mean = exact.iter().map(|&(d, _)| distance(d)).sum::<f64>() / exact.len() as f64;
         let (first, index) = exact[0];
@@ -154,13 +162,13 @@ impl Neighbours {
     }
 
     fn by_windows(&self, query: &[u8], candidates: &[u32]) -> (u32, f32) {
-        let all = &self.windows.all;
-        let exact = candidates.iter().map(|&candidate| {
-            let (real, version) = (candidate as usize / all.len(), candidate as usize % all.len());
-            let window = self.windows.cut(query, all[version]);
-            (squared(&window, &self.windows.cut(self.images.image(real), self.windows.middle())), real as u32)
+        let versions: Vec<Vec<u8>> = self.windows.all.iter().map(|&w| self.windows.cut(query, w)).collect();
+        let exact = candidates.iter().map(|&real| {
+            let middle = self.windows.cut(self.images.image(real as usize), self.windows.middle());
+            (versions.iter().map(|version| squared(version, &middle)).min(), real)
         });
-        let (least, index) = exact.min().unwrap_or((u64::MAX, 0));
+        let (least, index) = exact.min().unwrap_or_default();
+        let least = least.unwrap_or_default();
         (index, root_mean(least, self.windows.size()) as f32)
     }
 }
@@ -179,7 +187,7 @@ impl Lowest {
     }
 
     fn offer(&mut self, distance: f32, index: u32) {
-        // Indices of a row ascend, so that of equals the first is there already.
+        // Indices ascend, so that of equals the first is there already.
         if distance >= self.limit {
             return;
         }
@@ -359,6 +367,25 @@ mod tests {
                 assert!((f64::from(found.distance) - distance).abs() < 1e-6, "{shape}, image {i}");
                 assert!((f64::from(found.ratio) - ratio).abs() < 1e-5, "{shape}, image {i}");
             }
+        }
+    }
+
+    #[test]
+    fn a_copy_is_known_from_a_twin_that_is_a_level_off_in_one_pixel() {
+        let shape = Shape { height: 32, width: 32, channels: 3 };
+        let (originals, mut real) = (images(100, shape, 9), Dataset::empty(shape, vec!["any".into()]));
+        let mut stream = Stream::new(10, 0, 0);
+        for i in 0..originals.len() {
+            let mut twin = originals.image(i).to_vec();
+            let pixel = stream.below(twin.len());
+            twin[pixel] = twin[pixel].saturating_sub(1);
+            real.push(&twin, 0);
+            real.push(originals.image(i), 0);
+        }
+        let among = Neighbours::new(real, &Device::Cpu).unwrap();
+        for (i, found) in among.find(&originals.pixels, 1).unwrap().iter().enumerate() {
+            assert_eq!((found.index, found.distance, found.ratio), (2 * i as u32 + 1, 0.0, 1.0), "image {i}");
+            assert_eq!(found.copy_distance, 0.0, "image {i}");
         }
     }
 

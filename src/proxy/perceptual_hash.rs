@@ -25,7 +25,7 @@ pub struct PerceptualHash {
 }
 
 impl PerceptualHash {
-    /// The hash whose bits split these images, at most the first 10,000 of them, in halves.
+    /// The hash whose bits split these images in halves: at most 10,000 of them, at equal distances.
     ///
     /// # Panics
     /// If there are none.
@@ -45,7 +45,7 @@ impl PerceptualHash {
             medians: Vec::new(),
         };
         let mut values = vec![Vec::new(); hash.frequencies.len()];
-        for i in 0..images.len().min(SAMPLE) {
+        for i in (0..images.len()).step_by(images.len().div_ceil(SAMPLE)) {
             for (values, value) in values.iter_mut().zip(hash.coefficients(images.image(i))) {
                 values.push(value);
             }

@@ -37,7 +37,7 @@ pub struct Curate {
     /// How many are kept in all, whatever their class; 0 to use keep_per_class or keep_fraction.
     #[arg(long, default_value_t = 0)]
     pub keep_total: usize,
-    /// The share kept of those that pass the gates, if no number is given. The paper keeps 2/3.
+    /// The share kept of those that pass the gates, if no number is given. The paper keeps 2/3; with 1 the gates alone decide.
     #[arg(long, default_value_t = 0.67)]
     pub keep_fraction: f64,
     /// Whether keep_fraction is of each class or of all.
@@ -256,8 +256,11 @@ impl Curate {
         let mut gates = vec![
             number("not-finite", columns::SCORE, Comparison::Less, f64::INFINITY),
             number("not-finite", CONFIDENCE, Comparison::Less, f64::INFINITY),
-            Gate { null_passes: true, ..number("test-copy", columns::TEST_COPY, Comparison::More, copy) },
-            number("train-copy", columns::TRAIN_COPY, Comparison::More, copy),
+            Gate {
+                null_passes: true,
+                ..number("test-copy", columns::TEST_COPY_DISTANCE, Comparison::More, copy)
+            },
+            number("train-copy", columns::TRAIN_COPY_DISTANCE, Comparison::More, copy),
             number("memorized", columns::RATIO, Comparison::AtLeast, least),
         ];
         if self.require_agreement {
@@ -390,10 +393,10 @@ impl Curate {
             schema: "proxyset.select/1".into(),
             arm: self.arm,
             rule: super::AnyStage::identity(self),
+            split: tables.split.clone(),
             total: tables.len() as u64,
             kept: after.len() as u64,
             rejected,
-            split: tables.split.clone(),
             classes,
             score_before: sorted_quantiles(rows.scores.clone()),
             score_after: sorted_quantiles(after),

@@ -40,7 +40,8 @@ const CHUNK: usize = 2048;
 /// "synthetic" on the clean image, averaged over the ranking sets that were not trained on the image's fold.
 /// `judge_score` is the same by the judges, null on their own fold. Beside them: the label's confidence and whether
 /// the classifier agrees; hashes of the pixels and of what the image looks like; and the nearest training and test
-/// images, by number in their split, with distances: by pixels, and as a copy (up to a shift by a pixel and mirroring).
+/// images, by number in their split, with distances: by pixels, and as a copy (up to a shift by a pixel and mirroring, of
+/// `train_copy` and `test_copy`).
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Score {
@@ -83,11 +84,13 @@ pub(super) mod columns {
     pub(in crate::stage) const FEATURES: &str = "feature_hash";
     pub(in crate::stage) const NEAREST_TRAIN: &str = "nearest_train";
     pub(in crate::stage) const TRAIN_DISTANCE: &str = "train_distance";
-    pub(in crate::stage) const TRAIN_COPY: &str = "train_copy_distance";
+    pub(in crate::stage) const TRAIN_COPY: &str = "train_copy";
+    pub(in crate::stage) const TRAIN_COPY_DISTANCE: &str = "train_copy_distance";
     pub(in crate::stage) const RATIO: &str = "memorization_ratio";
     pub(in crate::stage) const NEAREST_TEST: &str = "nearest_test";
     pub(in crate::stage) const TEST_DISTANCE: &str = "test_distance";
-    pub(in crate::stage) const TEST_COPY: &str = "test_copy_distance";
+    pub(in crate::stage) const TEST_COPY: &str = "test_copy";
+    pub(in crate::stage) const TEST_COPY_DISTANCE: &str = "test_copy_distance";
 }
 
 /// BLAKE3 of an image's pixels, its first 8 bytes.
@@ -188,6 +191,7 @@ impl Scorer<'_> {
 impl Stage for Score {
     const NAME: &'static str = "score";
     const INPUTS: &'static [&'static str] = &["split", "pool", "labels", "discriminators", "classifier"];
+    const REVISION: u32 = 1;
 
     fn validate(&self) -> Result<()> {
         if self.hash_features && self.classifier.is_none() {
@@ -275,8 +279,15 @@ impl Stage for Score {
             let train = |get: fn(&Nearest) -> f32| -> ArrayRef {
                 Arc::new(Float32Array::from_iter_values(found.iter().map(|(train, _)| get(train))))
             };
+            let train_image = |get: fn(&Nearest) -> u32| -> ArrayRef {
+                Arc::new(Int32Array::from_iter_values(found.iter().map(|(train, _)| get(train) as i32)))
+            };
             let test = |get: fn(&Nearest) -> f32| -> ArrayRef {
                 Arc::new(Float32Array::from_iter(found.iter().map(|(_, test)| test.as_ref().map(get))))
+            };
+            let test_image = |get: fn(&Nearest) -> u32| -> ArrayRef {
+                let images = found.iter().map(|(_, test)| test.as_ref().map(|test| get(test) as i32));
+                Arc::new(Int32Array::from_iter(images))
             };
             let (folds, radii) = (discriminators.record.folds, epsilons.len());
             let fold: Vec<usize> = rows.uids.iter().map(|uid| discriminators.fold_of(uid)).collect();
@@ -297,14 +308,14 @@ impl Stage for Score {
                 Arc::new(Int32Array::from_iter_values(fold.iter().map(|&f| f as i32))),
                 Arc::new(UInt64Array::from(hash)),
                 Arc::new(UInt64Array::from(looks)),
-                Arc::new(Int32Array::from_iter_values(found.iter().map(|(train, _)| train.index as i32))),
+                train_image(|n| n.index),
                 train(|n| n.distance),
+                train_image(|n| n.copy),
                 train(|n| n.copy_distance),
                 train(|n| n.ratio),
-                Arc::new(Int32Array::from_iter(
-                    found.iter().map(|(_, t)| t.as_ref().map(|t| t.index as i32)),
-                )),
+                test_image(|n| n.index),
                 test(|n| n.distance),
+                test_image(|n| n.copy),
                 test(|n| n.copy_distance),
             ];
             if self.hash_features {
@@ -337,11 +348,13 @@ fn schema(epsilons: &[Epsilon], hash_features: bool) -> SchemaRef {
         (columns::LOOKS, DataType::UInt64, false),
         (columns::NEAREST_TRAIN, DataType::Int32, false),
         (columns::TRAIN_DISTANCE, DataType::Float32, false),
-        (columns::TRAIN_COPY, DataType::Float32, false),
+        (columns::TRAIN_COPY, DataType::Int32, false),
+        (columns::TRAIN_COPY_DISTANCE, DataType::Float32, false),
         (columns::RATIO, DataType::Float32, false),
         (columns::NEAREST_TEST, DataType::Int32, true),
         (columns::TEST_DISTANCE, DataType::Float32, true),
-        (columns::TEST_COPY, DataType::Float32, true),
+        (columns::TEST_COPY, DataType::Int32, true),
+        (columns::TEST_COPY_DISTANCE, DataType::Float32, true),
     ];
     if hash_features {
         fields.push((columns::FEATURES, DataType::UInt64, false));
