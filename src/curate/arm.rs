@@ -100,4 +100,33 @@ mod tests {
         let likely = kept.iter().filter(|(_, i)| i.is_multiple_of(2)).count() as f64;
         assert!((likely / 20_000.0 - 0.125).abs() < 0.01, "{likely}");
     }
+
+    /// Of N(0, 1) by the density ratio to N(0, ¼), which is nowhere over 2: what is kept passes the test of Kolmogorov and
+    /// Smirnov for N(0, ¼).
+    #[test]
+    fn rejection_from_one_gaussian_gives_another() {
+        use statrs::distribution::{Continuous, ContinuousCDF, Normal};
+        let (proposal, target) = (Normal::standard(), Normal::new(0.0, 0.5).unwrap());
+        let n = 20_000;
+        let mut noise = vec![0f32; n];
+        crate::rng::normals(3, 0, 0, &mut noise);
+        let mut ranked: Vec<(u32, f64)> = (0..)
+            .zip(&noise)
+            .map(|(i, &x)| {
+                let (p, q) = (target.pdf(f64::from(x)), proposal.pdf(f64::from(x)));
+                (Arm::Rejection.rank(5, i, (q / (p + q)) as f32, 0.0), f64::from(x))
+            })
+            .collect();
+        ranked.sort_unstable_by_key(|(rank, _)| *rank);
+        let kept = n * 10 / 21;
+        let mut values: Vec<f64> = ranked[..kept].iter().map(|(_, x)| *x).collect();
+        values.sort_unstable_by(f64::total_cmp);
+        let steps = values.iter().enumerate().map(|(i, &x)| {
+            let cdf = target.cdf(x) * kept as f64;
+            (cdf - i as f64).abs().max((cdf - (i + 1) as f64).abs()) / kept as f64
+        });
+        let distance = steps.fold(0.0, f64::max);
+        // 1.63 / √n is passed by one of a hundred.
+        assert!(distance < 1.63 / (kept as f64).sqrt(), "{distance}");
+    }
 }

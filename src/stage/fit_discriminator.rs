@@ -518,7 +518,10 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::data::{Source, Split, decode_as, encode_png, to_tensor, to_u8};
+    use crate::{
+        data::{Source, Split, decode_as, encode_png, to_tensor, to_u8},
+        rng::Stream,
+    };
 
     fn digits(n: usize) -> Dataset {
         Source::Digits.load(Split::Train, Some(n), 0).unwrap()
@@ -541,7 +544,10 @@ mod tests {
         let real = digits(50);
         let levels = to_tensor(&real.pixels, real.shape, Range::Signed, &Device::Cpu).unwrap();
         // A generator's pixels lie anywhere around a level.
-        let noise = Tensor::rand(-0.49f32 / 127.5, 0.49 / 127.5, levels.shape(), &Device::Cpu).unwrap();
+        let mut stream = Stream::new(1, 0, 0);
+        let noise: Vec<f32> =
+            real.pixels.iter().map(|_| 0.98 / 127.5 * (stream.uniform() as f32 - 0.5)).collect();
+        let noise = Tensor::from_vec(noise, levels.shape(), &Device::Cpu).unwrap();
         let pixels = to_u8(&(levels + noise).unwrap(), Range::Signed).unwrap();
         let files = pixels.chunks(real.shape.size()).map(|image| encode_png(image, real.shape));
         let read: Vec<u8> = files.flat_map(|file| decode_as(&file, real.shape).unwrap()).collect();

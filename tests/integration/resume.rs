@@ -55,19 +55,20 @@ fn a_pool_survives_three_kills() {
     assert_eq!(files(Path::new(&killed)).len(), files(Path::new(&whole)).len(), "something was left over");
 }
 
-/// The named files come out of a run that is killed twice as they come out of a whole one. Returns the killed one's
-/// folder, in the one that keeps it.
+/// The named files come out of a run that is killed twice, on two threads, as they come out of a whole one on one thread.
+/// Returns the killed one's folder, in the one that keeps it.
 fn survives_kills(verb: &str, files: &[&str]) -> (String, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let out = |name: &str| dir.path().join(name).display().to_string();
     let command = |out: &str| format!("{verb} --quiet --out {out}");
     let started = std::time::Instant::now();
-    ok(&command(&out("whole")));
+    ok(&format!("{} --threads 1", command(&out("whole"))));
     let took = started.elapsed();
-    for share in [0.3, 0.5] {
-        kill_after(&command(&out("killed")), took.mul_f64(share));
+    let killed = format!("{} --threads 2", command(&out("killed")));
+    for share in [0.2, 0.35] {
+        kill_after(&killed, took.mul_f64(share));
     }
-    ok(&command(&out("killed")));
+    ok(&killed);
     for file in files {
         let read = |name: &str| std::fs::read(Path::new(&out(name)).join(file)).unwrap();
         assert!(read("killed") == read("whole"), "{file} of {verb} differs");
@@ -112,7 +113,7 @@ fn a_certification_survives_kills_certificate_for_certificate() {
 }
 
 #[test]
-fn discriminators_scores_and_the_selection_survive_kills_byte_for_byte() {
+fn discriminators_arc_scores_the_selection_and_its_data_survive_kills_byte_for_byte() {
     let (split, pool, labels) = (made().path("split"), made().path("pool"), made().path("labels"));
     let settings = "--steps 30 --batch 32 --channels 8,8 --attack-steps 2 --eval-every 10";
     let verb = format!("fit-discriminator --split {split} --pool {pool} {settings}");
@@ -120,7 +121,10 @@ fn discriminators_scores_and_the_selection_survive_kills_byte_for_byte() {
     let nets: Vec<&str> = nets.iter().map(String::as_str).collect();
     let (discriminators, _kept) = survives_kills(&verb, &[&nets[..], &["sets.json"]].concat());
 
-    let inputs = format!("--split {split} --pool {pool} --labels {labels} --discriminators {discriminators}");
+    let inputs = format!("--split {split} --pool {pool} --discriminators {discriminators}");
+    survives_kills(&format!("arc {inputs} --attack-steps 40"), &["arc.json", "arc.svg"]);
+
+    let inputs = format!("{inputs} --labels {labels}");
     let verb = format!("score {inputs} --classifier {} --hash-features true", made().path("classifier"));
     let shards = [0, 1, 2].map(|shard| format!("scores/shard-{shard:05}.parquet"));
     let (scores, _kept) = survives_kills(&verb, &shards.each_ref().map(String::as_str));
@@ -128,7 +132,12 @@ fn discriminators_scores_and_the_selection_survive_kills_byte_for_byte() {
     let rule = "--arm arc --keep-per-class 2 --allow-short true --require-agreement false \
         --near-duplicate-bits 1 --near-duplicate-by features";
     let verb = format!("curate --scores {scores} {rule}");
-    survives_kills(&verb, &["selection.parquet", "rejected.parquet", "select.json"]);
+    let selection = ["selection.parquet", "rejected.parquet", "select.json"];
+    let (selection, _kept) = survives_kills(&verb, &selection);
+
+    let verb = format!("materialize --split {split} --pool {pool} --selection {selection} --rows-per-file 3");
+    let verb = format!("{verb} --with-pool true --scores {scores}");
+    survives_kills(&verb, &["dataset/manifest.json", "dataset/README.md"]);
 }
 
 /// Weight decay of 1 at this learning rate multiplies the weights by -999 in each step, until they overflow.
