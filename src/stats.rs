@@ -1,4 +1,6 @@
-//! Intervals: proportions, and paired comparisons of training arms.
+//! Intervals: proportions, and paired comparisons of training arms. Order statistics.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{Beta, Binomial, ContinuousCDF, DiscreteCDF, Normal, StudentsT};
@@ -145,8 +147,73 @@ pub fn student_975(parts: &[(f64, usize)]) -> f64 {
     StudentsT::new(0.0, 1.0, df).map_or(f64::NAN, |d| d.inverse_cdf(0.975))
 }
 
+/// Bits that sort like the float: `total_cmp` as an unsigned number.
+pub fn ascending(value: f32) -> u32 {
+    let bits = value.to_bits();
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+}
+
+/// The number whose [`ascending`] bits these are.
+fn of_ascending(bits: u32) -> f32 {
+    f32::from_bits(if bits >> 31 == 1 { bits & !(1 << 31) } else { !bits })
+}
+
+/// The values that would stand at the places `ranks`, from 0, if all were sorted by `total_cmp`.
+///
+/// `all` gives every value to what it is called with, the same ones each time: it is called twice. Memory does not grow with
+/// their number.
+///
+/// # Panics
+/// If a rank is not below the number of values.
+pub fn order_statistics<E>(
+    ranks: &[u64],
+    mut all: impl FnMut(&mut dyn FnMut(f32)) -> Result<(), E>,
+) -> Result<Vec<f32>, E> {
+    const HALF: usize = 1 << 16;
+    /// The bucket of the value at a place, and how many values of that bucket stand before it.
+    fn find(counts: &[u64], rank: u64) -> (usize, u64) {
+        let mut before = 0;
+        let bucket = counts.iter().position(|&count| {
+            before += count;
+            before > rank
+        });
+        let bucket = bucket.unwrap_or_else(|| panic!("rank {rank} of {before} values"));
+        (bucket, rank - (before - counts[bucket]))
+    }
+    let mut high = vec![0u64; HALF];
+    all(&mut |value| high[(ascending(value) >> 16) as usize] += 1)?;
+    let buckets: Vec<(usize, u64)> = ranks.iter().map(|&rank| find(&high, rank)).collect();
+    let mut low: BTreeMap<usize, Vec<u64>> =
+        buckets.iter().map(|&(bucket, _)| (bucket, vec![0; HALF])).collect();
+    all(&mut |value| {
+        let bits = ascending(value) as usize;
+        if let Some(counts) = low.get_mut(&(bits >> 16)) {
+            counts[bits % HALF] += 1;
+        }
+    })?;
+    let value = |(bucket, rest)| of_ascending((bucket << 16 | find(&low[&bucket], rest).0) as u32);
+    Ok(buckets.into_iter().map(value).collect())
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn order_statistics_are_those_of_the_sorted() {
+        let mut stream = Stream::new(4, 0, 0);
+        let mut values: Vec<f32> = (0..5000).map(|_| (stream.uniform() - 0.3) as f32).collect();
+        values.extend([0.5; 100]);
+        values.extend([f32::NAN, f32::INFINITY, -0.0, 0.0, 1e-42]);
+        let ranks: Vec<u64> = (0..values.len() as u64).step_by(7).chain([5104, 0]).collect();
+        let found = order_statistics(&ranks, |give| {
+            values.iter().for_each(|&value| give(value));
+            Ok::<(), ()>(())
+        });
+        let mut sorted = values.clone();
+        sorted.sort_unstable_by(f32::total_cmp);
+        let expected = ranks.iter().map(|&rank| sorted[rank as usize].to_bits());
+        assert!(found.unwrap().into_iter().map(f32::to_bits).eq(expected));
+    }
+
     use super::*;
 
     /// Bisection of the exact binomial tails (Python, `math.comb`); the closed form for 0 of n at the end.

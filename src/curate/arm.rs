@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::rng::{self, stream};
+use crate::{
+    rng::{self, stream},
+    stats::ascending,
+};
 
 /// What ranks the samples that pass the gates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -54,12 +57,6 @@ impl std::fmt::Display for Arm {
             Self::All => "all",
         })
     }
-}
-
-/// Bits that sort like the float: `total_cmp` as an unsigned number.
-fn ascending(value: f32) -> u32 {
-    let bits = value.to_bits();
-    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
 }
 
 #[cfg(test)]

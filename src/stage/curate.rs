@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Counts, Job, Outcome, Stage, coverage, expect, label, note,
-    score::{columns, quantiles},
+    score::{columns, quantile_ranks, quantiles},
     score_rows::{ScoreRows, ScoreTables},
     selection::{self, ClassCounts, Judged, SelectRecord},
 };
@@ -15,7 +15,7 @@ use crate::{
     Result,
     curate::{Arm, Comparison, Condition, Gate, Group, NearDuplicates, PASSED, keep_first, repeated},
     fs,
-    stats::{Moments, mean_difference_interval},
+    stats::{Moments, mean_difference_interval, order_statistics},
 };
 
 /// Selects from a pool: gates that remove, an arm that ranks, quotas.
@@ -398,8 +398,8 @@ impl Curate {
             kept: after.len() as u64,
             rejected,
             classes,
-            score_before: sorted_quantiles(rows.scores.clone()),
-            score_after: sorted_quantiles(after),
+            score_before: quantiles_of(&rows.scores),
+            score_after: quantiles_of(&after),
             coverage: coverage::measure(&tables.folder, tables, |row| rows.verdicts[row] == PASSED)?,
             judged: (self.arm != Arm::All && kept.count > 1 && random.count > 1).then(|| Judged {
                 kept: kept.mean,
@@ -444,8 +444,11 @@ fn refuse_repeated(
     }
 }
 
-fn sorted_quantiles(mut scores: Vec<f32>) -> Value {
-    use rayon::slice::ParallelSliceMut;
-    scores.par_sort_unstable_by(f32::total_cmp);
-    quantiles(&scores)
+fn quantiles_of(scores: &[f32]) -> Value {
+    let all = |give: &mut dyn FnMut(f32)| -> std::result::Result<(), std::convert::Infallible> {
+        scores.iter().for_each(|&score| give(score));
+        Ok(())
+    };
+    let Ok(values) = order_statistics(&quantile_ranks(scores.len() as u64), all);
+    quantiles(&values)
 }

@@ -29,6 +29,7 @@ use crate::{
         perceptual_hash::PerceptualHash,
         score::trapezoid_weights,
     },
+    stats::order_statistics,
 };
 
 /// Images whose scores are kept together: what a kill can lose.
@@ -364,12 +365,9 @@ fn schema(epsilons: &[Epsilon], hash_features: bool) -> SchemaRef {
 }
 
 fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
-    let mut scores = Vec::new();
     let (mut in_train, mut in_test) = (0u64, 0u64);
     for shard in 0..pool.info.shards {
-        let wanted = [columns::SCORE, columns::TRAIN_DISTANCE, columns::TEST_DISTANCE];
-        let table = shards::read_table(dir, shard, &wanted)?;
-        scores.extend(table.column(columns::SCORE, |a: &Float32Array, i| a.value(i))?);
+        let table = shards::read_table(dir, shard, &[columns::TRAIN_DISTANCE, columns::TEST_DISTANCE])?;
         let count = |name: &str| -> Result<u64> {
             let distances = table.optional(name, |a: &Float32Array, i| a.value(i))?;
             Ok(distances.iter().filter(|d| **d == Some(0.0)).count() as u64)
@@ -377,20 +375,36 @@ fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
         in_train += count(columns::TRAIN_DISTANCE)?;
         in_test += count(columns::TEST_DISTANCE)?;
     }
-    scores.sort_by(f32::total_cmp);
+    let scores = order_statistics(&quantile_ranks(pool.info.count), |give| -> Result<()> {
+        for shard in 0..pool.info.shards {
+            let table = shards::read_table(dir, shard, &[columns::SCORE])?;
+            table.column(columns::SCORE, |a: &Float32Array, i| a.value(i))?.into_iter().for_each(&mut *give);
+        }
+        Ok(())
+    })?;
     Ok(json!({
-        "images": scores.len(),
+        "images": pool.info.count,
         "score_quantiles": quantiles(&scores),
         "equal_to_a_training_image": in_train,
-        "equal_to_a_test_image": if test { json!(in_test) } else { json!("the source has no test split") },
+        EQUAL_TO_TEST: if test { json!(in_test) } else { json!("the source has no test split") },
     }))
 }
 
-/// The 0, 5, 25, 50, 75, 95 and 100 % quantiles of sorted values.
-pub(super) fn quantiles(sorted: &[f32]) -> serde_json::Value {
-    let at = |q: f64| sorted.get(((sorted.len().max(1) - 1) as f64 * q).round() as usize);
-    json!({
-        "0": at(0.0), "0.05": at(0.05), "0.25": at(0.25), "0.5": at(0.5),
-        "0.75": at(0.75), "0.95": at(0.95), "1": at(1.0),
-    })
+/// The key of a finished score's summary that is a number if there was a test split.
+pub(super) const EQUAL_TO_TEST: &str = "equal_to_a_test_image";
+
+/// The quantiles that are reported.
+const QUANTILES: [(&str, f64); 7] =
+    [("0", 0.0), ("0.05", 0.05), ("0.25", 0.25), ("0.5", 0.5), ("0.75", 0.75), ("0.95", 0.95), ("1", 1.0)];
+
+/// Where they stand among `n` sorted values; nowhere if there are none.
+pub(super) fn quantile_ranks(n: u64) -> Vec<u64> {
+    let rank = |(_, q): (&str, f64)| ((n - 1) as f64 * q).round() as u64;
+    if n == 0 { Vec::new() } else { QUANTILES.map(rank).to_vec() }
+}
+
+/// The values at [`quantile_ranks`], by name.
+pub(super) fn quantiles(values: &[f32]) -> serde_json::Value {
+    let named = QUANTILES.iter().enumerate().map(|(i, (name, _))| ((*name).to_owned(), json!(values.get(i))));
+    named.collect::<serde_json::Map<_, _>>().into()
 }
