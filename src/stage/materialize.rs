@@ -30,8 +30,8 @@ use crate::{
     rng::{Permutation, stream},
 };
 
-/// Images that are held in memory at a time, at most; about 2 KiB each at 32x32.
-const ROWS_IN_MEMORY: usize = 1 << 18;
+/// Bytes of images that are held in memory at a time, unless one file has more.
+const BYTES_IN_MEMORY: u64 = 1 << 30;
 
 /// Writes the kept images as `dataset/`: Parquet files in the layout of Hugging Face `datasets`, a card, a manifest.
 ///
@@ -58,6 +58,9 @@ pub struct Materialize {
     /// Largest number of rows in a file.
     #[arg(long, default_value_t = 131_072)]
     pub rows_per_file: usize,
+    /// Largest size of a file in millions of bytes, as the images of the pool are on average.
+    #[arg(long, default_value_t = 500)]
+    pub file_megabytes: u64,
     /// The data set's name for people; made from the real data's if empty.
     #[arg(long, default_value = "")]
     pub pretty_name: String,
@@ -69,6 +72,13 @@ pub struct Materialize {
     pub seed: u64,
 }
 
+impl Materialize {
+    /// Rows of a file of images that have this many bytes on average.
+    fn rows_of_file(&self, image_bytes: u64) -> usize {
+        self.rows_per_file.min((1_000_000 * self.file_megabytes / image_bytes).max(1) as usize)
+    }
+}
+
 impl Stage for Materialize {
     const NAME: &'static str = "materialize";
     const INPUTS: &'static [&'static str] = &["split", "pool", "selection", "scores"];
@@ -77,11 +87,15 @@ impl Stage for Materialize {
         if !self.with_pool && self.scores.is_some() {
             bail!(Usage, "scores is set, but with_pool is false, expected both or neither");
         }
-        expect("rows_per_file", self.rows_per_file, 1, ROWS_IN_MEMORY)
+        expect("file_megabytes", self.file_megabytes, 1, 1 << 20)?;
+        expect("rows_per_file", self.rows_per_file, 1, 1 << 24)
     }
 
     fn amount(&self) -> String {
-        format!("the kept images in files of at most {} rows", self.rows_per_file)
+        format!(
+            "the kept images in files of at most {} rows and about {} MB",
+            self.rows_per_file, self.file_megabytes
+        )
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
@@ -112,19 +126,21 @@ impl Stage for Materialize {
         let order = Permutation::new(self.seed, u64::from(stream::ORDER), selected.len() as u64);
         let rows: Vec<&Selected> =
             (0..selected.len()).map(|i| &selected[order.at(i as u64) as usize]).collect();
-        let files = rows.len().div_ceil(self.rows_per_file);
+        let image_bytes = pool.bytes()?.div_ceil(pool.info.count).max(1);
+        let rows_per_file = self.rows_of_file(image_bytes);
+        let files = rows.len().div_ceil(rows_per_file);
         let writing = Writing {
             dataset: &dataset,
             pool: &pool,
             class_names: &parts.class_names,
-            rows_per_file: self.rows_per_file,
+            rows_per_file,
             files,
             work: &work,
             bar: Progress::new(Self::NAME, rows.len() as u64, "images"),
         };
         let mut entries = Vec::new();
-        let files_at_once = ROWS_IN_MEMORY / self.rows_per_file;
-        for (group, chunk) in rows.chunks(files_at_once * self.rows_per_file).enumerate() {
+        let files_at_once = ((BYTES_IN_MEMORY / image_bytes) as usize / rows_per_file).max(1);
+        for (group, chunk) in rows.chunks(files_at_once * rows_per_file).enumerate() {
             check_stop()?;
             entries.extend(writing.files(chunk, group * files_at_once)?);
         }
@@ -140,7 +156,7 @@ impl Stage for Materialize {
                 tables,
                 class_names: &parts.class_names,
                 selected: chosen,
-                rows_per_file: self.rows_per_file,
+                rows_per_file,
             };
             let (files, config) = configuration.write(&dataset, &work)?;
             entries.extend(files);
@@ -382,4 +398,17 @@ fn features(class_names: &[String]) -> Features {
 /// `builtin:digits` → `digits`, `data/cifar10` → `cifar10`.
 fn real_name(source: &str) -> &str {
     source.rsplit(['/', ':']).next().unwrap_or(source)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_bounded_by_rows_and_by_bytes() {
+        let stage = Materialize::default();
+        assert_eq!(stage.rows_of_file(100), 131_072);
+        assert_eq!(stage.rows_of_file(50_000), 10_000);
+        assert_eq!(stage.rows_of_file(1 << 40), 1);
+    }
 }

@@ -191,6 +191,15 @@ impl Pool {
         self.dir.join("pool")
     }
 
+    /// The size of all shards.
+    pub(super) fn bytes(&self) -> Result<u64> {
+        let of_shard = |shard| -> Result<u64> {
+            let path = shard_file(&self.shards_dir(), shard);
+            Ok(std::fs::metadata(&path).map_err(Error::io(&path))?.len())
+        };
+        (0..self.info.shards).map(of_shard).sum()
+    }
+
     /// Reads one shard whole.
     pub(super) fn read(&self, shard: usize) -> Result<PoolShard> {
         let path = shard_file(&self.shards_dir(), shard);
