@@ -236,6 +236,9 @@ impl Stage for Curate {
         let record = self.record(&tables, &rows, &reasons, &control)?;
         fs::publish_json(&out.join("select.json"), &record)?;
         note(self, &record.balance());
+        if !record.looked_for_leaks {
+            note(self, "the real data have no test split: no leak was looked for");
+        }
         Ok(Outcome::Done(json!(record)))
     }
 }
@@ -394,6 +397,7 @@ impl Curate {
             arm: self.arm,
             rule: super::AnyStage::identity(self),
             split: tables.split.clone(),
+            looked_for_leaks: tables.looked_for_leaks,
             total: tables.len() as u64,
             kept: after.len() as u64,
             rejected,

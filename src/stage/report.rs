@@ -314,6 +314,9 @@ fn markdown(
             s.balance(),
             s.kept_by_class()
         );
+        if !s.looked_for_leaks {
+            text += "\nThe real data have no test split: no leak of test images was looked for.\n";
+        }
         if let Some(c) = &s.coverage {
             text += &format!(
                 "\nPrecision and recall of {} images against {} real ones: {:.3} and {:.3} of the pool, {:.3} and {:.3} of the kept.\n",

@@ -8,7 +8,11 @@ use std::{
 use arrow_array::{Array, Float32Array, Int64Array, RecordBatch, StringArray, UInt64Array};
 use rayon::prelude::*;
 
-use super::{Score, finished_input, input_of, label, score::columns, shards};
+use super::{
+    Score, finished_input, input_of, label,
+    score::{EQUAL_TO_TEST, columns},
+    shards,
+};
 use crate::{
     Error, Result,
     curate::{Arm, Gate, PASSED, verdicts},
@@ -30,6 +34,8 @@ pub(super) struct ScoreTables {
     pub(super) classes: Vec<String>,
     /// The fingerprint of the split that the pool was scored against.
     pub(super) split: Option<String>,
+    /// Whether it was held against test images.
+    pub(super) looked_for_leaks: bool,
 }
 
 /// Columns of the score tables of a whole pool, in the pool's order: 15 bytes an image.
@@ -78,7 +84,8 @@ impl ScoreTables {
             );
         }
         let split = input_of(&folder, "split")?;
-        Ok(Self { folder, dir, first, classes, split })
+        let looked_for_leaks = summary[EQUAL_TO_TEST].is_u64();
+        Ok(Self { folder, dir, first, classes, split, looked_for_leaks })
     }
 
     /// Images of the pool.

@@ -32,6 +32,9 @@ pub struct SelectRecord {
     /// The fingerprint of the split whose real images the scores hold the pool against.
     #[serde(default)]
     pub split: Option<String>,
+    /// Whether the scores held the pool against test images; if the source has none, no leak could be found.
+    #[serde(default)]
+    pub looked_for_leaks: bool,
     /// Rows of the score table.
     pub total: u64,
     /// Rows kept.
