@@ -26,7 +26,7 @@ test:
 
 # Networks of the Hub as extractors of features, against their Python originals.
 test-extractors:
-	$(CARGO) test --release --features extractors --lib pretrained
+	$(CARGO) test --release --features extractors -- pretrained extractors
 
 ci: format lint docs test test-extractors check-cuda smoke
 
@@ -35,6 +35,7 @@ format:
 
 lint:
 	$(CARGO) clippy --release --all-targets -- -D warnings
+	$(CARGO) clippy --release --all-targets --features extractors -- -D warnings
 
 docs:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --document-private-items

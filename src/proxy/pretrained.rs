@@ -54,8 +54,9 @@ impl Pretrained {
                 let vision = if kind == "clip" { &config["vision_config"] } else { &config };
                 let config = clip_config(vision).map_err(config_error)?;
                 let side = config.image_size;
-                let bare =
-                    |(name, t): (String, Tensor)| (name.trim_start_matches("vision_model.").to_owned(), t);
+                let bare = |(name, t): (String, Tensor)| {
+                    (name.strip_prefix("vision_model.").unwrap_or(&name).to_owned(), t)
+                };
                 let vb = builder(weights_of_file.into_iter().map(bare).collect());
                 (Network::Clip(ClipVisionTransformer::new(vb, &config).map_err(unreadable)?), side, CLIP)
             }

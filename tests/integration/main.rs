@@ -5,6 +5,8 @@ mod bad_input;
 mod cuda;
 mod curate;
 mod discriminators;
+#[cfg(feature = "extractors")]
+mod extractors;
 mod generate;
 mod layers;
 mod pipeline;

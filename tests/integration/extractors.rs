@@ -1,0 +1,65 @@
+//! Networks of the Hub in the place of a classifier: `make test-extractors`.
+
+use proxyset::data::{Source, Split, encode_png};
+use serde_json::Value;
+
+use crate::run::{made, ok};
+
+/// CLIP's vision tower in small, with random weights.
+const CLIP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/clip");
+
+fn summary(args: &str) -> Value {
+    let text: Value = serde_json::from_str(&ok(&format!("{args} --json"))).unwrap();
+    text["summary"].clone()
+}
+
+#[test]
+fn quality_in_the_features_of_a_network_of_the_hub() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    ok(&format!("import --source builtin:digits --part test --shard-rows 100 --out {}", path("digits")));
+    let of = |pool: &str, out: &str| {
+        summary(&format!("quality --pool {pool} --classifier {CLIP} --max-manifold 150 --out {}", path(out)))
+    };
+    let (same, made) = (of(&path("digits"), "same"), of(&made().path("pool"), "made"));
+    let distance = |found: &Value| found["frechet_distance"].as_f64().unwrap();
+    assert!(distance(&same).abs() < 1e-6, "{same:#}");
+    assert!(distance(&made) > 100.0 * distance(&same).abs(), "{made:#}");
+    // Other 150 of the same 360 on either side.
+    for of in ["precision", "recall"] {
+        assert!(same[of].as_f64().unwrap() > 0.8 && made[of].as_f64().unwrap() < 0.5, "{same:#} {made:#}");
+    }
+    assert!(same["class_accuracy"].is_null(), "{same:#}");
+}
+
+#[test]
+fn what_a_network_of_the_hub_sees_alike_is_a_near_duplicate() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let digits = "builtin:digits".parse::<Source>().unwrap().load(Split::Test, None, 0).unwrap();
+    for (i, label) in digits.labels.iter().enumerate().take(40) {
+        let class = dir.path().join("twins").join(label.to_string());
+        std::fs::create_dir_all(&class).unwrap();
+        let mut pixels = digits.image(i).to_vec();
+        for twin in ["a", "b"] {
+            std::fs::write(class.join(format!("{i:02}{twin}.png")), encode_png(&pixels, digits.shape))
+                .unwrap();
+            pixels[27] ^= 1;
+        }
+    }
+    let (split, pool) = (made().path("split"), path("pool"));
+    let tiny = "--steps 2 --batch 8 --channels 8,8 --attack-steps 1 --eval-every 2";
+    let (labels, nets, scores) = (path("labels"), path("nets"), path("scores"));
+    ok(&format!("import --source {} --out {pool}", path("twins")));
+    ok(&format!("label --pool {pool} --classifier {} --out {labels}", made().path("classifier")));
+    ok(&format!("fit-discriminator --split {split} --pool {pool} {tiny} --out {nets}"));
+    let inputs = format!("--split {split} --pool {pool} --labels {labels} --discriminators {nets}");
+    ok(&format!("score {inputs} --classifier {CLIP} --hash-features true --out {scores}"));
+    let curate = |bits: u32, out: &str| {
+        let rule = "--arm all --require-agreement false --copy-tolerance 0 --near-duplicate-by features";
+        let rule = format!("{rule} --near-duplicate-bits {bits}");
+        let found = summary(&format!("curate --scores {scores} {rule} --out {}", path(out)));
+        found["rejected"]["near-duplicate"].as_u64().unwrap_or(0)
+    };
+    assert!((36..=44).contains(&curate(1, "one")), "of 40 twins {}", curate(1, "one"));
+}
