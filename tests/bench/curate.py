@@ -12,13 +12,12 @@ Needs what requirements-curate.txt lists.
 """
 
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from command import peak
 
 CLASSES, SHARD = 10, 16_384
 GATES = (
@@ -116,16 +115,6 @@ def polars_query(folder, out, keep, duplicates):
         "uid", "label", "synthetic_score", "label_confidence", "row"
     )
     kept.sort("row").collect(engine="streaming").write_parquet(out, compression="snappy")
-
-
-def peak(command, environment):
-    """Seconds and peak resident memory, in MiB, of a process."""
-    before = time.perf_counter()
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{command} ended with {status}")
-    return time.perf_counter() - before, usage.ru_maxrss / 1024
 
 
 def main():
