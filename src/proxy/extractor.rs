@@ -11,7 +11,7 @@ use crate::{Result, data::Shape, fs, nn::Classifier};
 /// A network that turns images into features.
 pub enum Extractor {
     /// A classifier: what its last linear layer gets.
-    Classifier(Classifier),
+    Classifier(Box<Classifier>),
     /// A network of candle-transformers.
     #[cfg(feature = "extractors")]
     Pretrained(super::pretrained::Pretrained),
@@ -33,7 +33,7 @@ impl Extractor {
         if of_hub {
             return Self::load_pretrained(dir, device);
         }
-        Classifier::load(dir, device).map(Self::Classifier)
+        Ok(Self::Classifier(Box::new(Classifier::load(dir, device)?)))
     }
 
     #[cfg(feature = "extractors")]

@@ -158,8 +158,8 @@ pub(super) struct Discriminators {
 }
 
 impl Discriminators {
-    /// Loads a finished fit-discriminator's networks. Fails with [`Error::Usage`](crate::Error::Usage) unless they were trained
-    /// with this division of the real images and this pool: of others nothing tells which images they have seen.
+    /// Loads a finished fit-discriminator's networks. Fails with [`Error::Usage`] unless they were trained with this division of
+    /// the real images and this pool: of others nothing tells which images they have seen.
     pub(super) fn load(dir: Option<&Path>, split: &Path, pool: &Pool, device: &Device) -> Result<Self> {
         let key = "discriminators";
         let dir = finished_input::<FitDiscriminator>(key, dir)?;
