@@ -33,7 +33,7 @@ use crate::{
     proxy::{
         REAL, SYNTHETIC,
         calibration::Calibration,
-        discriminator::{Condition, Discriminator},
+        discriminator::{Conditioning, Discriminator},
         fold::{HeldOut, fold_of, held_out},
     },
     rng::{Permutation, stream},
@@ -129,7 +129,7 @@ pub struct SetsRecord {
     pub epsilons: Vec<Epsilon>,
     /// Folds of the pool that rank; one more fold is the judges'.
     pub folds: usize,
-    /// One network a set for all radii, see [`Condition::Plane`]; else one for each.
+    /// One network a set for all radii, see [`Conditioning::Plane`]; else one for each.
     pub conditioned: bool,
     /// The ranking sets in the order of their folds, then the judges: a record for each radius.
     pub sets: Vec<Vec<NetRecord>>,
@@ -198,9 +198,13 @@ impl Discriminators {
 }
 
 /// What a network of the set is told at a radius of the grid.
-fn condition(conditioned: bool, epsilons: &[Epsilon], radius: usize) -> Condition {
+fn condition(conditioned: bool, epsilons: &[Epsilon], radius: usize) -> Conditioning {
     let largest = epsilons.iter().map(|e| e.get()).fold(0.0, f64::max);
-    if conditioned { Condition::Plane((epsilons[radius].get() / largest) as f32) } else { Condition::None }
+    if conditioned {
+        Conditioning::Plane((epsilons[radius].get() / largest) as f32)
+    } else {
+        Conditioning::None
+    }
 }
 
 /// What one set learns from and is stopped on, labelled [`REAL`] and [`SYNTHETIC`].
@@ -536,7 +540,7 @@ mod tests {
             groups: 8,
         });
         let config = ClassifierConfig { architecture, class_names: vec!["real".into(), "synthetic".into()] };
-        Discriminator::new(Arc::new(Classifier::init(config, 3, &Device::Cpu).unwrap()), Condition::None)
+        Discriminator::new(Arc::new(Classifier::init(config, 3, &Device::Cpu).unwrap()), Conditioning::None)
     }
 
     #[test]

@@ -462,8 +462,8 @@ impl Stage for FitGenerator {
             class_names: fit.class_names.clone(),
             null_class,
             shape,
-            trained_on: real.parts.source.to_string(),
-            trained_on_fingerprint: real.parts.source_fingerprint.clone(),
+            trained_on: real.division.source.to_string(),
+            trained_on_fingerprint: real.division.source_fingerprint.clone(),
             steps: self.steps,
             batch: self.batch,
         };

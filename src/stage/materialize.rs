@@ -17,6 +17,7 @@ use super::{
     score_rows::ScoreTables,
     selection::{self, SelectRecord, Selected},
     shards::Pool,
+    split::Division,
 };
 use crate::{
     Error, Result,
@@ -100,7 +101,7 @@ impl Stage for Materialize {
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let split = finished_input::<Split>("split", self.split.as_deref())?;
-        let parts: super::split::Parts = fs::read_json(&split.join("split.json"))?;
+        let division: Division = fs::read_json(&split.join("split.json"))?;
         let pool = Pool::open("pool", self.pool.as_deref())?;
         let (selected, record) = selection::read("selection", self.selection.as_deref())?;
         if selected.is_empty() {
@@ -132,7 +133,7 @@ impl Stage for Materialize {
         let writing = Writing {
             dataset: &dataset,
             pool: &pool,
-            class_names: &parts.class_names,
+            class_names: &division.class_names,
             rows_per_file,
             files,
             work: &work,
@@ -144,7 +145,7 @@ impl Stage for Materialize {
             check_stop()?;
             entries.extend(writing.files(chunk, group * files_at_once)?);
         }
-        let mut card = self.card(&pool, &record, &parts, &entries)?;
+        let mut card = self.card(&pool, &record, &division, &entries)?;
         if let Some(tables) = tables {
             let mut chosen = vec![false; tables.len()];
             for s in &selected {
@@ -154,7 +155,7 @@ impl Stage for Materialize {
             let configuration = PoolConfiguration {
                 pool: &pool,
                 tables,
-                class_names: &parts.class_names,
+                class_names: &division.class_names,
                 selected: chosen,
                 rows_per_file,
             };
@@ -162,9 +163,9 @@ impl Stage for Materialize {
             entries.extend(files);
             card.configs.push(config);
         }
-        let provenance = self.provenance(&pool, &record, &parts)?;
+        let provenance = self.provenance(&pool, &record, &division)?;
         card.write(&dataset)?;
-        Manifest::new(pool.info.shape, parts.class_names.clone(), entries, provenance).write(&dataset)?;
+        Manifest::new(pool.info.shape, division.class_names.clone(), entries, provenance).write(&dataset)?;
         let report = check_dataset(&dataset)?;
         Ok(Outcome::Done(json!({
             "rows": report.configs[0].rows,
@@ -277,7 +278,7 @@ fn record_key(name: &str) -> String {
 }
 
 impl Materialize {
-    fn provenance(&self, pool: &Pool, record: &SelectRecord, parts: &super::split::Parts) -> Result<Value> {
+    fn provenance(&self, pool: &Pool, record: &SelectRecord, division: &Division) -> Result<Value> {
         // What was computed, not where: the same work gives the same manifest in any folder.
         let mut generate = read_config(&pool.dir)?;
         for key in Generate::INPUTS.iter().chain(Generate::RUNTIME).chain(Import::INPUTS) {
@@ -289,7 +290,7 @@ impl Materialize {
             "arm": record.arm.to_string(),
             "rule": record.rule,
             "counts": { "pool": record.total, "kept": record.kept, "rejected": record.rejected },
-            "real_data": { "name": real_name(&parts.source.to_string()), "blake3": parts.source_fingerprint },
+            "real_data": { "name": real_name(&division.source.to_string()), "blake3": division.source_fingerprint },
             "generator": { "inputs": inputs, "settings": generate.settings, "fingerprint": pool.info.generator },
             "sampler": pool.info.sampler,
             "version": env!("CARGO_PKG_VERSION"),
@@ -300,11 +301,11 @@ impl Materialize {
         &self,
         pool: &Pool,
         record: &SelectRecord,
-        parts: &super::split::Parts,
+        division: &Division,
         files: &[FileEntry],
     ) -> Result<Card> {
         let imported = pool.info.imported();
-        let source = parts.source.to_string();
+        let source = division.source.to_string();
         let real = real_name(&source);
         let pretty_name = if self.pretty_name.is_empty() {
             format!("{real}, synthetic, curated ({})", record.arm)
@@ -374,7 +375,7 @@ impl Materialize {
                 .collect(),
             configs: vec![CardConfig {
                 name: "curated".into(),
-                features: features(&parts.class_names),
+                features: features(&division.class_names),
                 splits: vec![CardSplit {
                     name: "train".into(),
                     path: "data/train-*".into(),

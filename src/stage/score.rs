@@ -113,12 +113,12 @@ type Found = (Nearest, Option<Nearest>);
 
 impl RealImages {
     fn load(real: Real, neighbours: usize, device: &candle_core::Device) -> Result<Self> {
-        let source = &real.parts.source;
-        if test_fingerprint(source)? != real.parts.test_fingerprint {
+        let source = &real.division.source;
+        if test_fingerprint(source)? != real.division.test_fingerprint {
             bail!(Data, "the test split of {source} has changed since it was split; split it again");
         }
         let test = if source.has(data::Split::Test) {
-            let test = source.load(data::Split::Test, None, real.parts.max_bad)?;
+            let test = source.load(data::Split::Test, None, real.division.max_bad)?;
             if test.shape != real.train.shape {
                 bail!(
                     Data,

@@ -43,7 +43,7 @@ pub struct Split {
 
 /// `split.json`: the indices of the training images that serve each purpose, ascending.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Parts {
+pub struct Division {
     /// `proxyset.split/1`.
     pub schema: String,
     /// The real data.
@@ -69,7 +69,7 @@ pub struct Real {
     /// All training images.
     pub train: Dataset,
     /// Which of them serve what.
-    pub parts: Parts,
+    pub division: Division,
 }
 
 impl Real {
@@ -77,28 +77,28 @@ impl Real {
     ///
     /// Fails with [`crate::Error::Data`] if the data has changed since.
     pub fn load(dir: &Path) -> Result<Self> {
-        let parts: Parts = fs::read_json(&dir.join("split.json"))?;
-        let found = parts.source.fingerprint(data::Split::Train)?;
-        if found != parts.source_fingerprint {
+        let division: Division = fs::read_json(&dir.join("split.json"))?;
+        let found = division.source.fingerprint(data::Split::Train)?;
+        if found != division.source_fingerprint {
             bail!(
                 Data,
                 "{} has changed since it was split: BLAKE3 {}, expected {}",
-                parts.source,
+                division.source,
                 &found[..16],
-                parts.source_fingerprint.get(..16).unwrap_or_default()
+                division.source_fingerprint.get(..16).unwrap_or_default()
             );
         }
-        Ok(Self { train: load_train(&parts.source, parts.limit, parts.max_bad)?, parts })
+        Ok(Self { train: load_train(&division.source, division.limit, division.max_bad)?, division })
     }
 
     /// The images to learn from.
     pub fn fit(&self) -> Dataset {
-        self.train.subset(&self.parts.fit)
+        self.train.subset(&self.division.fit)
     }
 
     /// The images on which discriminator set `f` is stopped and calibrated.
     pub fn proxy_stop(&self, f: usize) -> Dataset {
-        self.train.subset(&self.parts.proxy[f % self.parts.proxy.len()])
+        self.train.subset(&self.division.proxy[f % self.division.proxy.len()])
     }
 
     /// The images on which discriminator set `f` of `sets` is measured: unseen by generator and discriminators.
@@ -106,8 +106,8 @@ impl Real {
     /// Each image measures one set only, so that the sets' results are independent.
     pub fn proxy_measure(&self, f: usize, sets: usize) -> Dataset {
         let mut chosen = Vec::new();
-        for (fold, part) in self.parts.proxy.iter().enumerate() {
-            let may: Vec<usize> = (0..sets).filter(|set| set % self.parts.proxy.len() != fold).collect();
+        for (fold, part) in self.division.proxy.iter().enumerate() {
+            let may: Vec<usize> = (0..sets).filter(|set| set % self.division.proxy.len() != fold).collect();
             chosen.extend(
                 part.iter().enumerate().filter(|(i, _)| may[i % may.len()] == f).map(|(_, &image)| image),
             );
@@ -117,7 +117,7 @@ impl Real {
 
     /// All images that no generator saw.
     pub fn proxy(&self) -> Dataset {
-        self.train.subset(&self.parts.proxy.concat())
+        self.train.subset(&self.division.proxy.concat())
     }
 }
 
@@ -158,7 +158,7 @@ impl Stage for Split {
             "fit": fit.len(),
             "proxy": proxy.iter().map(Vec::len).collect::<Vec<_>>(),
         });
-        let parts = Parts {
+        let division = Division {
             schema: "proxyset.split/1".into(),
             source: self.source.clone(),
             limit: self.limit,
@@ -169,7 +169,7 @@ impl Stage for Split {
             fit,
             proxy,
         };
-        fs::publish_json(&out.join("split.json"), &parts)?;
+        fs::publish_json(&out.join("split.json"), &division)?;
         Ok(Outcome::Done(summary))
     }
 }
@@ -236,7 +236,7 @@ mod tests {
         let config = Split::default();
         let train = load_train(&config.source, 0, 0)?;
         let (fit, proxy) = divide(&train, &config)?;
-        let parts = Parts {
+        let division = Division {
             schema: String::new(),
             source: config.source.clone(),
             limit: 0,
@@ -247,7 +247,7 @@ mod tests {
             fit,
             proxy,
         };
-        let real = Real { train, parts };
+        let real = Real { train, division };
         assert_eq!(real.proxy_stop(0).pixels, real.proxy_measure(1, 2).pixels);
         assert_eq!(real.proxy_stop(1).pixels, real.proxy_measure(0, 2).pixels);
         // Three sets on two folds: sets 0 and 2 are stopped on fold 0 and share fold 1.
