@@ -74,7 +74,7 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
                 file.error("import", &format!("there is [{other}] too, expected one source of the pool"))
             );
         }
-        graph.add::<Import>("import", &[("split", split.clone())])?
+        graph.add::<Import>("import", &[])?
     } else if file.table("generate").contains_key("model") {
         graph.add::<Generate>("generate", &[])?
     } else {
@@ -190,12 +190,15 @@ pub fn ranking_nodes(
     for set in sets {
         let name = Path::new(set).file_name().map_or(set.clone(), |name| name.to_string_lossy().into_owned());
         let name = if names.contains(&name) { set.clone() } else { name };
+        if names.contains(&name) {
+            bail!(Usage, "--synthetic {name} is given twice, expected every set once");
+        }
         let named = |what: &str| format!("{what} {name}");
         let pool = if stage::is_stage_folder(Path::new(set)) {
             PathBuf::from(set)
         } else {
-            let inputs = [("source", PathBuf::from(set)), ("split", split.clone())];
-            graph.add_with::<Import>(&named("import"), Import::NAME, &inputs, &[], None)?
+            let source = [("source", PathBuf::from(set))];
+            graph.add_with::<Import>(&named("import"), Import::NAME, &source, &[], None)?
         };
         if let Some(labeller) = labeller {
             let inputs = [("pool", pool.clone()), ("classifier", labeller.to_path_buf())];

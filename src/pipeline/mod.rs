@@ -91,6 +91,9 @@ pub fn run_nodes(nodes: &[Node], run: &Path, device: DeviceChoice) -> Result<()>
             progress::note(&format!("[{}/{total}] {}: done already", i + 1, node.name));
             continue;
         }
+        for later in &nodes[i..] {
+            later.stage.check_inputs().context(|| format!("in {}", later.name))?;
+        }
         progress::note(&format!("[{}/{total}] {}: {}", i + 1, node.name, node.stage.amount()));
         let started = std::time::Instant::now();
         stage::execute(node.stage.as_ref(), &node.inputs, &node.folder, device)

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{
     Job, Outcome, Split, Stage,
     accuracy::{correct_throughout, images},
-    expect, expect_channels, expect_made_with, finished_input, note,
+    expect, expect_channels, expect_made_with, finished_input, note, read_done,
     shards::Pool,
     side_by_side,
     split::Real,
@@ -406,6 +406,14 @@ impl Stage for FitDiscriminator {
             bail!(Usage, "epsilons is [{listed}], expected at least four ascending radii, the first 0");
         }
         self.epsilons.iter().try_for_each(|&epsilon| self.attack(epsilon, self.seed).map(drop))
+    }
+
+    fn check_inputs(&self) -> Result<()> {
+        let (Some(split), Some(pool)) = (&self.split, &self.pool) else { return Ok(()) };
+        let (Some(split), Some(_)) = (read_done(split)?, read_done(pool)?) else { return Ok(()) };
+        let real = serde_json::from_value(split.summary["shape"].clone())
+            .map_err(|e| Error::Data(format!("split: done.json does not say the shape: {e}")))?;
+        Pool::open("pool", Some(pool))?.expect_shape(real)
     }
 
     fn amount(&self) -> String {

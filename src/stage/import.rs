@@ -1,14 +1,11 @@
 //! Import: images made elsewhere, as a pool.
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Split, Stage, expect, finished_input,
+    Job, Outcome, Stage, expect,
     shards::{IMPORTED, PoolInfo, ShardRecord, pool_hash, read_record, record_file},
-    split::Real,
 };
 use crate::{
     Result,
@@ -27,10 +24,7 @@ pub struct Import {
     /// .npz file with `image`, (n, h, w, c) u8, and `label`, (n,).
     #[arg(long)]
     pub source: Option<Source>,
-    /// The folder of a finished split of the real data that they will be held against: images of another shape are refused.
-    #[arg(long)]
-    pub split: Option<PathBuf>,
-    /// Which official split of the source.
+    /// Which official split of it.
     #[arg(long, value_enum, default_value_t = data::Split::Train)]
     pub part: data::Split,
     /// Use only the first N images; 0 for all.
@@ -46,7 +40,7 @@ pub struct Import {
 
 impl Stage for Import {
     const NAME: &'static str = "import";
-    const INPUTS: &'static [&'static str] = &["source", "split"];
+    const INPUTS: &'static [&'static str] = &["source"];
 
     fn validate(&self) -> Result<()> {
         expect("shard_rows", self.shard_rows, 1, 1 << 24)
@@ -62,12 +56,6 @@ impl Stage for Import {
             bail!(Usage, "source is not set, expected images: Parquet, a folder or an .npz file")
         };
         let images = source.load(self.part, (self.limit > 0).then_some(self.limit), self.max_bad)?;
-        if let Some(split) = &self.split {
-            let real = Real::load(&finished_input::<Split>("split", Some(split))?)?.train.shape;
-            if images.shape != real {
-                bail!(Data, "{source} has {} images, expected {real} like the real ones", images.shape);
-            }
-        }
         let labelled = images.class_names != [UNLABELLED];
         let info = PoolInfo {
             schema: "proxyset.pool/1".into(),

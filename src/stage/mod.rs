@@ -108,6 +108,11 @@ pub trait Stage: clap::Args + Serialize + DeserializeOwned + Default + Clone + '
 
     /// Refuses impossible settings with [`Error::Usage`], before anything is read or written.
     fn validate(&self) -> Result<()>;
+    /// Refuses finished inputs that do not belong together, as [`Self::run`] would: so a run finds it before it does long work
+    /// for other stages. Cheap; says nothing of inputs that are not finished.
+    fn check_inputs(&self) -> Result<()> {
+        Ok(())
+    }
     /// How much work this is, for `plan`: `5000 steps of 64 images`.
     fn amount(&self) -> String;
     /// Does the work. Everything that can be wrong with the inputs is found before [`Job::open`] is called.
@@ -179,6 +184,8 @@ pub trait AnyStage {
     fn revision(&self) -> u32;
     /// [`Stage::validate`].
     fn validate(&self) -> Result<()>;
+    /// [`Stage::check_inputs`].
+    fn check_inputs(&self) -> Result<()>;
     /// [`Stage::amount`].
     fn amount(&self) -> String;
     /// [`Stage::run`].
@@ -200,6 +207,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn validate(&self) -> Result<()> {
         Stage::validate(self)
+    }
+    fn check_inputs(&self) -> Result<()> {
+        Stage::check_inputs(self)
     }
     fn amount(&self) -> String {
         Stage::amount(self)
@@ -469,14 +479,19 @@ fn input_of(dir: &Path, key: &str) -> Result<Option<String>> {
 
 /// Fails with [`Error::Usage`] unless the stage in `dir`, the input `name`, was itself made with `input` as its `key`.
 fn expect_made_with(name: &str, dir: &Path, key: &str, input: &Path) -> Result<()> {
-    let (made_with, given) = (input_of(dir, key)?, read_config(input)?.fingerprint);
-    if made_with.as_deref() != Some(&given) {
+    expect_same_input(name, dir, key, input_of(dir, key)?.as_deref(), input)
+}
+
+/// Fails with [`Error::Usage`] unless what `dir`, the input `name`, was made with as its `key` is `input`, by fingerprint.
+fn expect_same_input(name: &str, dir: &Path, key: &str, found: Option<&str>, input: &Path) -> Result<()> {
+    let given = read_config(input)?.fingerprint;
+    if found != Some(&given) {
         let short = |fingerprint: &str| fingerprint.chars().take(8).collect::<String>();
         bail!(
             Usage,
-            "{name} is '{}', which was made with {key} {}, expected {}, that of '{}'",
+            "{name} is '{}', which was made with {key} {}, expected {}, that of '{}': give that one, or make {name} again",
             dir.display(),
-            made_with.as_deref().map_or_else(|| "unknown".into(), short),
+            found.map_or_else(|| "unknown".into(), short),
             short(&given),
             input.display()
         );

@@ -103,8 +103,14 @@ fn a_set_of_another_shape_is_found_before_networks_are_trained_for_those_before_
     let shape = Shape { height: 9, width: 9, channels: 1 };
     std::fs::create_dir(path("nine")).unwrap();
     std::fs::write(path("nine/0.png"), encode_png(&[7; 81], shape)).unwrap();
-    let sets = format!("--synthetic {} --synthetic {}", made().path("pool"), path("nine"));
-    fails(&format!("arc --real builtin:digits {sets} --out {}", path("out")), 65, &["9x9", "8x8"]);
-    let made = files(Path::new(&path("out")));
-    assert!(made.iter().all(|(name, _)| name.display().to_string().starts_with("split-")), "{made:?}");
+    ok(&format!("import --source {} --out {}", path("nine"), path("pool-of-nine")));
+    for (nine, stages) in [("nine", vec!["split", "import"]), ("pool-of-nine", vec!["split"])] {
+        let sets = format!("--synthetic {} --synthetic {}", made().path("pool"), path(nine));
+        let out = path(&format!("out-{nine}"));
+        fails(&format!("arc --real builtin:digits {sets} --out {out}"), 65, &["9x9", "8x8"]);
+        let mut made: Vec<String> =
+            files(Path::new(&out)).iter().map(|(name, _)| name.display().to_string()).collect();
+        made.retain(|name| !stages.iter().any(|stage| name.starts_with(&format!("{stage}-"))));
+        assert!(made.is_empty(), "{made:?}");
+    }
 }
