@@ -197,23 +197,6 @@ pub fn order_statistics<E>(
 
 #[cfg(test)]
 mod tests {
-    #[test]
-    fn order_statistics_are_those_of_the_sorted() {
-        let mut stream = Stream::new(4, 0, 0);
-        let mut values: Vec<f32> = (0..5000).map(|_| (stream.uniform() - 0.3) as f32).collect();
-        values.extend([0.5; 100]);
-        values.extend([f32::NAN, f32::INFINITY, -0.0, 0.0, 1e-42]);
-        let ranks: Vec<u64> = (0..values.len() as u64).step_by(7).chain([5104, 0]).collect();
-        let found = order_statistics(&ranks, |give| {
-            values.iter().for_each(|&value| give(value));
-            Ok::<(), ()>(())
-        });
-        let mut sorted = values.clone();
-        sorted.sort_unstable_by(f32::total_cmp);
-        let expected = ranks.iter().map(|&rank| sorted[rank as usize].to_bits());
-        assert!(found.unwrap().into_iter().map(f32::to_bits).eq(expected));
-    }
-
     use super::*;
 
     /// Bisection of the exact binomial tails (Python, `math.comb`); the closed form for 0 of n at the end.
@@ -304,5 +287,22 @@ mod tests {
             })
             .count();
         assert!(held >= 90, "{held} of 100");
+    }
+
+    #[test]
+    fn order_statistics_are_those_of_the_sorted() {
+        let mut stream = Stream::new(4, 0, 0);
+        let mut values: Vec<f32> = (0..5000).map(|_| (stream.uniform() - 0.3) as f32).collect();
+        values.extend([0.5; 100]);
+        values.extend([f32::NAN, f32::INFINITY, -0.0, 0.0, 1e-42]);
+        let ranks: Vec<u64> = (0..values.len() as u64).step_by(7).chain([5104, 0]).collect();
+        let found = order_statistics(&ranks, |give| {
+            values.iter().for_each(|&value| give(value));
+            Ok::<(), ()>(())
+        });
+        let mut sorted = values.clone();
+        sorted.sort_unstable_by(f32::total_cmp);
+        let expected = ranks.iter().map(|&rank| sorted[rank as usize].to_bits());
+        assert!(found.unwrap().into_iter().map(f32::to_bits).eq(expected));
     }
 }

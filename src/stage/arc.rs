@@ -98,12 +98,12 @@ pub struct ArcRecord {
 /// What an estimate of ARC attacked with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttackRecord {
-    norm: Norm,
-    steps: usize,
-    step_size_times_steps_over_epsilon: f64,
-    restarts: usize,
-    counts: String,
     apgd_steps_on_what_stands: usize,
+    counts: String,
+    norm: Norm,
+    restarts: usize,
+    step_size_times_steps_over_epsilon: f64,
+    steps: usize,
 }
 
 impl fmt::Display for AttackRecord {
@@ -204,8 +204,9 @@ impl Stage for Arc {
     }
 
     fn amount(&self) -> String {
+        let starts = if self.restarts == 1 { "start" } else { "starts" };
         format!(
-            "PGD-{} from {} random starts, then APGD-{}, on the stopping and measuring images of every set",
+            "PGD-{} from {} random {starts}, then APGD-{}, on the stopping and measuring images of every set",
             self.attack_steps, self.restarts, self.apgd_steps
         )
     }

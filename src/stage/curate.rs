@@ -236,7 +236,7 @@ impl Stage for Curate {
         let record = self.record(&tables, &rows, &reasons, &control)?;
         fs::publish_json(&out.join("select.json"), &record)?;
         note(self, &record.balance());
-        if !record.looked_for_leaks {
+        if record.looked_for_leaks == Some(false) {
             note(self, "the real data have no test split: no leak was looked for");
         }
         Ok(Outcome::Done(json!(record)))

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Generate, Import, Job, Outcome, Split, Stage, expect, expect_made_with, finished_input,
+    Generate, Import, Job, Outcome, Split, Stage, expect, expect_made_with, expect_same_input,
+    finished_input,
     pool_configuration::PoolConfiguration,
     read_config,
     score_rows::ScoreTables,
@@ -59,7 +60,7 @@ pub struct Materialize {
     /// Largest number of rows in a file.
     #[arg(long, default_value_t = 131_072)]
     pub rows_per_file: usize,
-    /// Largest size of a file in millions of bytes, as the images of the pool are on average.
+    /// Largest size of a file in millions of bytes, about: by the mean size of the pool's images.
     #[arg(long, default_value_t = 500)]
     pub file_megabytes: u64,
     /// The data set's name for people; made from the real data's if empty.
@@ -88,7 +89,8 @@ impl Stage for Materialize {
         if !self.with_pool && self.scores.is_some() {
             bail!(Usage, "scores is set, but with_pool is false, expected both or neither");
         }
-        expect("file_megabytes", self.file_megabytes, 1, 1 << 20)?;
+        // Arrow's offsets end at 2 GiB, and the images of one file may be larger than the pool's are on average.
+        expect("file_megabytes", self.file_megabytes, 1, 1000)?;
         expect("rows_per_file", self.rows_per_file, 1, 1 << 24)
     }
 
@@ -112,14 +114,8 @@ impl Stage for Materialize {
         if let (Some(tables), Some(selection)) = (&tables, &self.selection) {
             expect_made_with("selection", selection, "scores", &tables.folder)?;
         }
-        let of_split = read_config(&split)?.fingerprint;
-        if record.split.as_ref() != Some(&of_split) {
-            bail!(
-                Usage,
-                "selection is by scores against split {}, expected {of_split}, that of '{}'",
-                record.split.as_deref().unwrap_or("unknown"),
-                split.display()
-            );
+        if let Some(selection) = &self.selection {
+            expect_same_input("selection", selection, "split", record.split.as_deref(), &split)?;
         }
         let (out, _lock) = job.open("run")?;
         let dataset = out.join("dataset");
@@ -411,5 +407,6 @@ mod tests {
         assert_eq!(stage.rows_of_file(100), 131_072);
         assert_eq!(stage.rows_of_file(50_000), 10_000);
         assert_eq!(stage.rows_of_file(1 << 40), 1);
+        assert!(Materialize { file_megabytes: 1001, ..stage }.validate().is_err());
     }
 }

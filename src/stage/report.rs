@@ -314,7 +314,7 @@ fn markdown(
             s.balance(),
             s.kept_by_class()
         );
-        if !s.looked_for_leaks {
+        if s.looked_for_leaks == Some(false) {
             text += "\nThe real data have no test split: no leak of test images was looked for.\n";
         }
         if let Some(c) = &s.coverage {

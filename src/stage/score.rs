@@ -365,17 +365,17 @@ fn schema(epsilons: &[Epsilon], hash_features: bool) -> SchemaRef {
 }
 
 fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
-    let (mut in_train, mut in_test) = (0u64, 0u64);
+    let (mut images, mut in_train, mut in_test) = (0u64, 0u64, 0u64);
     for shard in 0..pool.info.shards {
         let table = shards::read_table(dir, shard, &[columns::TRAIN_DISTANCE, columns::TEST_DISTANCE])?;
-        let count = |name: &str| -> Result<u64> {
-            let distances = table.optional(name, |a: &Float32Array, i| a.value(i))?;
-            Ok(distances.iter().filter(|d| **d == Some(0.0)).count() as u64)
-        };
-        in_train += count(columns::TRAIN_DISTANCE)?;
-        in_test += count(columns::TEST_DISTANCE)?;
+        let distances = |name: &str| table.optional(name, |a: &Float32Array, i| a.value(i));
+        let zeros = |distances: &[Option<f32>]| distances.iter().filter(|d| **d == Some(0.0)).count() as u64;
+        let to_train = distances(columns::TRAIN_DISTANCE)?;
+        images += to_train.len() as u64;
+        in_train += zeros(&to_train);
+        in_test += zeros(&distances(columns::TEST_DISTANCE)?);
     }
-    let scores = order_statistics(&quantile_ranks(pool.info.count), |give| -> Result<()> {
+    let scores = order_statistics(&quantile_ranks(images), |give| -> Result<()> {
         for shard in 0..pool.info.shards {
             let table = shards::read_table(dir, shard, &[columns::SCORE])?;
             table.column(columns::SCORE, |a: &Float32Array, i| a.value(i))?.into_iter().for_each(&mut *give);
@@ -383,15 +383,16 @@ fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
         Ok(())
     })?;
     Ok(json!({
-        "images": pool.info.count,
+        "images": images,
         "score_quantiles": quantiles(&scores),
         "equal_to_a_training_image": in_train,
-        EQUAL_TO_TEST: if test { json!(in_test) } else { json!("the source has no test split") },
+        LOOKED_FOR_LEAKS: test,
+        "equal_to_a_test_image": test.then_some(in_test),
     }))
 }
 
-/// The key of a finished score's summary that is a number if there was a test split.
-pub(super) const EQUAL_TO_TEST: &str = "equal_to_a_test_image";
+/// The key of a finished score's summary that says whether there was a test split.
+pub(super) const LOOKED_FOR_LEAKS: &str = "looked_for_leaks";
 
 /// The quantiles that are reported.
 const QUANTILES: [(&str, f64); 7] =

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::{
     Score, finished_input, input_of, label,
-    score::{EQUAL_TO_TEST, columns},
+    score::{LOOKED_FOR_LEAKS, columns},
     shards,
 };
 use crate::{
@@ -35,7 +35,7 @@ pub(super) struct ScoreTables {
     /// The fingerprint of the split that the pool was scored against.
     pub(super) split: Option<String>,
     /// Whether it was held against test images.
-    pub(super) looked_for_leaks: bool,
+    pub(super) looked_for_leaks: Option<bool>,
 }
 
 /// Columns of the score tables of a whole pool, in the pool's order: 15 bytes an image.
@@ -84,7 +84,7 @@ impl ScoreTables {
             );
         }
         let split = input_of(&folder, "split")?;
-        let looked_for_leaks = summary[EQUAL_TO_TEST].is_u64();
+        let looked_for_leaks = summary[LOOKED_FOR_LEAKS].as_bool();
         Ok(Self { folder, dir, first, classes, split, looked_for_leaks })
     }
 

@@ -34,7 +34,7 @@ pub struct SelectRecord {
     pub split: Option<String>,
     /// Whether the scores held the pool against test images; if the source has none, no leak could be found.
     #[serde(default)]
-    pub looked_for_leaks: bool,
+    pub looked_for_leaks: Option<bool>,
     /// Rows of the score table.
     pub total: u64,
     /// Rows kept.

@@ -131,6 +131,7 @@ fn discriminators_arc_scores_the_selection_and_its_data_survive_kills_byte_for_b
 
     let rule = "--arm arc --keep-per-class 2 --allow-short true --require-agreement false \
         --near-duplicate-bits 1 --near-duplicate-by features";
+    // Over before it can be killed: here the threads are what counts.
     let verb = format!("curate --scores {scores} {rule}");
     let selection = ["selection.parquet", "rejected.parquet", "select.json"];
     let (selection, _kept) = survives_kills(&verb, &selection);
