@@ -50,18 +50,14 @@ fn records(rows: &[Value]) -> String {
     let mut keys: Vec<&str> =
         rows[0].as_object().map(|o| o.keys().map(String::as_str).collect()).unwrap_or_default();
     keys.sort_by_key(|key| !rows[0][*key].is_string());
-    let cell = |value: &Value| match value {
-        Value::String(s) => s.clone(),
-        Value::Number(n) if n.is_f64() => format!("{:.4}", n.as_f64().unwrap_or(f64::NAN)),
-        Value::Array(pair) => {
-            let numbers: Vec<String> = pair
-                .iter()
-                .map(|v| v.as_f64().map_or_else(|| v.to_string(), |n| format!("{n:.4}")))
-                .collect();
-            format!("[{}]", numbers.join(", "))
+    fn cell(value: &Value) -> String {
+        match value {
+            Value::String(s) => s.clone(),
+            Value::Number(n) if n.is_f64() => format!("{:.4}", n.as_f64().unwrap_or(f64::NAN)),
+            Value::Array(all) => format!("[{}]", all.iter().map(cell).collect::<Vec<_>>().join(", ")),
+            other => other.to_string(),
         }
-        other => other.to_string(),
-    };
+    }
     let cells: Vec<Vec<String>> =
         rows.iter().map(|row| keys.iter().map(|key| cell(&row[*key])).collect()).collect();
     render(&keys, &cells).lines().map(|line| format!("  {line}\n")).collect()
