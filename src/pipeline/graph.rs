@@ -212,7 +212,9 @@ pub fn ranking_nodes(
         let named = |what: &str| format!("{what} {name}");
         let inputs = [("split", split.clone()), ("pool", pool)];
         let table = FitDiscriminator::NAME;
-        let discriminators = graph.add_with::<FitDiscriminator>(&named(table), table, &inputs, &[], None)?;
+        let settings = [("judges", Value::Boolean(false))];
+        let discriminators =
+            graph.add_with::<FitDiscriminator>(&named(table), table, &inputs, &settings, None)?;
         let inputs = [inputs[0].clone(), inputs[1].clone(), ("discriminators", discriminators)];
         ranked.push(("arcs", graph.add_with::<Arc>(&named("arc"), Arc::NAME, &inputs, &[], None)?));
     }

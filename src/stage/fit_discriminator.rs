@@ -67,6 +67,9 @@ pub struct FitDiscriminator {
     /// between the radii.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub conditioned: bool,
+    /// Also train the judges, which score wants and ARC does without.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub judges: bool,
     /// The share of the steps over which the radius grows to its full size. Under the full attack from the first step on,
     /// networks for large radii learn nothing.
     #[arg(long, default_value_t = 0.5)]
@@ -131,7 +134,7 @@ pub struct SetsRecord {
     pub folds: usize,
     /// One network a set for all radii, see [`Conditioning::Plane`]; else one for each.
     pub conditioned: bool,
-    /// The ranking sets in the order of their folds, then the judges: a record for each radius.
+    /// The ranking sets in the order of their folds, then the judges, if there are any: a record for each radius.
     pub sets: Vec<Vec<NetRecord>>,
 }
 
@@ -191,6 +194,14 @@ impl Discriminators {
         Ok(())
     }
 
+    /// Fails with [`Error::Usage`] if there are no judges.
+    pub(super) fn expect_judges(&self) -> Result<()> {
+        if self.nets.len() == self.record.folds {
+            bail!(Usage, "discriminators were trained with judges = false, expected judges");
+        }
+        Ok(())
+    }
+
     /// The fold of a pool image: `0..folds` rank, `folds` is the judges'.
     pub(super) fn fold_of(&self, uid: &str) -> usize {
         fold_of(uid, self.record.folds + 1)
@@ -227,6 +238,11 @@ impl FitDiscriminator {
             synthetic: relabel(pool.learn[set].clone(), SYNTHETIC),
             stop: relabel(stop, REAL).concat(&relabel(synthetic_stop, SYNTHETIC)),
         }
+    }
+
+    /// Sets of networks.
+    fn sets(&self) -> usize {
+        self.folds + usize::from(self.judges)
     }
 
     /// The radii of each network of a set.
@@ -418,11 +434,12 @@ impl Stage for FitDiscriminator {
 
     fn amount(&self) -> String {
         format!(
-            "{} networks ({} radii{}, {} folds and judges), {} steps of {} images, PGD-{}",
-            self.spans().len() * (self.folds + 1),
+            "{} networks ({} radii{}, {} folds{}), {} steps of {} images, PGD-{}",
+            self.spans().len() * self.sets(),
             self.epsilons.len(),
             if self.conditioned { " in each" } else { "" },
             self.folds,
+            if self.judges { " and judges" } else { "" },
             self.steps,
             self.batch,
             self.attack_steps
@@ -434,7 +451,7 @@ impl Stage for FitDiscriminator {
         let pool = Pool::open("pool", self.pool.as_deref())?;
         pool.expect_shape(real.train.shape)?;
         let parts = PoolParts::read(&pool, self)?;
-        let data: Vec<SetData> = (0..=self.folds).map(|set| self.set_data(&real, &parts, set)).collect();
+        let data: Vec<SetData> = (0..self.sets()).map(|set| self.set_data(&real, &parts, set)).collect();
         for (set, data) in data.iter().enumerate() {
             let n = data.synthetic.len().min(data.stop.len());
             if n < 2 {
@@ -447,7 +464,7 @@ impl Stage for FitDiscriminator {
         let (out, _lock) = job.open("run")?;
         let spans = self.spans();
         let units: Vec<(usize, Span<usize>)> =
-            (0..=self.folds).flat_map(|set| spans.iter().map(move |span| (set, span.clone()))).collect();
+            (0..self.sets()).flat_map(|set| spans.iter().map(move |span| (set, span.clone()))).collect();
         let bar = Progress::new(Self::NAME, (units.len() * self.steps) as u64, "steps");
         let fit =
             |(set, radii): &(usize, Span<usize>)| self.fit(job, out, *set, radii.clone(), &data[*set], &bar);
@@ -482,12 +499,13 @@ struct PoolParts {
 
 impl PoolParts {
     fn read(pool: &Pool, config: &FitDiscriminator) -> Result<Self> {
-        let sets = config.folds + 1;
+        let sets = config.sets();
         let wanted = [vec![config.max_synthetic; sets], vec![config.max_stop; sets]].concat();
         let mut learn = pool.draw(&wanted, |uid| {
-            let fold = fold_of(uid, sets);
+            // The judges' fold is theirs even where there are none.
+            let fold = fold_of(uid, config.folds + 1);
             let stops = (0..sets).filter(|&set| set != fold && held_out(uid) == HeldOut::Stop);
-            std::iter::once(fold).chain(stops.map(|set| sets + set)).collect()
+            (fold..=fold).filter(|&set| set < sets).chain(stops.map(|set| sets + set)).collect()
         })?;
         let stop = learn.split_off(sets);
         Ok(Self { learn, stop })

@@ -214,6 +214,7 @@ impl Stage for Score {
         let discriminators =
             Discriminators::load(self.discriminators.as_deref(), &split, &pool, &job.device)?;
         discriminators.expect_shape(pool.info.shape)?;
+        discriminators.expect_judges()?;
         pool.expect_shape(real.train.shape)?;
         let classes = real.train.class_names.clone();
         let unseen = self.classifier.as_ref().map(|_| real.proxy());

@@ -65,6 +65,7 @@ fn a_folder_of_images_becomes_a_pool_and_sets_are_ranked_with_curves() {
     let made = files(Path::new(&path("rank")));
     let curves = made.iter().filter(|(name, _)| name.ends_with("rank.svg") || name.ends_with("arc.svg"));
     assert_eq!(curves.count(), 3);
+    assert!(made.iter().all(|(name, _)| !name.display().to_string().contains("judge")), "ARC needs none");
     assert_eq!(rank("rank"), found, "done already");
     assert!(made == files(Path::new(&path("rank"))));
 }

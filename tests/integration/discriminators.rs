@@ -89,6 +89,19 @@ fn networks_speak_of_the_split_and_the_pool_that_they_were_trained_with_alone() 
         }
     }
 
+    ok(&format!(
+        "fit-discriminator --split {split} --pool {pool} {tiny} --judges false --out {}",
+        path("unjudged")
+    ));
+    let inputs =
+        format!("--split {split} --pool {pool} --labels {labels} --discriminators {}", path("unjudged"));
+    fails(&format!("score {inputs} --out {out}"), 2, &["judges = false"]);
+    // What ranks does not depend on whether there are judges.
+    for net in ["rank0-0", "rank1-3"].map(|net| format!("{net}/model.safetensors")) {
+        let weights = |nets: &str| std::fs::read(Path::new(nets).join(&net)).unwrap();
+        assert!(weights(&nets) == weights(&path("unjudged")), "{net}");
+    }
+
     let inputs = format!("--split {split} --pool {pool} --labels {labels} --discriminators {nets}");
     ok(&format!("score {inputs} --out {}", path("scores")));
     let rule = "--arm all --require-agreement false";
