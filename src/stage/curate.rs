@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Counts, Job, Outcome, Stage, coverage, expect, label, note,
-    score::{columns, quantile_ranks, quantiles},
+    score::{columns, quantiles},
     score_rows::{ScoreRows, ScoreTables},
     selection::{self, ClassCounts, Judged, SelectRecord},
 };
@@ -15,7 +15,7 @@ use crate::{
     Result,
     curate::{Arm, Comparison, Condition, Gate, Group, NearDuplicates, PASSED, keep_first, repeated},
     fs,
-    stats::{Moments, mean_difference_interval, order_statistics},
+    stats::{Moments, mean_difference_interval},
 };
 
 /// Selects from a pool: gates that remove, an arm that ranks, quotas.
@@ -449,10 +449,9 @@ fn refuse_repeated(
 }
 
 fn quantiles_of(scores: &[f32]) -> Value {
-    let all = |give: &mut dyn FnMut(f32)| -> std::result::Result<(), std::convert::Infallible> {
+    let Ok(found) = quantiles(scores.len() as u64, |give| {
         scores.iter().for_each(|&score| give(score));
-        Ok(())
-    };
-    let Ok(values) = order_statistics(&quantile_ranks(scores.len() as u64), all);
-    quantiles(&values)
+        Ok::<(), std::convert::Infallible>(())
+    });
+    found
 }

@@ -213,7 +213,6 @@ impl Stage for Score {
         let labels = finished_input::<Label>("labels", self.labels.as_deref())?.join("labels");
         let discriminators =
             Discriminators::load(self.discriminators.as_deref(), &split, &pool, &job.device)?;
-        discriminators.expect_shape(pool.info.shape)?;
         discriminators.expect_judges()?;
         pool.expect_shape(real.train.shape)?;
         let classes = real.train.class_names.clone();
@@ -376,7 +375,7 @@ fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
         in_train += zeros(&to_train);
         in_test += zeros(&distances(columns::TEST_DISTANCE)?);
     }
-    let scores = order_statistics(&quantile_ranks(images), |give| -> Result<()> {
+    let score_quantiles = quantiles(images, |give| -> Result<()> {
         for shard in 0..pool.info.shards {
             let table = shards::read_table(dir, shard, &[columns::SCORE])?;
             table.column(columns::SCORE, |a: &Float32Array, i| a.value(i))?.into_iter().for_each(&mut *give);
@@ -385,7 +384,7 @@ fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
     })?;
     Ok(json!({
         "images": images,
-        "score_quantiles": quantiles(&scores),
+        "score_quantiles": score_quantiles,
         "equal_to_a_training_image": in_train,
         LOOKED_FOR_LEAKS: test,
         "equal_to_a_test_image": test.then_some(in_test),
@@ -399,14 +398,14 @@ pub(super) const LOOKED_FOR_LEAKS: &str = "looked_for_leaks";
 const QUANTILES: [(&str, f64); 7] =
     [("0", 0.0), ("0.05", 0.05), ("0.25", 0.25), ("0.5", 0.5), ("0.75", 0.75), ("0.95", 0.95), ("1", 1.0)];
 
-/// Where they stand among `n` sorted values; nowhere if there are none.
-pub(super) fn quantile_ranks(n: u64) -> Vec<u64> {
+/// The [`QUANTILES`] of the `n` values that `all` gives, see [`order_statistics`]; null if there are none.
+pub(super) fn quantiles<E>(
+    n: u64,
+    all: impl FnMut(&mut dyn FnMut(f32)) -> std::result::Result<(), E>,
+) -> std::result::Result<serde_json::Value, E> {
     let rank = |(_, q): (&str, f64)| ((n - 1) as f64 * q).round() as u64;
-    if n == 0 { Vec::new() } else { QUANTILES.map(rank).to_vec() }
-}
-
-/// The values at [`quantile_ranks`], by name.
-pub(super) fn quantiles(values: &[f32]) -> serde_json::Value {
+    let ranks = if n == 0 { Vec::new() } else { QUANTILES.map(rank).to_vec() };
+    let values = order_statistics(&ranks, all)?;
     let named = QUANTILES.iter().enumerate().map(|(i, (name, _))| ((*name).to_owned(), json!(values.get(i))));
-    named.collect::<serde_json::Map<_, _>>().into()
+    Ok(named.collect::<serde_json::Map<_, _>>().into())
 }
