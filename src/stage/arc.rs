@@ -217,7 +217,6 @@ impl Stage for Arc {
         let pool = Pool::open("pool", self.pool.as_deref())?;
         let discriminators =
             Discriminators::load(self.discriminators.as_deref(), &split, &pool, &job.device)?;
-        discriminators.expect_shape(pool.info.shape)?;
         let folds = discriminators.record.folds;
         let (measure, stop) = (0..folds)
             .map(|set| (real.proxy_measure(set, folds), real.proxy_stop(set)))

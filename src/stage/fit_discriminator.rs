@@ -181,17 +181,12 @@ impl Discriminators {
             }
             Ok(discriminators)
         };
-        let nets = record.sets.iter().map(of_set).collect::<Result<_>>()?;
-        Ok(Self { record, nets })
-    }
-
-    /// Fails unless the networks take images of this shape.
-    pub(super) fn expect_shape(&self, shape: crate::data::Shape) -> Result<()> {
-        let taken = self.nets[0][0].image_shape();
+        let nets: Vec<Vec<Discriminator>> = record.sets.iter().map(of_set).collect::<Result<_>>()?;
+        let (taken, shape) = (nets[0][0].image_shape(), pool.info.shape);
         if taken != (shape.height, shape.width, shape.channels) {
             bail!(Data, "discriminators take {taken:?} images (height, width, channels), expected {shape}");
         }
-        Ok(())
+        Ok(Self { record, nets })
     }
 
     /// Fails with [`Error::Usage`] if there are no judges.

@@ -111,10 +111,10 @@ impl Stage for Materialize {
         }
         let tables =
             self.with_pool.then(|| ScoreTables::open("scores", self.scores.as_deref())).transpose()?;
-        if let (Some(tables), Some(selection)) = (&tables, &self.selection) {
-            expect_made_with("selection", selection, "scores", &tables.folder)?;
-        }
         if let Some(selection) = &self.selection {
+            if let Some(tables) = &tables {
+                expect_made_with("selection", selection, "scores", &tables.folder)?;
+            }
             expect_same_input("selection", selection, "split", record.split.as_deref(), &split)?;
         }
         let (out, _lock) = job.open("run")?;

@@ -221,21 +221,6 @@ impl Pool {
     }
 }
 
-impl Pool {
-    /// The [`uid_order`] of the last of the first `n` images by it, from which those are known in another pass. `n` from 1.
-    pub(super) fn last_of_first(&self, n: usize) -> Result<u128> {
-        if n as u64 >= self.info.count {
-            return Ok(u128::MAX);
-        }
-        let mut orders = Vec::new();
-        for shard in 0..self.info.shards {
-            let uids = read_table(&self.shards_dir(), shard, &["uid"])?;
-            orders.extend(uids.column("uid", |a: &StringArray, i| uid_order(a.value(i)))?);
-        }
-        Ok(*orders.select_nth_unstable(n - 1).1)
-    }
-}
-
 /// The rows of one pool shard.
 pub(super) struct PoolShard {
     pub(super) uids: Vec<String>,
@@ -253,6 +238,19 @@ struct Drawn {
 }
 
 impl Pool {
+    /// The [`uid_order`] of the last of the first `n` images by it, from which those are known in another pass. `n` from 1.
+    pub(super) fn last_of_first(&self, n: usize) -> Result<u128> {
+        if n as u64 >= self.info.count {
+            return Ok(u128::MAX);
+        }
+        let mut orders = Vec::new();
+        for shard in 0..self.info.shards {
+            let uids = read_table(&self.shards_dir(), shard, &["uid"])?;
+            orders.extend(uids.column("uid", |a: &StringArray, i| uid_order(a.value(i)))?);
+        }
+        Ok(*orders.select_nth_unstable(n - 1).1)
+    }
+
     /// For each slot, of the images that `slots` sends there, the first ones by [`uid_order`]: at most `wanted`, in the order
     /// of the pool, with their classes. So a part is drawn evenly, however the pool is sorted. An image may go to several
     /// slots. One pass; memory is that of the images drawn.
