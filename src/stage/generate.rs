@@ -631,7 +631,8 @@ impl Run<'_> {
     fn publish(&self, Made { shard, pixels, record, .. }: &Made) -> Result<()> {
         let shard = *shard;
         let classes = self.info.class_names.len() as u64;
-        let label = |i: u64| self.info.conditional.then_some((i % classes) as i64);
+        // Not `then_some`: an unconditional model may know no classes.
+        let label = |i: u64| self.info.conditional.then(|| (i % classes) as i64);
         let writer = self.info.shard(self.config.rows(shard), pixels, label)?;
         let name = |suffix: &str| format!("shard-{shard:05}{suffix}.parquet");
         let Some(record) = record.as_ref().filter(|r| r.device_class == self.job.device_class) else {

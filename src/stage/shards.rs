@@ -212,7 +212,8 @@ impl Pool {
             for label in batch.labels()? {
                 let class = label.map(|l| u32::try_from(l).ok().filter(|&c| (c as usize) < classes));
                 if class == Some(None) {
-                    bail!(Data, "{}: label is {label:?}, expected 0 to {}", path.display(), classes - 1);
+                    let found = label.unwrap_or_default();
+                    bail!(Data, "{}: label is {found}, expected one of {classes} classes", path.display());
                 }
                 rows.labels.push(class.flatten());
             }

@@ -2,7 +2,9 @@
 
 use std::{collections::HashMap, path::Path};
 
+use arrow_array::Int64Array;
 use candle_core::{DType, Device, Tensor};
+use proxyset::data::table::{self, Table};
 use serde_json::Value;
 
 use crate::{
@@ -57,6 +59,34 @@ fn every_sampler_makes_images_of_given_noise_with_every_prediction() {
             assert_eq!(left.count(), 0, "floats were left over");
         }
     }
+}
+
+/// `tests/golden/diffusers_model` is as `DDPMPipeline.save_pretrained` wrote it (loops.py): it knows no classes.
+#[test]
+fn an_unconditional_folder_of_diffusers_gives_images_that_the_classifier_labels() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let model = format!("{}/tests/golden/diffusers_model", env!("CARGO_MANIFEST_DIR"));
+    let pool = path("pool");
+    ok(&format!(
+        "generate --model {model} --count 40 --shard-rows 16 --micro-batch 8 --steps 3 --quiet --out {pool}"
+    ));
+    let labels = |file: &Path, column: &str| -> Vec<Option<i64>> {
+        let batches = Table::open(file).unwrap().read(&[column], 64).unwrap();
+        let of = |batch: &arrow_array::RecordBatch| {
+            let array: &Int64Array = table::column(file, batch, column).unwrap();
+            array.iter().collect::<Vec<_>>()
+        };
+        batches.flat_map(|batch| of(&batch.unwrap())).collect()
+    };
+    let first = dir.path().join("pool/pool/shard-00000.parquet");
+    assert_eq!(labels(&first, "label"), vec![None; 16]);
+    let label =
+        format!("label --pool {pool} --classifier {} --out {}", made().path("classifier"), path("labels"));
+    ok(&format!("{label} --quiet"));
+    let first = dir.path().join("labels/labels/shard-00000.parquet");
+    assert!(labels(&first, "label").iter().all(|label| label.is_some_and(|l| (0..10).contains(&l))));
+    assert_eq!(labels(&first, "label"), labels(&first, "pseudo_label"));
 }
 
 #[test]
