@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use crate::{Error, Result, curate::Arm, stage};
+use super::graph::LABELLER;
+use crate::{Error, Result, curate::Arm, stages};
 
 /// Keys of a pipeline file that are not stages.
-const OTHER_KEYS: [&str; 4] = ["name", "seed", "labeller", "experiment"];
+const OTHER_KEYS: [&str; 5] = ["name", "seed", LABELLER, "experiment", "publish"];
 
 /// A pipeline file, read and checked for unknown tables. The stages' own keys are checked when the graph is made.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub struct PipelineFile {
     pub seed: u64,
     /// What is compared, if anything.
     pub experiment: Option<Experiment>,
+    /// Where a data set is copied to at the end of each run, if anywhere.
+    pub publish: Option<PublishTable>,
     path: PathBuf,
     tables: Table,
 }
@@ -34,6 +37,16 @@ pub struct Experiment {
     pub real_only: bool,
     /// Training seeds: initial weights, order, attack, and the subset of the arms that draw.
     pub seeds: Vec<u64>,
+}
+
+/// `[publish]`: at the end of each run the data set is copied to a folder, unless it is there.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PublishTable {
+    /// The folder to publish to.
+    pub to: PathBuf,
+    /// A data set, or the folder of a finished materialize; that of the run if not given.
+    pub dataset: Option<PathBuf>,
 }
 
 fn yes() -> bool {
@@ -73,13 +86,13 @@ impl PipelineFile {
         for assignment in set {
             apply(&mut tables, assignment)?;
         }
-        let stages = stage::NAMES;
+        let stages = stages::names();
         for (key, value) in &tables {
             if !stages.contains(&key.as_str()) && !OTHER_KEYS.contains(&key.as_str()) {
-                let expected = [&OTHER_KEYS[..], stages].concat().join(", ");
+                let expected = [&OTHER_KEYS[..], &stages].concat().join(", ");
                 return Err(usage(&format!("unknown key '{key}', expected one of: {expected}")));
             }
-            let is_table = stages.contains(&key.as_str()) || key == "labeller" || key == "experiment";
+            let is_table = !["name", "seed"].contains(&key.as_str());
             if is_table && !value.is_table() {
                 return Err(usage(&format!("'{key}' is a {}, expected a table [{key}]", value.type_str())));
             }
@@ -94,16 +107,14 @@ impl PipelineFile {
             Some(Value::Integer(seed)) if *seed >= 0 => *seed as u64,
             Some(other) => return Err(usage(&format!("seed is {other}, expected an integer from 0"))),
         };
-        let experiment: Option<Experiment> = match tables.get("experiment") {
-            None => None,
-            Some(table) => Some(table.clone().try_into().map_err(|e| usage(&format!("[experiment]: {e}")))?),
-        };
+        let experiment: Option<Experiment> = of_table(&tables, "experiment").map_err(|e| usage(&e))?;
+        let publish = of_table(&tables, "publish").map_err(|e| usage(&e))?;
         if let Some(experiment) = &experiment
             && (experiment.seeds.is_empty() || (experiment.arms.is_empty() && !experiment.real_only))
         {
             return Err(usage(&"[experiment]: nothing to train, expected at least one seed and one arm"));
         }
-        Ok(Self { name, seed, experiment, path: path.to_path_buf(), tables })
+        Ok(Self { name, seed, experiment, publish, path: path.to_path_buf(), tables })
     }
 
     /// The table of stage or labeller `name`; empty if there is none.
@@ -120,6 +131,14 @@ impl PipelineFile {
     pub(super) fn error(&self, table: &str, problem: &dyn std::fmt::Display) -> Error {
         Error::Usage(format!("{}: [{table}]: {problem}", self.path.display()))
     }
+}
+
+/// A table that is no stage's, if it is there.
+fn of_table<T: serde::de::DeserializeOwned>(tables: &Table, name: &str) -> Result<Option<T>, String> {
+    let parse = |table: &Value| {
+        table.clone().try_into().map_err(|e: toml::de::Error| format!("[{name}]: {}", e.message()))
+    };
+    tables.get(name).map(parse).transpose()
 }
 
 fn is_plain(name: &str) -> bool {
