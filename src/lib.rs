@@ -27,21 +27,7 @@
 //!
 //! # Map of the modules
 //!
-//! Each line uses only modules on its own line or below:
-//! ```text
-//! cli                                 one verb a file: arguments, one library call, print
-//! pipeline                            the TOML file, the graph of stages, what is done, the rest of it
-//! stages                              one stage a file, in folders: making, judging, choosing, learning, telling
-//! training | tables                   the training loop | what stages exchange on disk, one table a module
-//! stage                               what a stage is: trait, job and folder, fingerprint, registry
-//! evaluation                          what a classifier gets right, as images are and under attack
-//! objective | certify | proxy | curate   losses | smoothing | ARC, calibration, folds, weights | gates, arms, selector
-//! diffusion | attack                  schedule, loss, samplers, model folder | balls, PGD, AutoAttack
-//! nn | data                           networks, optimisers, checkpoints | sources, shards, cards, checks
-//! kernels                             the ops that dominate: a reference each, and a fast CPU version
-//! rng | stats | plot                  counter-based random numbers | intervals and comparisons | SVG
-//! device | fs | progress | process | error   devices, their classes | durable files | bars, signals | set-up | exit codes
-//! ```
+//! The modules say in their first lines what they hold; `ARCHITECTURE.md` lists which uses which.
 //! Attacks, losses and samplers take networks as closures; networks know no shards. What depends on the feature
 //! `cuda` is in [`device`] and [`kernels`] alone.
 

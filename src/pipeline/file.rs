@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::graph::LABELLER;
 use crate::{Error, Result, curate::Arm, stages};
+
+/// The table of the classifier that labels the pool: a second table of train.
+pub(super) const LABELLER: &str = "labeller";
 
 /// Keys of a pipeline file that are not stages.
 const OTHER_KEYS: [&str; 5] = ["name", "seed", LABELLER, "experiment", "publish"];

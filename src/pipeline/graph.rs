@@ -7,7 +7,7 @@ use std::{
 
 use toml::Value;
 
-use super::PipelineFile;
+use super::file::{LABELLER, PipelineFile};
 use crate::{
     Error, Result,
     curate::Arm,
@@ -16,9 +16,6 @@ use crate::{
     stages,
     tables::records::CLASSIFIER,
 };
-
-/// The table of the classifier that labels the pool: a second table of train.
-pub(super) const LABELLER: &str = "labeller";
 
 /// One stage of a run.
 pub struct Node {

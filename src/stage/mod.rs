@@ -18,18 +18,20 @@ mod execute;
 mod fingerprint;
 mod folder;
 mod input;
+mod job;
 #[macro_use]
 mod registry;
 
 pub(crate) use self::{contract::flag_defaults, input::expect_same_input};
 pub use self::{
     contract::{AnyStage, Outcome, Stage, note},
-    execute::{Job, execute},
+    execute::execute,
     fingerprint::{fingerprint, input_fingerprint},
     folder::{
         Done, FileRecord, FolderConfig, InputRecord, State, is_stage_folder, read_config, read_done, state,
         verify_files,
     },
     input::{Input, Origin},
+    job::Job,
     registry::StageKind,
 };

@@ -1,0 +1,111 @@
+//! What a stage is given to work with: its folder, locked, and where tensors live.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use candle_core::Device;
+use serde_json::Value;
+
+use super::folder::{CONFIG, DONE, Done, FileRecord, State, read_done, seal, state};
+use crate::{Error, Result, fs};
+
+/// The lock on all of a stage's folder; see [`Job::open`].
+const WHOLE: &str = "run";
+
+/// What a stage is given to work with.
+pub struct Job {
+    /// Where tensors live.
+    pub device: Device,
+    /// The class of machines that give the same bits; see [`device_class`].
+    pub device_class: String,
+    /// The fingerprint of the work: settings, inputs, format version.
+    pub fingerprint: String,
+    pub(super) out: PathBuf,
+    pub(super) config: String,
+    /// The lock, which is held until `done.json` is written, and whether it is on a share alone.
+    pub(super) lock: OnceLock<(fs::Lock, bool)>,
+}
+
+impl Job {
+    /// Makes the output folder if need be, locks all of it until the work is done, removes what dead writers left in it,
+    /// and returns it.
+    ///
+    /// The first thing that a stage writes; until then a failure leaves nothing behind.
+    pub fn open(&self) -> Result<&Path> {
+        let out = self.open_share(WHOLE)?;
+        fs::remove_leftovers(out, &|_| true)?;
+        Ok(out)
+    }
+
+    /// [`Job::open`] for one of several processes that share the work: locks the share of this name alone. Who locks a
+    /// share looks after what dead writers left of it.
+    pub fn open_share(&self, share: &str) -> Result<&Path> {
+        fs::create_dir_all(&self.out)?;
+        let lock = fs::Lock::acquire(&self.out, share)?;
+        // Another process may have been here between our look at the folder and the lock.
+        if state(&self.out, &self.fingerprint)? == State::Done {
+            bail!(
+                Stopped,
+                "{}: another process has just finished this; run again to use it",
+                self.out.display()
+            );
+        }
+        let path = self.out.join(CONFIG);
+        if !path.exists() {
+            fs::publish(&path, self.config.as_bytes())?;
+        }
+        if self.lock.set((lock, share != WHOLE)).is_err() {
+            bail!(Alarm, "{}: opened twice", self.out.display());
+        }
+        Ok(&self.out)
+    }
+
+    /// The hidden folder of unfinished work `name` in `dir`. Work of one device class is not gone on with by another.
+    pub fn hidden(&self, dir: &Path, name: &str) -> PathBuf {
+        dir.join(format!(".{name}.{}", self.device_class))
+    }
+
+    /// Writes `done.json`, and removes what is not needed any more.
+    pub(super) fn finish(&self, stage: &str, summary: Value, seconds: f64) -> Result<Value> {
+        let out = &self.out;
+        // Of several processes that share the work one finishes it; the others find it finished.
+        let shared = self.lock.get().is_some_and(|(_, shared)| *shared);
+        let _whole = shared.then(|| fs::Lock::wait(out, WHOLE)).transpose()?;
+        if let Some(done) = read_done(out)? {
+            return Ok(done.summary);
+        }
+        let mut files = Vec::new();
+        for file in fs::files_below(out)? {
+            let (blake3, bytes) = fs::hash_file(&out.join(&file))?;
+            files.push(FileRecord { path: file.to_string_lossy().into_owned(), bytes, blake3 });
+        }
+        let mut done = Done {
+            schema: "proxyset.done/1".into(),
+            stage: stage.into(),
+            fingerprint: self.fingerprint.clone(),
+            device_class: self.device_class.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            seconds,
+            summary,
+            files,
+            seal: String::new(),
+        };
+        done.seal = seal(&fs::json_text(&out.join(DONE), &done)?, "");
+        fs::publish_json(&out.join(DONE), &done)?;
+        remove_hidden(out)?;
+        Ok(done.summary)
+    }
+}
+
+/// Removes the checkpoints and parts of a stage that is done.
+fn remove_hidden(out: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(out).map_err(Error::io(out))? {
+        let path = entry.map_err(Error::io(out))?.path();
+        if path.is_dir() && path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.')) {
+            fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
+}
