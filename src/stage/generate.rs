@@ -652,8 +652,7 @@ impl Run<'_> {
                 name(".again")
             );
         }
-        let (from, to) = (self.dir.join(name(".again")), shard_file(&self.dir, shard));
-        std::fs::rename(&from, &to).map_err(Error::io(&to))
+        fs::rename(&self.dir.join(name(".again")), &shard_file(&self.dir, shard))
     }
 }
 

@@ -83,3 +83,12 @@ fn the_feature_cuda_is_asked_about_in_the_device_and_the_kernels_only() {
         assert!(allowed || !text.contains("feature = \"cuda\""), "{}", path.display());
     }
 }
+
+#[test]
+fn files_get_their_names_in_fs_only() {
+    for (path, bytes) in files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")) {
+        let text = String::from_utf8_lossy(&bytes);
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        assert!(path == Path::new("fs.rs") || !code.contains("std::fs::rename("), "{}", path.display());
+    }
+}
