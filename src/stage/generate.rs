@@ -112,6 +112,10 @@ impl Workers {
     }
 }
 
+/// Bytes of pixels that a shard has at most: 21,845 images of 256x256 RGB. While it is written, its file, which is about as
+/// large at most, and the pixels of the next one are in memory too.
+const SHARD_BYTES: u64 = 4 << 30;
+
 /// Samples a pool of images.
 ///
 /// Image `i` is a function of model, sampler and (seed, i) alone: no batch, thread, kill or machine of the same
@@ -251,6 +255,21 @@ impl Generate {
         }
     }
 
+    /// Refuses images of which a shard has too many to hold in memory.
+    fn expect_shards_of(&self, shape: Shape) -> Result<()> {
+        let (rows, size) = (self.count.min(self.shard_rows as u64), shape.size() as u64);
+        if rows * size > SHARD_BYTES {
+            bail!(
+                Usage,
+                "shard_rows is {}, expected at most {}: the {shape} images of a shard are held in memory, 4 GiB of pixels at \
+                 most",
+                self.shard_rows,
+                SHARD_BYTES / size
+            );
+        }
+        Ok(())
+    }
+
     fn shard_count(&self) -> usize {
         self.count.div_ceil(self.shard_rows as u64) as usize
     }
@@ -277,6 +296,7 @@ impl Stage for Generate {
                 self.micro_batch
             );
         }
+        expect("shard_rows", self.shard_rows, 1, 1 << 24)?;
         if let Some(steps) = self.steps {
             expect("steps", steps, 1, 100_000)?;
         }
@@ -312,6 +332,7 @@ impl Stage for Generate {
         let sampler = self.sampler(model)?;
         let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
         let (info, null_class) = self.info(job, dir, model, &sampler)?;
+        self.expect_shards_of(info.shape)?;
         let initial_noise =
             self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
         // Machines with different shares work side by side, so the lock is the share's.
@@ -719,6 +740,23 @@ mod tests {
         );
         assert!(
             toml::from_str::<Generate>("workers = 0").unwrap_err().to_string().contains("workers is '0'")
+        );
+    }
+
+    #[test]
+    fn a_shard_s_pixels_fit_into_memory() {
+        let of = |count, side| {
+            let config = Generate { count, ..Generate::default() };
+            config.expect_shards_of(Shape { height: side, width: side, channels: 3 })
+        };
+        of(1_000_000, 256).unwrap();
+        of(5000, 512).unwrap();
+        let error = of(1_000_000, 512).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(
+            error
+                .to_string()
+                .starts_with("shard_rows is 16384, expected at most 5461: the 512x512 RGB images")
         );
     }
 
