@@ -6,7 +6,7 @@ use std::{
     ops::Range as Span,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
@@ -198,8 +198,21 @@ struct Run<'a> {
 /// A device, and the model on it.
 struct Worker<'a> {
     run: &'a Run<'a>,
-    model: DiffusionModel,
+    model: Arc<DiffusionModel>,
     device: Device,
+}
+
+/// The model in `dir` on each of the devices, read once for each GPU, and once for all workers on the CPU.
+fn load(dir: &Path, devices: Vec<Device>) -> Result<Vec<(Arc<DiffusionModel>, Device)>> {
+    let mut workers: Vec<(Arc<DiffusionModel>, Device)> = Vec::new();
+    for device in devices {
+        let model = match workers.first() {
+            Some((model, _)) if device.is_cpu() => Arc::clone(model),
+            _ => Arc::new(DiffusionModel::load(dir, &device)?),
+        };
+        workers.push((model, device));
+    }
+    Ok(workers)
 }
 
 /// A micro-batch.
@@ -326,8 +339,7 @@ impl Stage for Generate {
         let all = self.shard_count();
         let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
         let devices = self.workers.devices(&job.device, share.len())?;
-        let models = devices.into_iter().map(|device| Ok((DiffusionModel::load(dir, &device)?, device)));
-        let models = models.collect::<Result<Vec<_>>>()?;
+        let models = load(dir, devices)?;
         let (model, _) = &models[0];
         let sampler = self.sampler(model)?;
         let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
@@ -452,7 +464,7 @@ impl Generate {
 
 impl Run<'_> {
     /// Makes what is left, one worker for each of the models.
-    fn make(&self, models: Vec<(DiffusionModel, Device)>) -> Result<()> {
+    fn make(&self, models: Vec<(Arc<DiffusionModel>, Device)>) -> Result<()> {
         let work = |(model, device)| {
             let worker = Worker { run: self, model, device };
             worker.make_all().inspect_err(|_| self.give_up())
@@ -712,6 +724,10 @@ fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<Vec<f32>>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        diffusion::SchedulerConfig,
+        nn::{SampleSize, UNetConfig},
+    };
 
     #[test]
     fn shard_ranges_say_what_they_expect() {
@@ -741,6 +757,26 @@ mod tests {
         assert!(
             toml::from_str::<Generate>("workers = 0").unwrap_err().to_string().contains("workers is '0'")
         );
+    }
+
+    #[test]
+    fn workers_on_the_cpu_share_one_model() {
+        let config = UNetConfig {
+            sample_size: Some(SampleSize::Square(8)),
+            in_channels: 1,
+            out_channels: 1,
+            down_block_types: vec!["DownBlock2D".into()],
+            up_block_types: vec!["UpBlock2D".into()],
+            block_out_channels: vec![4],
+            norm_num_groups: 2,
+            ..UNetConfig::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let model = DiffusionModel::init(config, SchedulerConfig::default(), 0, &Device::Cpu).unwrap();
+        model.save(dir.path()).unwrap();
+        let workers = load(dir.path(), vec![Device::Cpu; 3]).unwrap();
+        assert_eq!(workers.len(), 3);
+        assert!(workers.iter().all(|(model, _)| Arc::ptr_eq(model, &workers[0].0)));
     }
 
     #[test]
