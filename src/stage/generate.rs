@@ -112,6 +112,9 @@ impl Workers {
     }
 }
 
+/// Pixels in flight on a GPU, unless `batch` says how many images are.
+const PIXELS_IN_FLIGHT: usize = 1 << 18;
+
 /// Bytes of pixels that a shard has at most: 21,845 images of 256x256 RGB. While it is written, its file, which is about as
 /// large at most, and the pixels of the next one are in memory too.
 const SHARD_BYTES: u64 = 4 << 30;
@@ -166,7 +169,8 @@ pub struct Generate {
     /// Images that go through the network together. Part of what is made: on some devices it changes last bits.
     #[arg(long, default_value_t = 64)]
     pub micro_batch: usize,
-    /// Images in flight, for memory and speed only; 0 for one micro-batch per thread.
+    /// Images in flight, for memory and speed only; 0 for one micro-batch per thread, on a GPU no more of them than have 2^18
+    /// pixels, as 256 images of 32x32.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
     /// Shards that are made at a time: auto for one on each GPU like the device, or a number of GPUs.
@@ -265,6 +269,17 @@ impl Generate {
                 noise.dims()
             ),
             None => bail!(Data, "{}: there is no tensor 'noise'", path.display()),
+        }
+    }
+
+    /// Micro-batches that are sampled side by side. On a GPU kernels of small images end before the next is launched, so that
+    /// several threads launch them; large ones fill it, and its memory.
+    fn in_flight(&self, on_cpu: bool, shape: Shape) -> usize {
+        let threads = rayon::current_num_threads();
+        match self.batch {
+            0 if on_cpu => threads,
+            0 => (PIXELS_IN_FLIGHT / (self.micro_batch * shape.height * shape.width)).clamp(1, threads),
+            batch => (batch / self.micro_batch).max(1),
         }
     }
 
@@ -519,10 +534,7 @@ impl Worker<'_> {
         let micro = config.micro_batch as u64;
         let firsts: Vec<u64> = config.micro_batches(shard).collect();
         let samples = |first: u64| first..(first + micro).min(rows.end);
-        let in_flight = match config.batch {
-            0 if self.device.is_cpu() => rayon::current_num_threads(),
-            batch => (batch / config.micro_batch).max(1),
-        };
+        let in_flight = config.in_flight(self.device.is_cpu(), self.run.info.shape);
         let (mut pixels, mut before) = (Vec::new(), Vec::new());
         for group in firsts.chunks(in_flight).chain([&[][..]]) {
             let sample = |&first: &u64| Ok((samples(first), self.sample(samples(first), &parts)?));
@@ -777,6 +789,20 @@ mod tests {
         let workers = load(dir.path(), vec![Device::Cpu; 3]).unwrap();
         assert_eq!(workers.len(), 3);
         assert!(workers.iter().all(|(model, _)| Arc::ptr_eq(model, &workers[0].0)));
+    }
+
+    #[test]
+    fn small_images_are_many_in_flight_and_large_ones_few() {
+        let shape = |side| Shape { height: side, width: side, channels: 3 };
+        let config = |batch| Generate { batch, ..Generate::default() };
+        let in_flight = |batch, on_cpu, side| config(batch).in_flight(on_cpu, shape(side));
+        let threads = rayon::current_num_threads();
+        assert_eq!([in_flight(0, true, 8), in_flight(0, true, 256)], [threads; 2]);
+        assert_eq!([in_flight(0, false, 32), in_flight(0, false, 256)], [4.min(threads), 1]);
+        assert_eq!(
+            [in_flight(63, false, 32), in_flight(192, false, 256), in_flight(192, true, 8)],
+            [1, 3, 3]
+        );
     }
 
     #[test]
