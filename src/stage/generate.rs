@@ -176,6 +176,10 @@ pub struct Generate {
     /// Shards that are made at a time: auto for one on each GPU like the device, or a number of GPUs.
     #[arg(long, default_value_t = Workers::Count(NonZeroUsize::MIN))]
     pub workers: Workers,
+    /// Go on with a pool of which shards were made on another class of devices or in another precision: its images are then
+    /// no function of model, sampler and seed to the last bit.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub mix_device_classes: bool,
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -306,7 +310,7 @@ impl Generate {
 impl Stage for Generate {
     const NAME: &'static str = "generate";
     const INPUTS: &'static [&'static str] = &["model", "initial_noise"];
-    const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers"];
+    const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers", "mix_device_classes"];
 
     fn validate(&self) -> Result<()> {
         expect("count", self.count, 1, 1 << 40)?;
@@ -364,8 +368,9 @@ impl Stage for Generate {
             self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
         // Machines with different shares work side by side, so the lock is the share's.
         let (out, _lock) = job.open(&format!("shards-{}-{}", share.start, share.end))?;
-        fs::publish_json(&out.join("pool.json"), &info)?;
         let dir = out.join("pool");
+        (0..all).try_for_each(|shard| self.expect_class(job, &dir, read_record(&dir, shard)?.as_ref()))?;
+        fs::publish_json(&out.join("pool.json"), &info)?;
         fs::create_dir_all(&dir)?;
         let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
         fs::remove_leftovers(&dir, &ours)?;
@@ -377,7 +382,14 @@ impl Stage for Generate {
         let run =
             Run { config: self, job, sampler, plan, info, null_class, initial_noise, dir, floats, left, bar };
         run.make(models)?;
-        let missing: Vec<usize> = (0..all).filter(|&shard| !record_file(&run.dir, shard).is_file()).collect();
+        let mut missing = Vec::new();
+        for shard in 0..all {
+            // Those that others made at the same time.
+            match read_record(&run.dir, shard)? {
+                Some(record) => self.expect_class(job, &run.dir, Some(&record))?,
+                None => missing.push(shard),
+            }
+        }
         if !missing.is_empty() {
             return Ok(Outcome::Partial(json!({ "shards": all, "missing": missing })));
         }
@@ -394,6 +406,22 @@ impl Stage for Generate {
 }
 
 impl Generate {
+    /// Refuses a shard that another class of devices made, unless the pool may have several.
+    fn expect_class(&self, job: &Job, dir: &Path, record: Option<&ShardRecord>) -> Result<()> {
+        match record.filter(|r| !self.mix_device_classes && r.device_class != job.device_class) {
+            Some(record) => bail!(
+                Usage,
+                "{}: shard {} was made on device class {}, expected {}, the class here: go on there, by device and \
+                 precision, choose another folder, or allow both by mix_device_classes = true",
+                dir.display(),
+                record.shard,
+                record.device_class,
+                job.device_class
+            ),
+            None => Ok(()),
+        }
+    }
+
     /// The first samples of the micro-batches of a shard.
     fn micro_batches(&self, shard: usize) -> impl Iterator<Item = u64> + use<> {
         self.rows(shard).step_by(self.micro_batch)
@@ -523,6 +551,7 @@ impl Worker<'_> {
         let lock = fs::Lock::acquire(dir, &format!("shard-{shard:05}"))?;
         let rows = config.rows(shard);
         let record = read_record(dir, shard)?;
+        config.expect_class(job, dir, record.as_ref())?;
         let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
         if let Some(record) = &record
             && record.has_file(dir)
