@@ -190,22 +190,13 @@ impl Precision {
         if self == Self::Bf16 && device.is_cuda() { DType::BF16 } else { DType::F32 }
     }
 
-    /// Sets it for the whole process; the first time counts.
+    /// Sets it for the whole process, before anything is computed; the first time counts, and nothing changes it later.
     pub fn set(self) {
-        let precision = *PRECISION.get_or_init(|| self);
-        #[cfg(feature = "cuda")]
-        candle_core::cuda_backend::set_gemm_reduced_precision_f32(precision == Self::Tf32);
-        let _ = precision;
-    }
-
-    /// Does `work` with products of f32 numbers in full, whatever was set; for the whole process, as it was set.
-    pub fn in_full<T>(work: impl FnOnce() -> T) -> T {
-        #[cfg(feature = "cuda")]
-        candle_core::cuda_backend::set_gemm_reduced_precision_f32(false);
-        let done = work();
-        #[cfg(feature = "cuda")]
-        candle_core::cuda_backend::set_gemm_reduced_precision_f32(Self::get() == Self::Tf32);
-        done
+        PRECISION.get_or_init(|| {
+            #[cfg(feature = "cuda")]
+            candle_core::cuda_backend::set_gemm_reduced_precision_f32(self == Self::Tf32);
+            self
+        });
     }
 }
 
@@ -352,5 +343,14 @@ mod tests {
         }
         let error = "gpu".parse::<DeviceChoice>().unwrap_err();
         assert_eq!(error, "device is 'gpu', expected auto, cpu or cuda:N");
+    }
+
+    #[test]
+    fn the_precision_is_set_once() {
+        let before = Precision::get();
+        assert_eq!(before, Precision::F32);
+        Precision::F32.set();
+        Precision::Tf32.set();
+        assert_eq!(Precision::get(), before);
     }
 }
