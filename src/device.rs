@@ -5,16 +5,20 @@ use std::{
     collections::BTreeMap,
     sync::{Mutex, PoisonError},
 };
-use std::{fmt, str::FromStr, sync::OnceLock};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{Once, OnceLock},
+};
 
 use candle_core::{DType, Device};
 
-use crate::{Error, Result};
+use crate::{Error, Result, progress::note};
 
 /// What the user asked for: `auto`, `cpu` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// CUDA device 0 if this build has CUDA and it works, else the CPU.
+    /// CUDA device 0 if this build has CUDA and it works, else the CPU; a GPU that does not work is told of on stderr.
     #[default]
     Auto,
     /// The CPU.
@@ -53,11 +57,27 @@ impl DeviceChoice {
     pub fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Auto => Ok(open_cuda(0).unwrap_or(Device::Cpu)),
+            Self::Auto => Ok(open_cuda(0).unwrap_or_else(|error| {
+                static TOLD: Once = Once::new();
+                if let Some(reason) = reason_to_tell(&error) {
+                    TOLD.call_once(|| note(&format!("computing on the CPU: {reason}")));
+                }
+                Device::Cpu
+            })),
             Self::Cuda(ordinal) => open_cuda(ordinal),
         }
     }
 }
+
+/// Why a GPU cannot be opened; `None` where there is simply none, or no CUDA in this build.
+fn reason_to_tell(error: &Error) -> Option<String> {
+    let reason = error.to_string();
+    let none = ["NO_DEVICE", WITHOUT_CUDA].iter().any(|words| reason.contains(words));
+    (!none).then_some(reason)
+}
+
+/// What [`open_cuda`] says in a build without CUDA.
+const WITHOUT_CUDA: &str = "this program was built without CUDA";
 
 /// The device of this ordinal, the same whenever it is asked for: what is kept for a device is kept once.
 ///
@@ -160,7 +180,7 @@ fn add_gpus_of_class(_: &mut Vec<Device>, _: usize) -> Result<()> {
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(ordinal: usize) -> Result<Device> {
     Err(Error::Usage(format!(
-        "device is 'cuda:{ordinal}', but this program was built without CUDA; build it with `--features cuda`"
+        "device is 'cuda:{ordinal}', but {WITHOUT_CUDA}; build it with `--features cuda`"
     )))
 }
 
@@ -343,6 +363,16 @@ mod tests {
         }
         let error = "gpu".parse::<DeviceChoice>().unwrap_err();
         assert_eq!(error, "device is 'gpu', expected auto, cpu or cuda:N");
+    }
+
+    #[test]
+    fn a_gpu_that_does_not_work_is_told_of_and_one_that_is_not_there_is_not() {
+        let reason = |text: &str| reason_to_tell(&Error::Usage(text.into()));
+        let broken = "device cuda:0 cannot be opened: DriverError(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, \"…\")";
+        assert_eq!(reason(broken).as_deref(), Some(broken));
+        assert_eq!(reason("device cuda:0 cannot be opened: DriverError(CUDA_ERROR_NO_DEVICE, \"…\")"), None);
+        #[cfg(not(feature = "cuda"))]
+        assert_eq!(reason_to_tell(&open_cuda(0).unwrap_err()), None);
     }
 
     #[test]
