@@ -5,17 +5,21 @@ use std::{
     collections::BTreeMap,
     sync::{Mutex, PoisonError},
 };
-use std::{fmt, str::FromStr, sync::OnceLock};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{Once, OnceLock},
+};
 
 use candle_core::{DType, Device};
 use rayon::prelude::*;
 
-use crate::{Error, Result};
+use crate::{Error, Result, progress::note};
 
 /// What the user asked for: `auto`, `cpu` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// CUDA device 0 if this build has CUDA and it works, else the CPU.
+    /// CUDA device 0 if this build has CUDA and it works, else the CPU; a GPU that does not work is told of on stderr.
     #[default]
     Auto,
     /// The CPU.
@@ -54,11 +58,27 @@ impl DeviceChoice {
     pub fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Auto => Ok(open_cuda(0).unwrap_or(Device::Cpu)),
+            Self::Auto => Ok(open_cuda(0).unwrap_or_else(|error| {
+                static TOLD: Once = Once::new();
+                if let Some(reason) = reason_to_tell(&error) {
+                    TOLD.call_once(|| note(&format!("computing on the CPU: {reason}")));
+                }
+                Device::Cpu
+            })),
             Self::Cuda(ordinal) => open_cuda(ordinal),
         }
     }
 }
+
+/// Why a GPU cannot be opened; `None` where there is simply none, or no CUDA in this build.
+fn reason_to_tell(error: &Error) -> Option<String> {
+    let reason = error.to_string();
+    let none = ["NO_DEVICE", WITHOUT_CUDA].iter().any(|words| reason.contains(words));
+    (!none).then_some(reason)
+}
+
+/// What [`open_cuda`] says in a build without CUDA.
+const WITHOUT_CUDA: &str = "this program was built without CUDA";
 
 /// The device of this ordinal, the same whenever it is asked for: what is kept for a device is kept once.
 ///
@@ -161,7 +181,7 @@ fn add_gpus_of_class(_: &mut Vec<Device>, _: usize) -> Result<()> {
 #[cfg(not(feature = "cuda"))]
 fn open_cuda(ordinal: usize) -> Result<Device> {
     Err(Error::Usage(format!(
-        "device is 'cuda:{ordinal}', but this program was built without CUDA; build it with `--features cuda`"
+        "device is 'cuda:{ordinal}', but {WITHOUT_CUDA}; build it with `--features cuda`"
     )))
 }
 
@@ -191,22 +211,13 @@ impl Precision {
         if self == Self::Bf16 && device.is_cuda() { DType::BF16 } else { DType::F32 }
     }
 
-    /// Sets it for the whole process; the first time counts.
+    /// Sets it for the whole process, before anything is computed; the first time counts, and nothing changes it later.
     pub fn set(self) {
-        let precision = *PRECISION.get_or_init(|| self);
-        #[cfg(feature = "cuda")]
-        candle_core::cuda_backend::set_gemm_reduced_precision_f32(precision == Self::Tf32);
-        let _ = precision;
-    }
-
-    /// Does `work` with products of f32 numbers in full, whatever was set; for the whole process, as it was set.
-    pub fn in_full<T>(work: impl FnOnce() -> T) -> T {
-        #[cfg(feature = "cuda")]
-        candle_core::cuda_backend::set_gemm_reduced_precision_f32(false);
-        let done = work();
-        #[cfg(feature = "cuda")]
-        candle_core::cuda_backend::set_gemm_reduced_precision_f32(Self::get() == Self::Tf32);
-        done
+        PRECISION.get_or_init(|| {
+            #[cfg(feature = "cuda")]
+            candle_core::cuda_backend::set_gemm_reduced_precision_f32(self == Self::Tf32);
+            self
+        });
     }
 }
 
@@ -367,5 +378,24 @@ mod tests {
         }
         let error = "gpu".parse::<DeviceChoice>().unwrap_err();
         assert_eq!(error, "device is 'gpu', expected auto, cpu or cuda:N");
+    }
+
+    #[test]
+    fn a_gpu_that_does_not_work_is_told_of_and_one_that_is_not_there_is_not() {
+        let reason = |text: &str| reason_to_tell(&Error::Usage(text.into()));
+        let broken = "device cuda:0 cannot be opened: DriverError(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, \"…\")";
+        assert_eq!(reason(broken).as_deref(), Some(broken));
+        assert_eq!(reason("device cuda:0 cannot be opened: DriverError(CUDA_ERROR_NO_DEVICE, \"…\")"), None);
+        #[cfg(not(feature = "cuda"))]
+        assert_eq!(reason_to_tell(&open_cuda(0).unwrap_err()), None);
+    }
+
+    #[test]
+    fn the_precision_is_set_once() {
+        let before = Precision::get();
+        assert_eq!(before, Precision::F32);
+        Precision::F32.set();
+        Precision::Tf32.set();
+        assert_eq!(Precision::get(), before);
     }
 }

@@ -1,7 +1,7 @@
 //! Files that are either complete or not there.
 //!
 //! [`publish`] is the only way in which this crate gives a file its final name: written aside on the same
-//! mount, fsynced, renamed, folder fsynced. A reader that sees the name sees all of the bytes, also after
+//! mount, fsynced, renamed, folder fsynced ([`rename`]). A reader that sees the name sees all of the bytes, also after
 //! `kill -9` or a power cut.
 
 use std::{
@@ -34,13 +34,18 @@ pub fn publish_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) ->
         let mut file = File::create_new(&aside).map_err(Error::io(path))?;
         write(&mut file)?;
         file.sync_all().map_err(Error::io(path))?;
-        fs::rename(&aside, path).map_err(Error::io(path))?;
-        sync_dir(parent)
+        rename(&aside, path)
     })();
     if written.is_err() {
         let _ = fs::remove_file(&aside);
     }
     written
+}
+
+/// Gives a whole file another name in its folder, in place of what has it, and fsyncs the folder.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(Error::io(to))?;
+    sync_dir(parent_of(to))
 }
 
 /// Writes `bytes` to `path`, all or nothing; see [`publish_with`].
@@ -294,6 +299,18 @@ mod tests {
         assert_eq!(failed.unwrap_err().exit_code(), 65);
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_renamed_file_takes_the_place_of_another_and_a_missing_one_leaves_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("new"), dir.path().join("old"));
+        publish(&from, b"new").unwrap();
+        publish(&to, b"old").unwrap();
+        rename(&from, &to).unwrap();
+        assert_eq!((fs::read(&to).unwrap(), from.exists()), (b"new".to_vec(), false));
+        assert_eq!(rename(&from, &to).unwrap_err().exit_code(), 74);
+        assert_eq!(fs::read(&to).unwrap(), b"new");
     }
 
     #[test]

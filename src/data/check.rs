@@ -20,8 +20,6 @@ use super::{
 };
 use crate::{Error, Result, fs};
 
-/// Rows of a file that are decoded at a time.
-const BATCH_ROWS: usize = 4096;
 /// Problems of one kind and file that are told one by one.
 const MAX_TOLD: usize = 10;
 
@@ -259,7 +257,7 @@ fn check_rows(
         columns.push("uid");
     }
     let mut first_row = 0;
-    for batch in table.read(&columns, BATCH_ROWS)? {
+    for batch in table.read(&columns, manifest.shape.batch_rows())? {
         let batch = batch?;
         let bytes = hub::image_bytes(Path::new(name), &batch, "image")?;
         images.par_extend(bytes.into_par_iter().enumerate().filter_map(|(i, bytes)| {

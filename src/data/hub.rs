@@ -247,13 +247,21 @@ pub fn image_column<B: AsRef<[u8]>>(images: &[B]) -> Result<ArrayRef> {
 ///
 /// The file is made in memory, so that its hash is that of the bytes that were meant and a stopped run
 /// leaves nothing behind: keep files at a few hundred megabytes ([`ImageWriter::bytes`]).
-/// Its bytes are a function of the features, the key-values and the rows, not of how they were pushed.
+/// Its bytes are a function of the features, the key-values and the rows, not of how they were pushed. A row group has 16,384
+/// rows, or fewer if their images have more than a GiB.
 pub struct ImageWriter {
     features: Features,
     schema: SchemaRef,
     writer: RowGroupWriter<Vec<u8>>,
     class_counts: Vec<u64>,
+    /// Bytes of images that a row group has at most, unless one image has more.
+    largest_group: usize,
+    /// Rows of the row group under way, and the bytes of their images.
+    group: (usize, usize),
 }
+
+/// [`ImageWriter::largest_group`]: a column of a row group is read as one array, whose offsets end at 2 GiB.
+const ROW_GROUP_BYTES: usize = 1 << 30;
 
 impl ImageWriter {
     /// A writer of rows with these features. `key_values` go into the file's metadata beside ours; say
@@ -276,7 +284,8 @@ impl ImageWriter {
         let writer =
             RowGroupWriter::new(Path::new("images"), Vec::new(), schema.clone(), properties, ROW_GROUP_ROWS)?;
         let class_counts = vec![0; features.class_names().len()];
-        Ok(Self { features, schema, writer, class_counts })
+        let (largest_group, group) = (ROW_GROUP_BYTES, (0, 0));
+        Ok(Self { features, schema, writer, class_counts, largest_group, group })
     }
 
     /// The features that were declared.
@@ -301,7 +310,22 @@ impl ImageWriter {
                 }
             }
         }
-        self.writer.push(batch)
+        let mut sizes = vec![0; batch.num_rows()];
+        for (name, _) in self.features.iter().filter(|(_, feature)| **feature == Feature::Image) {
+            let images = image_bytes(Path::new("images"), &batch, name)?;
+            sizes.iter_mut().zip(images).for_each(|(size, image)| *size += image.map_or(0, <[u8]>::len));
+        }
+        let mut start = 0;
+        for (row, size) in sizes.into_iter().enumerate() {
+            let (rows, bytes) = self.group;
+            if rows == ROW_GROUP_ROWS || (rows > 0 && bytes + size > self.largest_group) {
+                self.writer.push(batch.slice(start, row - start))?;
+                self.writer.end_group()?;
+                (start, self.group) = (row, (0, 0));
+            }
+            self.group = (self.group.0 + 1, self.group.1 + size);
+        }
+        self.writer.push(batch.slice(start, batch.num_rows() - start))
     }
 
     /// About how many bytes the file has by now.
@@ -548,6 +572,43 @@ mod tests {
         let groups = Table::open(&dir.path().join("file")).unwrap();
         let groups: Vec<_> = groups.metadata().row_groups().iter().map(|g| g.num_rows()).collect();
         assert_eq!(groups, [16_384, 100]);
+    }
+
+    #[test]
+    fn a_row_group_ends_before_its_images_have_too_many_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let shape = Shape { height: 16, width: 16, channels: 3 };
+        // Noise, which PNG cannot make smaller.
+        let noise: Vec<u8> = (0..40 * shape.size()).map(|i| crate::rng::uint(1, i as u64, 0) as u8).collect();
+        let images: Vec<_> = noise.chunks(shape.size()).map(|image| encode_png(image, shape)).collect();
+        let bound = 5 * images[0].len() + 10;
+        let publish = |name: &str, cuts: &[usize]| {
+            let features = Features::image_and_label(&["a".into()]);
+            let mut writer = ImageWriter::new(features, &[]).unwrap();
+            writer.largest_group = bound;
+            for cut in cuts.windows(2) {
+                let labels = Int64Array::from_iter_values((cut[0]..cut[1]).map(|_| 0));
+                let columns = vec![image_column(&images[cut[0]..cut[1]]).unwrap(), Arc::new(labels) as _];
+                writer.push(columns).unwrap();
+            }
+            writer.finish(dir.path(), name).unwrap()
+        };
+        let one = publish("one", &[0, 40]);
+        assert_eq!(publish("many", &[0, 1, 4, 17, 35, 40]).blake3, one.blake3);
+        let table = Table::open(&dir.path().join("one")).unwrap();
+        let groups: Vec<_> = table.metadata().row_groups().iter().map(|g| g.num_rows()).collect();
+        assert_eq!(groups.iter().sum::<i64>(), 40);
+        let mut first = 0;
+        for &rows in &groups {
+            let bytes = |n: i64| -> usize { images[first..].iter().take(n as usize).map(Vec::len).sum() };
+            assert!(bytes(rows) <= bound && (bytes(rows + 1) > bound || first + rows as usize == 40));
+            first += rows as usize;
+        }
+        let mut read = Vec::new();
+        for batch in ImageReader::open(&dir.path().join("one"), &["image"], 7).unwrap() {
+            read.extend(batch.unwrap().decode(shape).unwrap());
+        }
+        assert!(read == noise);
     }
 
     #[test]

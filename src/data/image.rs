@@ -32,6 +32,12 @@ impl Shape {
     pub fn size(self) -> usize {
         self.height * self.width * self.channels
     }
+
+    /// How many images are encoded or read at a time: at most 4,096, and 256 MiB of pixels, of which PNG makes about as many
+    /// bytes at most. One array of Arrow holds 2 GiB.
+    pub fn batch_rows(self) -> usize {
+        ((1 << 28) / self.size().max(1)).clamp(1, 4096)
+    }
 }
 
 /// `8x8 grey`, `32x32 RGB`: height, width, colour.

@@ -117,10 +117,16 @@ impl<W: Write + Send> RowGroupWriter<W> {
         self.write_completed()
     }
 
-    /// Writes what is left and the footer. Returns the sink and the number of rows.
-    pub(super) fn finish(mut self) -> Result<(W, u64)> {
+    /// Ends the row group before it has all its rows: the next row begins another.
+    pub(super) fn end_group(&mut self) -> Result<()> {
         self.groups.finish_buffered_batch().map_err(|e| write_error(&self.path, e.into()))?;
         self.write_completed()?;
+        self.writer.flush().map_err(|e| write_error(&self.path, e))
+    }
+
+    /// Writes what is left and the footer. Returns the sink and the number of rows.
+    pub(super) fn finish(mut self) -> Result<(W, u64)> {
+        self.end_group()?;
         let sink = self.writer.into_inner().map_err(|e| write_error(&self.path, e))?;
         Ok((sink, self.rows))
     }

@@ -27,6 +27,15 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     reference::linear(x, weight, bias)
 }
 
+/// `x · weightᵀ` as f32, whatever precision a GPU computes with. `x`: `(m, k)`; `weight`: `(n, k)`. Returns `(m, n)`.
+pub fn linear_in_full(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if super::cuda::on_cuda(x, &[x, weight]) {
+        return super::cuda::linear_in_full(x, weight);
+    }
+    linear(x, weight, None)
+}
+
 pub(super) fn linear_at(
     level: CpuLevel,
     x: &Tensor,

@@ -47,7 +47,7 @@ pub use conv2d::{PackedWeights, conv2d, conv2d_packed};
 pub use fused::{adam_step, average_step, crop_images, normal_images, pgd_step, sgd_step};
 pub use group_norm::group_norm;
 pub use loss::{cross_entropy, kl_divergence, smoothed_cross_entropy};
-pub use matmul::{linear, matmul};
+pub use matmul::{linear, linear_in_full, matmul};
 pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};
 pub use resnet_block::{BlockWeights, ResnetBlock, resnet_block};
 

@@ -46,7 +46,7 @@ impl Checkpoints {
             .map_err(|e| Error::Alarm(format!("training state cannot be written: {e}")))?;
         let (newest, previous) = (self.newest(), self.previous());
         if newest.exists() {
-            std::fs::rename(&newest, &previous).map_err(Error::io(&previous))?;
+            fs::rename(&newest, &previous)?;
         }
         fs::publish(&newest, &bytes)
     }

@@ -46,6 +46,7 @@ pub struct Experiment {
 #[serde(deny_unknown_fields)]
 pub struct PublishTable {
     /// The folder to publish to.
+    #[serde(default)]
     pub to: PathBuf,
     /// A data set, or the folder of a finished materialize; that of the run if not given.
     pub dataset: Option<PathBuf>,
@@ -110,7 +111,10 @@ impl PipelineFile {
             Some(other) => return Err(usage(&format!("seed is {other}, expected an integer from 0"))),
         };
         let experiment: Option<Experiment> = of_table(&tables, "experiment").map_err(|e| usage(&e))?;
-        let publish = of_table(&tables, "publish").map_err(|e| usage(&e))?;
+        let publish: Option<PublishTable> = of_table(&tables, "publish").map_err(|e| usage(&e))?;
+        if publish.as_ref().is_some_and(|publish| publish.to.as_os_str().is_empty()) {
+            return Err(usage(&"[publish]: to is not set, expected a folder to publish to"));
+        }
         if let Some(experiment) = &experiment
             && (experiment.seeds.is_empty() || (experiment.arms.is_empty() && !experiment.real_only))
         {

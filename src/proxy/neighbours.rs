@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Result,
     data::{Dataset, Range, Shape, to_floats},
-    device::Precision,
     kernels,
 };
 
@@ -130,7 +129,7 @@ impl Neighbours {
             let of_block = squares(&block);
             let count = of_block.len();
             let right = Tensor::from_vec(block, (count, dim), &self.device)?;
-            let products = Precision::in_full(|| kernels::linear(&left, &right, None))?;
+            let products = kernels::linear_in_full(&left, &right)?;
             let products = products.flatten_all()?.to_vec1::<f32>()?;
             lowest.par_iter_mut().enumerate().for_each(|(i, lowest)| {
                 let mut nearest = vec![f32::INFINITY; count];

@@ -26,8 +26,8 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        CardConfig, CardSplit, Dtype, Feature, Features, FileEntry, ImageWriter, SYNTHETIC_SOURCE_TYPE,
-        image_column, table,
+        CardConfig, CardSplit, Dtype, Feature, Features, FileEntry, ImageWriter, Manifest,
+        SYNTHETIC_SOURCE_TYPE, image_column, manifest, table,
     },
     fs::Parts,
     progress::{Progress, check_stop},
@@ -44,6 +44,19 @@ pub(crate) const FOLDER: &str = "dataset";
 pub fn dataset_folder(dir: &Path) -> PathBuf {
     let inner = dir.join(FOLDER);
     if inner.is_dir() { inner } else { dir.to_path_buf() }
+}
+
+/// The name of the arm that the data set in `folder` is of, as its manifest says; `synthetic` if it has no manifest, or one of
+/// no arm.
+pub(crate) fn arm_of(folder: &Path) -> Result<String> {
+    if !folder.join(manifest::FILE_NAME).is_file() {
+        return Ok("synthetic".into());
+    }
+    match Manifest::read(folder)?.provenance.get("arm") {
+        None => Ok("synthetic".into()),
+        Some(serde_json::Value::String(arm)) => Ok(arm.clone()),
+        Some(other) => bail!(Data, "{}: the manifest's arm is {other}, expected a name", folder.display()),
+    }
 }
 
 /// The features of the curated images.

@@ -88,8 +88,6 @@ impl PoolInfo {
         pixels: &[u8],
         label: impl Fn(u64) -> Option<i64>,
     ) -> Result<ImageWriter> {
-        let images: Vec<Vec<u8>> =
-            pixels.par_chunks(self.shape.size()).map(|image| encode_png(image, self.shape)).collect();
         let uid = |i: u64| format!("{}-{i:09}", &self.generator[..12]);
         let features = Features::image_and_label(&self.class_names)
             .with(UID, Feature::Value(Dtype::String))
@@ -97,14 +95,20 @@ impl PoolInfo {
             .with("seed", Feature::Value(Dtype::Uint64));
         let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", &*self.generator)];
         let mut writer = ImageWriter::new(features, &key_values)?;
-        let columns: Vec<ArrayRef> = vec![
-            image_column(&images)?,
-            Arc::new(Int64Array::from_iter(rows.clone().map(label))),
-            Arc::new(StringArray::from_iter_values(rows.clone().map(uid))),
-            Arc::new(UInt64Array::from_iter_values(rows.clone())),
-            Arc::new(UInt64Array::from_iter_values(rows.map(|_| self.seed))),
-        ];
-        writer.push(columns)?;
+        let (size, step) = (self.shape.size(), self.shape.batch_rows());
+        for (pixels, first) in pixels.chunks(step * size).zip(rows.step_by(step)) {
+            let images: Vec<Vec<u8>> =
+                pixels.par_chunks(size).map(|image| encode_png(image, self.shape)).collect();
+            let rows = first..first + images.len() as u64;
+            let columns: Vec<ArrayRef> = vec![
+                image_column(&images)?,
+                Arc::new(Int64Array::from_iter(rows.clone().map(&label))),
+                Arc::new(StringArray::from_iter_values(rows.clone().map(uid))),
+                Arc::new(UInt64Array::from_iter_values(rows.clone())),
+                Arc::new(UInt64Array::from_iter_values(rows.map(|_| self.seed))),
+            ];
+            writer.push(columns)?;
+        }
         Ok(writer)
     }
 }
@@ -144,7 +148,7 @@ impl Pool {
         let path = shard_file(&self.shards_dir(), shard);
         let mut rows = PoolShard { uids: Vec::new(), labels: Vec::new(), images: Vec::new() };
         let classes = self.info.class_names.len();
-        for batch in ImageReader::open(&path, &["image", "label", UID], 4096)? {
+        for batch in ImageReader::open(&path, &["image", "label", UID], self.info.shape.batch_rows())? {
             let batch = batch?;
             rows.uids.extend(batch.uids()?.iter().flatten().map(ToOwned::to_owned));
             rows.images.extend(batch.images()?.into_iter().map(<[u8]>::to_vec));

@@ -230,6 +230,11 @@ fn cuda_pointwise_ops_and_products_agree_with_the_reference() {
     });
     let linear = [random.normals((5, 9)), random.normals((7, 9)), random.normals(7)];
     agree("linear", &linear, OP, &|t| kernels::linear(&t[0], &t[1], Some(&t[2])));
+    let (x, weight) = (random.normals((33, 70)), random.normals((9, 70)));
+    let there = |t: &Tensor| t.to_device(&gpu()).unwrap();
+    let full = kernels::linear_in_full(&there(&x), &there(&weight)).unwrap();
+    let exact = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    assert_close("linear in full", &full, &exact(&x).matmul(&exact(&weight).t().unwrap()).unwrap(), 2e-6);
 }
 
 #[test]

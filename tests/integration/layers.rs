@@ -33,7 +33,8 @@ fn code(text: &str) -> String {
 /// The names of a `use` tree: `a::{b, c::D}` is `a::b` and `a::c::D`.
 fn names(tree: &str) -> Vec<Name> {
     let tree = tree.trim();
-    let path = |text: &str| text.split("::").map(|part| part.trim().to_owned()).filter(|p| !p.is_empty()).collect();
+    let path =
+        |text: &str| text.split("::").map(|part| part.trim().to_owned()).filter(|p| !p.is_empty()).collect();
     let Some((before, inner)) = tree.split_once('{') else {
         return vec![path(tree.split(" as ").next().unwrap())];
     };
@@ -77,7 +78,9 @@ impl Source {
             for (public, tree) in uses(text).into_iter().filter(|(public, _)| *public) {
                 assert!(public);
                 for name in names(&tree) {
-                    if let Some((found, _)) = source.resolve(module, &name).filter(|(m, _)| m.starts_with(module)) {
+                    if let Some((found, _)) =
+                        source.resolve(module, &name).filter(|(m, _)| m.starts_with(module))
+                    {
                         own.insert(name.last().unwrap().clone(), found);
                     }
                 }
@@ -183,7 +186,12 @@ fn every_folder_imports_only_what_is_below_it() {
     for (module, imports) in Source::read().imports() {
         for import in imports.iter().filter(|import| import[0] != module[0]) {
             let (upper, lower) = (layer(&module[0]), layer(&import[0]));
-            assert!(lower > upper, "{} imports {}, which is not below it", module.join("::"), import.join("::"));
+            assert!(
+                lower > upper,
+                "{} imports {}, which is not below it",
+                module.join("::"),
+                import.join("::")
+            );
             seen += 1;
         }
     }
@@ -228,5 +236,13 @@ fn clap_is_in_the_command_line_and_in_settings_only() {
         let text = String::from_utf8_lossy(&bytes);
         let allowed = ["cli", "stages", "stage", "settings"].iter().any(|top| path.starts_with(top));
         assert!(allowed || !code(&text).contains("clap::"), "{}", path.display());
+    }
+}
+
+#[test]
+fn files_get_their_names_in_fs_only() {
+    for (path, bytes) in files(&root().join("src")) {
+        let text = code(&String::from_utf8_lossy(&bytes));
+        assert!(path == Path::new("fs.rs") || !text.contains("std::fs::rename("), "{}", path.display());
     }
 }

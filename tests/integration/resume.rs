@@ -2,6 +2,8 @@
 
 use std::{path::Path, time::Duration};
 
+use candle_core::Device;
+
 use crate::run::{TINY_UNET, files, kill_after, made, ok, proxyset, shards, start};
 
 /// Ancestral sampling draws noise at every step, so every step has to come out again.
@@ -31,6 +33,28 @@ fn a_pool_does_not_depend_on_threads_batch_or_machine_share() {
     ok(&generate(&out("split"), "--shards 0..1"));
     assert!(Path::new(&out("split")).join("done.json").exists());
     assert!(shards(&out("split")) == expected, "two processes' shares are another pool");
+}
+
+#[test]
+fn a_pool_keeps_to_one_device_class_unless_it_is_told_to_mix() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("pool").display().to_string();
+    ok(&generate(&out, "--shards 0..1"));
+    let before = files(Path::new(&out));
+    let elsewhere =
+        |more: &str| proxyset(&generate(&out, more)).env("PROXYSET_CONV", "direct").output().unwrap();
+    for share in ["", "--shards 1..2"] {
+        let refused = elsewhere(share);
+        assert_eq!(refused.status.code(), Some(2));
+        let said = String::from_utf8(refused.stderr).unwrap();
+        let (class, folder) = (proxyset::device::device_class(&Device::Cpu), Path::new(&out).join("pool"));
+        let said_of = format!("shard 0 was made on device class {class}, expected {class}-direct");
+        assert!(said.contains(&said_of) && said.contains(&folder.display().to_string()), "{said}");
+        assert!(files(Path::new(&out)) == before, "a refusal left something behind");
+    }
+    assert!(elsewhere("--mix-device-classes true").status.success());
+    assert_eq!(shards(&out).len(), 3);
+    assert!(Path::new(&out).join("done.json").exists());
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     fmt,
     rc::Rc,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
 use candle_core::{
@@ -208,41 +208,47 @@ impl CustomOp2 for Convolution {
     }
 }
 
-/// What cuDNN needs of a device in one thread: its handles are of a thread.
+/// What cuDNN needs of a device: one handle, one workspace, whatever the number of threads. They launch one after the other, on
+/// one stream.
 struct State {
     device: CudaDevice,
     /// [`device_class`]: algorithms are chosen for all of it.
     class: String,
     cudnn: Arc<Cudnn>,
     plans: RefCell<HashMap<(Convolution, DType), Rc<dyn Any>>>,
-    /// Grows, and is never cleared: what runs on one stream can share it.
+    /// As large as the largest that was needed, and never cleared: what runs on one stream can share it.
     workspace: RefCell<Option<CudaSlice<u8>>>,
 }
 
-thread_local! {
-    static STATES: RefCell<HashMap<DeviceId, Rc<State>>> = RefCell::default();
-}
+// SAFETY: a handle of cuDNN, and what was made with it, may be used by any thread, by one at a time. All of it is in the state
+// and never leaves it, and a state is behind a lock.
+unsafe impl Send for State {}
+
+/// The states of the devices, each made when it is first asked for.
+static STATES: LazyLock<Mutex<HashMap<DeviceId, Arc<Mutex<Option<State>>>>>> = LazyLock::new(Mutex::default);
 
 fn with_state<R>(
     device: &CudaDevice,
     f: impl FnOnce(&State) -> candle_core::Result<R>,
 ) -> candle_core::Result<R> {
-    let known = STATES.with(|states| states.borrow().get(&device.id()).cloned());
-    let state = match known {
+    let of_device = lock(&STATES).entry(device.id()).or_default().clone();
+    let mut state = lock(&of_device);
+    device.cuda_stream().context().bind_to_thread().w()?;
+    let state = match &mut *state {
         Some(state) => state,
-        None => {
-            let state = Rc::new(State {
-                device: device.clone(),
-                class: device_class(&Device::Cuda(device.clone())),
-                cudnn: Cudnn::new(device.cuda_stream())?,
-                plans: RefCell::default(),
-                workspace: RefCell::default(),
-            });
-            STATES.with(|states| states.borrow_mut().insert(device.id(), state.clone()));
-            state
-        }
+        none => none.insert(State {
+            device: device.clone(),
+            class: device_class(&Device::Cuda(device.clone())),
+            cudnn: Cudnn::new(device.cuda_stream())?,
+            plans: RefCell::default(),
+            workspace: RefCell::default(),
+        }),
     };
-    f(&state)
+    f(state)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl State {

@@ -7,6 +7,7 @@ mod add_channels;
 mod conv;
 mod norm;
 mod pointwise;
+mod product;
 
 use std::sync::Arc;
 
@@ -30,6 +31,7 @@ pub(super) use conv::{CudaWeights, conv2d};
 pub(super) use norm::{batch_norm_eval, batch_norm_train, group_norm};
 pub(super) use pointwise::{Function, activation, softmax, upsample_nearest2x};
 pub(super) use pointwise::{adam_step, average_step, crop_images, normal_images, pgd_step, sgd_step};
+pub(super) use product::linear_in_full;
 
 /// The kernels, compiled by build.rs.
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));

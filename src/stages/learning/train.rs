@@ -24,7 +24,7 @@ use crate::{
     rng::{Permutation, stream},
     stage::{Input, Job, Outcome, Stage, note},
     tables::{
-        dataset::{DATA, dataset_folder},
+        dataset::{DATA, arm_of, dataset_folder},
         division::{Real, SPLIT},
         records::TrainRecord,
     },
@@ -310,6 +310,7 @@ impl Train {
     fn synthetic(&self, real: &Dataset) -> Result<Vec<(Dataset, String)>> {
         let one = |dir: &PathBuf| {
             let folder = dataset_folder(dir);
+            let arm = arm_of(&folder)?;
             let source: Source = folder.to_string_lossy().parse().map_err(Error::Usage)?;
             let synthetic = source.load(data::Split::Train, None, 0)?;
             if synthetic.shape != real.shape || synthetic.class_names != real.class_names {
@@ -323,10 +324,6 @@ impl Train {
                     real.class_names.len()
                 );
             }
-            let arm = data::Manifest::read(&folder)
-                .ok()
-                .and_then(|m| Some(m.provenance.get("arm")?.as_str()?.to_owned()))
-                .unwrap_or_else(|| "synthetic".into());
             Ok((synthetic, arm))
         };
         self.data.iter().map(one).collect()
@@ -659,4 +656,28 @@ fn hold_out(fit: &Dataset, n: usize, share: f64, seed: u64) -> (Dataset, Dataset
     shuffled.sort_unstable();
     train.sort_unstable();
     (fit.subset(&train), fit.subset(&shuffled))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arm_is_that_of_the_manifest_and_a_damaged_one_is_bad_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let arm = || arm_of(dir.path());
+        assert_eq!(arm().unwrap(), "synthetic");
+        let written = |provenance| {
+            let shape = data::Shape { height: 1, width: 1, channels: 1 };
+            data::Manifest::new(shape, Vec::new(), Vec::new(), provenance).write(dir.path()).unwrap();
+        };
+        written(json!({ "arm": "arc" }));
+        assert_eq!(arm().unwrap(), "arc");
+        written(json!({}));
+        assert_eq!(arm().unwrap(), "synthetic");
+        written(json!({ "arm": 7 }));
+        assert!(arm().unwrap_err().to_string().ends_with("the manifest's arm is 7, expected a name"));
+        fs::publish(&dir.path().join(data::manifest::FILE_NAME), b"{\"schema\": ").unwrap();
+        assert_eq!(arm().unwrap_err().exit_code(), 65);
+    }
 }

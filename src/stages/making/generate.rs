@@ -6,7 +6,7 @@ use std::{
     ops::Range as Span,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
@@ -113,6 +113,13 @@ impl Workers {
     }
 }
 
+/// Pixels in flight on a GPU, unless `batch` says how many images are.
+const PIXELS_IN_FLIGHT: usize = 1 << 18;
+
+/// Bytes of pixels that a shard has at most: 21,845 images of 256x256 RGB. While it is written, its file, which is about as
+/// large at most, and the pixels of the next one are in memory too.
+const SHARD_BYTES: u64 = 4 << 30;
+
 /// Samples a pool of images.
 ///
 /// Image `i` is a function of model, sampler and (seed, i) alone: no batch, thread, kill or machine of the same
@@ -163,12 +170,17 @@ pub struct Generate {
     /// Images that go through the network together. Part of what is made: on some devices it changes last bits.
     #[arg(long, default_value_t = 64)]
     pub micro_batch: usize,
-    /// Images in flight, for memory and speed only; 0 for one micro-batch per thread.
+    /// Images in flight, for memory and speed only; 0 for one micro-batch per thread, on a GPU no more of them than have 2^18
+    /// pixels, as 256 images of 32x32.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
     /// Shards that are made at a time: auto for one on each GPU like the device, or a number of GPUs.
     #[arg(long, default_value_t = Workers::Count(NonZeroUsize::MIN))]
     pub workers: Workers,
+    /// Go on with a pool of which shards were made on another class of devices or in another precision: its images are then
+    /// no function of model, sampler and seed to the last bit.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub mix_device_classes: bool,
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -195,8 +207,21 @@ struct Run<'a> {
 /// A device, and the model on it.
 struct Worker<'a> {
     run: &'a Run<'a>,
-    model: DiffusionModel,
+    model: Arc<DiffusionModel>,
     device: Device,
+}
+
+/// The model in `dir` on each of the devices, read once for each GPU, and once for all workers on the CPU.
+fn load(dir: &Path, devices: Vec<Device>) -> Result<Vec<(Arc<DiffusionModel>, Device)>> {
+    let mut workers: Vec<(Arc<DiffusionModel>, Device)> = Vec::new();
+    for device in devices {
+        let model = match workers.first() {
+            Some((model, _)) if device.is_cpu() => Arc::clone(model),
+            _ => Arc::new(DiffusionModel::load(dir, &device)?),
+        };
+        workers.push((model, device));
+    }
+    Ok(workers)
 }
 
 /// A micro-batch.
@@ -252,6 +277,32 @@ impl Generate {
         }
     }
 
+    /// Micro-batches that are sampled side by side. On a GPU kernels of small images end before the next is launched, so that
+    /// several threads launch them; large ones fill it, and its memory.
+    fn in_flight(&self, on_cpu: bool, shape: Shape) -> usize {
+        let threads = rayon::current_num_threads();
+        match self.batch {
+            0 if on_cpu => threads,
+            0 => (PIXELS_IN_FLIGHT / (self.micro_batch * shape.height * shape.width)).clamp(1, threads),
+            batch => (batch / self.micro_batch).max(1),
+        }
+    }
+
+    /// Refuses images of which a shard has too many to hold in memory.
+    fn expect_shards_of(&self, shape: Shape) -> Result<()> {
+        let (rows, size) = (self.count.min(self.shard_rows as u64), shape.size() as u64);
+        if rows * size > SHARD_BYTES {
+            bail!(
+                Usage,
+                "shard_rows is {}, expected at most {}: the {shape} images of a shard are held in memory, 4 GiB of pixels at \
+                 most",
+                self.shard_rows,
+                SHARD_BYTES / size
+            );
+        }
+        Ok(())
+    }
+
     fn shard_count(&self) -> usize {
         self.count.div_ceil(self.shard_rows as u64) as usize
     }
@@ -261,7 +312,7 @@ impl Stage for Generate {
     const NAME: &'static str = "generate";
     const ABOUT: &'static str = "Sample a pool of images from a diffusion model.";
     const INPUTS: &'static [Input] = &[Input::of("model", &["fit-generator"]), Input::given("initial_noise")];
-    const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers"];
+    const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers", "mix_device_classes"];
 
     fn validate(&self) -> Result<()> {
         expect("count", self.count, 1, 1 << 40)?;
@@ -279,6 +330,7 @@ impl Stage for Generate {
                 self.micro_batch
             );
         }
+        expect("shard_rows", self.shard_rows, 1, 1 << 24)?;
         if let Some(steps) = self.steps {
             expect("steps", steps, 1, 100_000)?;
         }
@@ -308,18 +360,19 @@ impl Stage for Generate {
         let all = self.shard_count();
         let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
         let devices = self.workers.devices(&job.device, share.len())?;
-        let models = devices.into_iter().map(|device| Ok((DiffusionModel::load(dir, &device)?, device)));
-        let models = models.collect::<Result<Vec<_>>>()?;
+        let models = load(dir, devices)?;
         let (model, _) = &models[0];
         let sampler = self.sampler(model)?;
         let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
         let (info, null_class) = self.info(job, dir, model, &sampler)?;
+        self.expect_shards_of(info.shape)?;
         let initial_noise =
             self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
         // Machines with different shares work side by side, so the lock is the share's.
         let out = job.open_share(&format!("shards-{}-{}", share.start, share.end))?;
-        fs::publish_json(&out.join("pool.json"), &info)?;
         let dir = out.join("pool");
+        (0..all).try_for_each(|shard| self.expect_class(job, &dir, read_record(&dir, shard)?.as_ref()))?;
+        fs::publish_json(&out.join("pool.json"), &info)?;
         fs::create_dir_all(&dir)?;
         let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
         fs::remove_leftovers(&dir, &ours)?;
@@ -331,7 +384,14 @@ impl Stage for Generate {
         let run =
             Run { config: self, job, sampler, plan, info, null_class, initial_noise, dir, floats, left, bar };
         run.make(models)?;
-        let missing: Vec<usize> = (0..all).filter(|&shard| !record_file(&run.dir, shard).is_file()).collect();
+        let mut missing = Vec::new();
+        for shard in 0..all {
+            // Those that others made at the same time.
+            match read_record(&run.dir, shard)? {
+                Some(record) => self.expect_class(job, &run.dir, Some(&record))?,
+                None => missing.push(shard),
+            }
+        }
         if !missing.is_empty() {
             return Ok(Outcome::Partial(json!({ "shards": all, "missing": missing })));
         }
@@ -348,6 +408,22 @@ impl Stage for Generate {
 }
 
 impl Generate {
+    /// Refuses a shard that another class of devices made, unless the pool may have several.
+    fn expect_class(&self, job: &Job, dir: &Path, record: Option<&ShardRecord>) -> Result<()> {
+        match record.filter(|r| !self.mix_device_classes && r.device_class != job.device_class) {
+            Some(record) => bail!(
+                Usage,
+                "{}: shard {} was made on device class {}, expected {}, the class here: go on there, by device and \
+                 precision, choose another folder, or allow both by mix_device_classes = true",
+                dir.display(),
+                record.shard,
+                record.device_class,
+                job.device_class
+            ),
+            None => Ok(()),
+        }
+    }
+
     /// The first samples of the micro-batches of a shard.
     fn micro_batches(&self, shard: usize) -> impl Iterator<Item = u64> + use<> {
         self.rows(shard).step_by(self.micro_batch)
@@ -433,7 +509,7 @@ impl Generate {
 
 impl Run<'_> {
     /// Makes what is left, one worker for each of the models.
-    fn make(&self, models: Vec<(DiffusionModel, Device)>) -> Result<()> {
+    fn make(&self, models: Vec<(Arc<DiffusionModel>, Device)>) -> Result<()> {
         let work = |(model, device)| {
             let worker = Worker { run: self, model, device };
             worker.make_all().inspect_err(|_| self.give_up())
@@ -477,6 +553,7 @@ impl Worker<'_> {
         let lock = fs::Lock::acquire(dir, &format!("shard-{shard:05}"))?;
         let rows = config.rows(shard);
         let record = read_record(dir, shard)?;
+        config.expect_class(job, dir, record.as_ref())?;
         let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
         if let Some(record) = &record
             && record.has_file(dir)
@@ -488,10 +565,7 @@ impl Worker<'_> {
         let micro = config.micro_batch as u64;
         let firsts: Vec<u64> = config.micro_batches(shard).collect();
         let samples = |first: u64| first..(first + micro).min(rows.end);
-        let in_flight = match config.batch {
-            0 if self.device.is_cpu() => rayon::current_num_threads(),
-            batch => (batch / config.micro_batch).max(1),
-        };
+        let in_flight = config.in_flight(self.device.is_cpu(), self.run.info.shape);
         let (mut pixels, mut before) = (Vec::new(), Vec::new());
         for group in firsts.chunks(in_flight).chain([&[][..]]) {
             let sample = |&first: &u64| Ok((samples(first), self.sample(samples(first), &parts)?));
@@ -654,8 +728,7 @@ impl Run<'_> {
                 name(".again")
             );
         }
-        let (from, to) = (self.dir.join(name(".again")), shard_file(&self.dir, shard));
-        std::fs::rename(&from, &to).map_err(Error::io(&to))
+        fs::rename(&self.dir.join(name(".again")), &shard_file(&self.dir, shard))
     }
 }
 
@@ -694,6 +767,10 @@ fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<Vec<f32>>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        diffusion::SchedulerConfig,
+        nn::{SampleSize, UNetConfig},
+    };
 
     #[test]
     fn shard_ranges_say_what_they_expect() {
@@ -722,6 +799,57 @@ mod tests {
         );
         assert!(
             toml::from_str::<Generate>("workers = 0").unwrap_err().to_string().contains("workers is '0'")
+        );
+    }
+
+    #[test]
+    fn workers_on_the_cpu_share_one_model() {
+        let config = UNetConfig {
+            sample_size: Some(SampleSize::Square(8)),
+            in_channels: 1,
+            out_channels: 1,
+            down_block_types: vec!["DownBlock2D".into()],
+            up_block_types: vec!["UpBlock2D".into()],
+            block_out_channels: vec![4],
+            norm_num_groups: 2,
+            ..UNetConfig::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let model = DiffusionModel::init(config, SchedulerConfig::default(), 0, &Device::Cpu).unwrap();
+        model.save(dir.path()).unwrap();
+        let workers = load(dir.path(), vec![Device::Cpu; 3]).unwrap();
+        assert_eq!(workers.len(), 3);
+        assert!(workers.iter().all(|(model, _)| Arc::ptr_eq(model, &workers[0].0)));
+    }
+
+    #[test]
+    fn small_images_are_many_in_flight_and_large_ones_few() {
+        let shape = |side| Shape { height: side, width: side, channels: 3 };
+        let config = |batch| Generate { batch, ..Generate::default() };
+        let in_flight = |batch, on_cpu, side| config(batch).in_flight(on_cpu, shape(side));
+        let threads = rayon::current_num_threads();
+        assert_eq!([in_flight(0, true, 8), in_flight(0, true, 256)], [threads; 2]);
+        assert_eq!([in_flight(0, false, 32), in_flight(0, false, 256)], [4.min(threads), 1]);
+        assert_eq!(
+            [in_flight(63, false, 32), in_flight(192, false, 256), in_flight(192, true, 8)],
+            [1, 3, 3]
+        );
+    }
+
+    #[test]
+    fn a_shard_s_pixels_fit_into_memory() {
+        let of = |count, side| {
+            let config = Generate { count, ..Generate::default() };
+            config.expect_shards_of(Shape { height: side, width: side, channels: 3 })
+        };
+        of(1_000_000, 256).unwrap();
+        of(5000, 512).unwrap();
+        let error = of(1_000_000, 512).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(
+            error
+                .to_string()
+                .starts_with("shard_rows is 16384, expected at most 5461: the 512x512 RGB images")
         );
     }
 
