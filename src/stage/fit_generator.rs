@@ -22,7 +22,7 @@ use crate::{
     },
     fs,
     nn::{
-        LrDecay, LrSchedule, SampleSize, UNetConfig,
+        DenoiserConfig, LrDecay, LrSchedule, SampleSize, UNetConfig,
         optim::{Adam, AdamConfig},
     },
     progress::Progress,
@@ -159,7 +159,8 @@ impl GeneratorInfo {
 }
 
 impl FitGenerator {
-    fn unet(&self, shape: Shape, classes: usize) -> Result<UNetConfig> {
+    /// The network for images of this shape and number of classes.
+    fn denoiser(&self, shape: Shape, classes: usize) -> Result<DenoiserConfig> {
         let levels = self.block_out_channels.len();
         if shape.height != shape.width || !shape.height.is_multiple_of(1 << (levels - 1)) {
             bail!(
@@ -172,7 +173,7 @@ impl FitGenerator {
             let attention = if self.attention_levels.contains(&level) { "Attn" } else { "" };
             format!("{attention}{way}Block2D")
         };
-        Ok(UNetConfig {
+        Ok(DenoiserConfig::UNet(UNetConfig {
             sample_size: Some(SampleSize::Square(shape.height)),
             in_channels: shape.channels,
             out_channels: shape.channels,
@@ -189,7 +190,7 @@ impl FitGenerator {
             dropout: self.dropout,
             resnet_time_scale_shift: if self.scale_shift { "scale_shift" } else { "default" }.into(),
             ..UNetConfig::default()
-        })
+        }))
     }
 }
 
@@ -377,9 +378,14 @@ impl Stage for FitGenerator {
     fn run(&self, job: &Job) -> Result<Outcome> {
         let real = Real::load(&finished_input::<Split>("split", self.split.as_deref())?)?;
         let fit = real.fit();
+        let config = self.denoiser(fit.shape, fit.class_names.len())?;
+        self.train(job, &real, &fit, config)
+    }
+}
+
+impl FitGenerator {
+    fn train(&self, job: &Job, real: &Real, fit: &Dataset, config: DenoiserConfig) -> Result<Outcome> {
         let shape = fit.shape;
-        let config = self.unet(shape, fit.class_names.len())?;
-        config.validate()?;
         let scheduler = self.scheduler();
         let process = scheduler.process()?;
         let classes = fit.class_names.len() as u32;
@@ -469,22 +475,20 @@ impl Stage for FitGenerator {
         };
         let summary = json!({
             "parameters": averaged.params().count(),
-            "macs": averaged.config().macs(shape.height, shape.width)?,
+            "macs": averaged.config().macs()?,
             "trained_on": fit.len(),
             "last": trainer.log_lines().last(),
         });
-        fs::publish(&out.join("README.md"), self.card(&info, &summary).as_bytes())?;
+        fs::publish(&out.join("README.md"), self.card(&info, averaged.config(), &summary).as_bytes())?;
         fs::publish(&out.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
         fs::publish_json(&out.join(GeneratorInfo::FILE), &info)?;
         averaged.save(out)?;
         note(self, &format!("last loss {}", summary["last"]["loss"]));
         Ok(Outcome::Done(summary))
     }
-}
 
-impl FitGenerator {
     /// The model card.
-    fn card(&self, info: &GeneratorInfo, summary: &serde_json::Value) -> String {
+    fn card(&self, info: &GeneratorInfo, network: &DenoiserConfig, summary: &serde_json::Value) -> String {
         let conditional = if self.conditional { "class-conditional " } else { "" };
         format!(
             "---\nlicense: other\nlibrary_name: diffusers\ntags: [diffusion, ddpm, proxyset]\n---\n\n\
@@ -492,7 +496,7 @@ impl FitGenerator {
              Trained by `proxyset fit-generator` (version {version}) on {n} images of `{source}` \
              (BLAKE3 `{hash}`), {classes} classes: {names}.\n\n\
              | | |\n|---|---|\n\
-             | network | `UNet2DModel`, channels {channels:?}, {parameters} parameters, {macs} multiply-adds per image and step |\n\
+             | network | `{class}`, {size}, {parameters} parameters, {macs} multiply-adds per image and step |\n\
              | process | {process} |\n\
              | training | {steps} steps of {batch} images, Adam {lr}, moving average {ema}, seed {seed} |\n\
              | last loss | {loss} |\n\n\
@@ -510,7 +514,8 @@ impl FitGenerator {
             hash = &info.trained_on_fingerprint[..16],
             classes = info.class_names.len(),
             names = info.class_names.join(", "),
-            channels = self.block_out_channels,
+            class = network.tag(),
+            size = network.description(),
             parameters = summary["parameters"],
             macs = summary["macs"],
             process = match self.prediction {
