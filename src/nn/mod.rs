@@ -14,11 +14,7 @@ mod network;
 pub mod optim;
 mod params;
 
-pub(crate) use architecture::DIFFUSERS_VERSION;
-pub use architecture::{
-    Activation, Architecture, DenoiserConfig, ResNetConfig, SampleSize, SmallCnnConfig, UNetConfig,
-    WideResNetConfig, WideResNetLayout,
-};
+pub use architecture::*;
 pub use classifier::{Classifier, ClassifierConfig};
 pub use layers::{BatchNorm, BatchNormMode, Conv2d, Embedding, GroupNorm, Linear, Standardization};
 pub use lr::{LrDecay, LrSchedule};

@@ -80,15 +80,12 @@ pub trait DenoiserNetwork: Send + Sync {
 
 /// The configuration of a [`DenoiserNetwork`]: a JSON object with only the keys that it writes itself.
 pub trait DenoiserArchitecture: Debug + Send + Sync {
-    /// (height, width, channels) of the images. Fails with [`Error::Data`](crate::Error::Data) if the configuration
-    /// leaves their size open.
+    /// (height, width, channels) of the images that go in and come out. Fails with [`Error::Data`](crate::Error::Data) if
+    /// the configuration leaves their size open, or gives what comes out other channels.
     fn image_shape(&self) -> Result<(usize, usize, usize)>;
 
     /// How many classes the network is conditioned on; `None` if it is not.
     fn num_classes(&self) -> Option<usize>;
-
-    /// Its size in a few words, for people.
-    fn description(&self) -> String;
 
     /// What cannot be built, each as `key is value, expected …`.
     fn faults(&self) -> Vec<String>;

@@ -176,6 +176,16 @@ impl Job {
     }
 }
 
+#[cfg(test)]
+impl Job {
+    /// A job on the CPU for tests of a part of a stage: nothing finishes the folder.
+    pub(crate) fn scratch(stage: &dyn AnyStage, out: PathBuf) -> Result<Self> {
+        let fingerprint = "0".repeat(64);
+        let config = config_text(stage, &fingerprint, &[])?;
+        Ok(Self { device: Device::Cpu, device_class: "cpu".into(), fingerprint, out, config })
+    }
+}
+
 /// A stage with its type forgotten.
 pub trait AnyStage {
     /// [`Stage::NAME`].

@@ -40,10 +40,6 @@ impl DenoiserArchitecture for MlpConfig {
         self.num_classes
     }
 
-    fn description(&self) -> String {
-        format!("{} hidden features", self.hidden)
-    }
-
     fn faults(&self) -> Vec<String> {
         (self.hidden == 0).then(|| "hidden is 0, expected at least 1".into()).into_iter().collect()
     }

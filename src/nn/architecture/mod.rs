@@ -33,6 +33,7 @@ macro_rules! networks {
         $name:ident: $common:ty { $($(#[cfg($cfg:meta)])? $tag:literal => $variant:ident($config:ty),)+ }
     ) => {
         $(#[$meta])*
+        #[allow(clippy::large_enum_variant, reason = "a program holds a handful of them")]
         #[non_exhaustive]
         pub enum $name {
             $(

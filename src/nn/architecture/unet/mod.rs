@@ -164,10 +164,6 @@ impl DenoiserArchitecture for UNetConfig {
         self.num_class_embeds
     }
 
-    fn description(&self) -> String {
-        format!("channels {:?}", self.block_out_channels)
-    }
-
     fn faults(&self) -> Vec<String> {
         self.find_faults()
     }
