@@ -52,3 +52,17 @@ fn options_that_are_not_built_are_refused_by_key_and_value() {
         assert!(error.to_string().contains(expected), "{error}\ndoes not say: {expected}");
     }
 }
+
+#[test]
+fn what_comes_out_of_a_denoiser_has_the_shape_of_what_goes_in() {
+    let config = |json| parse(json).unwrap();
+    let square = json!({"sample_size": 32, "in_channels": 1, "out_channels": 1});
+    assert_eq!(config(square).image_shape().unwrap(), (32, 32, 1));
+    for (json, expected) in [
+        (json!({}), "the U-Net's sample_size is not set, expected the side of its images"),
+        (json!({"sample_size": 32, "out_channels": 6}), "out_channels is 6, expected 3, that of in_channels"),
+    ] {
+        let error = config(json).image_shape().unwrap_err();
+        assert_eq!((error.exit_code(), &*error.to_string()), (65, expected));
+    }
+}

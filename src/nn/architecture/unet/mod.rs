@@ -156,6 +156,14 @@ impl DenoiserArchitecture for UNetConfig {
         let Some(size) = self.sample_size else {
             bail!(Data, "the U-Net's sample_size is not set, expected the side of its images")
         };
+        if self.out_channels != self.in_channels {
+            bail!(
+                Data,
+                "out_channels is {}, expected {}, that of in_channels",
+                self.out_channels,
+                self.in_channels
+            );
+        }
         let (height, width) = size.height_width();
         Ok((height, width, self.in_channels))
     }
