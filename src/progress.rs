@@ -21,6 +21,12 @@ static STOP: AtomicBool = AtomicBool::new(false);
 static QUIET: AtomicBool = AtomicBool::new(false);
 static CHECKPOINT_INTERVAL: OnceLock<Duration> = OnceLock::new();
 
+#[cfg(test)]
+thread_local! {
+    /// At which look from now this thread is stopped, 0 for none: tests share a process, and each stops its own work.
+    pub(crate) static STOP_AT_LOOK: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+}
+
 /// Turns SIGINT and SIGTERM into a clean stop: the first lets work reach a safe point, the second ends at once
 /// (safe by design: what is not published does not exist).
 pub fn install_signal_handler() -> Result<()> {
@@ -35,7 +41,10 @@ pub fn install_signal_handler() -> Result<()> {
 
 /// Fails with [`crate::Error::Stopped`] once a stop was asked for.
 pub fn check_stop() -> Result<()> {
-    if STOP.load(Ordering::Relaxed) {
+    let stop = STOP.load(Ordering::Relaxed);
+    #[cfg(test)]
+    let stop = stop || STOP_AT_LOOK.with(|look| look.replace(look.get().saturating_sub(1)) == 1);
+    if stop {
         bail!(Stopped, "stopped; run the same command again to go on");
     }
     Ok(())

@@ -11,7 +11,7 @@ use proxyset::{
     },
     kernels,
     nn::{
-        BatchNormMode, Classifier, Network, Params, UNet,
+        BatchNormMode, Classifier, ClassifierNetwork, DenoiserNetwork, Params,
         optim::{Optimizer, Sgd, SgdConfig},
     },
     objective::pgd_at,
@@ -63,7 +63,7 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
             let Descent { learning_rate, momentum, weight_decay } = sgd;
             Box::new(PgdStep {
                 tracked: classifier.tracked()?,
-                frozen: classifier.params().frozen(|b| Network::new(&classifier.config().architecture, b))?,
+                frozen: classifier.params().frozen(|b| classifier.config().architecture.build(b))?,
                 params: classifier.params().clone(),
                 labels: take(&mut inputs, "labels")?,
                 attack: Pgd {
@@ -231,7 +231,7 @@ impl Case for Sample {
 }
 
 struct DenoiseGradients {
-    network: UNet,
+    network: Box<dyn DenoiserNetwork>,
     params: Params,
     x: Tensor,
     noise: Tensor,
@@ -286,8 +286,8 @@ impl Case for Logits {
 
 struct PgdStep {
     params: Params,
-    tracked: Network,
-    frozen: Network,
+    tracked: Box<dyn ClassifierNetwork>,
+    frozen: Box<dyn ClassifierNetwork>,
     x: Tensor,
     labels: Tensor,
     attack: Pgd,

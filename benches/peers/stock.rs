@@ -8,7 +8,7 @@ use candle_core::{D, Device, Result as CandleResult, Tensor, Var};
 use candle_nn::{BatchNorm, GroupNorm, Module, ModuleT, ops};
 use proxyset::{
     diffusion::DiffusionModel,
-    nn::{Architecture, Classifier, Params, UNetConfig},
+    nn::{Architecture, Classifier, DenoiserConfig, Params, UNetConfig},
 };
 
 use super::{Attack, Case, Descent, Named, Result, Work, inputs, take};
@@ -32,7 +32,8 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
         }
         Work::Denoise { t } => {
             let model = DiffusionModel::load(dir, device)?;
-            let (config, weights) = (model.config().clone(), frozen(&variables(model.params())?));
+            let config = unet_config(&model)?;
+            let weights = frozen(&variables(model.params())?);
             let (t, labels) = (steps(t, &x)?, inputs.remove("labels"));
             Box::new(Forward {
                 output: "eps",
@@ -43,7 +44,8 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
         Work::Sample { .. } => return Err("sampling is not written in stock candle".into()),
         Work::DenoiseGradients { t, .. } => {
             let model = DiffusionModel::load(dir, device)?;
-            let (config, weights) = (model.config().clone(), tracked(&variables(model.params())?));
+            let config = unet_config(&model)?;
+            let weights = tracked(&variables(model.params())?);
             let (t, labels, noise) = (steps(t, &x)?, inputs.remove("labels"), take(&mut inputs, "noise")?);
             Box::new(Forward {
                 output: "eps",
@@ -271,6 +273,13 @@ fn unet_layer(
     if w.has("group_norm") { attention(&w, &x, config.attention_head_dim, groups) } else { Ok(x) }
 }
 
+fn unet_config(model: &DiffusionModel) -> Result<UNetConfig> {
+    match model.config() {
+        DenoiserConfig::UNet(config) => Ok(config.clone()),
+        other => Err(format!("no case has a {}", other.tag()).into()),
+    }
+}
+
 /// `diffusers`' UNet2DModel.
 fn unet(
     w: &Weights,
@@ -333,7 +342,7 @@ fn logits(architecture: &Architecture, w: &Weights, x: &Tensor) -> CandleResult<
     match architecture {
         Architecture::Resnet(config) => resnet(w, &config.blocks, x),
         Architecture::SmallCnn(config) => small_cnn(w, config.channels.len(), Groups(config.groups, 1e-5), x),
-        Architecture::WideResnet(_) => candle_core::bail!("no case has a wide ResNet"),
+        other => candle_core::bail!("no case has a {}", other.tag()),
     }
 }
 

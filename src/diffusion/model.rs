@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Level, Prediction, SchedulerClass, SchedulerConfig};
 use crate::{
-    Result, fs,
-    nn::{DIFFUSERS_VERSION, Params, UNet, UNetConfig},
+    Result, ResultExt, fs,
+    nn::{DIFFUSERS_VERSION, DenoiserConfig, DenoiserNetwork, Params},
 };
 
 const INDEX: &str = "model_index.json";
@@ -35,22 +35,27 @@ pub enum Conditioning {
     },
 }
 
-/// A U-Net with its parameters, and the schedule it was trained on.
+/// A denoiser with its parameters, and the schedule it was trained on.
 ///
 /// Its folder is `diffusers`': `model_index.json`, `unet/` and `scheduler/`. A folder from the Hub loads as it
 /// is; one that was saved here opens there.
 pub struct DiffusionModel {
-    config: UNetConfig,
+    config: DenoiserConfig,
     scheduler: SchedulerConfig,
     params: Params,
-    frozen: UNet,
+    frozen: Box<dyn DenoiserNetwork>,
 }
 
 impl DiffusionModel {
     /// A model with fresh parameters; the same for the same seed.
-    pub fn init(config: UNetConfig, scheduler: SchedulerConfig, seed: u64, device: &Device) -> Result<Self> {
+    pub fn init(
+        config: DenoiserConfig,
+        scheduler: SchedulerConfig,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         scheduler.validate()?;
-        let params = Params::init(seed, device, |b| UNet::new(&config, b))?;
+        let params = Params::init(seed, device, |b| config.build(b))?;
         Self::over(config, scheduler, params)
     }
 
@@ -78,18 +83,25 @@ impl DiffusionModel {
         };
         let path = file(INDEX)?;
         let index: Map<String, Value> = fs::read_json(&path)?;
-        match index.get("unet").and_then(|unet| unet.get(1)) {
-            Some(class) if class == "UNet2DModel" => {}
-            found => {
-                let found = found.map_or("absent".into(), Value::to_string);
-                bail!(Data, "{}: the class of unet is {found}, expected \"UNet2DModel\"", path.display())
-            }
-        }
-        let config = file(UNET_CONFIG).and_then(|path| UNetConfig::load(&path));
+        let found = index.get("unet").and_then(|unet| unet.get(1));
+        let Some(class) = found.and_then(Value::as_str).filter(|class| DenoiserConfig::TAGS.contains(class))
+        else {
+            let expected: Vec<_> = DenoiserConfig::TAGS.iter().map(|class| format!("\"{class}\"")).collect();
+            bail!(
+                Data,
+                "{}: the class of unet is {}, expected {}",
+                path.display(),
+                found.map_or("absent".into(), Value::to_string),
+                expected.join(" or ")
+            )
+        };
+        let config = file(UNET_CONFIG).and_then(|path| {
+            DenoiserConfig::from_json(class, fs::read_json(&path)?).context(|| path.display().to_string())
+        });
         let scheduler = file(SCHEDULER_CONFIG).and_then(|path| SchedulerConfig::load(&path));
         let weights = file(UNET_WEIGHTS);
         let params = match (&config, &weights) {
-            (Ok(config), Ok(path)) => Some(Params::load(path, device, |b| UNet::new(config, b))),
+            (Ok(config), Ok(path)) => Some(Params::load(path, device, |b| config.build(b))),
             _ => None,
         };
         match (config, scheduler, weights, params) {
@@ -109,8 +121,8 @@ impl DiffusionModel {
         }
     }
 
-    fn over(config: UNetConfig, scheduler: SchedulerConfig, params: Params) -> Result<Self> {
-        let frozen = params.frozen(|b| UNet::new(&config, b))?;
+    fn over(config: DenoiserConfig, scheduler: SchedulerConfig, params: Params) -> Result<Self> {
+        let frozen = params.frozen(|b| config.build(b))?;
         Ok(Self { config, scheduler, params, frozen })
     }
 
@@ -126,7 +138,7 @@ impl DiffusionModel {
             "_class_name": pipeline,
             "_diffusers_version": DIFFUSERS_VERSION,
             "scheduler": ["diffusers", self.scheduler.class],
-            "unet": ["diffusers", "UNet2DModel"],
+            "unet": ["diffusers", self.config.tag()],
         });
         fs::publish(&dir.join(UNET_WEIGHTS), &self.params.to_safetensors(&[])?)?;
         fs::publish_json(&dir.join(UNET_CONFIG), &self.config.to_json()?)?;
@@ -134,7 +146,8 @@ impl DiffusionModel {
         fs::publish_json(&dir.join(INDEX), &index)
     }
 
-    /// The network's output for `x` at `t`, without gradients to the parameters; see [`UNet::forward`].
+    /// The network's output for `x` at `t`, without gradients to the parameters; see
+    /// [`DenoiserNetwork::forward`].
     pub fn predict(&self, x: &Tensor, t: f64, classes: Option<&Tensor>) -> Result<Tensor> {
         self.predict_each(x, &Tensor::full(t as f32, x.dim(0)?, x.device())?, classes)
     }
@@ -169,8 +182,8 @@ impl DiffusionModel {
     }
 
     /// The network with gradients to the parameters.
-    pub fn tracked(&self) -> Result<UNet> {
-        self.params.tracked(|b| UNet::new(&self.config, b))
+    pub fn tracked(&self) -> Result<Box<dyn DenoiserNetwork>> {
+        self.params.tracked(|b| self.config.build(b))
     }
 
     /// The parameters. Updates in place are seen by [`DiffusionModel::predict`].
@@ -179,7 +192,7 @@ impl DiffusionModel {
     }
 
     /// The shape of the network.
-    pub fn config(&self) -> &UNetConfig {
+    pub fn config(&self) -> &DenoiserConfig {
         &self.config
     }
 
@@ -192,9 +205,9 @@ impl DiffusionModel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::SampleSize;
+    use crate::nn::{SampleSize, UNetConfig};
 
-    fn config() -> UNetConfig {
+    fn unet() -> UNetConfig {
         UNetConfig {
             sample_size: Some(SampleSize::Square(8)),
             in_channels: 1,
@@ -208,6 +221,10 @@ mod tests {
             num_class_embeds: Some(3),
             ..UNetConfig::default()
         }
+    }
+
+    fn config() -> DenoiserConfig {
+        DenoiserConfig::UNet(unet())
     }
 
     fn output(model: &DiffusionModel) -> Vec<f32> {
@@ -272,8 +289,7 @@ mod tests {
         let model = DiffusionModel::init(config(), SchedulerConfig::default(), 4, &Device::Cpu).unwrap();
         model.save(dir.path()).unwrap();
 
-        let mut wider = config();
-        wider.block_out_channels = vec![8, 8];
+        let wider = DenoiserConfig::UNet(UNetConfig { block_out_channels: vec![8, 8], ..unet() });
         fs::publish_json(&dir.path().join(UNET_CONFIG), &wider.to_json().unwrap()).unwrap();
         said("conv_in.weight has shape [4, 1, 3, 3], expected [8, 1, 3, 3]");
         model.save(dir.path()).unwrap();

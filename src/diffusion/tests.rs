@@ -13,7 +13,7 @@ use super::{
 use crate::{
     Result,
     nn::{
-        Params, UNet, UNetConfig,
+        DenoiserArchitecture, Params, UNetConfig,
         optim::{Adam, AdamConfig, Optimizer, clip_scale, grad_norm},
     },
 };
@@ -80,8 +80,7 @@ fn the_same_noise_gives_the_images_of_diffusers() {
 fn ten_training_steps_are_those_of_pytorch() {
     let bytes = std::fs::read(golden("training.safetensors")).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-    let config = serde_json::from_str(&header.metadata().as_ref().unwrap()["config"]).unwrap();
-    let config = UNetConfig::from_json(config).unwrap();
+    let config: UNetConfig = serde_json::from_str(&header.metadata().as_ref().unwrap()["config"]).unwrap();
     let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
     let Process::Discrete(schedule) = SchedulerConfig::default().process().unwrap() else {
         panic!("the default is DDPM's")
@@ -90,10 +89,10 @@ fn ten_training_steps_are_those_of_pytorch() {
         t.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
     };
     for (name, prediction) in [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::Velocity)] {
-        let params = Params::init(0, &Device::Cpu, |b| UNet::new(&config, b)).unwrap();
+        let params = Params::init(0, &Device::Cpu, |b| config.build(b)).unwrap();
         let before = tensors.iter().filter_map(|(k, v)| Some((k.strip_prefix("before.")?, v)));
         params.copy_from(before).unwrap();
-        let network = params.tracked(|b| UNet::new(&config, b)).unwrap();
+        let network = params.tracked(|b| config.build(b)).unwrap();
         let mut adam = Adam::new(AdamConfig::default());
         let losses: Vec<f64> = tensors[&format!("{name}.losses")].to_vec1().unwrap();
         for (i, expected) in losses.into_iter().enumerate() {

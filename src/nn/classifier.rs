@@ -3,124 +3,14 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{
-    BatchNormMode, Builder, Params, ResNet, ResNetConfig, SmallCnn, SmallCnnConfig, WideResNet,
-    WideResNetConfig,
-};
+use super::{architecture::Architecture, layers::BatchNormMode, network::ClassifierNetwork, params::Params};
 use crate::{Error, Result, ResultExt, fs};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
-
-/// Which network, and its shape: tagged by `arch` in `config.json`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "arch", rename_all = "snake_case")]
-pub enum Architecture {
-    /// [`SmallCnn`].
-    SmallCnn(SmallCnnConfig),
-    /// [`ResNet`].
-    Resnet(ResNetConfig),
-    /// [`WideResNet`].
-    WideResnet(WideResNetConfig),
-}
-
-impl Architecture {
-    /// How many logits come out.
-    pub fn num_classes(&self) -> usize {
-        match self {
-            Self::SmallCnn(config) => config.num_classes,
-            Self::Resnet(config) => config.num_classes,
-            Self::WideResnet(config) => config.num_classes,
-        }
-    }
-
-    /// (height, width, channels) of the images that go in.
-    pub fn image_shape(&self) -> (usize, usize, usize) {
-        match self {
-            Self::SmallCnn(config) => (config.image_size, config.image_size, config.in_channels),
-            Self::Resnet(config) => (config.image_size, config.image_size, config.in_channels),
-            Self::WideResnet(config) => (config.image_size, config.image_size, config.in_channels),
-        }
-    }
-
-    /// Multiply-adds for one image. Fails if the configuration cannot be built.
-    pub fn macs(&self) -> Result<u64> {
-        match self {
-            Self::SmallCnn(config) => config.macs(),
-            Self::Resnet(config) => config.macs(),
-            Self::WideResnet(config) => config.macs(),
-        }
-    }
-
-    /// Whether the network normalises by statistics of the batch while it is trained.
-    pub fn has_batch_norm(&self) -> bool {
-        match self {
-            Self::SmallCnn(_) => false,
-            Self::Resnet(_) | Self::WideResnet(_) => true,
-        }
-    }
-}
-
-/// A network of any [`Architecture`].
-pub enum Network {
-    /// See [`SmallCnn`].
-    SmallCnn(SmallCnn),
-    /// See [`ResNet`].
-    Resnet(ResNet),
-    /// See [`WideResNet`].
-    WideResnet(WideResNet),
-}
-
-impl Network {
-    /// Builds the network. Fails with [`Error::Data`] if the configuration cannot be built.
-    pub fn new(architecture: &Architecture, b: &Builder) -> Result<Self> {
-        match architecture {
-            Architecture::SmallCnn(config) => SmallCnn::new(config, b).map(Self::SmallCnn),
-            Architecture::Resnet(config) => ResNet::new(config, b).map(Self::Resnet),
-            Architecture::WideResnet(config) => WideResNet::new(config, b).map(Self::WideResnet),
-        }
-    }
-
-    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits, `(b, num_classes)`; those of an image do
-    /// not depend on the images beside it.
-    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        self.logits_by(x, BatchNormMode::Eval)
-    }
-
-    /// [`Network::logits`] with batch norms, where there are any, in this mode.
-    pub fn logits_by(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
-        Ok(self.features_and_logits(x, mode)?.1)
-    }
-
-    /// What the last linear layer gets, `(b, features)`, and what it gives, the logits.
-    pub fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
-        match self {
-            Self::SmallCnn(net) => net.forward(x),
-            Self::Resnet(net) => net.forward(x, mode),
-            Self::WideResnet(net) => net.forward(x, mode),
-        }
-    }
-}
-
-/// Fails with [`Error::Data`] at the first of these settings that is 0.
-pub(super) fn expect_positive(settings: &[(&str, usize)]) -> Result<()> {
-    match settings.iter().find(|(_, value)| *value == 0) {
-        Some((key, _)) => bail!(Data, "{key} is 0, expected at least 1"),
-        None => Ok(()),
-    }
-}
-
-/// Fails with [`Error::Usage`] unless `x` holds square images of this side and number of channels.
-pub(super) fn expect_images(x: &Tensor, side: usize, channels: usize) -> Result<()> {
-    let (_, h, w, c) = x.dims4()?;
-    if (h, w, c) != (side, side, channels) {
-        bail!(Usage, "images are {h} x {w} x {c}, the classifier expects {side} x {side} x {channels}");
-    }
-    Ok(())
-}
 
 /// What `config.json` says: the network, and the name of each class in the order of the logits.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -159,14 +49,14 @@ impl ClassifierConfig {
 pub struct Classifier {
     config: ClassifierConfig,
     params: Params,
-    frozen: Network,
+    frozen: Box<dyn ClassifierNetwork>,
 }
 
 impl Classifier {
     /// A classifier with fresh parameters; the same for the same seed.
     pub fn init(config: ClassifierConfig, seed: u64, device: &Device) -> Result<Self> {
         config.validate()?;
-        let params = Params::init(seed, device, |b| Network::new(&config.architecture, b))?;
+        let params = Params::init(seed, device, |b| config.architecture.build(b))?;
         Self::over(config, params)
     }
 
@@ -188,12 +78,12 @@ impl Classifier {
         let path = file(CONFIG)?;
         let config =
             ClassifierConfig::from_json(fs::read_json(&path)?).context(|| path.display().to_string())?;
-        let params = Params::load(&file(WEIGHTS)?, device, |b| Network::new(&config.architecture, b))?;
+        let params = Params::load(&file(WEIGHTS)?, device, |b| config.architecture.build(b))?;
         Self::over(config, params)
     }
 
     fn over(config: ClassifierConfig, params: Params) -> Result<Self> {
-        let frozen = params.frozen(|b| Network::new(&config.architecture, b))?;
+        let frozen = params.frozen(|b| config.architecture.build(b))?;
         Ok(Self { config, params, frozen })
     }
 
@@ -222,8 +112,8 @@ impl Classifier {
     }
 
     /// The network with gradients to the parameters.
-    pub fn tracked(&self) -> Result<Network> {
-        self.params.tracked(|b| Network::new(&self.config.architecture, b))
+    pub fn tracked(&self) -> Result<Box<dyn ClassifierNetwork>> {
+        self.params.tracked(|b| self.config.architecture.build(b))
     }
 
     /// The parameters. Updates in place are seen by [`Classifier::logits`].
@@ -242,7 +132,7 @@ mod tests {
     use candle_core::{DType, Var};
 
     use super::*;
-    use crate::nn::Standardization;
+    use crate::nn::{ResNetConfig, SmallCnnConfig, Standardization};
 
     fn config() -> ClassifierConfig {
         ClassifierConfig {

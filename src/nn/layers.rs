@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::{Buffer, Builder, Init, Packed};
+use super::params::{Buffer, Builder, Init, Packed};
 use crate::{
     Result,
     device::Precision,

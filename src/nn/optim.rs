@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
 
-use super::Params;
+use super::params::Params;
 use crate::{
     Result,
     kernels::{self, Elements},
@@ -470,7 +470,7 @@ impl Ema {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Builder, Conv2d};
+    use super::super::{layers::Conv2d, params::Builder};
     use super::*;
     use crate::rng;
 

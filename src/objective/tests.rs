@@ -10,7 +10,7 @@ use crate::{
     attack::{Epsilon, Norm, PgdConfig, PgdLoss, Threat, ascend},
     kernels,
     nn::{
-        BatchNormMode, Builder, Params, ResNet, ResNetConfig,
+        BatchNormMode, Builder, ClassifierArchitecture, ClassifierNetwork, Params, ResNetConfig,
         optim::{Optimizer, Sgd, SgdConfig},
     },
 };
@@ -18,9 +18,9 @@ use crate::{
 const REAL: usize = 6;
 const SYNTHETIC: usize = 10;
 
-fn build(b: &Builder) -> Result<ResNet> {
+fn build(b: &Builder) -> Result<Box<dyn ClassifierNetwork>> {
     let config = ResNetConfig { widths: vec![4, 8], blocks: vec![1, 1], ..ResNetConfig::resnet18(1, 8, 4) };
-    ResNet::new(&config, b)
+    config.build(b)
 }
 
 fn norm(t: &Tensor) -> f64 {
@@ -48,7 +48,7 @@ fn twenty_steps(objective: &str) {
     let get = |key: &str| &tensors[&format!("{objective}.{key}")];
     let params = parameters(&tensors, &format!("{objective}.before."));
     let network = params.tracked(build).unwrap();
-    let forward = |x: &Tensor| Ok(network.forward(x, BatchNormMode::Train)?.1);
+    let forward = |x: &Tensor| network.logits_by(x, BatchNormMode::Train);
     let mix = GammaMix::new(0.4, REAL, SYNTHETIC).unwrap();
     let weights: Vec<f32> =
         (0..REAL + SYNTHETIC).map(|i| if i < REAL { mix.real } else { mix.synthetic } as f32).collect();
@@ -93,7 +93,7 @@ fn pgd_from_a_given_start_goes_where_pytorchs_goes() {
     let tensors = golden();
     let params = parameters(&tensors, "trades.after.");
     let network = params.frozen(build).unwrap();
-    let logits_of = |x: &Tensor| Ok(network.forward(x, BatchNormMode::Eval)?.1);
+    let logits_of = |x: &Tensor| network.logits_by(x, BatchNormMode::Eval);
     let labels = tensors["pgd.labels"].to_dtype(DType::U32).unwrap();
     let loss_of = |logits: &Tensor| kernels::cross_entropy(logits, &labels);
     let x = nhwc(&tensors["pgd.x"]);

@@ -4,7 +4,28 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::{Result, nn::Classifier};
+use crate::{
+    Result,
+    nn::{Architecture, Classifier, ClassifierConfig},
+};
+
+/// The configuration of a discriminator of this architecture.
+///
+/// Fails with [`Error::Usage`](crate::Error::Usage) if it normalises by statistics of the batch, which would leak which source
+/// a batch is of, and with [`Error::Data`](crate::Error::Data) unless it has two classes.
+pub fn config(architecture: Architecture) -> Result<ClassifierConfig> {
+    if architecture.has_batch_norm() {
+        bail!(
+            Usage,
+            "the discriminators' architecture is {}, which normalises by statistics of the batch; expected one that does not, \
+             as small_cnn",
+            architecture.tag()
+        );
+    }
+    let config = ClassifierConfig { architecture, class_names: vec!["real".into(), "synthetic".into()] };
+    config.validate()?;
+    Ok(config)
+}
 
 /// How a network is told the radius that it is to withstand.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,6 +85,26 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
+    use crate::nn::{ResNetConfig, SmallCnnConfig};
+
+    #[test]
+    fn a_network_that_sees_its_batch_is_no_discriminator() {
+        let error = config(Architecture::Resnet(ResNetConfig::resnet18(1, 8, 2))).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("architecture is resnet, which normalises by"), "{error}");
+        let small = |num_classes| {
+            let channels = vec![4, 8];
+            Architecture::SmallCnn(SmallCnnConfig {
+                in_channels: 1,
+                image_size: 8,
+                channels,
+                num_classes,
+                groups: 2,
+            })
+        };
+        assert_eq!(config(small(2)).unwrap().class_names, ["real", "synthetic"]);
+        assert!(config(small(3)).unwrap_err().to_string().contains("expected num_classes = 3"));
+    }
 
     #[test]
     fn the_plane_is_one_more_channel_and_lets_the_images_gradient_through() {

@@ -109,3 +109,18 @@ fn remove_hidden(out: &Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+impl Job {
+    /// A job on the CPU for tests of a part of a stage: nothing finishes the folder.
+    pub(crate) fn scratch(out: PathBuf) -> Self {
+        Self {
+            device: Device::Cpu,
+            device_class: "cpu".into(),
+            fingerprint: "0".repeat(64),
+            out,
+            config: String::new(),
+            lock: OnceLock::new(),
+        }
+    }
+}

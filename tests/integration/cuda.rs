@@ -16,7 +16,8 @@ use proxyset::{
     device::{DeviceChoice, Precision},
     kernels::{self, BasicBlock, BatchStatistics, BlockWeights, ResnetBlock},
     nn::{
-        Architecture, BatchNormMode, Classifier, ClassifierConfig, Init, Params, UNet, UNetConfig,
+        Architecture, BatchNormMode, Classifier, ClassifierConfig, DenoiserArchitecture, Init, Params,
+        UNetConfig,
         optim::{Adam, AdamConfig, Ema, Optimizer, Sgd, SgdConfig},
     },
     rng,
@@ -324,8 +325,8 @@ fn cuda_networks_agree_with_the_cpu() {
     };
     let t = Tensor::new(&[3f32, 40.0, 500.0, 999.0], &Device::Cpu).unwrap();
     let of = |device: &Device, images: &Tensor| {
-        let params = Params::init(3, device, |b| UNet::new(&config, b)).unwrap();
-        let net = params.frozen(|b| UNet::new(&config, b)).unwrap();
+        let params = Params::init(3, device, |b| config.build(b)).unwrap();
+        let net = params.frozen(|b| config.build(b)).unwrap();
         net.forward(&images.to_device(device).unwrap(), &t.to_device(device).unwrap(), None).unwrap()
     };
     let (cpu, cuda) = (of(&Device::Cpu, &images.to_dtype(DType::F64).unwrap()), of(&gpu, &images));

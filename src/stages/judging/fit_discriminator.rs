@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{
     Error, Result,
     attack::{Epsilon, Norm, Pgd},
-    data::{Augment, Dataset, Range, augmented},
+    data::{Augment, Dataset, Range, Shape, augmented},
     device::side_by_side,
     error::expect_within as expect,
     evaluation::correct_throughout,
@@ -27,7 +27,7 @@ use crate::{
     proxy::{
         REAL, SYNTHETIC,
         calibration::Calibration,
-        discriminator::Discriminator,
+        discriminator::{self, Discriminator},
         fold::{HeldOut, fold_of, held_out},
     },
     rng::{Permutation, some_of, spread},
@@ -155,6 +155,17 @@ impl FitDiscriminator {
         if self.conditioned { vec![all] } else { all.map(|radius| radius..radius + 1).collect() }
     }
 
+    /// The network for images of this shape.
+    fn architecture(&self, shape: Shape) -> Architecture {
+        Architecture::SmallCnn(SmallCnnConfig {
+            in_channels: shape.channels + condition(self.conditioned, &self.epsilons, 0).channels(),
+            image_size: shape.height,
+            channels: self.channels.clone(),
+            num_classes: 2,
+            groups: self.groups,
+        })
+    }
+
     /// The attack at one radius.
     fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Pgd> {
         Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, 1, seed)
@@ -167,7 +178,7 @@ impl FitDiscriminator {
         out: &Path,
         set: usize,
         radii: Span<usize>,
-        data: &SetData,
+        (config, data): (&ClassifierConfig, &SetData),
         bar: &Progress,
     ) -> Result<Vec<NetRecord>> {
         let judges = set == self.folds;
@@ -184,19 +195,8 @@ impl FitDiscriminator {
         // Another seed for every network: what they agree on is not an accident of their start.
         let seed = self.seed ^ (((set as u64 + 1) << 16 | (radii.start as u64 + 1)) << 32);
         let shape = data.real.shape;
-        let config = ClassifierConfig {
-            architecture: Architecture::SmallCnn(SmallCnnConfig {
-                in_channels: shape.channels
-                    + condition(self.conditioned, &self.epsilons, radii.start).channels(),
-                image_size: shape.height,
-                channels: self.channels.clone(),
-                num_classes: 2,
-                groups: self.groups,
-            }),
-            class_names: vec!["real".into(), "synthetic".into()],
-        };
         let net = Classifier::init(config.clone(), seed, &job.device)?;
-        let averaged = Arc::new(Classifier::init(config, seed, &job.device)?);
+        let averaged = Arc::new(Classifier::init(config.clone(), seed, &job.device)?);
         let at = |radius: usize| condition(self.conditioned, &self.epsilons, radius);
         let averaged_at = |radius: usize| Discriminator::new(averaged.clone(), at(radius));
         let tracked = net.tracked()?;
@@ -355,6 +355,7 @@ impl Stage for FitDiscriminator {
         let real = Real::load(&SPLIT.finished(self.split.as_deref())?)?;
         let pool = Pool::open(self.pool.as_deref())?;
         pool.expect_shape(real.train.shape)?;
+        let config = discriminator::config(self.architecture(real.train.shape))?;
         let parts = PoolParts::read(&pool, self)?;
         let data: Vec<SetData> = (0..self.sets()).map(|set| self.set_data(&real, &parts, set)).collect();
         for (set, data) in data.iter().enumerate() {
@@ -371,8 +372,9 @@ impl Stage for FitDiscriminator {
         let units: Vec<(usize, Span<usize>)> =
             (0..self.sets()).flat_map(|set| spans.iter().map(move |span| (set, span.clone()))).collect();
         let bar = Progress::new(Self::NAME, (units.len() * self.steps) as u64, "steps");
-        let fit =
-            |(set, radii): &(usize, Span<usize>)| self.fit(job, out, *set, radii.clone(), &data[*set], &bar);
+        let fit = |(set, radii): &(usize, Span<usize>)| {
+            self.fit(job, out, *set, radii.clone(), (&config, &data[*set]), &bar)
+        };
         let nets = side_by_side(&job.device, &units, fit)?.concat();
         let sets: Vec<Vec<NetRecord>> = nets.chunks(self.epsilons.len()).map(<[_]>::to_vec).collect();
         let accuracies: Vec<Vec<f64>> =
@@ -440,7 +442,7 @@ mod tests {
             num_classes: 2,
             groups: 8,
         });
-        let config = ClassifierConfig { architecture, class_names: vec!["real".into(), "synthetic".into()] };
+        let config = discriminator::config(architecture).unwrap();
         Discriminator::new(Arc::new(Classifier::init(config, 3, &Device::Cpu).unwrap()), Conditioning::None)
     }
 

@@ -18,7 +18,7 @@ use crate::{
     error::expect_within as expect,
     fs,
     nn::{
-        LrDecay, LrSchedule, SampleSize, UNetConfig,
+        DenoiserConfig, LrDecay, LrSchedule, SampleSize, UNetConfig,
         optim::{Adam, AdamConfig},
     },
     progress::Progress,
@@ -134,7 +134,8 @@ pub enum Parametrization {
 }
 
 impl FitGenerator {
-    fn unet(&self, shape: Shape, classes: usize) -> Result<UNetConfig> {
+    /// The network for images of this shape and number of classes.
+    fn denoiser(&self, shape: Shape, classes: usize) -> Result<DenoiserConfig> {
         let levels = self.block_out_channels.len();
         if shape.height != shape.width || !shape.height.is_multiple_of(1 << (levels - 1)) {
             bail!(
@@ -147,7 +148,7 @@ impl FitGenerator {
             let attention = if self.attention_levels.contains(&level) { "Attn" } else { "" };
             format!("{attention}{way}Block2D")
         };
-        Ok(UNetConfig {
+        Ok(DenoiserConfig::UNet(UNetConfig {
             sample_size: Some(SampleSize::Square(shape.height)),
             in_channels: shape.channels,
             out_channels: shape.channels,
@@ -164,7 +165,7 @@ impl FitGenerator {
             dropout: self.dropout,
             resnet_time_scale_shift: if self.scale_shift { "scale_shift" } else { "default" }.into(),
             ..UNetConfig::default()
-        })
+        }))
     }
 }
 
@@ -353,9 +354,14 @@ impl Stage for FitGenerator {
     fn run(&self, job: &Job) -> Result<Outcome> {
         let real = Real::load(&SPLIT.finished(self.split.as_deref())?)?;
         let fit = real.fit();
+        let config = self.denoiser(fit.shape, fit.class_names.len())?;
+        self.train(job, &real, &fit, config)
+    }
+}
+
+impl FitGenerator {
+    fn train(&self, job: &Job, real: &Real, fit: &Dataset, config: DenoiserConfig) -> Result<Outcome> {
         let shape = fit.shape;
-        let config = self.unet(shape, fit.class_names.len())?;
-        config.validate()?;
         let scheduler = self.scheduler();
         let process = scheduler.process()?;
         let classes = fit.class_names.len() as u32;
@@ -445,22 +451,20 @@ impl Stage for FitGenerator {
         };
         let summary = json!({
             "parameters": averaged.params().count(),
-            "macs": averaged.config().macs(shape.height, shape.width)?,
+            "macs": averaged.config().macs()?,
             "trained_on": fit.len(),
             "last": trainer.log_lines().last(),
         });
-        fs::publish(&out.join("README.md"), self.card(&info, &summary).as_bytes())?;
+        fs::publish(&out.join("README.md"), self.card(&info, averaged.config(), &summary).as_bytes())?;
         fs::publish(&out.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
         fs::publish_json(&out.join(GeneratorInfo::FILE), &info)?;
         averaged.save(out)?;
         note(self, &format!("last loss {}", summary["last"]["loss"]));
         Ok(Outcome::Done(summary))
     }
-}
 
-impl FitGenerator {
     /// The model card.
-    fn card(&self, info: &GeneratorInfo, summary: &serde_json::Value) -> String {
+    fn card(&self, info: &GeneratorInfo, network: &DenoiserConfig, summary: &serde_json::Value) -> String {
         let conditional = if self.conditional { "class-conditional " } else { "" };
         format!(
             "---\nlicense: other\nlibrary_name: diffusers\ntags: [diffusion, ddpm, proxyset]\n---\n\n\
@@ -468,7 +472,7 @@ impl FitGenerator {
              Trained by `proxyset fit-generator` (version {version}) on {n} images of `{source}` \
              (BLAKE3 `{hash}`), {classes} classes: {names}.\n\n\
              | | |\n|---|---|\n\
-             | network | `UNet2DModel`, channels {channels:?}, {parameters} parameters, {macs} multiply-adds per image and step |\n\
+             | network | `{class}`, channels {channels:?}, {parameters} parameters, {macs} multiply-adds per image and step |\n\
              | process | {process} |\n\
              | training | {steps} steps of {batch} images, Adam {lr}, moving average {ema}, seed {seed} |\n\
              | last loss | {loss} |\n\n\
@@ -486,6 +490,7 @@ impl FitGenerator {
             hash = &info.trained_on_fingerprint[..16],
             classes = info.class_names.len(),
             names = info.class_names.join(", "),
+            class = network.tag(),
             channels = self.block_out_channels,
             parameters = summary["parameters"],
             macs = summary["macs"],
@@ -507,5 +512,94 @@ impl FitGenerator {
             seed = self.seed,
             loss = summary["last"]["loss"],
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        progress::STOP_AT_LOOK,
+        stages::making::{Generate, Split},
+    };
+
+    /// Runs `work` on one thread, which is stopped at a look from now, 0 for none.
+    fn stopped_at(look: u32, work: impl FnOnce() -> Result<Outcome> + Send) -> Result<Outcome> {
+        let thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        thread.install(|| {
+            STOP_AT_LOOK.set(look);
+            work()
+        })
+    }
+
+    /// The network of src/nn/architecture/mlp.rs. It goes through the code that a U-Net goes through.
+    #[test]
+    fn another_denoiser_than_the_u_net_trains_samples_and_resumes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let split = Split { limit: 300, ..Split::default() };
+        Stage::run(&split, &Job::scratch(path("split"))).unwrap();
+        let real = Real::load(&path("split")).unwrap();
+        let (fit, settings) =
+            (real.fit(), json!({"image_size": 8, "channels": 1, "hidden": 64, "num_classes": 10}));
+        let network = DenoiserConfig::from_json("Mlp", settings.as_object().unwrap().clone()).unwrap();
+
+        let stage = FitGenerator {
+            steps: 200,
+            batch: 32,
+            learning_rate: 5e-3,
+            warmup_steps: 10,
+            ema_decay: 0.95,
+            validate_every: 50,
+            sample_every: 100,
+            ..FitGenerator::default()
+        };
+        let train = |name: &str, look: u32| {
+            let job = Job::scratch(path(name));
+            stopped_at(look, || stage.train(&job, &real, &fit, network.clone()))
+        };
+        train("model", 0).unwrap();
+        for look in [70, 90] {
+            assert_eq!(train("killed", look).err().unwrap().exit_code(), 75);
+        }
+        train("killed", 0).unwrap();
+        let same = |a: PathBuf, b: PathBuf| {
+            assert!(std::fs::read(&a).unwrap() == std::fs::read(b).unwrap(), "{a:?}");
+        };
+        for file in ["unet/diffusion_pytorch_model.safetensors", "metrics.jsonl", "samples/step-0000200.png"]
+        {
+            same(path("model").join(file), path("killed").join(file));
+        }
+        let log = std::fs::read_to_string(path("model/metrics.jsonl")).unwrap();
+        let validated =
+            |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["validation_loss"].as_f64();
+        let losses: Vec<f64> = log.lines().filter_map(validated).collect();
+        assert_eq!(losses.len(), 4);
+        assert!(losses[3] < 0.6, "it has not learned: a network that says 0 has a loss of 1: {losses:?}");
+
+        let model = DiffusionModel::load(&path("model"), &Device::Cpu).unwrap();
+        assert_eq!(*model.config(), network);
+        let stage = Generate {
+            model: Some(path("model")),
+            count: 40,
+            shard_rows: 16,
+            micro_batch: 8,
+            sampler: Some(SamplerKind::Ddpm),
+            steps: Some(20),
+            ..Generate::default()
+        };
+        let generate = |name: &str, look: u32| {
+            let job = Job::scratch(path(name));
+            stopped_at(look, || Stage::run(&stage, &job))
+        };
+        generate("pool", 0).unwrap();
+        for look in [30, 45] {
+            assert_eq!(generate("killed-pool", look).err().unwrap().exit_code(), 75);
+        }
+        generate("killed-pool", 0).unwrap();
+        for shard in 0..3 {
+            let file = format!("pool/shard-{shard:05}.parquet");
+            same(path("pool").join(&file), path("killed-pool").join(&file));
+        }
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{
-    Error, Result,
+    Error, Result, ResultExt,
     data::{Range, Shape, from_chw, gaussian_noise, to_u8},
     device::all_of_class,
     diffusion::{
@@ -442,23 +442,17 @@ impl Generate {
         model: &DiffusionModel,
         sampler: &SamplerConfig,
     ) -> Result<(PoolInfo, Option<u32>)> {
-        let unet = model.config();
+        let network = model.config();
         let path = dir.join(GeneratorInfo::FILE);
         let known = GeneratorInfo::read_if_there(dir)?;
-        let Some((height, width)) = unet.sample_size.map(crate::nn::SampleSize::height_width) else {
-            bail!(
-                Data,
-                "{}: the U-Net's sample_size is not set, expected the side of its images",
-                dir.display()
-            )
-        };
-        let shape = Shape { height, width, channels: unet.in_channels };
+        let (height, width, channels) = network.image_shape().context(|| dir.display().to_string())?;
+        let (shape, classes) = (Shape { height, width, channels }, network.num_classes());
         if let Some(known) = known.as_ref().filter(|k| k.shape != shape) {
-            bail!(Data, "{}: images are {}, expected the U-Net's {shape}", path.display(), known.shape);
+            bail!(Data, "{}: images are {}, expected the network's {shape}", path.display(), known.shape);
         }
         let null_class = known.as_ref().and_then(|k| k.null_class);
         if let (Some(known), Some(null)) = (&known, null_class)
-            && (null as usize != known.class_names.len() || unet.num_class_embeds.is_none())
+            && (null as usize != known.class_names.len() || classes.is_none())
         {
             bail!(
                 Data,
@@ -467,7 +461,7 @@ impl Generate {
                 known.class_names.len()
             );
         }
-        let class_names = match (&known, unet.num_class_embeds) {
+        let class_names = match (&known, classes) {
             (Some(known), None) => known.class_names.clone(),
             (Some(known), Some(n)) if known.class_names.len() + usize::from(null_class.is_some()) == n => {
                 known.class_names.clone()
@@ -494,7 +488,7 @@ impl Generate {
             shards: self.shard_count(),
             shape,
             class_names,
-            conditional: unet.num_class_embeds.is_some(),
+            conditional: classes.is_some(),
             generator: job.fingerprint.clone(),
             sampler: json!({
                 "kind": sampler.kind, "steps": sampler.steps, "eta": sampler.eta, "clip": sampler.clip,
@@ -769,7 +763,7 @@ mod tests {
     use super::*;
     use crate::{
         diffusion::SchedulerConfig,
-        nn::{SampleSize, UNetConfig},
+        nn::{DenoiserConfig, SampleSize, UNetConfig},
     };
 
     #[test]
@@ -815,7 +809,9 @@ mod tests {
             ..UNetConfig::default()
         };
         let dir = tempfile::tempdir().unwrap();
-        let model = DiffusionModel::init(config, SchedulerConfig::default(), 0, &Device::Cpu).unwrap();
+        let model =
+            DiffusionModel::init(DenoiserConfig::UNet(config), SchedulerConfig::default(), 0, &Device::Cpu);
+        let model = model.unwrap();
         model.save(dir.path()).unwrap();
         let workers = load(dir.path(), vec![Device::Cpu; 3]).unwrap();
         assert_eq!(workers.len(), 3);

@@ -5,20 +5,21 @@ mod config;
 
 use std::cell::Cell;
 
-use blocks::{DownBlock, MidBlock, UpBlock};
+use blocks::{DownBlock, Dropout, MidBlock, UpBlock};
 use candle_core::{D, Tensor};
 pub use config::{SampleSize, UNetConfig};
 
-use super::{Builder, Conv2d, Embedding, GroupNorm, Linear, layers::to_compute, params};
-use crate::{Result, kernels, rng};
+use crate::{
+    Result, kernels,
+    nn::{
+        layers::{Conv2d, Embedding, GroupNorm, Linear, to_compute},
+        network::{DenoiserArchitecture, DenoiserNetwork, expect_none},
+        params::Builder,
+    },
+};
 
-/// The version of `diffusers` whose file layout is written.
-pub(crate) const DIFFUSERS_VERSION: &str = "0.42.1";
-
-/// Predicts the noise in an image, given the diffusion step and, in a conditional model, the class.
-///
 /// Names and layouts of the parameters are those of `diffusers`' `UNet2DModel`.
-pub struct UNet {
+struct UNet {
     conv_in: Conv2d,
     time_embedding: (Linear, Linear),
     class_embedding: Option<Embedding>,
@@ -31,9 +32,8 @@ pub struct UNet {
 }
 
 impl UNet {
-    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if the configuration cannot be built.
-    pub fn new(config: &UNetConfig, b: &Builder) -> Result<Self> {
-        config.validate()?;
+    fn new(config: &UNetConfig, b: &Builder) -> Result<Self> {
+        expect_none(&config.faults())?;
         let (first, time_dim) = (config.block_out_channels[0], config.time_dim());
         let blocks = 0..config.block_out_channels.len();
         let time = b.pp("time_embedding");
@@ -64,28 +64,6 @@ impl UNet {
             conv_out: Conv2d::new(first, config.out_channels, 3, &b.pp("conv_out"))?,
             config: config.clone(),
         })
-    }
-
-    /// The noise in `x`.
-    ///
-    /// `x`: `(b, h, w, in_channels)` f32, pixels in [-1, 1] under their noise; h and w are multiples of
-    /// [`UNetConfig::size_multiple`]. `t`: `(b,)` f32, the step from 0. `class_labels`: `(b,)` u32, for a
-    /// conditional model and only there. Returns `(b, h, w, out_channels)`.
-    pub fn forward(&self, x: &Tensor, t: &Tensor, class_labels: Option<&Tensor>) -> Result<Tensor> {
-        self.forward_with(x, t, class_labels, None)
-    }
-
-    /// [`UNet::forward`] in training: with the configuration's dropout, drawn for each of the samples `ids` from
-    /// `(seed, id)` alone.
-    pub fn forward_in_training(
-        &self,
-        x: &Tensor,
-        t: &Tensor,
-        class_labels: Option<&Tensor>,
-        (seed, ids): (u64, &[u64]),
-    ) -> Result<Tensor> {
-        let dropout = Dropout { rate: self.config.dropout, seed, ids, block: Cell::new(0) };
-        self.forward_with(x, t, class_labels, (self.config.dropout > 0.0).then_some(&dropout))
     }
 
     fn forward_with(
@@ -136,14 +114,27 @@ impl UNet {
         }
         kernels::silu(&temb)
     }
+}
 
-    /// The shape of the network.
-    pub fn config(&self) -> &UNetConfig {
-        &self.config
+impl DenoiserNetwork for UNet {
+    /// Height and width are multiples of [`UNetConfig::size_multiple`].
+    fn forward(&self, x: &Tensor, t: &Tensor, classes: Option<&Tensor>) -> Result<Tensor> {
+        self.forward_with(x, t, classes, None)
     }
 
-    /// Multiply-adds of convolutions, linear layers and attention for one image of `height` × `width`.
-    pub fn macs(&self, height: usize, width: usize) -> u64 {
+    /// With the configuration's dropout.
+    fn forward_in_training(
+        &self,
+        x: &Tensor,
+        t: &Tensor,
+        classes: Option<&Tensor>,
+        (seed, ids): (u64, &[u64]),
+    ) -> Result<Tensor> {
+        let dropout = Dropout { rate: self.config.dropout, seed, ids, block: Cell::new(0) };
+        self.forward_with(x, t, classes, (self.config.dropout > 0.0).then_some(&dropout))
+    }
+
+    fn macs(&self, height: usize, width: usize) -> u64 {
         let mut positions = height * width;
         let (first, second) = &self.time_embedding;
         let mut macs = first.macs(1) + second.macs(1) + self.conv_in.macs(positions);
@@ -160,42 +151,33 @@ impl UNet {
     }
 }
 
-/// What residual blocks leave out while training: before the second convolution, as in `diffusers`.
-struct Dropout<'a> {
-    rate: f64,
-    seed: u64,
-    ids: &'a [u64],
-    /// The next block.
-    block: Cell<u32>,
-}
-
-impl Dropout<'_> {
-    /// Zeros, and 1 / (1 - rate) for what stays, for `channels` at the positions of `x`.
-    fn mask(&self, x: &Tensor, channels: usize) -> Result<Tensor> {
-        let (b, h, w, _) = x.dims4()?;
-        if b != self.ids.len() {
-            bail!(Alarm, "dropout for {} samples, but there are {b}", self.ids.len());
+impl DenoiserArchitecture for UNetConfig {
+    fn image_shape(&self) -> Result<(usize, usize, usize)> {
+        let Some(size) = self.sample_size else {
+            bail!(Data, "the U-Net's sample_size is not set, expected the side of its images")
+        };
+        if self.out_channels != self.in_channels {
+            bail!(
+                Data,
+                "out_channels is {}, expected {}, that of in_channels",
+                self.out_channels,
+                self.in_channels
+            );
         }
-        let stream = rng::stream::DROPOUT + self.block.replace(self.block.get() + 1);
-        let (rate, kept) = (self.rate as f32, (1.0 / (1.0 - self.rate)) as f32);
-        let mut mask = vec![0f32; b * h * w * channels];
-        for (sample, &id) in mask.chunks_exact_mut(h * w * channels).zip(self.ids) {
-            rng::uniforms(self.seed, id, stream, sample);
-            sample.iter_mut().for_each(|v| *v = if *v < rate { 0.0 } else { kept });
-        }
-        Ok(Tensor::from_vec(mask, (b, h, w, channels), x.device())?)
-    }
-}
-
-impl UNetConfig {
-    /// [`UNet::macs`] without making the parameters. Fails if the configuration cannot be built.
-    pub fn macs(&self, height: usize, width: usize) -> Result<u64> {
-        Ok(params::skeleton(|b| UNet::new(self, b))?.0.macs(height, width))
+        let (height, width) = size.height_width();
+        Ok((height, width, self.in_channels))
     }
 
-    /// The number of parameters. Fails if the configuration cannot be built.
-    pub fn count(&self) -> Result<usize> {
-        Ok(params::skeleton(|b| UNet::new(self, b))?.1)
+    fn num_classes(&self) -> Option<usize> {
+        self.num_class_embeds
+    }
+
+    fn faults(&self) -> Vec<String> {
+        self.find_faults()
+    }
+
+    fn build(&self, b: &Builder) -> Result<Box<dyn DenoiserNetwork>> {
+        Ok(Box::new(UNet::new(self, b)?))
     }
 }
 

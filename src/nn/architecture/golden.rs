@@ -7,8 +7,14 @@ use std::{
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::{BatchNormMode, Builder, Params};
-use crate::{Result, kernels};
+use crate::{
+    Result, kernels,
+    nn::{
+        layers::BatchNormMode,
+        network::ClassifierNetwork,
+        params::{Builder, Params},
+    },
+};
 
 /// A golden file and the parameters in it.
 pub struct Golden {
@@ -70,28 +76,20 @@ impl Golden {
     }
 
     /// Logits by running statistics, which they do not move.
-    pub fn evaluates_alike<N>(
-        &self,
-        build: impl Fn(&Builder) -> Result<N>,
-        forward: impl Fn(&N, &Tensor, BatchNormMode) -> Result<Tensor>,
-    ) {
+    pub fn evaluates_alike<N: ClassifierNetwork>(&self, build: impl Fn(&Builder) -> Result<N>) {
         let before = self.params.to_safetensors(&[]).unwrap();
         let net = self.params.frozen(build).unwrap();
-        let logits = forward(&net, &self.x(), BatchNormMode::Eval).unwrap();
+        let logits = net.logits_by(&self.x(), BatchNormMode::Eval).unwrap();
         assert_close("logits", &logits, &self.tensors["logits_eval"]);
         assert_eq!(self.params.to_safetensors(&[]).unwrap(), before);
     }
 
     /// Logits, gradients and running statistics of a training step on the mean cross-entropy.
-    pub fn trains_alike<N>(
-        &self,
-        build: impl Fn(&Builder) -> Result<N>,
-        forward: impl Fn(&N, &Tensor, BatchNormMode) -> Result<Tensor>,
-    ) {
+    pub fn trains_alike<N: ClassifierNetwork>(&self, build: impl Fn(&Builder) -> Result<N>) {
         let Self { tensors, params } = self;
         let net = params.tracked(build).unwrap();
         let x = Var::from_tensor(&self.x()).unwrap();
-        let logits = forward(&net, &x, BatchNormMode::Train).unwrap();
+        let logits = net.logits_by(&x, BatchNormMode::Train).unwrap();
         assert_close("logits", &logits, &tensors["logits_train"]);
         let labels = tensors["labels"].to_dtype(DType::U32).unwrap();
         let loss = kernels::cross_entropy(&logits, &labels).unwrap().mean_all().unwrap();

@@ -3,15 +3,17 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    BatchNorm, BatchNormMode, Builder, Conv2d, Init, Linear, Packed, Standardization,
-    classifier::{expect_images, expect_positive},
-    layers::{RunningStatistics, to_compute},
-    params,
+use crate::{
+    Result, kernels,
+    nn::{
+        layers::{BatchNorm, BatchNormMode, Conv2d, Linear, RunningStatistics, Standardization, to_compute},
+        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_positive},
+        params::{Builder, Init, Packed},
+    },
 };
-use crate::{Result, kernels};
 
-/// The shape of a [`ResNet`]. `widths` and `blocks` are by default those of ResNet-18.
+/// ResNet (He et al. 2016) in its form for small images: a 3 × 3 stem without pooling, stages of basic blocks, the mean
+/// over what is left of the image, and a linear layer. `widths` and `blocks` are by default those of ResNet-18.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResNetConfig {
@@ -52,7 +54,7 @@ impl ResNetConfig {
     }
 
     /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
-    pub fn validate(&self) -> Result<()> {
+    fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, num_classes, widths, blocks, .. } = self;
         expect_positive(&[
             ("in_channels", *in_channels),
@@ -80,16 +82,27 @@ impl ResNetConfig {
     fn last_side(&self) -> usize {
         (1..self.widths.len()).fold(self.image_size, |side, _| side.div_ceil(2))
     }
+}
 
-    /// [`ResNet::macs`] without making the parameters. Fails if the configuration cannot be built.
-    pub fn macs(&self) -> Result<u64> {
-        Ok(params::skeleton(|b| ResNet::new(self, b))?.0.macs())
+impl ClassifierArchitecture for ResNetConfig {
+    fn num_classes(&self) -> usize {
+        self.num_classes
+    }
+
+    fn image_shape(&self) -> (usize, usize, usize) {
+        (self.image_size, self.image_size, self.in_channels)
+    }
+
+    fn has_batch_norm(&self) -> bool {
+        true
+    }
+
+    fn build(&self, b: &Builder) -> Result<Box<dyn ClassifierNetwork>> {
+        Ok(Box::new(ResNet::new(self, b)?))
     }
 }
 
-/// ResNet (He et al. 2016) in its form for small images: a 3 × 3 stem without pooling, stages of basic blocks,
-/// the mean over what is left of the image, and a linear layer.
-pub struct ResNet {
+struct ResNet {
     conv1: Conv2d,
     bn1: BatchNorm,
     stages: Vec<Vec<BasicBlock>>,
@@ -98,8 +111,7 @@ pub struct ResNet {
 }
 
 impl ResNet {
-    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if the configuration cannot be built.
-    pub fn new(config: &ResNetConfig, b: &Builder) -> Result<Self> {
+    fn new(config: &ResNetConfig, b: &Builder) -> Result<Self> {
         config.validate()?;
         let ResNetConfig { in_channels, num_classes, widths, blocks, .. } = config;
         let stages = blocks.iter().enumerate().map(|(i, &n)| {
@@ -120,10 +132,10 @@ impl ResNet {
             config: config.clone(),
         })
     }
+}
 
-    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the features before the
-    /// last layer, `(b, windows · channels)`, and the logits, `(b, num_classes)`.
-    pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
+impl ClassifierNetwork for ResNet {
+    fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
         let x = Standardization::apply(self.config.standardize.as_ref(), x)?;
         let mut x = self.bn1.forward_relu(&self.conv1.forward(&to_compute(&x)?)?, mode)?;
@@ -139,8 +151,7 @@ impl ResNet {
         Ok((features, logits))
     }
 
-    /// Multiply-adds of convolutions and the linear layer for one image.
-    pub fn macs(&self) -> u64 {
+    fn macs(&self) -> u64 {
         let mut side = self.config.image_size;
         let mut macs = self.conv1.macs(side * side) + self.linear.macs(1);
         for (i, blocks) in self.stages.iter().enumerate() {
@@ -205,10 +216,8 @@ impl BasicBlock {
 mod tests {
     use candle_core::Device;
 
-    use super::{
-        super::{Params, golden::Golden},
-        *,
-    };
+    use super::{super::golden::Golden, *};
+    use crate::nn::params::{self, Params};
 
     /// tests/golden/resnet.py: an odd image, a stage of two blocks, widths that differ.
     fn config() -> ResNetConfig {
@@ -219,10 +228,6 @@ mod tests {
         ResNet::new(&config(), b)
     }
 
-    fn logits(net: &ResNet, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
-        Ok(net.forward(x, mode)?.1)
-    }
-
     #[test]
     fn names_are_those_of_robustbench() {
         Golden::read("resnet", build).names_are_theirs(build);
@@ -230,12 +235,12 @@ mod tests {
 
     #[test]
     fn logits_by_running_statistics_are_those_of_pytorch_and_move_nothing() {
-        Golden::read("resnet", build).evaluates_alike(build, logits);
+        Golden::read("resnet", build).evaluates_alike(build);
     }
 
     #[test]
     fn logits_gradients_and_running_statistics_of_a_training_step_are_those_of_pytorch() {
-        Golden::read("resnet", build).trains_alike(build, logits);
+        Golden::read("resnet", build).trains_alike(build);
     }
 
     #[test]
@@ -243,7 +248,7 @@ mod tests {
         let golden = Golden::read("resnet", build);
         let (net, x) = (golden.params.frozen(build).unwrap(), golden.x());
         let first =
-            |x: &Tensor, mode| net.forward(x, mode).unwrap().1.to_vec2::<f32>().unwrap().swap_remove(0);
+            |x: &Tensor, mode| net.logits_by(x, mode).unwrap().to_vec2::<f32>().unwrap().swap_remove(0);
         let alone = x.narrow(0, 0, 1).unwrap();
         assert_eq!(first(&x, BatchNormMode::Eval), first(&alone, BatchNormMode::Eval));
         assert_ne!(first(&x, BatchNormMode::Train), first(&alone, BatchNormMode::Train));
@@ -277,13 +282,13 @@ mod tests {
         let x: Vec<f32> = (0..2 * 81 * 3).map(|i| (i % 13) as f32 / 13.0).collect();
         let x = Tensor::from_vec(x, (2, 9, 9, 3), &Device::Cpu).unwrap();
         let net = params.frozen(build).unwrap();
-        let windows = net.forward(&x, BatchNormMode::Eval).unwrap().0.to_vec2::<f32>().unwrap();
+        let windows = net.features_and_logits(&x, BatchNormMode::Eval).unwrap().0.to_vec2::<f32>().unwrap();
         // Windows of 5 x 5 images leave the last row and column out, so their mean is not that of all positions;
         // but the mean over a channel's windows is the same as that of one window of the four pixels' means.
         let config = ResNetConfig { pool: Some(4), ..config.clone() };
         let whole = Params::init(1, &Device::Cpu, |b| ResNet::new(&config, b)).unwrap();
         let net = whole.frozen(|b| ResNet::new(&config, b)).unwrap();
-        let means = net.forward(&x, BatchNormMode::Eval).unwrap().0.to_vec2::<f32>().unwrap();
+        let means = net.features_and_logits(&x, BatchNormMode::Eval).unwrap().0.to_vec2::<f32>().unwrap();
         for (windows, means) in windows.iter().zip(&means) {
             for (channel, mean) in windows.chunks(4).zip(means) {
                 assert!(

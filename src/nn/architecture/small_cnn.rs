@@ -4,18 +4,20 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Builder, Conv2d, GroupNorm, Linear,
-    classifier::{expect_images, expect_positive},
-    layers::to_compute,
-    params,
+use crate::{
+    Result, kernels,
+    nn::{
+        layers::{BatchNormMode, Conv2d, GroupNorm, Linear, to_compute},
+        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_positive},
+        params::Builder,
+    },
 };
-use crate::{Result, kernels};
 
 /// PyTorch's default for norms.
 const NORM_EPS: f64 = 1e-5;
 
-/// The shape of a [`SmallCnn`].
+/// A 3 × 3 stem and two 3 × 3 convolutions a stage, each with GroupNorm and SiLU, then the mean over the image and a
+/// linear layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SmallCnnConfig {
@@ -33,7 +35,7 @@ pub struct SmallCnnConfig {
 
 impl SmallCnnConfig {
     /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
-    pub fn validate(&self) -> Result<()> {
+    fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, channels, num_classes, groups } = self;
         expect_positive(&[
             ("in_channels", *in_channels),
@@ -48,16 +50,27 @@ impl SmallCnnConfig {
         }
         Ok(())
     }
+}
 
-    /// [`SmallCnn::macs`] without making the parameters. Fails if the configuration cannot be built.
-    pub fn macs(&self) -> Result<u64> {
-        Ok(params::skeleton(|b| SmallCnn::new(self, b))?.0.macs())
+impl ClassifierArchitecture for SmallCnnConfig {
+    fn num_classes(&self) -> usize {
+        self.num_classes
+    }
+
+    fn image_shape(&self) -> (usize, usize, usize) {
+        (self.image_size, self.image_size, self.in_channels)
+    }
+
+    fn has_batch_norm(&self) -> bool {
+        false
+    }
+
+    fn build(&self, b: &Builder) -> Result<Box<dyn ClassifierNetwork>> {
+        Ok(Box::new(SmallCnn::new(self, b)?))
     }
 }
 
-/// A 3 × 3 stem and two 3 × 3 convolutions a stage, each with GroupNorm and SiLU, then the mean over the
-/// image and a linear layer.
-pub struct SmallCnn {
+struct SmallCnn {
     stem: ConvNormSilu,
     stages: Vec<[ConvNormSilu; 2]>,
     fc: Linear,
@@ -65,8 +78,7 @@ pub struct SmallCnn {
 }
 
 impl SmallCnn {
-    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if the configuration cannot be built.
-    pub fn new(config: &SmallCnnConfig, b: &Builder) -> Result<Self> {
+    fn new(config: &SmallCnnConfig, b: &Builder) -> Result<Self> {
         config.validate()?;
         let channels = &config.channels;
         let layer = |c_in, c_out, stride, b: &Builder| {
@@ -87,10 +99,10 @@ impl SmallCnn {
             config: config.clone(),
         })
     }
+}
 
-    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the features before the last
-    /// layer, `(b, channels)`, and the logits, `(b, num_classes)`.
-    pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+impl ClassifierNetwork for SmallCnn {
+    fn features_and_logits(&self, x: &Tensor, _: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
         let mut x = self.stem.forward(&to_compute(&x.affine(2.0, -1.0)?)?)?;
         for layer in self.stages.iter().flatten() {
@@ -101,8 +113,7 @@ impl SmallCnn {
         Ok((features, logits))
     }
 
-    /// Multiply-adds of convolutions and the linear layer for one image.
-    pub fn macs(&self) -> u64 {
+    fn macs(&self) -> u64 {
         let mut side = self.config.image_size;
         let mut macs = self.stem.conv.macs(side * side) + self.fc.macs(1);
         for (i, [first, second]) in self.stages.iter().enumerate() {
@@ -156,8 +167,8 @@ mod tests {
             &Device::Cpu,
         );
         let x: Tensor = x.unwrap();
-        let together = net.forward(&x).unwrap().1.to_vec2::<f32>().unwrap();
-        let alone = net.forward(&x.narrow(0, 1, 1).unwrap()).unwrap().1.to_vec2::<f32>().unwrap();
+        let together = net.logits(&x).unwrap().to_vec2::<f32>().unwrap();
+        let alone = net.logits(&x.narrow(0, 1, 1).unwrap()).unwrap().to_vec2::<f32>().unwrap();
         assert_eq!(together[1].len(), 3);
         for (a, b) in together[1].iter().zip(&alone[0]) {
             assert!((a - b).abs() < 1e-5, "{together:?} {alone:?}");
@@ -170,7 +181,7 @@ mod tests {
         let params = Params::init(5, &Device::Cpu, |b| SmallCnn::new(&config(), b)).unwrap();
         let net = params.frozen(|b| SmallCnn::new(&config(), b)).unwrap();
         let x = Tensor::zeros((1, 8, 8, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
-        let error = net.forward(&x).err().unwrap();
+        let error = net.logits(&x).err().unwrap();
         assert_eq!(error.to_string(), "images are 8 x 8 x 1, the classifier expects 7 x 7 x 1");
     }
 

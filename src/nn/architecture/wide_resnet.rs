@@ -3,13 +3,14 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    BatchNorm, BatchNormMode, Builder, Conv2d, Linear, Standardization,
-    classifier::{expect_images, expect_positive},
-    layers::to_compute,
-    params,
+use crate::{
+    Result, kernels,
+    nn::{
+        layers::{BatchNorm, BatchNormMode, Conv2d, Linear, Standardization, to_compute},
+        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_positive},
+        params::Builder,
+    },
 };
-use crate::{Result, kernels};
 
 /// The function between the layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -33,7 +34,8 @@ pub enum WideResNetLayout {
     Deepmind,
 }
 
-/// The shape of a [`WideResNet`].
+/// WRN-depth-width (Zagoruyko & Komodakis 2016): a 3 × 3 stem, three groups of pre-activation blocks, the mean over
+/// what is left of the image, and a linear layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WideResNetConfig {
@@ -60,7 +62,7 @@ pub struct WideResNetConfig {
 
 impl WideResNetConfig {
     /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
-    pub fn validate(&self) -> Result<()> {
+    fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, num_classes, depth, width, layout, .. } = self;
         expect_positive(&[
             ("in_channels", *in_channels),
@@ -76,16 +78,27 @@ impl WideResNetConfig {
         }
         self.standardize.as_ref().map_or(Ok(()), |s| s.validate(*in_channels))
     }
+}
 
-    /// [`WideResNet::macs`] without making the parameters. Fails if the configuration cannot be built.
-    pub fn macs(&self) -> Result<u64> {
-        Ok(params::skeleton(|b| WideResNet::new(self, b))?.0.macs())
+impl ClassifierArchitecture for WideResNetConfig {
+    fn num_classes(&self) -> usize {
+        self.num_classes
+    }
+
+    fn image_shape(&self) -> (usize, usize, usize) {
+        (self.image_size, self.image_size, self.in_channels)
+    }
+
+    fn has_batch_norm(&self) -> bool {
+        true
+    }
+
+    fn build(&self, b: &Builder) -> Result<Box<dyn ClassifierNetwork>> {
+        Ok(Box::new(WideResNet::new(self, b)?))
     }
 }
 
-/// WRN-depth-width (Zagoruyko & Komodakis 2016): a 3 × 3 stem, three groups of pre-activation blocks, the mean over
-/// what is left of the image, and a linear layer.
-pub struct WideResNet {
+struct WideResNet {
     stem: Conv2d,
     groups: Vec<Vec<Block>>,
     norm: Norm,
@@ -94,8 +107,7 @@ pub struct WideResNet {
 }
 
 impl WideResNet {
-    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if the configuration cannot be built.
-    pub fn new(config: &WideResNetConfig, b: &Builder) -> Result<Self> {
+    fn new(config: &WideResNetConfig, b: &Builder) -> Result<Self> {
         config.validate()?;
         let &WideResNetConfig { in_channels, num_classes, depth, width, activation, layout, .. } = config;
         let channels = [16, 16 * width, 32 * width, 64 * width];
@@ -125,10 +137,10 @@ impl WideResNet {
             config: config.clone(),
         })
     }
+}
 
-    /// `x`: `(b, image_size, image_size, in_channels)` f32, pixels in [0, 1]. Returns the features before the
-    /// last layer, `(b, channels)`, and the logits, `(b, num_classes)`.
-    pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
+impl ClassifierNetwork for WideResNet {
+    fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
         let x = Standardization::apply(self.config.standardize.as_ref(), x)?;
         let mut x = self.stem.forward(&to_compute(&x)?)?;
@@ -140,8 +152,7 @@ impl WideResNet {
         Ok((features, logits))
     }
 
-    /// Multiply-adds of convolutions and the linear layer for one image.
-    pub fn macs(&self) -> u64 {
+    fn macs(&self) -> u64 {
         let mut side = self.config.image_size;
         let mut macs = self.stem.macs(side * side) + self.linear.macs(1);
         for (i, blocks) in self.groups.iter().enumerate() {
@@ -234,6 +245,7 @@ impl Block {
 #[cfg(test)]
 mod tests {
     use super::{super::golden::Golden, *};
+    use crate::nn::params;
 
     /// tests/golden/wide_resnet.py.
     fn config(layout: WideResNetLayout) -> WideResNetConfig {
@@ -249,10 +261,6 @@ mod tests {
             layout,
             standardize: deepmind.then_some(standardize),
         }
-    }
-
-    fn logits(net: &WideResNet, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
-        Ok(net.forward(x, mode)?.1)
     }
 
     fn each(check: impl Fn(&Golden, &dyn Fn(&Builder) -> Result<WideResNet>)) {
@@ -273,12 +281,12 @@ mod tests {
 
     #[test]
     fn logits_by_running_statistics_are_those_of_robustbench_and_move_nothing() {
-        each(|golden, build| golden.evaluates_alike(build, logits));
+        each(|golden, build| golden.evaluates_alike(build));
     }
 
     #[test]
     fn logits_gradients_and_running_statistics_of_a_training_step_are_those_of_robustbench() {
-        each(|golden, build| golden.trains_alike(build, logits));
+        each(|golden, build| golden.trains_alike(build));
     }
 
     /// The counts of the benchmark's largest networks, which need no memory to be counted.

@@ -1,12 +1,45 @@
 //! The parts of the U-Net, under `diffusers`' names.
 
+use std::cell::Cell;
+
 use candle_core::{D, Shape, Tensor};
 
-use super::{Dropout, UNetConfig};
+use super::config::UNetConfig;
 use crate::{
     Result, kernels,
-    nn::{Builder, Conv2d, GroupNorm, Init, Linear, Packed},
+    nn::{
+        layers::{Conv2d, GroupNorm, Linear},
+        params::{Builder, Init, Packed},
+    },
+    rng,
 };
+
+/// What residual blocks leave out while training: before the second convolution, as in `diffusers`.
+pub(super) struct Dropout<'a> {
+    pub(super) rate: f64,
+    pub(super) seed: u64,
+    pub(super) ids: &'a [u64],
+    /// The next block.
+    pub(super) block: Cell<u32>,
+}
+
+impl Dropout<'_> {
+    /// Zeros, and 1 / (1 - rate) for what stays, for `channels` at the positions of `x`.
+    pub(super) fn mask(&self, x: &Tensor, channels: usize) -> Result<Tensor> {
+        let (b, h, w, _) = x.dims4()?;
+        if b != self.ids.len() {
+            bail!(Alarm, "dropout for {} samples, but there are {b}", self.ids.len());
+        }
+        let stream = rng::stream::DROPOUT + self.block.replace(self.block.get() + 1);
+        let (rate, kept) = (self.rate as f32, (1.0 / (1.0 - self.rate)) as f32);
+        let mut mask = vec![0f32; b * h * w * channels];
+        for (sample, &id) in mask.chunks_exact_mut(h * w * channels).zip(self.ids) {
+            rng::uniforms(self.seed, id, stream, sample);
+            sample.iter_mut().for_each(|v| *v = if *v < rate { 0.0 } else { kept });
+        }
+        Ok(Tensor::from_vec(mask, (b, h, w, channels), x.device())?)
+    }
+}
 
 /// `ResnetBlock2D`, all its parameters one vector: see [`kernels::resnet_block`].
 pub(super) struct ResnetBlock {

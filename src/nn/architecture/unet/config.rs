@@ -1,16 +1,14 @@
 //! `unet/config.json`: the keys of `diffusers`' `UNet2DModel`, and which of their values are built here.
 
-use std::{fmt::Debug, path::Path};
+use std::fmt::Debug;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
-use crate::{Result, ResultExt, fs};
-
-/// The shape of a [`UNet`](super::UNet): `config.json` of `diffusers`' `UNet2DModel`, key by key.
+/// The U-Net of denoising diffusion models (Ho et al. 2020, App. B): `config.json` of `diffusers`' `UNet2DModel`, key by
+/// key.
 ///
 /// Defaults are `diffusers`' own, since its files leave out nothing but what was added later. Options
-/// that are not built here are kept as they are written and refused by [`UNetConfig::validate`].
+/// that are not built here are kept as they are written, and are among the faults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct UNetConfig {
@@ -130,56 +128,11 @@ impl SampleSize {
 }
 
 impl UNetConfig {
-    /// Reads `config.json`. Keys that start with `_` say who wrote it and are not part of the shape.
-    ///
-    /// Fails with [`Error::Data`](crate::Error::Data), naming the file, the key and what was expected.
-    pub fn load(path: &Path) -> Result<Self> {
-        Self::from_json(fs::read_json(path)?).context(|| path.display().to_string())
-    }
-
-    /// What `config.json` says; see [`UNetConfig::load`].
-    pub fn from_json(mut json: Map<String, Value>) -> Result<Self> {
-        match json.get("_class_name") {
-            Some(class) if class != "UNet2DModel" => {
-                bail!(Data, "_class_name is {class}, expected \"UNet2DModel\"")
-            }
-            _ => json.retain(|key, _| !key.starts_with('_')),
-        }
-        let known = Self::default().to_json()?;
-        let mut faults = Faults::default();
-        json.retain(|key, value| {
-            let known = known.contains_key(key);
-            if !known {
-                faults.0.push(format!("{key} is {value}, expected no such key in a UNet2DModel"));
-            }
-            known
-        });
-        let config = serde_json::from_value::<Self>(Value::Object(json));
-        match &config {
-            Ok(config) => config.find(&mut faults),
-            Err(e) => faults.0.push(format!("not a UNet2DModel: {e}")),
-        }
-        faults.check()?;
-        config.map_err(|e| crate::Error::Data(e.to_string()))
-    }
-
-    /// The contents of `config.json`, complete, as `diffusers` reads it.
-    pub fn to_json(&self) -> Result<Map<String, Value>> {
-        match serde_json::to_value(self) {
-            Ok(Value::Object(mut json)) => {
-                json.insert("_class_name".into(), "UNet2DModel".into());
-                json.insert("_diffusers_version".into(), super::DIFFUSERS_VERSION.into());
-                Ok(json)
-            }
-            other => bail!(Alarm, "the configuration of the network does not make a JSON object: {other:?}"),
-        }
-    }
-
-    /// Fails with [`Error::Data`](crate::Error::Data), naming every key whose value cannot be built.
-    pub fn validate(&self) -> Result<()> {
+    /// Every key whose value cannot be built.
+    pub(super) fn find_faults(&self) -> Vec<String> {
         let mut faults = Faults::default();
         self.find(&mut faults);
-        faults.check()
+        faults.0
     }
 
     fn find(&self, faults: &mut Faults) {
@@ -295,75 +248,6 @@ impl Faults {
     fn expect(&mut self, key: &str, value: impl Debug, ok: bool, expected: &str) {
         if !ok {
             self.0.push(format!("{key} is {value:?}, expected {expected}"));
-        }
-    }
-
-    fn check(self) -> Result<()> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
-        bail!(Data, "{}", self.0.join("; "))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn parse(json: Value) -> Result<UNetConfig> {
-        let Value::Object(json) = json else { panic!("the test gives an object") };
-        UNetConfig::from_json(json)
-    }
-
-    #[test]
-    fn what_is_written_is_read_back() {
-        let config = UNetConfig {
-            sample_size: Some(SampleSize::Rectangle([32, 64])),
-            num_class_embeds: Some(10),
-            ..UNetConfig::default()
-        };
-        let json = config.to_json().unwrap();
-        assert_eq!(json["_class_name"], "UNet2DModel");
-        assert_eq!(UNetConfig::from_json(json).unwrap(), config);
-    }
-
-    #[test]
-    fn options_that_are_not_built_are_refused_by_key_and_value() {
-        let cases = [
-            (
-                json!({"time_embedding_type": "fourier"}),
-                "time_embedding_type is \"fourier\", expected positional",
-            ),
-            (json!({"downsample_type": "resnet"}), "downsample_type is \"resnet\", expected conv"),
-            (
-                json!({"down_block_types": ["KDownBlock2D"]}),
-                "down_block_types is \"KDownBlock2D\", expected DownBlock2D or AttnDownBlock2D",
-            ),
-            (json!({"class_embed_type": "timestep"}), "class_embed_type is \"timestep\", expected null"),
-            (json!({"mid_block_type": null}), "mid_block_type is \"null\", expected UNetMidBlock2D"),
-            (
-                json!({"norm_num_groups": 5}),
-                "norm_num_groups is 5, expected a divisor of all block_out_channels",
-            ),
-            (json!({"sample_size": 12}), "sample_size is Square(12), expected multiples of 8"),
-            (json!({"block_out_channels": []}), "block_out_channels is [], expected at least one block"),
-            (
-                json!({"up_block_types": ["UpBlock2D"]}),
-                "expected one entry for each of the 4 block_out_channels",
-            ),
-            (json!({"encoder_hid_dim": 3}), "encoder_hid_dim is 3, expected no such key in a UNet2DModel"),
-            (
-                json!({"encoder_hid_dim": 3, "norm_eps": 0.0, "act_fn": "gelu"}),
-                "UNet2DModel; act_fn is \"gelu\", expected silu or swish; norm_eps is 0.0, expected above 0",
-            ),
-            (json!({"_class_name": "UNet2DConditionModel"}), "expected \"UNet2DModel\""),
-        ];
-        for (json, expected) in cases {
-            let error = parse(json).unwrap_err();
-            assert_eq!(error.exit_code(), 65);
-            assert!(error.to_string().contains(expected), "{error}\ndoes not say: {expected}");
         }
     }
 }

@@ -1,0 +1,129 @@
+//! The networks, one a file, and the two lists by which the rest of the program finds them.
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod mlp;
+mod resnet;
+mod small_cnn;
+mod unet;
+mod wide_resnet;
+
+use std::ops::Deref;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+pub use self::{
+    resnet::ResNetConfig,
+    small_cnn::SmallCnnConfig,
+    unet::{SampleSize, UNetConfig},
+    wide_resnet::{Activation, WideResNetConfig, WideResNetLayout},
+};
+use super::network::{ClassifierArchitecture, DenoiserArchitecture, expect_none};
+use crate::{Error, Result};
+
+/// The version of `diffusers` whose file layout is written.
+pub(crate) const DIFFUSERS_VERSION: &str = "0.42.1";
+
+/// An enum of configurations, each under its name in files, which stands for the one that it holds.
+macro_rules! networks {
+    (
+        $(#[$meta:meta])*
+        $name:ident: $common:ty { $($(#[cfg($cfg:meta)])? $tag:literal => $variant:ident($config:ty),)+ }
+    ) => {
+        $(#[$meta])*
+        #[allow(clippy::large_enum_variant, reason = "a program holds a handful of them")]
+        #[non_exhaustive]
+        pub enum $name {
+            $(
+                $(#[cfg($cfg)])?
+                #[doc = concat!("`", $tag, "`.")]
+                #[serde(rename = $tag)]
+                $variant($config),
+            )+
+        }
+
+        impl $name {
+            /// The names in files, of all networks.
+            pub const TAGS: &[&str] = &[$($(#[cfg($cfg)])? $tag),+];
+
+            /// The name in files.
+            pub fn tag(&self) -> &'static str {
+                match self {
+                    $($(#[cfg($cfg)])? Self::$variant(_) => $tag,)+
+                }
+            }
+        }
+
+        impl Deref for $name {
+            type Target = $common;
+
+            fn deref(&self) -> &Self::Target {
+                match self {
+                    $($(#[cfg($cfg)])? Self::$variant(config) => config,)+
+                }
+            }
+        }
+    };
+}
+
+networks! {
+    /// Which classifier, and its shape: tagged by `arch` in `config.json`.
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(tag = "arch")]
+    Architecture: dyn ClassifierArchitecture {
+        "small_cnn" => SmallCnn(SmallCnnConfig),
+        "resnet" => Resnet(ResNetConfig),
+        "wide_resnet" => WideResnet(WideResNetConfig),
+    }
+}
+
+networks! {
+    /// Which denoiser, and its shape: tagged by `_class_name` in `unet/config.json`.
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(tag = "_class_name")]
+    DenoiserConfig: dyn DenoiserArchitecture {
+        "UNet2DModel" => UNet(UNetConfig),
+        #[cfg(test)] "Mlp" => Mlp(mlp::MlpConfig),
+    }
+}
+
+impl DenoiserConfig {
+    /// What `unet/config.json` says of the network `class`, one of [`DenoiserConfig::TAGS`]. Keys that start with `_` say who
+    /// wrote it and are not part of the shape.
+    ///
+    /// Fails with [`Error::Data`], naming all that is wrong and what was expected.
+    pub fn from_json(class: &str, mut json: Map<String, Value>) -> Result<Self> {
+        match json.remove("_class_name") {
+            Some(found) if found != class => bail!(Data, "_class_name is {found}, expected \"{class}\""),
+            _ => json.retain(|key, _| !key.starts_with('_')),
+        }
+        let mut tagged = json.clone();
+        tagged.insert("_class_name".into(), class.into());
+        let config: Self = serde_json::from_value(Value::Object(tagged))
+            .map_err(|e| Error::Data(format!("not a {class}: {e}")))?;
+        let known = config.to_json()?;
+        let unknown = json.iter().filter(|(key, _)| !known.contains_key(*key));
+        let mut faults: Vec<_> = unknown
+            .map(|(key, value)| format!("{key} is {value}, expected no such key in a {class}"))
+            .collect();
+        faults.extend(config.faults());
+        expect_none(&faults)?;
+        Ok(config)
+    }
+
+    /// The contents of `unet/config.json`, complete, as `diffusers` reads it.
+    pub fn to_json(&self) -> Result<Map<String, Value>> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(mut json)) => {
+                json.insert("_diffusers_version".into(), DIFFUSERS_VERSION.into());
+                Ok(json)
+            }
+            other => bail!(Alarm, "the configuration of the network does not make a JSON object: {other:?}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,126 @@
+//! What the rest of the program knows of networks: two kinds of them, and the configurations that build them.
+
+use std::fmt::Debug;
+
+use candle_core::Tensor;
+
+use super::{
+    layers::BatchNormMode,
+    params::{self, Builder},
+};
+use crate::Result;
+
+/// A network that tells classes apart.
+pub trait ClassifierNetwork: Send + Sync {
+    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns what the last linear layer gets, `(b, features)`, and what it
+    /// gives, the logits, `(b, num_classes)`. Batch norms, where there are any, are in this mode.
+    ///
+    /// Fails with [`Error::Usage`](crate::Error::Usage) if the images have another shape than
+    /// [`ClassifierArchitecture::image_shape`].
+    fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)>;
+
+    /// Multiply-adds of convolutions and linear layers for one image.
+    fn macs(&self) -> u64;
+
+    /// The logits alone, with batch norms in this mode.
+    fn logits_by(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
+        Ok(self.features_and_logits(x, mode)?.1)
+    }
+
+    /// The logits alone; those of an image do not depend on the images beside it.
+    fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        self.logits_by(x, BatchNormMode::Eval)
+    }
+}
+
+/// The configuration of a [`ClassifierNetwork`].
+pub trait ClassifierArchitecture: Debug + Send + Sync {
+    /// How many logits come out.
+    fn num_classes(&self) -> usize;
+
+    /// (height, width, channels) of the images that go in.
+    fn image_shape(&self) -> (usize, usize, usize);
+
+    /// Whether the network normalises by statistics of the batch while it is trained.
+    fn has_batch_norm(&self) -> bool;
+
+    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if it cannot be built.
+    fn build(&self, b: &Builder) -> Result<Box<dyn ClassifierNetwork>>;
+
+    /// [`ClassifierNetwork::macs`] without making the parameters. Fails as [`Self::build`] does.
+    fn macs(&self) -> Result<u64> {
+        Ok(params::skeleton(|b| self.build(b))?.0.macs())
+    }
+}
+
+/// A network that predicts the noise in an image, the image itself, or a mixture of both, given the noise level.
+pub trait DenoiserNetwork: Send + Sync {
+    /// `x`: `(b, h, w, c)` f32, pixels in [-1, 1] under their noise. `t`: `(b,)` f32, the noise level as the network is
+    /// told it: for a discrete process the step, from 0. `classes`: `(b,)` u32, for a conditional network and only there.
+    /// Returns the shape of `x`.
+    ///
+    /// Fails with [`Error::Usage`](crate::Error::Usage) if images or classes do not fit the network.
+    fn forward(&self, x: &Tensor, t: &Tensor, classes: Option<&Tensor>) -> Result<Tensor>;
+
+    /// [`Self::forward`] in training. What is random, such as dropout, is drawn for each of the samples `ids` from
+    /// `(seed, id)` alone.
+    fn forward_in_training(
+        &self,
+        x: &Tensor,
+        t: &Tensor,
+        classes: Option<&Tensor>,
+        _: (u64, &[u64]),
+    ) -> Result<Tensor> {
+        self.forward(x, t, classes)
+    }
+
+    /// Multiply-adds of convolutions, linear layers and attention for one image of `height` × `width`.
+    fn macs(&self, height: usize, width: usize) -> u64;
+}
+
+/// The configuration of a [`DenoiserNetwork`]: a JSON object with only the keys that it writes itself.
+pub trait DenoiserArchitecture: Debug + Send + Sync {
+    /// (height, width, channels) of the images that go in and come out. Fails with [`Error::Data`](crate::Error::Data) if
+    /// the configuration leaves their size open, or gives what comes out other channels.
+    fn image_shape(&self) -> Result<(usize, usize, usize)>;
+
+    /// How many classes the network is conditioned on; `None` if it is not.
+    fn num_classes(&self) -> Option<usize>;
+
+    /// What cannot be built, each as `key is value, expected …`.
+    fn faults(&self) -> Vec<String>;
+
+    /// Builds the network. Fails with [`Error::Data`](crate::Error::Data), naming all faults, if it cannot be built.
+    fn build(&self, b: &Builder) -> Result<Box<dyn DenoiserNetwork>>;
+
+    /// [`DenoiserNetwork::macs`] without making the parameters. Fails as [`Self::build`] and [`Self::image_shape`] do.
+    fn macs(&self) -> Result<u64> {
+        let (height, width, _) = self.image_shape()?;
+        Ok(params::skeleton(|b| self.build(b))?.0.macs(height, width))
+    }
+}
+
+/// Fails with [`Error::Data`](crate::Error::Data) if there are any faults.
+pub(super) fn expect_none(faults: &[String]) -> Result<()> {
+    match faults {
+        [] => Ok(()),
+        faults => bail!(Data, "{}", faults.join("; ")),
+    }
+}
+
+/// Fails with [`Error::Data`](crate::Error::Data) at the first of these settings that is 0.
+pub(super) fn expect_positive(settings: &[(&str, usize)]) -> Result<()> {
+    match settings.iter().find(|(_, value)| *value == 0) {
+        Some((key, _)) => bail!(Data, "{key} is 0, expected at least 1"),
+        None => Ok(()),
+    }
+}
+
+/// Fails with [`Error::Usage`](crate::Error::Usage) unless `x` holds square images of this side and number of channels.
+pub(super) fn expect_images(x: &Tensor, side: usize, channels: usize) -> Result<()> {
+    let (_, h, w, c) = x.dims4()?;
+    if (h, w, c) != (side, side, channels) {
+        bail!(Usage, "images are {h} x {w} x {c}, the classifier expects {side} x {side} x {channels}");
+    }
+    Ok(())
+}
