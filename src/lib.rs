@@ -32,6 +32,7 @@
 //! cli                                 one verb a file: arguments, one library call, print
 //! pipeline                            the TOML file, the graph of stages, what is done, the rest of it
 //! stage                               the unit of composition, one stage a file
+//! evaluation                          what a network gets right, clean and under attack
 //! objective | certify | proxy | curate   losses | smoothing | ARC, calibration, folds, weights | gates, arms, selector
 //! diffusion | attack                  schedule, loss, samplers, model folder | balls, PGD, AutoAttack
 //! nn | data                           networks, optimisers, checkpoints | sources, shards, cards, checks
@@ -54,6 +55,7 @@ pub mod curate;
 pub mod data;
 pub mod device;
 pub mod diffusion;
+pub mod evaluation;
 pub mod fs;
 pub mod kernels;
 pub mod nn;

@@ -7,10 +7,11 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{fit_discriminator::spread, score_rows::ScoreTables, shards::PoolShard, side_by_side};
+use super::{fit_discriminator::spread, score_rows::ScoreTables, shards::PoolShard};
 use crate::{
     Error, Result,
     data::{Dataset, Range, Shape, to_tensor},
+    device::side_by_side,
     fs,
     proxy::{
         extractor::Extractor,

@@ -11,18 +11,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{
-    Job, Outcome, Split, Stage,
-    accuracy::{correct_throughout, images},
-    expect, expect_channels, expect_made_with, finished_input, note, read_done,
+    Job, Outcome, Split, Stage, expect, expect_channels, expect_made_with, finished_input, note, read_done,
     shards::Pool,
-    side_by_side,
     split::Real,
     trainer::{Part, Trainer},
 };
 use crate::{
     Error, Result,
-    attack::{Epsilon, Norm, Pgd},
+    attack::{Counted, Epsilon, Norm, Pgd, PgdSearch},
     data::{Augment, Dataset, Range, augmented},
+    device::side_by_side,
+    evaluation::{Evaluation, share, unchanged},
     fs,
     nn::{
         Architecture, Classifier, ClassifierConfig, LrDecay, LrSchedule, SmallCnnConfig,
@@ -248,7 +247,7 @@ impl FitDiscriminator {
 
     /// The attack at one radius.
     fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Pgd> {
-        Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, 1, seed)
+        Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, seed)
     }
 
     /// Trains one network for some radii, or finds it trained. Returns a record for each of them.
@@ -357,11 +356,12 @@ impl FitDiscriminator {
                 let mut by_radius = Vec::new();
                 let accuracy = trainer.consider(averaged.params(), || {
                     for (radius, attack) in radii.clone().zip(&attacks) {
-                        let (net, hidden) = (averaged_at(radius), Progress::hidden());
+                        let net = averaged_at(radius);
                         let logits_of = |x: &Tensor| net.logits(x);
-                        let right =
-                            correct_throughout(&logits_of, &data.stop, attack, &job.device, None, &hidden)?;
-                        by_radius.push(right.iter().filter(|&&r| r).count() as f64 / right.len() as f64);
+                        let attack = PgdSearch::new(*attack, 1, Counted::Every)?;
+                        let stop = Evaluation::new(&logits_of, &data.stop, &job.device);
+                        let stands = stop.stands("stop", &vec![true; data.stop.len()], &attack)?;
+                        by_radius.push(share(&stands));
                     }
                     Ok(by_radius.iter().sum::<f64>() / by_radius.len() as f64)
                 })?;
@@ -509,13 +509,8 @@ impl PoolParts {
 
 /// The logit of synthetic minus that of real, for each image.
 pub(super) fn margins(net: &Discriminator, data: &Dataset, device: &Device) -> Result<Vec<f32>> {
-    let rows: Vec<usize> = (0..data.len()).step_by(64).collect();
-    let one = |&from: &usize| -> Result<Vec<f32>> {
-        let x = images(data, from..(from + 64).min(data.len()), device)?;
-        let logits = net.logits(&x)?.to_vec2::<f32>()?;
-        Ok(logits.iter().map(|l| l[SYNTHETIC as usize] - l[REAL as usize]).collect())
-    };
-    Ok(side_by_side(device, &rows, one)?.concat())
+    let logits = Evaluation::new(&|x| net.logits(x), data, device).logits("clean", &unchanged)?;
+    Ok(logits.iter().map(|l| l[SYNTHETIC as usize] - l[REAL as usize]).collect())
 }
 
 /// The same images, all of one class.

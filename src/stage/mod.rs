@@ -12,9 +12,7 @@
 //!
 //! A folder with `done.json` is finished; one without goes on where it was.
 
-mod accuracy;
 mod arc;
-mod attacks;
 mod certify;
 mod coverage;
 mod curate;
@@ -46,7 +44,6 @@ use std::{
 };
 
 use candle_core::Device;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
@@ -712,20 +709,6 @@ fn expect_images(
         );
     }
     Ok(())
-}
-
-/// Does `one` for each of the items, in their order: side by side on the CPU, one after the other on a GPU, of which
-/// each has all.
-fn side_by_side<I: Sync, T: Send>(
-    device: &Device,
-    items: &[I],
-    one: impl Fn(&I) -> Result<T> + Sync + Send,
-) -> Result<Vec<T>> {
-    if device.is_cpu() {
-        items.par_iter().with_max_len(1).map(one).collect()
-    } else {
-        items.iter().map(one).collect()
-    }
 }
 
 /// A classifier, and the data that it is measured on.

@@ -5,10 +5,11 @@ use std::path::Path;
 use crate::run::files;
 
 /// From top to bottom; modules of one row may use one another.
-const LAYERS: [&[&str]; 8] = [
+const LAYERS: [&[&str]; 9] = [
     &["cli"],
     &["pipeline"],
     &["stage"],
+    &["evaluation"],
     &["objective", "certify", "proxy", "curate"],
     &["diffusion", "attack"],
     &["nn", "data"],
