@@ -19,10 +19,9 @@ use findings::Findings;
 
 use crate::{
     Result,
-    attack::Norm,
     attack::{
-        Attack, Example, Loss, Search, Victim,
-        search::{LogitsOf, choice, length, run},
+        Attack, Example, Loss, Norm, Search, Victim,
+        search::{self, LogitsOf, choice, length},
     },
     data::{Dataset, Range, to_floats},
     device::side_by_side,
@@ -68,7 +67,7 @@ impl<'a> Evaluation<'a> {
 
     /// The logits of each image, as `perturb` leaves it. Findings are kept under `key`.
     pub fn logits(&self, key: &str, perturb: Perturb) -> Result<Vec<Vec<f32>>> {
-        self.logits_of(key, &self.all(), perturb)
+        self.logits_of(key, &Vec::from_iter(0..self.data.len()), perturb)
     }
 
     /// For each image whether the network chooses its label, as `perturb` leaves it. Findings are kept under `key`.
@@ -82,7 +81,7 @@ impl<'a> Evaluation<'a> {
     pub fn stands(&self, key: &str, standing: &[bool], attack: &dyn Attack) -> Result<Vec<bool>> {
         let rows: Vec<usize> = (0..standing.len()).filter(|&row| standing[row]).collect();
         let mut stands = standing.to_vec();
-        for (&row, found) in rows.iter().zip(self.find(key, &rows, attack)?) {
+        for (&row, found) in rows.iter().zip(self.run(key, &rows, attack, false)?) {
             stands[row] = found.is_none();
         }
         Ok(stands)
@@ -90,6 +89,17 @@ impl<'a> Evaluation<'a> {
 
     /// What `attack` finds for the images `rows`, HWC. Findings are kept under `key`.
     pub fn find(&self, key: &str, rows: &[usize], attack: &dyn Attack) -> Result<Vec<Option<Vec<f32>>>> {
+        self.run(key, rows, attack, true)
+    }
+
+    /// See [`Evaluation::find`]. Without `points`, only that something was found, as an empty point.
+    fn run(
+        &self,
+        key: &str,
+        rows: &[usize],
+        attack: &dyn Attack,
+        points: bool,
+    ) -> Result<Vec<Option<Vec<f32>>>> {
         let findings = Findings::read(self.kept, key, self.data.len())?;
         let left: Vec<usize> = rows.iter().copied().filter(|&row| !findings.has(row)).collect();
         if let Some(bar) = self.bar {
@@ -108,9 +118,10 @@ impl<'a> Evaluation<'a> {
                 if let Some(bar) = self.bar {
                     bar.add(1);
                 }
+                let found = found.map(|point| if points { point } else { &[] });
                 findings.lock().unwrap_or_else(PoisonError::into_inner).add(row, found)
             };
-            let done = run(&self.victim, batch, &mut next, &mut over);
+            let done = search::run(&self.victim, batch, &mut next, &mut over);
             if done.is_err() {
                 taken.store(left.len(), Ordering::Relaxed);
             }
@@ -138,10 +149,6 @@ impl<'a> Evaluation<'a> {
         };
         let slopes = self.find("gradients", rows, &ask)?;
         Ok(slopes.iter().filter(|slope| slope.as_deref() == Some(&[0.0])).count())
-    }
-
-    fn all(&self) -> Vec<usize> {
-        (0..self.data.len()).collect()
     }
 
     /// Image `row` as pixels in [0, 1].
