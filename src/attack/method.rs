@@ -1,6 +1,6 @@
 //! The attacks by their names.
 
-use std::{fmt, str::FromStr};
+use std::fmt;
 
 use super::{APGD_CE, APGD_DLR, APGD_T, Attack, FAB_T, SQUARE, Threat};
 use crate::rng;
@@ -10,7 +10,7 @@ use crate::rng;
 #[derive(Clone, Copy)]
 pub struct Method {
     name: &'static str,
-    key: u64,
+    pub(super) key: u64,
     make: fn(Threat, u64) -> Box<dyn Attack>,
 }
 
@@ -26,11 +26,6 @@ impl Method {
     /// Its name.
     pub fn name(self) -> &'static str {
         self.name
-    }
-
-    #[cfg(test)]
-    pub(super) fn key(self) -> u64 {
-        self.key
     }
 
     /// The attack within this ball.
@@ -51,21 +46,5 @@ impl Eq for Method {}
 impl fmt::Debug for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)
-    }
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name)
-    }
-}
-
-impl FromStr for Method {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|method| method.name == s).ok_or_else(|| {
-            let names = Self::ALL.map(Self::name).join(", ");
-            format!("the attack is '{s}', expected one of {names}")
-        })
     }
 }

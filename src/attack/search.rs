@@ -110,12 +110,16 @@ pub trait Search {
     /// The point to ask about next; none if the search is over.
     fn point(&self) -> Option<&[f32]>;
 
-    /// Whether the search needs the gradient at that point.
-    fn wants_gradient(&self) -> bool;
+    /// Whether the search needs the gradient at that point; a search by answers alone never does.
+    fn wants_gradient(&self) -> bool {
+        false
+    }
 
     /// The gradient, by the logits at that point, of what the search climbs. Asked only if it [wants a
     /// gradient](Search::wants_gradient).
-    fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>>;
+    fn weights(&mut self, _logits: &[f32]) -> Result<Vec<f32>> {
+        Ok(Vec::new())
+    }
 
     /// Takes the answer: the logits at the point and, if wanted, the gradient by the pixels.
     fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()>;

@@ -240,14 +240,6 @@ impl Search for Walk {
         (!self.done).then_some(self.candidate.as_slice())
     }
 
-    fn wants_gradient(&self) -> bool {
-        false
-    }
-
-    fn weights(&mut self, _: &[f32]) -> Result<Vec<f32>> {
-        Ok(Vec::new())
-    }
-
     fn advance(&mut self, logits: &[f32], _: &[f32]) -> Result<()> {
         let label = self.example.label;
         let margin = logits[label] - logits[best_wrong(logits, label)];

@@ -51,12 +51,11 @@ impl<'a> Findings<'a> {
     /// Takes note of what was found for image `row`.
     pub(super) fn add(&mut self, row: usize, found: Option<&[f32]>) -> Result<()> {
         self.by_row.insert(row, found.map(<[f32]>::to_vec));
-        match self.kept {
-            Some((_, interval)) => {
-                encode(row, found, &mut self.unsaved);
-                if self.saved.elapsed() >= interval { self.save() } else { Ok(()) }
-            }
-            None => Ok(()),
+        encode(row, found, &mut self.unsaved);
+        if self.kept.is_some_and(|(_, interval)| self.saved.elapsed() >= interval) {
+            self.save()
+        } else {
+            Ok(())
         }
     }
 
@@ -79,34 +78,27 @@ impl<'a> Findings<'a> {
     }
 }
 
-/// A record: the image, one more than the number of floats that were found or 0 if nothing was, and the floats.
+/// A record, in words of four bytes: the image, one more than the number of floats that were found or 0 if nothing was, and
+/// the floats.
 fn encode(row: usize, found: Option<&[f32]>, bytes: &mut Vec<u8>) {
-    bytes.extend((row as u64).to_le_bytes());
-    bytes.extend(found.map_or(0, |found| found.len() as u64 + 1).to_le_bytes());
+    bytes.extend((row as u32).to_le_bytes());
+    bytes.extend(found.map_or(0, |found| found.len() as u32 + 1).to_le_bytes());
     bytes.extend(found.unwrap_or_default().iter().flat_map(|v| v.to_le_bytes()));
 }
 
 /// The records of a part about a data set of `images` images; none if the bytes are not that.
-fn decode(mut bytes: &[u8], images: usize) -> Option<Vec<(usize, Option<Vec<f32>>)>> {
+fn decode(bytes: &[u8], images: usize) -> Option<Vec<(usize, Option<Vec<f32>>)>> {
+    let (mut words, rest) = bytes.as_chunks();
     let mut records = Vec::new();
-    while !bytes.is_empty() {
-        let (row, rest) = bytes.split_first_chunk()?;
-        let (count, rest) = rest.split_first_chunk()?;
-        let row = usize::try_from(u64::from_le_bytes(*row)).ok().filter(|&row| row < images)?;
-        let found = match u64::from_le_bytes(*count).checked_sub(1) {
-            Some(len) => {
-                let (floats, rest) = rest.split_at_checked(usize::try_from(len).ok()?.checked_mul(4)?)?;
-                bytes = rest;
-                Some(floats.as_chunks().0.iter().map(|&v| f32::from_le_bytes(v)).collect())
-            }
-            None => {
-                bytes = rest;
-                None
-            }
-        };
-        records.push((row, found));
+    while let [row, count, others @ ..] = words {
+        let [row, count] = [row, count].map(|word| u32::from_le_bytes(*word) as usize);
+        let (floats, others) = others.split_at_checked(count.saturating_sub(1))?;
+        let floats = floats.iter().map(|&word| f32::from_le_bytes(word)).collect();
+        records.push((row, (count > 0).then_some(floats)));
+        words = others;
     }
-    Some(records)
+    let whole = words.is_empty() && rest.is_empty() && records.iter().all(|(row, _)| *row < images);
+    whole.then_some(records)
 }
 
 #[cfg(test)]

@@ -244,7 +244,7 @@ mod tests {
         let epsilon = Epsilon::try_from(0.05).unwrap();
         let threat = Threat::new(Norm::Linf, epsilon).unwrap();
         let mut attacks: Vec<(String, Box<dyn Attack>)> =
-            Method::ALL.map(|method| (method.to_string(), method.attack(threat, 3))).into();
+            Method::ALL.map(|method| (method.name().to_owned(), method.attack(threat, 3))).into();
         for counted in [Counted::Last, Counted::Every] {
             let pgd = Pgd::new(Norm::Linf, epsilon, 7, 2.5, 4).unwrap();
             let attack = PgdSearch::new(pgd, 2, counted).unwrap();

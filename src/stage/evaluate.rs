@@ -15,7 +15,6 @@ use arrow_array::{
 };
 use arrow_schema::{DataType, Field};
 use candle_core::{Device, Tensor};
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -51,34 +50,38 @@ pub enum AttackKind {
     Method(Method),
 }
 
+impl AttackKind {
+    fn all() -> impl Iterator<Item = Self> {
+        [Self::None, Self::Pgd, Self::AutoAttack].into_iter().chain(Method::ALL.map(Self::Method))
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Pgd => "pgd",
+            Self::AutoAttack => "autoattack",
+            Self::Method(method) => method.name(),
+        }
+    }
+}
+
 impl FromStr for AttackKind {
     type Err = String;
     fn from_str(s: &str) -> std::result::Result<Self, String> {
-        match s {
-            "none" => Ok(Self::None),
-            "pgd" => Ok(Self::Pgd),
-            "autoattack" => Ok(Self::AutoAttack),
-            _ => s.parse().map(Self::Method).map_err(|e: String| format!("{e}, autoattack, pgd, none")),
-        }
+        Self::all().find(|kind| kind.name() == s).ok_or_else(|| {
+            let names: Vec<&str> = Self::all().map(Self::name).collect();
+            format!("attack is '{s}', expected {}", names.join(", "))
+        })
     }
 }
 
 impl fmt::Display for AttackKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None => f.write_str("none"),
-            Self::Pgd => f.write_str("pgd"),
-            Self::AutoAttack => f.write_str("autoattack"),
-            Self::Method(method) => method.fmt(f),
-        }
+        f.write_str(self.name())
     }
 }
 
 serde_as_text!(AttackKind);
-
-fn attack_names() -> PossibleValuesParser {
-    ["none", "pgd", "autoattack"].into_iter().chain(Method::ALL.map(Method::name)).collect::<Vec<_>>().into()
-}
 
 /// Measures a classifier on real images: counts, not only percentages, with Clopper-Pearson intervals.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
@@ -102,9 +105,9 @@ pub struct Evaluate {
     /// The radius of the attack, for pixels in [0, 1].
     #[arg(long, default_value = "8/255")]
     pub epsilon: Epsilon,
-    /// The attack. autoattack is its version standard (Croce & Hein 2020): apgd-ce, apgd-t, fab-t and square, each on the images
-    /// that still stand. All but pgd have the settings that they have there.
-    #[arg(long, default_value = "pgd", value_parser = attack_names().try_map(|name| name.parse::<AttackKind>()))]
+    /// The attack: none, pgd, autoattack (its version standard: apgd-ce, apgd-t, fab-t and square, each on the images that still
+    /// stand), or one of those and apgd-dlr by itself.
+    #[arg(long, default_value = "pgd")]
     pub attack: AttackKind,
     /// Steps of pgd.
     #[arg(long, default_value_t = 20)]
@@ -212,12 +215,12 @@ impl Evaluate {
     }
 
     /// The attacks with their names, in their order.
-    fn sequence(&self) -> Result<Vec<(String, Box<dyn Attack>)>> {
+    fn sequence(&self) -> Result<Vec<(&'static str, Box<dyn Attack>)>> {
         let threat = Threat::new(self.norm, self.epsilon)?;
-        let named = |method: Method| (method.to_string(), method.attack(threat, self.seed));
+        let named = |method: Method| (method.name(), method.attack(threat, self.seed));
         Ok(match self.attack {
             AttackKind::None => Vec::new(),
-            AttackKind::Pgd => vec![(self.attack.to_string(), Box::new(self.pgd()?))],
+            AttackKind::Pgd => vec![(self.attack.name(), Box::new(self.pgd()?))],
             AttackKind::AutoAttack => autoattack::STANDARD.map(named).into(),
             AttackKind::Method(method) => vec![named(method)],
         })
@@ -310,18 +313,18 @@ impl Stage for Evaluate {
         let mut warnings = if sequence.is_empty() { Vec::new() } else { clean.doubts(&logits, &standing)? };
         warnings.iter().for_each(|doubt| note(self, &format!("warning: {doubt}")));
 
-        let mut broken_by: Vec<Option<String>> = vec![None; data.len()];
+        let mut broken_by: Vec<Option<&str>> = vec![None; data.len()];
         let mut adversarial: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
         let mut survivors = Vec::new();
         let bar = Progress::new(Self::NAME, clean_correct * sequence.len() as u64, "images");
         let evaluation = Evaluation { bar: Some(&bar), ..clean };
         let threat = Threat::new(self.norm, self.epsilon)?;
-        for (name, attack) in &sequence {
+        for &(name, ref attack) in &sequence {
             let before = standing.len() as u64;
             let found = evaluation.find(name, &standing, &**attack)?;
             let found = standing.iter().zip(found).filter_map(|(&row, found)| Some((row, found?)));
             let found = evaluation.proven(name, &threat, found.collect())?;
-            found.keys().for_each(|&row| broken_by[row] = Some(name.clone()));
+            found.keys().for_each(|&row| broken_by[row] = Some(name));
             adversarial.extend(found);
             standing.retain(|&row| broken_by[row].is_none());
             let after = standing.len() as u64;
@@ -332,7 +335,7 @@ impl Stage for Evaluate {
                 &format!("{name}: {after} of {before} stand, robust accuracy {:.2} %", 100.0 * accuracy),
             );
             // AutoAttack's figure, in images: more than 0.2 % of them.
-            if *name == SQUARE.to_string() && sequence.len() > 1 && (before - after) * 500 > n {
+            if name == SQUARE.name() && sequence.len() > 1 && (before - after) * 500 > n {
                 let doubt = format!(
                     "Square lowered the robust accuracy by {:.2} points, which gradient attacks should have done: \
                      the network may hide its gradients",
@@ -341,7 +344,7 @@ impl Stage for Evaluate {
                 note(self, &format!("warning: {doubt}"));
                 warnings.push(doubt);
             }
-            survivors.push(Survivors { attack: name.clone(), before, after, accuracy, interval });
+            survivors.push(Survivors { attack: name.to_owned(), before, after, accuracy, interval });
         }
         let perturbation = (!sequence.is_empty()).then(|| extremes(self.norm, &clean, &adversarial));
         let robust_correct = (!sequence.is_empty()).then_some(standing.len() as u64);
