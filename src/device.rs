@@ -355,7 +355,7 @@ fn gpu_class(_: &Device) -> String {
 
 /// Does `one` for each of the items, in their order: side by side on the CPU, one after the other on a GPU, of which
 /// each has all.
-pub(crate) fn side_by_side<I: Sync, T: Send>(
+pub fn side_by_side<I: Sync, T: Send>(
     device: &Device,
     items: &[I],
     one: impl Fn(&I) -> Result<T> + Sync + Send,

@@ -43,7 +43,7 @@ pub mod curate;
 pub mod data;
 pub mod device;
 pub mod diffusion;
-mod evaluation;
+pub mod evaluation;
 pub mod fs;
 pub mod kernels;
 pub mod nn;

@@ -68,13 +68,7 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
                 labels: take(&mut inputs, "labels")?,
                 attack: Pgd {
                     threat: Threat::new(Norm::Linf, Epsilon::try_from(epsilon)?)?,
-                    config: PgdConfig {
-                        steps,
-                        step_size,
-                        restarts: 1,
-                        random_start: false,
-                        loss: PgdLoss::Ce,
-                    },
+                    config: PgdConfig { steps, step_size, random_start: false, loss: PgdLoss::Ce },
                     seed: 0,
                 },
                 optimizer: Sgd::new(SgdConfig { momentum, nesterov: false, weight_decay }),

@@ -1,122 +1,90 @@
 //! Auto-PGD: projected gradient ascent with momentum that chooses its step sizes itself (Croce & Hein 2020, Alg. 1).
 
 use super::{
-    Loss, Norm, Threat,
-    search::{Search, Victim, choice, length, ranking, run},
+    Attack, Example, Loss, Method, Norm, Search, Threat, autoattack,
+    search::{Targeted, length},
 };
 use crate::{Result, rng};
+
+/// APGD on the cross-entropy.
+pub const APGD_CE: Method = Method::new("apgd-ce", 0, |threat, seed| {
+    Box::new(Apgd { threat, steps: autoattack::STEPS, loss: Loss::CrossEntropy, seed })
+});
+
+/// APGD on the difference of logits ratio.
+pub const APGD_DLR: Method = Method::new("apgd-dlr", 1, |threat, seed| {
+    Box::new(Apgd { threat, steps: autoattack::STEPS, loss: Loss::Dlr, seed })
+});
+
+/// APGD on the targeted difference of logits ratio.
+pub const APGD_T: Method = Method::new("apgd-t", 2, |threat, seed| {
+    Box::new(ApgdT { threat, steps: autoattack::STEPS, targets: autoattack::TARGETS, seed })
+});
 
 /// The share of the new step in a step with momentum, α of the paper.
 const ALPHA: f32 = 0.75;
 /// The share of steps between two checkpoints that must raise the loss, ρ of the paper.
 const RHO: f64 = 0.75;
 
-/// The settings of APGD.
+/// APGD from one random start.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Apgd {
     /// The ball.
     pub threat: Threat,
-    /// Gradient steps of a run; 100 in AutoAttack.
+    /// Gradient steps; 100 in AutoAttack.
     pub steps: usize,
-    /// Random starts.
-    pub restarts: usize,
+    /// What is climbed.
+    pub loss: Loss,
+    /// The seed of the random start.
+    pub seed: u64,
+}
+
+impl Attack for Apgd {
+    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
+        Ok(Box::new(Climb::new(*self, 0, example)))
+    }
+}
+
+/// APGD on the targeted DLR loss of each of the classes that come next to the best in the answer to the image, in turn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ApgdT {
+    /// The ball.
+    pub threat: Threat,
+    /// Gradient steps towards each class; 100 in AutoAttack.
+    pub steps: usize,
+    /// How many classes are tried; 9 in AutoAttack.
+    pub targets: usize,
     /// The seed of the random starts.
     pub seed: u64,
 }
 
-impl Apgd {
-    /// Searches for images that are not answered by their label, climbing `loss`; restarts are for those that still
-    /// stand. `images`, in HWC order; `labels` and `ids`, the keys of the random starts, one an image.
-    ///
-    /// Returns for each image an adversarial one within the ball, if it was found.
-    pub fn run(
-        &self,
-        victim: &Victim,
-        loss: Loss,
-        images: &[&[f32]],
-        labels: &[usize],
-        ids: &[u64],
-    ) -> Result<Vec<Option<Vec<f32>>>> {
-        let mut found = vec![None; images.len()];
-        for restart in 0..self.restarts {
-            self.run_on_standing(victim, &mut found, images, labels, ids, restart as u64, &|_| loss)?;
-        }
-        Ok(found)
+impl Attack for ApgdT {
+    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
+        let Self { threat, steps, targets, seed } = *self;
+        let image = example.image.clone();
+        let towards = move |rank: usize, class: usize| {
+            let apgd = Apgd { threat, steps, loss: Loss::TargetedDlr(class), seed };
+            Climb::new(apgd, rank as u64, example.clone())
+        };
+        Ok(Box::new(Targeted::new(image, targets, towards)))
     }
+}
 
-    /// The targeted version: in turn for each of the `targets` classes that come next to the best in the answer to the
-    /// image itself, on the images that still stand. The loss is the targeted DLR loss, or with fewer than four classes,
-    /// where that is not defined, the margin of the target.
-    pub fn run_targeted(
-        &self,
-        victim: &Victim,
-        targets: usize,
-        images: &[&[f32]],
-        labels: &[usize],
-        ids: &[u64],
-    ) -> Result<Vec<Option<Vec<f32>>>> {
-        let mut found = vec![None; images.len()];
-        if images.is_empty() {
-            return Ok(found);
+/// A random point on the surface of the ball around the image, then clipped to the box; elements are drawn in CHW order.
+fn start(threat: &Threat, example: &Example, seed: u64) -> Vec<f32> {
+    let (h, w, c) = example.shape;
+    let mut draws = vec![0f32; example.image.len()];
+    match threat.norm() {
+        Norm::Linf => {
+            rng::uniforms(seed, example.id, rng::stream::ATTACK, &mut draws);
+            draws.iter_mut().for_each(|u| *u = 2.0 * *u - 1.0);
         }
-        let orders: Vec<Vec<usize>> = victim.logits(images)?.iter().map(|row| ranking(row)).collect();
-        let classes = orders[0].len();
-        let ranks = 1..=targets.min(classes - 1);
-        for rank in ranks {
-            for restart in 0..self.restarts {
-                let draw = (rank * self.restarts + restart) as u64;
-                let loss = |i: usize| {
-                    let target = orders[i][rank];
-                    if classes < 4 { Loss::TargetedMargin(target) } else { Loss::TargetedDlr(target) }
-                };
-                self.run_on_standing(victim, &mut found, images, labels, ids, draw, &loss)?;
-            }
-        }
-        Ok(found)
+        Norm::L2 => rng::normals(seed, example.id, rng::stream::ATTACK, &mut draws),
     }
-
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "what is the same for all runs of an attack, and what is not"
-    )]
-    fn run_on_standing(
-        &self,
-        victim: &Victim,
-        found: &mut [Option<Vec<f32>>],
-        images: &[&[f32]],
-        labels: &[usize],
-        ids: &[u64],
-        draw: u64,
-        loss: &dyn Fn(usize) -> Loss,
-    ) -> Result<()> {
-        let standing: Vec<usize> = (0..images.len()).filter(|&i| found[i].is_none()).collect();
-        let seed = rng::uint(self.seed, draw, rng::stream::ATTACK);
-        let searches = standing.iter().map(|&i| {
-            let start = self.start(images[i], seed, ids[i], victim.shape);
-            Climb::new(*self, loss(i), images[i].to_vec(), labels[i], start)
-        });
-        for (i, image) in standing.iter().zip(run(victim, searches.collect())?) {
-            found[*i] = image;
-        }
-        Ok(())
-    }
-
-    /// A random point on the surface of the ball, then clipped to the box; elements are drawn in CHW order.
-    fn start(&self, x: &[f32], seed: u64, id: u64, (h, w, c): (usize, usize, usize)) -> Vec<f32> {
-        let mut draws = vec![0f32; x.len()];
-        match self.threat.norm() {
-            Norm::Linf => {
-                rng::uniforms(seed, id, rng::stream::ATTACK, &mut draws);
-                draws.iter_mut().for_each(|u| *u = 2.0 * *u - 1.0);
-            }
-            Norm::L2 => rng::normals(seed, id, rng::stream::ATTACK, &mut draws),
-        }
-        let scale = self.threat.epsilon() as f32
-            / length(self.threat.norm(), draws.iter().copied()).max(f32::MIN_POSITIVE);
-        let chw = |position: usize, channel: usize| draws[channel * h * w + position];
-        let pixels = x.iter().enumerate();
-        pixels.map(|(i, x)| (x + scale * chw(i / c, i % c)).clamp(0.0, 1.0)).collect()
-    }
+    let scale = threat.epsilon() as f32 / length(threat.norm(), draws.iter().copied()).max(f32::MIN_POSITIVE);
+    let chw = |position: usize, channel: usize| draws[channel * h * w + position];
+    let pixels = example.image.iter().enumerate();
+    pixels.map(|(i, x)| (x + scale * chw(i / c, i % c)).clamp(0.0, 1.0)).collect()
 }
 
 /// After how many steps each checkpoint comes: first 22 % of the steps, then each time 3 % less, at least 6 %
@@ -129,9 +97,7 @@ fn periods(steps: usize) -> (usize, usize, usize) {
 /// APGD on one image.
 struct Climb {
     settings: Apgd,
-    loss: Loss,
-    x: Vec<f32>,
-    label: usize,
+    example: Example,
     /// Where the gradient is taken next, and where it was taken before.
     point: Vec<f32>,
     former: Vec<f32>,
@@ -155,10 +121,11 @@ struct Climb {
 }
 
 impl Climb {
-    fn new(settings: Apgd, loss: Loss, x: Vec<f32>, label: usize, start: Vec<f32>) -> Self {
+    /// `draw`: which of the image's random starts it is.
+    fn new(settings: Apgd, draw: u64, example: Example) -> Self {
+        let seed = rng::uint(settings.seed, draw, rng::stream::ATTACK);
+        let start = start(&settings.threat, &example, seed);
         Self {
-            loss,
-            label,
             former: start.clone(),
             best: start.clone(),
             point: start,
@@ -174,7 +141,7 @@ impl Climb {
             halved_at_checkpoint: true,
             value: 0.0,
             adversarial: None,
-            x,
+            example,
             settings,
         }
     }
@@ -197,37 +164,43 @@ impl Climb {
                 plain.iter_mut().zip(gradient).for_each(|(v, g)| *v += scale * g);
             }
         }
-        threat.project_image(&self.x, &mut plain);
+        threat.project_image(&self.example.image, &mut plain);
         let mut next = plain;
         for ((next, point), former) in next.iter_mut().zip(&self.point).zip(&self.former) {
             *next = point + alpha * (*next - point) + (1.0 - alpha) * (point - former);
         }
-        threat.project_image(&self.x, &mut next);
+        threat.project_image(&self.example.image, &mut next);
         self.former = std::mem::replace(&mut self.point, next);
     }
 }
 
 impl Search for Climb {
-    const GRADIENTS: bool = true;
-
     fn point(&self) -> Option<&[f32]> {
         let over = self.adversarial.is_some() || self.asked > self.settings.steps;
         (!over).then_some(self.point.as_slice())
     }
 
-    fn weights(&mut self, logits: &[f32]) -> Vec<f32> {
-        let (value, gradient) = self.loss.of(logits, self.label);
-        self.value = value;
-        gradient
+    /// Not where the last step has led.
+    fn wants_gradient(&self) -> bool {
+        self.asked < self.settings.steps
     }
 
-    fn advance(&mut self, logits: &[f32], gradient: &[f32]) {
-        if choice(logits) != Some(self.label) {
+    fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
+        let (value, gradient) = self.settings.loss.of(logits, self.example.label);
+        self.value = value;
+        Ok(gradient)
+    }
+
+    fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()> {
+        if !self.example.is_right(logits) {
             self.adversarial = Some(self.point.clone());
-            return;
+            return Ok(());
         }
         let first = self.asked == 0;
         self.asked += 1;
+        if self.asked > self.settings.steps {
+            return Ok(());
+        }
         let value = self.value;
         if first {
             (self.best_loss, self.best_at_checkpoint) = (value, value);
@@ -262,9 +235,10 @@ impl Search for Climb {
             (self.since, self.raised) = (0, 0);
         }
         self.step(gradient);
+        Ok(())
     }
 
-    fn found(self) -> Option<Vec<f32>> {
-        self.adversarial
+    fn found(&self) -> Option<&[f32]> {
+        self.adversarial.as_deref()
     }
 }

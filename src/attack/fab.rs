@@ -2,10 +2,15 @@
 //! (Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
 
 use super::{
-    Loss, Norm, Threat,
-    search::{Search, Victim, choice, distance, length, ranking, run},
+    Attack, Example, Loss, Method, Norm, Search, Threat, autoattack,
+    search::{Targeted, distance, length},
 };
 use crate::Result;
+
+/// FAB towards each target.
+pub const FAB_T: Method = Method::new("fab-t", 3, |threat, _| {
+    Box::new(Fab { threat, steps: autoattack::STEPS, targets: autoattack::TARGETS })
+});
 
 /// The largest pull towards the original image, α_max.
 const ALPHA_MAX: f32 = 0.1;
@@ -25,43 +30,29 @@ pub struct Fab {
     pub targets: usize,
 }
 
-impl Fab {
-    /// For each image an adversarial one within the ball, if it was found. `images` in HWC order, one of `labels` each.
-    /// Starts at the image itself: nothing is drawn.
-    pub fn run(&self, victim: &Victim, images: &[&[f32]], labels: &[usize]) -> Result<Vec<Option<Vec<f32>>>> {
-        let mut found = vec![None; images.len()];
-        if images.is_empty() {
-            return Ok(found);
-        }
-        let orders: Vec<Vec<usize>> = victim.logits(images)?.iter().map(|row| ranking(row)).collect();
-        let ranks = 1..=self.targets.min(orders[0].len() - 1);
-        for rank in ranks {
-            let standing: Vec<usize> = (0..images.len()).filter(|&i| found[i].is_none()).collect();
-            let approach = |&i: &usize| Approach {
-                settings: *self,
-                x: images[i].to_vec(),
-                label: labels[i],
-                target: orders[i][rank],
-                point: images[i].to_vec(),
-                checked: false,
-                steps: 0,
-                margin: 0.0,
-                found: None,
-            };
-            let searches = standing.iter().map(approach).collect();
-            for (i, image) in standing.iter().zip(run(victim, searches)?) {
-                found[*i] = image;
-            }
-        }
-        Ok(found)
+/// Starts at the image itself: nothing is drawn.
+impl Attack for Fab {
+    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
+        let settings = *self;
+        let image = example.image.clone();
+        let towards = move |_, target| Approach {
+            settings,
+            point: example.image.clone(),
+            example: example.clone(),
+            target,
+            checked: false,
+            steps: 0,
+            margin: 0.0,
+            found: None,
+        };
+        Ok(Box::new(Targeted::new(image, self.targets, towards)))
     }
 }
 
 /// FAB on one image, towards one class.
 struct Approach {
     settings: Fab,
-    x: Vec<f32>,
-    label: usize,
+    example: Example,
     target: usize,
     point: Vec<f32>,
     /// Whether `point` is the end of a step, so that the answer there may be the adversarial one.
@@ -80,10 +71,10 @@ impl Approach {
             |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
         let offset = f64::from(self.margin) - dot(gradient, &self.point);
         let to_border = |from: &[f32]| project_to_plane(norm, from, gradient, offset + dot(gradient, from));
-        let (d1, d2) = (to_border(&self.point), to_border(&self.x));
+        let (d1, d2) = (to_border(&self.point), to_border(&self.example.image));
         let size = |d: &[f32]| length(norm, d.iter().copied()).max(1e-8);
         let alpha = (size(&d1) / (size(&d1) + size(&d2))).min(ALPHA_MAX);
-        for (((point, x), d1), d2) in self.point.iter_mut().zip(&self.x).zip(&d1).zip(&d2) {
+        for (((point, x), d1), d2) in self.point.iter_mut().zip(&self.example.image).zip(&d1).zip(&d2) {
             *point = ((*point + ETA * d1) * (1.0 - alpha) + (x + ETA * d2) * alpha).clamp(0.0, 1.0);
         }
         self.checked = true;
@@ -92,40 +83,44 @@ impl Approach {
 }
 
 impl Search for Approach {
-    const GRADIENTS: bool = true;
-
     fn point(&self) -> Option<&[f32]> {
         let over = self.found.is_some() || (self.steps >= self.settings.steps && !self.checked);
         (!over).then_some(self.point.as_slice())
     }
 
-    fn weights(&mut self, logits: &[f32]) -> Vec<f32> {
-        let (margin, gradient) = Loss::TargetedMargin(self.target).of(logits, self.label);
-        self.margin = margin;
-        gradient
+    fn wants_gradient(&self) -> bool {
+        self.steps < self.settings.steps
     }
 
-    fn advance(&mut self, logits: &[f32], gradient: &[f32]) {
+    fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
+        let (margin, gradient) = Loss::TargetedMargin(self.target).of(logits, self.example.label);
+        self.margin = margin;
+        Ok(gradient)
+    }
+
+    fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()> {
         if self.checked {
             self.checked = false;
-            if choice(logits) != Some(self.label) {
+            if !self.example.is_right(logits) {
                 let (norm, epsilon) = (self.settings.threat.norm(), self.settings.threat.epsilon() as f32);
-                if distance(norm, &self.point, &self.x) <= epsilon {
+                let x = &self.example.image;
+                if distance(norm, &self.point, x) <= epsilon {
                     self.found = Some(self.point.clone());
-                    return;
+                    return Ok(());
                 }
                 // Back towards the image; the gradient is another there, so the network is asked again.
-                self.point.iter_mut().zip(&self.x).for_each(|(p, x)| *p = x + BETA * (*p - x));
-                return;
+                self.point.iter_mut().zip(x).for_each(|(p, x)| *p = x + BETA * (*p - x));
+                return Ok(());
             }
         }
         if self.steps < self.settings.steps {
             self.step(gradient);
         }
+        Ok(())
     }
 
-    fn found(self) -> Option<Vec<f32>> {
-        self.found
+    fn found(&self) -> Option<&[f32]> {
+        self.found.as_deref()
     }
 }
 

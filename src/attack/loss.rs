@@ -13,12 +13,12 @@ pub enum Loss {
     /// The margin of the best wrong class, `max_{i≠y} z_i - z_y`.
     Margin,
     /// The margin over the difference of the first and the third logit (Croce & Hein 2020, Eq. 6): no scaling or shift
-    /// of the logits changes it. For at least three classes.
+    /// of the logits changes it. With two classes, where that is not defined, the margin.
     Dlr,
     /// The margin of one class, `z_t - z_y`.
     TargetedMargin(usize),
-    /// That over the difference of the first logit and the mean of the third and fourth (Croce & Hein 2020, Eq. 7). For
-    /// at least four classes.
+    /// That over the difference of the first logit and the mean of the third and fourth (Croce & Hein 2020, Eq. 7). With
+    /// fewer than four classes, where that is not defined, the margin of the class.
     TargetedDlr(usize),
 }
 
@@ -29,7 +29,7 @@ impl Loss {
     /// logits, not through the order.
     ///
     /// # Panics
-    /// If there are fewer classes than the loss is for, or no such class.
+    /// If there are fewer than two classes, or no such class.
     pub fn of(self, logits: &[f32], label: usize) -> (f32, Vec<f32>) {
         let mut gradient = vec![0.0; logits.len()];
         let margin_of = |class: usize| logits[class] - logits[label];
@@ -55,6 +55,7 @@ impl Loss {
                 gradient[label] -= 1.0;
                 (margin_of(target), gradient)
             }
+            Self::Dlr if logits.len() < 3 => Self::Margin.of(logits, label),
             Self::Dlr => {
                 let order = ranking(logits);
                 let span = logits[order[0]] - logits[order[2]] + TINY;
@@ -66,6 +67,7 @@ impl Loss {
                 gradient[order[2]] += loss / span;
                 (loss, gradient)
             }
+            Self::TargetedDlr(target) if logits.len() < 4 => Self::TargetedMargin(target).of(logits, label),
             Self::TargetedDlr(target) => {
                 let order = ranking(logits);
                 let span = logits[order[0]] - 0.5 * (logits[order[2]] + logits[order[3]]) + TINY;

@@ -1,13 +1,14 @@
 //! Attacks: the worst image within a ball around the given one. Networks come in as closures.
 //!
-//! [`pgd()`] serves training: it runs on tensors, where the network is. The attacks of [`AutoAttack`] serve evaluation:
-//! each image is searched on its own ([`search`]), so that what is found for it does not depend on the images beside
-//! it, and who has found leaves the batch.
+//! [`pgd()`] serves training: it runs on tensors, where the network is. An [`Attack`] serves evaluation: each image is
+//! searched on its own ([`search`]), so that what is found for it does not depend on the images beside it, and an image
+//! that is done with makes place for the next. The [`Method`]s are those that go by a name.
 
 mod apgd;
 pub mod autoattack;
 mod fab;
 mod loss;
+mod method;
 mod pgd;
 pub mod search;
 mod square;
@@ -15,11 +16,11 @@ mod square;
 mod tests;
 mod threat;
 
-pub use apgd::Apgd;
-pub use autoattack::AutoAttack;
-pub use fab::Fab;
+pub use apgd::{APGD_CE, APGD_DLR, APGD_T, Apgd, ApgdT};
+pub use fab::{FAB_T, Fab};
 pub use loss::Loss;
-pub use pgd::{Pgd, PgdConfig, PgdLoss, ascend, pgd};
-pub use search::Victim;
-pub use square::Square;
+pub use method::Method;
+pub use pgd::{Counted, Pgd, PgdConfig, PgdLoss, PgdSearch, ascend, pgd};
+pub use search::{Attack, Example, Search, Victim};
+pub use square::{SQUARE, Square};
 pub use threat::{Epsilon, Norm, Threat};

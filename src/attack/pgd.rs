@@ -3,7 +3,7 @@
 use candle_core::{D, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::{Epsilon, Norm, Threat, search::choice};
+use super::{Attack, Epsilon, Example, Norm, Search, Threat};
 use crate::{Result, kernels, rng};
 
 /// What [`pgd`] makes large.
@@ -41,8 +41,6 @@ pub struct PgdConfig {
     pub steps: usize,
     /// The length of a step, in the norm of the threat.
     pub step_size: f64,
-    /// How many starts; the worst image of them counts.
-    pub restarts: usize,
     /// Whether to start from a random point of the ball, else from the image itself.
     pub random_start: bool,
     /// What is made large.
@@ -55,16 +53,10 @@ impl PgdConfig {
         if !(self.step_size >= 0.0 && self.step_size.is_finite()) {
             bail!(Usage, "the attack's step size is {}, expected a number from 0", self.step_size);
         }
-        if self.restarts == 0 {
-            bail!(Usage, "the attack's restarts are 0, expected at least 1");
-        }
-        if self.restarts > 1 && !self.random_start {
-            bail!(Usage, "the attack's restarts are {} without a random start, expected 1", self.restarts);
-        }
         Ok(())
     }
 
-    /// Where the attack on `x` begins, the `restart`-th time.
+    /// Where the attack on `x` begins, the time number `restart` from 0.
     fn start(&self, threat: &Threat, x: &Tensor, seed: u64, restart: usize, ids: &[u64]) -> Result<Tensor> {
         match self.random_start {
             true => threat.random_start(x, rng::uint(seed, restart as u64, rng::stream::ATTACK), ids),
@@ -73,29 +65,22 @@ impl PgdConfig {
     }
 }
 
-/// An attack that is ready to run: [`pgd`] with its ball, its settings and the seed of its random starts.
+/// An attack that is ready to run: [`pgd`] with its ball, its settings and the seed of its random start.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pgd {
     /// The ball.
     pub threat: Threat,
     /// How hard it tries.
     pub config: PgdConfig,
-    /// The seed of the random starts.
+    /// The seed of the random start.
     pub seed: u64,
 }
 
 impl Pgd {
-    /// `steps` steps of size `step_ratio · epsilon / steps`, from `restarts` random starts.
+    /// `steps` steps of size `step_ratio · epsilon / steps`, from a random start.
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them cannot be.
-    pub fn new(
-        norm: Norm,
-        epsilon: Epsilon,
-        steps: usize,
-        step_ratio: f64,
-        restarts: usize,
-        seed: u64,
-    ) -> Result<Self> {
+    pub fn new(norm: Norm, epsilon: Epsilon, steps: usize, step_ratio: f64, seed: u64) -> Result<Self> {
         if steps == 0 || !(step_ratio > 0.0 && step_ratio.is_finite()) {
             bail!(
                 Usage,
@@ -103,7 +88,7 @@ impl Pgd {
             );
         }
         let step_size = step_ratio * epsilon.get() / steps as f64;
-        let config = PgdConfig { steps, step_size, restarts, random_start: true, loss: PgdLoss::Ce };
+        let config = PgdConfig { steps, step_size, random_start: true, loss: PgdLoss::Ce };
         config.validate()?;
         Ok(Self { threat: Threat::new(norm, epsilon)?, config, seed })
     }
@@ -118,96 +103,129 @@ impl Pgd {
     ) -> Result<Tensor> {
         pgd(logits_of, x, labels, &self.threat, &self.config, self.seed, sample_ids)
     }
+}
 
-    /// For each image whether it is answered by its label wherever the attack comes by: at the image itself, at the random
-    /// starts and after each step. Who is answered otherwise leaves, so that steps are made for those only that stand.
+/// Which points of [`Pgd`]'s ways count in an evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counted {
+    /// The last of each: what [`pgd`] returns.
+    Last,
+    /// Every one, the image itself first.
+    Every,
+}
+
+/// PGD on image by image: an image that is answered wrongly at a point that counts is done with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PgdSearch {
+    pgd: Pgd,
+    restarts: usize,
+    counted: Counted,
+}
+
+impl PgdSearch {
+    /// From `restarts` starts, until one of them succeeds.
     ///
-    /// `x`: `(b, …)` f32, in [0, 1]; `labels` and `sample_ids`: one an image. At least as strong as [`Pgd::perturb`], which
-    /// looks at the last points only. For the rest see [`pgd`].
-    pub fn withstood(
-        &self,
-        logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
-        x: &Tensor,
-        labels: &[u32],
-        sample_ids: &[u64],
-    ) -> Result<Vec<bool>> {
-        let Self { threat, config, .. } = self;
-        config.validate()?;
-        let x = x.detach();
-        let n = x.dim(0)?;
-        if (labels.len(), sample_ids.len()) != (n, n) {
-            bail!(Alarm, "{n} images have {} labels and {} ids", labels.len(), sample_ids.len());
+    /// Fails with [`Error::Usage`](crate::Error::Usage) for no start, or for several that would all be the same.
+    pub fn new(pgd: Pgd, restarts: usize, counted: Counted) -> Result<Self> {
+        pgd.config.validate()?;
+        if restarts == 0 {
+            bail!(Usage, "the attack's restarts are 0, expected at least 1");
         }
-        let mut stands = vec![true; n];
-        leave(&mut stands, &(0..n).collect::<Vec<_>>(), labels, &logits_of(&x)?)?;
-        if threat.epsilon() == 0.0 {
-            return Ok(stands);
+        if restarts > 1 && !pgd.config.random_start {
+            bail!(Usage, "the attack's restarts are {restarts} without a random start, expected 1");
         }
-        for restart in 0..config.restarts {
-            self.withstood_from(restart, logits_of, &x, labels, sample_ids, &mut stands)?;
-        }
-        Ok(stands)
+        Ok(Self { pgd, restarts, counted })
     }
 
-    /// The attack's way from one start, for the images that stand.
-    fn withstood_from(
-        &self,
-        restart: usize,
-        logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
-        x: &Tensor,
-        labels: &[u32],
-        sample_ids: &[u64],
-        stands: &mut [bool],
-    ) -> Result<()> {
-        let Self { threat, config, seed } = self;
-        let mut rows: Vec<usize> = (0..stands.len()).filter(|&row| stands[row]).collect();
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let mut x = x.index_select(&indices(&rows, x.device())?, 0)?;
-        let ids: Vec<u64> = rows.iter().map(|&row| sample_ids[row]).collect();
-        let mut x_adv = config.start(threat, &x, *seed, restart, &ids)?;
-        for _ in 0..config.steps {
-            let var = Var::from_tensor(&x_adv)?;
-            let logits = logits_of(var.as_tensor())?;
-            leave(stands, &rows, labels, &logits)?;
-            let kept: Vec<usize> = (0..rows.len()).filter(|&i| stands[rows[i]]).collect();
-            if kept.is_empty() {
-                return Ok(());
-            }
-            let expected: Vec<u32> = rows.iter().map(|&row| labels[row]).collect();
-            let loss = config.loss.of(&logits, &Tensor::new(expected, x.device())?)?;
-            x_adv = threat.step(&x, &x_adv, &gradient(&loss, &var)?, config.step_size)?;
-            if kept.len() < rows.len() {
-                let places = indices(&kept, x.device())?;
-                (x, x_adv) = (x.index_select(&places, 0)?, x_adv.index_select(&places, 0)?);
-                rows = kept.into_iter().map(|i| rows[i]).collect();
-            }
-        }
-        leave(stands, &rows, labels, &logits_of(&x_adv)?)
+    /// The ball.
+    pub fn threat(&self) -> Threat {
+        self.pgd.threat
     }
 }
 
-/// Takes those of `rows` down that the logits, one row of them each, do not answer by their label.
-fn leave(stands: &mut [bool], rows: &[usize], labels: &[u32], logits: &Tensor) -> Result<()> {
-    let logits = logits.detach().to_vec2::<f32>()?;
-    if logits.len() != rows.len() {
-        bail!(Alarm, "{} images have logits for {}", rows.len(), logits.len());
+impl Attack for PgdSearch {
+    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
+        let x = example.tensor(&example.image)?;
+        let point = Some(example.image.clone());
+        let mut way = Way { settings: *self, example, x, point, starts: 0, steps_left: 0, found: None };
+        if self.counted == Counted::Last && way.starts_left() {
+            way.start()?;
+        }
+        Ok(Box::new(way))
     }
-    for (&row, logits) in rows.iter().zip(logits) {
-        stands[row] = choice(&logits) == Some(labels[row] as usize);
-    }
-    Ok(())
 }
 
-fn indices(rows: &[usize], device: &Device) -> Result<Tensor> {
-    Ok(Tensor::new(rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), device)?)
+/// PGD on one image.
+struct Way {
+    settings: PgdSearch,
+    example: Example,
+    /// The image, `(1, h, w, c)`.
+    x: Tensor,
+    /// Where the network is asked next; none if the search is over.
+    point: Option<Vec<f32>>,
+    /// Starts made so far, and steps that are to come from the last one.
+    starts: usize,
+    steps_left: usize,
+    found: Option<Vec<f32>>,
 }
 
-/// The images within `threat` of `x` that PGD finds to have the highest loss.
+impl Way {
+    fn starts_left(&self) -> bool {
+        self.starts < self.settings.restarts && self.settings.pgd.threat.epsilon() > 0.0
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let Pgd { threat, config, seed } = self.settings.pgd;
+        let start = config.start(&threat, &self.x, seed, self.starts, &[self.example.id])?;
+        self.point = Some(start.flatten_all()?.to_vec1()?);
+        self.starts += 1;
+        self.steps_left = config.steps;
+        Ok(())
+    }
+}
+
+impl Search for Way {
+    fn point(&self) -> Option<&[f32]> {
+        self.point.as_deref()
+    }
+
+    fn wants_gradient(&self) -> bool {
+        self.steps_left > 0
+    }
+
+    fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
+        let logits = Var::from_slice(logits, (1, logits.len()), &Device::Cpu)?;
+        let label = Tensor::new(&[self.example.label as u32], &Device::Cpu)?;
+        let loss = self.settings.pgd.config.loss.of(logits.as_tensor(), &label)?;
+        Ok(gradient(&loss, &logits)?.flatten_all()?.to_vec1()?)
+    }
+
+    fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()> {
+        let Pgd { threat, config, .. } = self.settings.pgd;
+        let Some(point) = self.point.take() else { return Ok(()) };
+        let counts = self.steps_left == 0 || self.settings.counted == Counted::Every;
+        if counts && !self.example.is_right(logits) {
+            self.found = Some(point);
+        } else if self.steps_left > 0 {
+            let (x_adv, gradient) = (self.example.tensor(&point)?, self.example.tensor(gradient)?);
+            let moved = threat.step(&self.x, &x_adv, &gradient, config.step_size)?;
+            self.point = Some(moved.flatten_all()?.to_vec1()?);
+            self.steps_left -= 1;
+        } else if self.starts_left() {
+            self.start()?;
+        }
+        Ok(())
+    }
+
+    fn found(&self) -> Option<&[f32]> {
+        self.found.as_deref()
+    }
+}
+
+/// The images within `threat` of `x` at which PGD arrives, climbing the loss.
 ///
 /// `x`: `(b, …)` f32, in [0, 1]. `labels`: `(b,)` u32. `sample_ids`: a number for each image, which with
-/// `seed` decides on its random starts. `logits_of` returns `(b, classes)`, its parameters best frozen: their
+/// `seed` decides on its random start. `logits_of` returns `(b, classes)`, its parameters best frozen: their
 /// gradients are of no use here. Returns images shaped like `x`, without a graph. The result for an image does
 /// not depend on the batch, as long as its logits do not. A radius of 0 returns `x`.
 ///
@@ -227,33 +245,8 @@ pub fn pgd(
     if threat.epsilon() == 0.0 {
         return Ok(x);
     }
-    let mut worst: Option<(Tensor, Tensor)> = None;
-    for restart in 0..config.restarts {
-        let start = config.start(threat, &x, seed, restart, sample_ids)?;
-        let loss_of = |logits: &Tensor| config.loss.of(logits, labels);
-        let x_adv = ascend(logits_of, &loss_of, &x, start, threat, config)?;
-        if config.restarts == 1 {
-            return Ok(x_adv);
-        }
-        // Wrong beats right, whatever the loss: with more than two classes a right answer can cost more.
-        let logits = logits_of(&x_adv)?.detach();
-        let wrong = logits.argmax(D::Minus1)?.ne(labels)?.to_dtype(logits.dtype())?;
-        let loss = (kernels::cross_entropy(&logits, labels)? + (wrong * 1e6)?)?;
-        // An answer that is no number is the worst of all; as such it compares with nothing.
-        let none = loss.ne(&loss)?;
-        let loss = none.where_cond(&loss.ones_like()?.affine(1e30, 0.0)?, &loss)?;
-        worst = Some(match worst {
-            None => (x_adv, loss),
-            Some((worst_x, worst_loss)) => {
-                let worse = loss.gt(&worst_loss)?;
-                let mut shape = vec![1; x.rank()];
-                shape[0] = x.dim(0)?;
-                let image = worse.reshape(shape)?.broadcast_as(x.shape())?;
-                (image.where_cond(&x_adv, &worst_x)?, worse.where_cond(&loss, &worst_loss)?)
-            }
-        });
-    }
-    Ok(worst.map_or(x, |(x_adv, _)| x_adv))
+    let start = config.start(threat, &x, seed, 0, sample_ids)?;
+    ascend(logits_of, &|logits| config.loss.of(logits, labels), &x, start, threat, config)
 }
 
 /// The steps of the attack: from `start` up the gradient of `loss_of(logits_of(x'))`, projected onto the ball around `x`
@@ -289,6 +282,11 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::attack::{
+        Victim,
+        search::{LogitsOf, choice},
+        tests,
+    };
 
     const WEIGHTS: [f32; 6] = [0.5, -1.0, 2.0, 0.25, -0.75, 1.5];
 
@@ -297,13 +295,28 @@ mod tests {
     }
 
     fn config(steps: usize, step_size: f64) -> PgdConfig {
-        PgdConfig { steps, step_size, restarts: 1, random_start: true, loss: PgdLoss::Ce }
+        PgdConfig { steps, step_size, random_start: true, loss: PgdLoss::Ce }
+    }
+
+    /// What the attack finds for images whose ids are their places.
+    fn find(attack: &PgdSearch, logits_of: LogitsOf, x: &Tensor, labels: &[u32]) -> Vec<Option<Vec<f32>>> {
+        let victim = Victim { logits_of, shape: (1, 6, 1), device: &Device::Cpu };
+        let images = x.to_vec2().unwrap().into_iter().zip(labels).enumerate();
+        let examples: Vec<Example> = images
+            .map(|(i, (image, &label))| Example {
+                image,
+                shape: (1, 6, 1),
+                label: label as usize,
+                id: i as u64,
+            })
+            .collect();
+        tests::find(&victim, 7, attack, &examples)
     }
 
     /// Logits (0, w·x + 0.3): a linear model with margin w·x + 0.3 for label 1.
     fn linear(x: &Tensor) -> Result<Tensor> {
         let w = Tensor::from_slice(&WEIGHTS, (1, 6), x.device())?;
-        let margin = (kernels::linear(x, &w, None)? + 0.3)?;
+        let margin = (kernels::linear(&x.flatten_from(1)?, &w, None)? + 0.3)?;
         Ok(Tensor::cat(&[&margin.zeros_like()?, &margin], 1)?)
     }
 
@@ -362,7 +375,7 @@ mod tests {
     fn an_image_is_attacked_alike_in_any_batch() {
         let (x, labels) = (images(4), Tensor::new(&[1u32, 0, 1, 0], &Device::Cpu).unwrap());
         for norm in [Norm::Linf, Norm::L2] {
-            let config = PgdConfig { restarts: 3, ..config(5, 0.03) };
+            let config = config(5, 0.03);
             let attack = |from: usize, n: usize| {
                 let ids: Vec<_> = (10..14).skip(from).take(n).collect();
                 let (x, labels) = (x.narrow(0, from, n).unwrap(), labels.narrow(0, from, n).unwrap());
@@ -379,18 +392,30 @@ mod tests {
     }
 
     #[test]
-    fn restarts_keep_the_worst_for_each_image() {
-        let n = 16;
+    fn what_the_first_start_finds_is_where_pgd_arrives_and_other_starts_find_more() {
+        let n = 60;
         let (x, ids) = (images(n), (0..n as u64).collect::<Vec<_>>());
-        let labels = Tensor::ones(n, candle_core::DType::U32, &Device::Cpu).unwrap();
-        let run = |restarts| {
-            let config = PgdConfig { restarts, ..config(3, 0.02) };
-            let x_adv = pgd(&wavy, &x, &labels, &threat(Norm::Linf, 0.1), &config, 5, &ids).unwrap();
-            losses(&wavy, &x_adv, &labels)
-        };
-        let (one, four) = (run(1), run(4));
-        assert!(one.iter().zip(&four).all(|(one, four)| four >= &(one - 1e-6)));
-        assert!(one.iter().zip(&four).filter(|(one, four)| *four > &(*one + 1e-4)).count() > n / 2);
+        let labels: Vec<u32> = wavy(&x).unwrap().argmax(D::Minus1).unwrap().to_vec1().unwrap();
+        for (norm, epsilon) in [(Norm::Linf, 0.015), (Norm::L2, 0.03)] {
+            for loss in [PgdLoss::Ce, PgdLoss::Cw] {
+                let config = PgdConfig { loss, ..config(4, 2.0 * epsilon) };
+                let pgd = Pgd { threat: threat(norm, epsilon), config, seed: 5 };
+                let find = |restarts: usize| {
+                    find(&PgdSearch::new(pgd, restarts, Counted::Last).unwrap(), &wavy, &x, &labels)
+                };
+                let (one, four) = (find(1), find(4));
+                let y = Tensor::new(labels.as_slice(), &Device::Cpu).unwrap();
+                let last = pgd.perturb(&wavy, &x, &y, &ids).unwrap();
+                let answers = wavy(&last).unwrap().to_vec2::<f32>().unwrap();
+                for (i, point) in last.to_vec2::<f32>().unwrap().into_iter().enumerate() {
+                    let fooled = choice(&answers[i]) != Some(labels[i] as usize);
+                    assert_eq!(one[i], fooled.then_some(point), "{norm} {loss:?} {i}");
+                    assert!(one[i].is_none() || four[i] == one[i], "{norm} {loss:?} {i}");
+                }
+                let count = |found: &[Option<Vec<f32>>]| found.iter().flatten().count();
+                assert!(0 < count(&one) && count(&one) < count(&four) && count(&four) < n, "{norm} {loss:?}");
+            }
+        }
     }
 
     #[test]
@@ -424,8 +449,11 @@ mod tests {
                         and_right(&mut last, &points);
                     }
                 }
-                let pgd = Pgd { threat, config: PgdConfig { restarts: restart + 1, ..once }, seed: 5 };
-                assert_eq!(pgd.withstood(&wavy, &x, &labels, &ids).unwrap(), all, "{norm:?}, {restart}");
+                let pgd = Pgd { threat, config: once, seed: 5 };
+                let attack = PgdSearch::new(pgd, restart + 1, Counted::Every).unwrap();
+                let found = find(&attack, &wavy, &x, &labels);
+                let stands: Vec<bool> = found.iter().map(Option::is_none).collect();
+                assert_eq!(stands, all, "{norm:?}, {restart}");
             }
             // Else this would show little: images leave on the way, not all at once, and not all of them.
             standing.dedup();
@@ -441,7 +469,10 @@ mod tests {
     fn an_answer_that_is_no_number_does_not_stand() {
         let pgd = Pgd { threat: threat(Norm::Linf, 0.1), config: config(2, 0.1), seed: 0 };
         let blind = |x: &Tensor| Ok((linear(x)? * f64::NAN)?);
-        assert_eq!(pgd.withstood(&blind, &images(2), &[1, 0], &[0, 1]).unwrap(), [false, false]);
+        for counted in [Counted::Last, Counted::Every] {
+            let attack = PgdSearch::new(pgd, 1, counted).unwrap();
+            assert!(find(&attack, &blind, &images(2), &[1, 0]).iter().all(Option::is_some), "{counted:?}");
+        }
     }
 
     #[test]
@@ -455,9 +486,13 @@ mod tests {
     fn settings_that_cannot_be_meant_are_refused() {
         let error = |config: PgdConfig| config.validate().unwrap_err().to_string();
         assert!(error(config(3, f64::NAN)).starts_with("the attack's step size is NaN"));
-        assert!(error(PgdConfig { restarts: 0, ..config(3, 0.1) }).contains("restarts are 0"));
-        let fixed = PgdConfig { restarts: 3, random_start: false, ..config(3, 0.1) };
-        assert!(error(fixed).contains("restarts are 3 without a random start"));
+        let error = |restarts: usize, random_start: bool| {
+            let config = PgdConfig { random_start, ..config(3, 0.1) };
+            let pgd = Pgd { threat: threat(Norm::Linf, 0.1), config, seed: 0 };
+            PgdSearch::new(pgd, restarts, Counted::Last).unwrap_err().to_string()
+        };
+        assert!(error(0, true).contains("restarts are 0"));
+        assert!(error(3, false).contains("restarts are 3 without a random start"));
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! Searches for adversarial images, image by image: each is a state machine that asks the network about one point
-//! after the other. The networks' work is done for many of them at once, and who has found leaves.
+//! Searches for adversarial images, image by image: each is a state machine that asks the network about one point after
+//! the other. The network answers many of them at once; a search that is over makes place for the next.
 
 use candle_core::{Device, Tensor, Var};
 
 use super::{Norm, Threat};
-use crate::Result;
+use crate::{Result, progress::check_stop};
 
 /// A classifier as attacks see it: images `(b, h, w, c)` f32 in [0, 1] to logits `(b, classes)`. Those of an image must
 /// not depend on the images beside it; its parameters are best frozen.
@@ -32,69 +32,184 @@ impl Victim<'_> {
         Ok((self.logits_of)(&self.images(points)?)?.detach().to_vec2()?)
     }
 
-    /// The logits of each image, and the gradient with respect to it of the sum of its logits times the weights that
-    /// `weights(image, logits)` returns: the chain rule for any loss whose gradient by the logits is known.
+    /// Asks about the point of each search and passes the answers on: the logits and, with `gradients`, the gradient by
+    /// the pixels of the logits times the search's [weights](Search::weights), which by the chain rule is that of any loss.
     ///
     /// Fails with [`Error::Alarm`](crate::Error::Alarm) if the logits do not depend on the images.
-    pub fn logits_and_gradients(
-        &self,
-        points: &[&[f32]],
-        mut weights: impl FnMut(usize, &[f32]) -> Vec<f32>,
-    ) -> Result<Vec<(Vec<f32>, Vec<f32>)>> {
-        let x = Var::from_tensor(&self.images(points)?)?;
-        let out = (self.logits_of)(x.as_tensor())?;
-        let logits = out.detach().to_vec2::<f32>()?;
-        let weights: Vec<f32> = logits.iter().enumerate().flat_map(|(i, row)| weights(i, row)).collect();
-        let weights = Tensor::from_vec(weights, out.shape(), self.device)?;
-        let grads = (out * weights)?.sum_all()?.backward()?;
-        let Some(gradient) = grads.get(x.as_tensor()) else {
-            bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
-        };
-        let gradient = gradient.flatten_from(1)?.to_vec2::<f32>()?;
-        Ok(logits.into_iter().zip(gradient).collect())
+    fn answer(&self, searches: &mut [&mut Box<dyn Search>], gradients: bool) -> Result<()> {
+        let points: Vec<&[f32]> = searches.iter().filter_map(|search| search.point()).collect();
+        let images = self.images(&points)?;
+        let tracked = if gradients { Some(Var::from_tensor(&images)?) } else { None };
+        let answers = (self.logits_of)(tracked.as_deref().unwrap_or(&images))?;
+        let logits = answers.detach().to_vec2::<f32>()?;
+        if logits.len() != searches.len() {
+            bail!(Alarm, "{} images have logits for {}", searches.len(), logits.len());
+        }
+        let mut by_pixels: Vec<Vec<f32>> = vec![Vec::new(); searches.len()];
+        if let Some(x) = tracked {
+            let mut weights = Vec::with_capacity(logits.len() * logits[0].len());
+            for (search, logits) in searches.iter_mut().zip(&logits) {
+                weights.extend(search.weights(logits)?);
+            }
+            let weights = Tensor::from_vec(weights, answers.shape(), self.device)?;
+            let grads = (answers * weights)?.sum_all()?.backward()?;
+            let Some(gradient) = grads.get(x.as_tensor()) else {
+                bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
+            };
+            by_pixels = gradient.flatten_from(1)?.to_vec2()?;
+            // Nowhere to go, rather than to a point that is none.
+            by_pixels.iter_mut().flatten().filter(|g| !g.is_finite()).for_each(|g| *g = 0.0);
+        }
+        for ((search, logits), gradient) in searches.iter_mut().zip(&logits).zip(&by_pixels) {
+            search.advance(logits, gradient)?;
+        }
+        Ok(())
+    }
+}
+
+/// An image under attack.
+#[derive(Clone, Debug)]
+pub struct Example {
+    /// Its pixels in [0, 1], in HWC order.
+    pub image: Vec<f32>,
+    /// Height, width and channels.
+    pub shape: (usize, usize, usize),
+    /// Its class.
+    pub label: usize,
+    /// The key of all that is drawn for it.
+    pub id: u64,
+}
+
+impl Example {
+    /// Pixels in its order as `(1, h, w, c)`, on the CPU.
+    pub fn tensor(&self, pixels: &[f32]) -> Result<Tensor> {
+        let (h, w, c) = self.shape;
+        Ok(Tensor::from_slice(pixels, (1, h, w, c), &Device::Cpu)?)
+    }
+
+    /// Whether these logits choose its class.
+    pub(super) fn is_right(&self, logits: &[f32]) -> bool {
+        choice(logits) == Some(self.label)
+    }
+}
+
+/// An attack: how to search for an adversarial image near a given one.
+pub trait Attack: Sync {
+    /// The search for one image. What it finds depends on the example and the network alone.
+    fn search(&self, example: Example) -> Result<Box<dyn Search>>;
+}
+
+impl<F: Fn(Example) -> Result<Box<dyn Search>> + Sync> Attack for F {
+    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
+        self(example)
     }
 }
 
 /// A search for one adversarial image.
-pub(super) trait Search {
-    /// Whether the search needs gradients.
-    const GRADIENTS: bool;
-
+pub trait Search {
     /// The point to ask about next; none if the search is over.
     fn point(&self) -> Option<&[f32]>;
 
-    /// The gradient, by the logits at that point, of what the search climbs. Not asked without [`Search::GRADIENTS`].
-    fn weights(&mut self, logits: &[f32]) -> Vec<f32>;
+    /// Whether the search needs the gradient at that point; a search by answers alone never does.
+    fn wants_gradient(&self) -> bool {
+        false
+    }
 
-    /// Takes the answer: the logits at the point and, if there are such, the gradient by the pixels.
-    fn advance(&mut self, logits: &[f32], gradient: &[f32]);
+    /// The gradient, by the logits at that point, of what the search climbs. Asked only if it [wants a
+    /// gradient](Search::wants_gradient).
+    fn weights(&mut self, _logits: &[f32]) -> Result<Vec<f32>> {
+        Ok(Vec::new())
+    }
+
+    /// Takes the answer: the logits at the point and, if wanted, the gradient by the pixels.
+    fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()>;
 
     /// The adversarial image, if one is found.
-    fn found(self) -> Option<Vec<f32>>;
+    fn found(&self) -> Option<&[f32]>;
 }
 
-/// Runs the searches side by side until all are over. Returns what each has found.
-pub(super) fn run<S: Search>(victim: &Victim, mut searches: Vec<S>) -> Result<Vec<Option<Vec<f32>>>> {
+/// Runs the searches that `next` returns, each with a number of its own, at most `size` at a time: one that is over makes
+/// place for the next. `over` receives the number of each and what it found.
+pub fn run(
+    victim: &Victim,
+    size: usize,
+    next: &mut dyn FnMut() -> Result<Option<(usize, Box<dyn Search>)>>,
+    over: &mut dyn FnMut(usize, Option<&[f32]>) -> Result<()>,
+) -> Result<()> {
+    let mut window = Vec::new();
     loop {
-        let mut active: Vec<&mut S> = searches.iter_mut().filter(|s| s.point().is_some()).collect();
-        if active.is_empty() {
-            return Ok(searches.into_iter().map(S::found).collect());
+        while window.len() < size.max(1)
+            && let Some(search) = next()?
+        {
+            window.push(search);
         }
-        crate::progress::check_stop()?;
-        let points: Vec<Vec<f32>> = active.iter().filter_map(|s| s.point().map(<[f32]>::to_vec)).collect();
-        let points: Vec<&[f32]> = points.iter().map(Vec::as_slice).collect();
-        if S::GRADIENTS {
-            let answers = victim.logits_and_gradients(&points, |i, logits| active[i].weights(logits))?;
-            for (search, (logits, mut gradient)) in active.iter_mut().zip(answers) {
-                // Nowhere to go, rather than to a point that is none.
-                gradient.iter_mut().filter(|g| !g.is_finite()).for_each(|g| *g = 0.0);
-                search.advance(&logits, &gradient);
-            }
-        } else {
-            for (search, logits) in active.iter_mut().zip(victim.logits(&points)?) {
-                search.advance(&logits, &[]);
+        if window.is_empty() {
+            return Ok(());
+        }
+        check_stop()?;
+        for gradients in [true, false] {
+            let asking = window.iter_mut().map(|(_, search)| search);
+            let mut asking: Vec<&mut Box<dyn Search>> =
+                asking.filter(|s| s.point().is_some() && s.wants_gradient() == gradients).collect();
+            if !asking.is_empty() {
+                victim.answer(&mut asking, gradients)?;
             }
         }
+        for (number, search) in window.extract_if(.., |(_, search)| search.point().is_none()) {
+            over(number, search.found())?;
+        }
+    }
+}
+
+/// Searches towards the classes that come next to the best in the answer to the image itself, in turn, until one of them
+/// finds something.
+pub(super) struct Targeted<S, F> {
+    image: Vec<f32>,
+    targets: usize,
+    towards: F,
+    /// The best class, then the targets; none yet before the answer to the image.
+    order: Vec<usize>,
+    rank: usize,
+    search: Option<S>,
+}
+
+impl<S: Search, F: Fn(usize, usize) -> S> Targeted<S, F> {
+    /// `targets`: how many classes are tried; `towards(rank, class)`: the search towards the class of that rank, from 1.
+    pub(super) fn new(image: Vec<f32>, targets: usize, towards: F) -> Self {
+        Self { image, targets, towards, order: Vec::new(), rank: 0, search: None }
+    }
+}
+
+impl<S: Search, F: Fn(usize, usize) -> S> Search for Targeted<S, F> {
+    fn point(&self) -> Option<&[f32]> {
+        match &self.search {
+            Some(search) => search.point(),
+            None => self.order.is_empty().then_some(self.image.as_slice()),
+        }
+    }
+
+    fn wants_gradient(&self) -> bool {
+        self.search.as_ref().is_some_and(S::wants_gradient)
+    }
+
+    fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
+        self.search.as_mut().map_or_else(|| Ok(Vec::new()), |search| search.weights(logits))
+    }
+
+    fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()> {
+        match &mut self.search {
+            Some(search) => search.advance(logits, gradient)?,
+            None => self.order = ranking(logits).into_iter().take(1 + self.targets).collect(),
+        }
+        if self.search.as_ref().is_none_or(|search| search.point().is_none() && search.found().is_none()) {
+            self.rank += 1;
+            self.search = self.order.get(self.rank).map(|&class| (self.towards)(self.rank, class));
+        }
+        Ok(())
+    }
+
+    fn found(&self) -> Option<&[f32]> {
+        self.search.as_ref().and_then(S::found)
     }
 }
 

@@ -1,14 +1,14 @@
 //! Square: random search with squares, by the logits alone (Andriushchenko et al. 2020, Alg. 1 to 3).
 
-use super::{
-    Norm, Threat,
-    loss::best_wrong,
-    search::{Search, Victim, length, run},
-};
+use super::{Attack, Example, Method, Norm, Search, Threat, autoattack, loss::best_wrong, search::length};
 use crate::{
     Result,
     rng::{self, Stream},
 };
+
+/// Square.
+pub const SQUARE: Method =
+    Method::new("square", 4, |threat, seed| Box::new(Square { threat, queries: autoattack::QUERIES, seed }));
 
 /// The share of pixels that a square covers at first.
 const P_INIT: f64 = 0.8;
@@ -24,18 +24,9 @@ pub struct Square {
     pub seed: u64,
 }
 
-impl Square {
-    /// For each image an adversarial one within the ball, if it was found. `images` in HWC order; `labels` and `ids`,
-    /// the keys of the draws, one an image.
-    pub fn run(
-        &self,
-        victim: &Victim,
-        images: &[&[f32]],
-        labels: &[usize],
-        ids: &[u64],
-    ) -> Result<Vec<Option<Vec<f32>>>> {
-        let one = |(i, x): (usize, &&[f32])| Walk::new(*self, victim.shape, x, labels[i], ids[i]);
-        run(victim, images.iter().enumerate().map(one).collect())
+impl Attack for Square {
+    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
+        Ok(Box::new(Walk::new(*self, example)))
     }
 }
 
@@ -63,9 +54,7 @@ impl Window {
 /// Square on one image.
 struct Walk {
     settings: Square,
-    shape: (usize, usize, usize),
-    x: Vec<f32>,
-    label: usize,
+    example: Example,
     draws: Stream,
     best: Vec<f32>,
     /// `z_label - z_best wrong` there: what is to fall below 0.
@@ -76,13 +65,11 @@ struct Walk {
 }
 
 impl Walk {
-    fn new(settings: Square, shape: (usize, usize, usize), x: &[f32], label: usize, id: u64) -> Self {
+    fn new(settings: Square, example: Example) -> Self {
         let mut walk = Self {
             settings,
-            shape,
-            x: x.to_vec(),
-            label,
-            draws: Stream::new(settings.seed, id, rng::stream::ATTACK),
+            draws: Stream::new(settings.seed, example.id, rng::stream::ATTACK),
+            example,
             best: Vec::new(),
             margin: f32::INFINITY,
             candidate: Vec::new(),
@@ -111,19 +98,19 @@ impl Walk {
 
     /// ±ε for each column and channel.
     fn stripes(&mut self) -> Vec<f32> {
-        let (_, w, c) = self.shape;
+        let (_, w, c) = self.example.shape;
         let signs: Vec<f32> = (0..w * c).map(|_| self.sign()).collect();
         let epsilon = self.epsilon();
-        let pixels = self.x.iter().enumerate();
+        let pixels = self.example.image.iter().enumerate();
         pixels.map(|(i, x)| (x + epsilon * signs[i % (w * c)]).clamp(0.0, 1.0)).collect()
     }
 
     /// Five by five bumps of random sign, scaled to length ε.
     fn tiles(&mut self) -> Vec<f32> {
-        let (h, w, c) = self.shape;
+        let (h, w, c) = self.example.shape;
         let side = (h / 5).max(1);
         let first = (h - (5 * side).min(h)) / 2;
-        let mut delta = vec![0f32; self.x.len()];
+        let mut delta = vec![0f32; self.example.image.len()];
         for top in (first..).step_by(side).take(h / side).filter(|top| top + side <= h) {
             for left in (first..).step_by(side).take(w / side).filter(|left| left + side <= w) {
                 let bump = self.bump(side);
@@ -141,7 +128,7 @@ impl Walk {
     /// The image with `delta` scaled to length ε.
     fn scaled(&self, delta: &[f32]) -> Vec<f32> {
         let scale = self.epsilon() / (length(Norm::L2, delta.iter().copied()) + 1e-12);
-        self.x.iter().zip(delta).map(|(x, d)| (x + scale * d).clamp(0.0, 1.0)).collect()
+        self.example.image.iter().zip(delta).map(|(x, d)| (x + scale * d).clamp(0.0, 1.0)).collect()
     }
 
     /// The pattern η of a square, row-major, of length 1: a positive half and a negative one, each highest in its
@@ -159,14 +146,14 @@ impl Walk {
     }
 
     fn window(&mut self, side: usize) -> Window {
-        let (h, w, _) = self.shape;
+        let (h, w, _) = self.example.shape;
         let mut at = |free: usize| if free == 0 { 0 } else { self.draws.below(free) };
         Window { top: at(h - side), left: at(w - side), side }
     }
 
     /// What to try next.
     fn propose(&mut self) {
-        let (h, w, _) = self.shape;
+        let (h, w, _) = self.example.shape;
         let side = (P_INIT / divisor(self.queries) * (h * w) as f64).sqrt().round() as usize;
         self.candidate = match self.settings.threat.norm() {
             Norm::Linf => self.recolour(side.max(1).min(h.min(w))),
@@ -180,7 +167,7 @@ impl Walk {
 
     /// ±2ε, so after projection ±ε, for each channel of a window (Alg. 2).
     fn recolour(&mut self, side: usize) -> Vec<f32> {
-        let (_, w, c) = self.shape;
+        let (_, w, c) = self.example.shape;
         let window = self.window(side);
         let step = 2.0 * self.epsilon();
         let signs: Vec<f32> = (0..c).map(|_| self.sign()).collect();
@@ -191,17 +178,17 @@ impl Walk {
                 next[at..at + c].iter_mut().zip(&signs).for_each(|(v, sign)| *v += step * sign);
             }
         }
-        self.settings.threat.project_image(&self.x, &mut next);
+        self.settings.threat.project_image(&self.example.image, &mut next);
         next
     }
 
     /// Takes the perturbation of a window away and gives its length to another (Alg. 3).
     fn move_mass(&mut self, side: usize) -> Vec<f32> {
-        let (h, w, c) = self.shape;
+        let (h, w, c) = self.example.shape;
         let (target, emptied) = (self.window(side), self.window(side));
         let bump = self.bump(side);
         let signs: Vec<f32> = (0..c).map(|_| self.sign()).collect();
-        let mut delta: Vec<f32> = self.best.iter().zip(&self.x).map(|(a, b)| a - b).collect();
+        let mut delta: Vec<f32> = self.best.iter().zip(&self.example.image).map(|(a, b)| a - b).collect();
         let whole = length(Norm::L2, delta.iter().copied());
         let unused = (self.epsilon().powi(2) - whole.powi(2)).max(0.0) / c as f32;
         for (channel, &sign) in signs.iter().enumerate() {
@@ -249,18 +236,13 @@ fn mound(rows: usize, columns: usize) -> Vec<f32> {
 }
 
 impl Search for Walk {
-    const GRADIENTS: bool = false;
-
     fn point(&self) -> Option<&[f32]> {
         (!self.done).then_some(self.candidate.as_slice())
     }
 
-    fn weights(&mut self, _: &[f32]) -> Vec<f32> {
-        Vec::new()
-    }
-
-    fn advance(&mut self, logits: &[f32], _: &[f32]) {
-        let margin = logits[self.label] - logits[best_wrong(logits, self.label)];
+    fn advance(&mut self, logits: &[f32], _: &[f32]) -> Result<()> {
+        let label = self.example.label;
+        let margin = logits[label] - logits[best_wrong(logits, label)];
         if margin.is_nan() || margin < self.margin || self.best.is_empty() {
             self.margin = margin;
             self.best = std::mem::take(&mut self.candidate);
@@ -269,9 +251,10 @@ impl Search for Walk {
         if !self.done {
             self.propose();
         }
+        Ok(())
     }
 
-    fn found(self) -> Option<Vec<f32>> {
-        self.is_fooled().then_some(self.best)
+    fn found(&self) -> Option<&[f32]> {
+        self.is_fooled().then_some(&self.best)
     }
 }

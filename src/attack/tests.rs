@@ -1,4 +1,4 @@
-//! The attacks of AutoAttack on a linear model, where the distance to each border is a closed form.
+//! The attacks that go by a name on a linear model, where the distance to each border is a closed form.
 
 use candle_core::{Device, Tensor};
 
@@ -52,6 +52,35 @@ fn answer_and_radius(x: &[f32], norm: Norm) -> (usize, f64) {
     (label, (0..CLASSES).filter(|&c| c != label).map(radius).fold(f64::INFINITY, f64::min))
 }
 
+/// What an attack finds for the examples, in a window of this size.
+pub(super) fn find(
+    victim: &Victim,
+    size: usize,
+    attack: &dyn Attack,
+    examples: &[Example],
+) -> Vec<Option<Vec<f32>>> {
+    let mut left = examples.iter().enumerate();
+    let mut next = || left.next().map(|(i, example)| Ok((i, attack.search(example.clone())?))).transpose();
+    let mut all = vec![None; examples.len()];
+    let mut over = |i: usize, found: Option<&[f32]>| {
+        all[i] = Some(found.map(<[f32]>::to_vec));
+        Ok(())
+    };
+    search::run(victim, size, &mut next, &mut over).unwrap();
+    all.into_iter().map(|found| found.expect("each search comes to an end")).collect()
+}
+
+/// Images whose ids are their places.
+fn examples(images: &[Vec<f32>], labels: &[usize]) -> Vec<Example> {
+    let example = |(i, (image, &label)): (usize, (&Vec<f32>, &usize))| Example {
+        image: image.clone(),
+        shape: SHAPE,
+        label,
+        id: i as u64,
+    };
+    images.iter().zip(labels).enumerate().map(example).collect()
+}
+
 struct Case {
     images: Vec<Vec<f32>>,
     labels: Vec<usize>,
@@ -72,31 +101,34 @@ fn case(norm: Norm) -> Case {
 }
 
 impl Case {
-    fn run(&self, attack: AutoAttack, of: &[usize]) -> Vec<Option<Vec<f32>>> {
-        let images: Vec<&[f32]> = of.iter().map(|&i| self.images[i].as_slice()).collect();
-        let labels: Vec<usize> = of.iter().map(|&i| self.labels[i]).collect();
-        let ids: Vec<u64> = of.iter().map(|&i| i as u64).collect();
-        attack.run(&victim(), self.threat, 3, (&images, &labels, &ids)).unwrap()
+    fn run(&self, attack: Method, of: &[usize], size: usize) -> Vec<Option<Vec<f32>>> {
+        let all = examples(&self.images, &self.labels);
+        let of: Vec<Example> = of.iter().map(|&i| all[i].clone()).collect();
+        find(&victim(), size, &*attack.attack(self.threat, 3), &of)
     }
 }
 
-const ALL: [AutoAttack; 5] =
-    [AutoAttack::ApgdCe, AutoAttack::ApgdDlr, AutoAttack::ApgdT, AutoAttack::FabT, AutoAttack::Square];
+#[test]
+fn no_two_methods_have_a_name_or_draws_in_common() {
+    for (i, a) in Method::ALL.iter().enumerate() {
+        assert!(Method::ALL[..i].iter().all(|b| a.name() != b.name() && a.key != b.key), "{a:?}");
+    }
+}
 
 #[test]
 fn what_is_found_is_adversarial_and_in_ball_and_box_and_what_cannot_be_found_is_not() {
     for norm in [Norm::Linf, Norm::L2] {
         let case = case(norm);
-        for attack in ALL {
-            let found = case.run(attack, &(0..40).collect::<Vec<_>>());
+        for attack in Method::ALL {
+            let found = case.run(attack, &(0..40).collect::<Vec<_>>(), 64);
             for (i, found) in found.iter().enumerate() {
                 let Some(x) = found else { continue };
-                assert!(case.radii[i] < 1.001 * case.epsilon, "{attack} {norm} {i}: {}", case.radii[i]);
+                assert!(case.radii[i] < 1.001 * case.epsilon, "{attack:?} {norm} {i}: {}", case.radii[i]);
                 assert!(x.iter().all(|v| (0.0..=1.0).contains(v)));
                 let moved = f64::from(search::distance(norm, x, &case.images[i]));
-                assert!(moved <= case.epsilon * 1.00001, "{attack} {norm} {i}: {moved}");
+                assert!(moved <= case.epsilon * 1.00001, "{attack:?} {norm} {i}: {moved}");
                 let logits = victim().logits(&[x]).unwrap();
-                assert_ne!(search::choice(&logits[0]), Some(case.labels[i]), "{attack} {norm} {i}");
+                assert_ne!(search::choice(&logits[0]), Some(case.labels[i]), "{attack:?} {norm} {i}");
             }
         }
     }
@@ -108,12 +140,12 @@ fn what_is_found_is_adversarial_and_in_ball_and_box_and_what_cannot_be_found_is_
 fn what_can_be_found_is_found() {
     for norm in [Norm::Linf, Norm::L2] {
         let case = case(norm);
-        for attack in ALL {
-            let reach = if attack == AutoAttack::Square { 0.7 } else { 0.99 };
+        for attack in Method::ALL {
+            let reach = if attack == SQUARE { 0.7 } else { 0.99 };
             let within: Vec<usize> = (0..40).filter(|&i| case.radii[i] < reach * case.epsilon).collect();
-            let found = case.run(attack, &within).iter().flatten().count();
-            let least = if attack == AutoAttack::Square { within.len() * 9 / 10 } else { within.len() };
-            assert!(within.len() > 5 && found >= least, "{attack} {norm}: {found} of {}", within.len());
+            let found = case.run(attack, &within, 16).iter().flatten().count();
+            let least = if attack == SQUARE { within.len() * 9 / 10 } else { within.len() };
+            assert!(within.len() > 5 && found >= least, "{attack:?} {norm}: {found} of {}", within.len());
         }
     }
 }
@@ -123,11 +155,14 @@ fn an_image_is_attacked_alike_whatever_is_beside_it() {
     for norm in [Norm::Linf, Norm::L2] {
         let case = case(norm);
         let weak: Vec<usize> = (0..40).filter(|&i| case.radii[i] < 0.4 * case.epsilon).collect();
-        for attack in ALL {
-            let together = case.run(attack, &[3, weak[0], 21, weak[1]]);
-            let alone = case.run(attack, &[weak[1]]);
-            assert!(alone[0].is_some(), "{attack} {norm}");
-            assert_eq!(alone[0], together[3], "{attack} {norm}");
+        for attack in Method::ALL {
+            let together = case.run(attack, &[3, weak[0], 21, weak[1]], 64);
+            let alone = case.run(attack, &[weak[1]], 64);
+            assert!(alone[0].is_some(), "{attack:?} {norm}");
+            assert_eq!(alone[0], together[3], "{attack:?} {norm}");
+            for size in [1, 3] {
+                assert_eq!(case.run(attack, &[3, weak[0], 21, weak[1]], size), together, "{attack:?} {norm}");
+            }
         }
     }
 }
@@ -142,14 +177,16 @@ fn adversarial_images_of_black_and_white_ones_stay_in_the_box() {
         victim().logits(&points).unwrap().iter().map(|z| search::choice(z).unwrap()).collect();
     for (norm, epsilon) in [(Norm::Linf, 0.5), (Norm::L2, 4.0)] {
         let threat = Threat::new(norm, Epsilon::try_from(epsilon).unwrap()).unwrap();
-        for attack in ALL {
-            let found =
-                attack.run(&victim(), threat, 0, (&points, &labels, &[0, 1, 2, 3, 4, 5, 6, 7])).unwrap();
-            assert!(found.iter().any(Option::is_some), "{attack} {norm}");
+        for attack in Method::ALL {
+            let found = find(&victim(), 8, &*attack.attack(threat, 0), &examples(&x, &labels));
+            assert!(found.iter().any(Option::is_some), "{attack:?} {norm}");
             for (found, x) in found.iter().zip(&x) {
                 let Some(found) = found else { continue };
-                assert!(found.iter().all(|v| (0.0..=1.0).contains(v)), "{attack} {norm}");
-                assert!(f64::from(search::distance(norm, found, x)) <= epsilon * 1.00001, "{attack} {norm}");
+                assert!(found.iter().all(|v| (0.0..=1.0).contains(v)), "{attack:?} {norm}");
+                assert!(
+                    f64::from(search::distance(norm, found, x)) <= epsilon * 1.00001,
+                    "{attack:?} {norm}"
+                );
             }
         }
     }
@@ -165,9 +202,9 @@ fn with_two_and_three_classes_the_attacks_have_losses_that_are_defined() {
         let labels: Vec<usize> =
             victim.logits(&points).unwrap().iter().map(|z| search::choice(z).unwrap()).collect();
         let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.4).unwrap()).unwrap();
-        for attack in ALL {
-            let found = attack.run(&victim, threat, 0, (&points, &labels, &[0, 1, 2, 3, 4, 5])).unwrap();
-            assert!(found.iter().all(Option::is_some), "{attack} with {classes} classes");
+        for attack in Method::ALL {
+            let found = find(&victim, 8, &*attack.attack(threat, 0), &examples(&x, &labels));
+            assert!(found.iter().all(Option::is_some), "{attack:?} with {classes} classes");
         }
     }
 }
@@ -179,11 +216,10 @@ fn a_model_that_sees_nothing_is_not_fooled() {
     };
     let victim = Victim { logits_of: &constant, ..victim() };
     let x = images(3);
-    let points: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
     let threat = Threat::new(Norm::L2, Epsilon::try_from(2.0).unwrap()).unwrap();
-    for attack in ALL {
-        let found = attack.run(&victim, threat, 0, (&points, &[4; 3], &[0, 1, 2])).unwrap();
-        assert!(found.iter().all(Option::is_none), "{attack}");
+    for attack in Method::ALL {
+        let found = find(&victim, 8, &*attack.attack(threat, 0), &examples(&x, &[4; 3]));
+        assert!(found.iter().all(Option::is_none), "{attack:?}");
     }
 }
 
@@ -193,6 +229,9 @@ fn logits_that_do_not_depend_on_the_images_raise_the_alarm() {
     let victim = Victim { logits_of: &cut, ..victim() };
     let x = images(1);
     let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.1).unwrap()).unwrap();
-    let error = AutoAttack::ApgdCe.run(&victim, threat, 0, (&[&x[0]], &[0], &[0])).unwrap_err();
+    let attack = APGD_CE.attack(threat, 0);
+    let mut one = examples(&x, &[0]).into_iter();
+    let mut next = || one.next().map(|example| Ok((0, attack.search(example)?))).transpose();
+    let error = search::run(&victim, 1, &mut next, &mut |_, _| Ok(())).unwrap_err();
     assert_eq!(error.exit_code(), 70);
 }

@@ -45,8 +45,7 @@ mod tests {
         let x = Tensor::new(&[[0.6f32, 0.3]], &Device::Cpu).unwrap();
         let labels = Tensor::new(&[1u32], &Device::Cpu).unwrap();
         let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.1).unwrap()).unwrap();
-        let config =
-            PgdConfig { steps: 5, step_size: 0.05, restarts: 1, random_start: true, loss: PgdLoss::Ce };
+        let config = PgdConfig { steps: 5, step_size: 0.05, random_start: true, loss: PgdLoss::Ce };
         let attack = Pgd { threat, config, seed: 0 };
         let loss = pgd_at(&tracked, &frozen, &x, &labels, &attack, 0.0, &[0]).unwrap().sum_all().unwrap();
         let margin = 0.6 - 2.0 * 0.3 - 0.1 * 3.0;

@@ -100,7 +100,7 @@ fn pgd_from_a_given_start_goes_where_pytorchs_goes() {
     for (norm, epsilon, step_size) in [(Norm::Linf, 0.1, 0.025), (Norm::L2, 0.5, 0.125)] {
         let threat = Threat::new(norm, Epsilon::try_from(epsilon).unwrap()).unwrap();
         let after = |steps: usize| {
-            let config = PgdConfig { steps, step_size, restarts: 1, random_start: false, loss: PgdLoss::Ce };
+            let config = PgdConfig { steps, step_size, random_start: false, loss: PgdLoss::Ce };
             let start = nhwc(&tensors[&format!("pgd.{norm}.start")]);
             ascend(&logits_of, &loss_of, &x, start, &threat, &config).unwrap()
         };

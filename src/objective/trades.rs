@@ -108,7 +108,7 @@ mod tests {
             let margin = kernels::linear(&x.flatten_from(1)?, &w, None)?;
             Ok(Tensor::cat(&[&margin.zeros_like()?, &margin], 1)?)
         };
-        let attack = Pgd::new(Norm::Linf, Epsilon::try_from(0.05).unwrap(), 20, 2.5, 1, 3).unwrap();
+        let attack = Pgd::new(Norm::Linf, Epsilon::try_from(0.05).unwrap(), 20, 2.5, 3).unwrap();
         let x = images();
         let found = trades_perturb(&logits_of, &x, &attack, &[4, 5, 6]).unwrap();
         let delta = (&found - &x).unwrap().flatten_from(1).unwrap().to_vec2::<f32>().unwrap();
@@ -118,7 +118,7 @@ mod tests {
                 assert!((delta - side * 0.05 * w.signum()).abs() < 1e-6, "{delta}");
             }
         }
-        let small = Pgd::new(Norm::L2, Epsilon::try_from(1e-4).unwrap(), 1, 2.0, 1, 3).unwrap();
+        let small = Pgd::new(Norm::L2, Epsilon::try_from(1e-4).unwrap(), 1, 2.0, 3).unwrap();
         let near = (trades_perturb(&logits_of, &x, &small, &[4, 5, 6]).unwrap() - &x).unwrap();
         let lengths = values(&near.flatten_from(1).unwrap().sqr().unwrap().sum(1).unwrap().sqrt().unwrap());
         assert!(lengths.iter().all(|&l| l < 1.01e-4), "{lengths:?}");

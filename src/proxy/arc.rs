@@ -295,7 +295,7 @@ mod tests {
             }
             let radius: Epsilon = epsilon.to_string().parse().unwrap();
             let attacked = match epsilon > 0.0 {
-                true => Pgd::new(Norm::L2, radius, 10, 2.5, 1, seed)
+                true => Pgd::new(Norm::L2, radius, 10, 2.5, seed)
                     .unwrap()
                     .perturb(&optimal, &x, &y, &ids)
                     .unwrap(),

@@ -13,8 +13,7 @@ use crate::{
     Result,
     attack::{Epsilon, Norm},
     data::Dataset,
-    device::side_by_side,
-    evaluation::images,
+    evaluation::{Evaluation, unchanged},
     fs,
     nn::Classifier,
     proxy::{
@@ -131,13 +130,8 @@ pub(crate) fn condition(conditioned: bool, epsilons: &[Epsilon], radius: usize) 
 
 /// The logit of synthetic minus that of real, for each image.
 pub(crate) fn margins(net: &Discriminator, data: &Dataset, device: &Device) -> Result<Vec<f32>> {
-    let rows: Vec<usize> = (0..data.len()).step_by(64).collect();
-    let one = |&from: &usize| -> Result<Vec<f32>> {
-        let x = images(data, from..(from + 64).min(data.len()), device)?;
-        let logits = net.logits(&x)?.to_vec2::<f32>()?;
-        Ok(logits.iter().map(|l| l[SYNTHETIC as usize] - l[REAL as usize]).collect())
-    };
-    Ok(side_by_side(device, &rows, one)?.concat())
+    let logits = Evaluation::new(&|x| net.logits(x), data, device).logits("clean", &unchanged)?;
+    Ok(logits.iter().map(|l| l[SYNTHETIC as usize] - l[REAL as usize]).collect())
 }
 
 /// The same images, all of one class.

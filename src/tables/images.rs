@@ -35,7 +35,7 @@ pub(crate) struct Evaluated<'a> {
     pub(crate) clean: &'a [bool],
     /// None without an attack.
     pub(crate) robust: Option<Vec<bool>>,
-    pub(crate) broken_by: Vec<Option<String>>,
+    pub(crate) broken_by: Vec<Option<&'a str>>,
 }
 
 impl Evaluated<'_> {

@@ -130,6 +130,32 @@ fn an_evaluation_survives_kills_verdict_for_verdict() {
 }
 
 #[test]
+fn an_evaluation_has_the_same_verdicts_in_windows_of_all_sizes_and_after_a_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = |name: &str| dir.path().join(name).display().to_string();
+    let command = |attack: &str, batch: usize, out: &str| {
+        let settings = "--limit 70 --epsilon 0.05 --save-adversarial true --quiet";
+        let model = made().path("classifier");
+        format!("evaluate --model {model} {settings} --attack {attack} --batch {batch} --out {out}")
+    };
+    for attack in ["pgd", "apgd-t"] {
+        let name = |of: &str| out(&format!("{attack}-{of}"));
+        let started = std::time::Instant::now();
+        ok(&command(attack, 64, &name("64")));
+        let took = started.elapsed();
+        ok(&command(attack, 1, &name("1")));
+        let killed = name("killed");
+        kill_after(&command(attack, 7, &killed), took.mul_f64(0.5));
+        ok(&command(attack, 7, &killed));
+        for file in ["images.parquet", "adversarial.safetensors"] {
+            let read = |of: &str| std::fs::read(Path::new(&name(of)).join(file)).unwrap();
+            assert!(read("1") == read("64"), "{file} of {attack} in windows of 1");
+            assert!(read("killed") == read("64"), "{file} of {attack} in windows of 7 after a kill");
+        }
+    }
+}
+
+#[test]
 fn a_certification_survives_kills_certificate_for_certificate() {
     let settings = "--limit 60 --sigma 0.2 --n0 20 --n 200";
     let verb = format!("certify --model {} {settings}", made().path("classifier"));
@@ -146,7 +172,7 @@ fn discriminators_arc_scores_the_selection_and_its_data_survive_kills_byte_for_b
     let (discriminators, _kept) = survives_kills(&verb, &[&nets[..], &["sets.json"]].concat());
 
     let inputs = format!("--split {split} --pool {pool} --discriminators {discriminators}");
-    survives_kills(&format!("arc {inputs} --attack-steps 40"), &["arc.json", "arc.svg"]);
+    survives_kills(&format!("arc {inputs} --attack-steps 40 --batch 7"), &["arc.json", "arc.svg"]);
 
     let inputs = format!("{inputs} --labels {labels}");
     let verb = format!("score {inputs} --classifier {} --hash-features true", made().path("classifier"));

@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Result,
-    attack::{Apgd, Epsilon, Norm, Pgd},
+    attack::{Apgd, Attack, Counted, Epsilon, Loss, Norm, Pgd, PgdSearch},
     data::Dataset,
     error::expect_within as expect,
-    evaluation::{correct_after_apgd, correct_throughout},
+    evaluation::{Evaluation, share},
     fs,
     plot::lines,
-    progress::Progress,
+    progress::{Progress, checkpoint_interval},
     proxy::{
         REAL, SYNTHETIC,
         arc::{Estimate, Point, SetResult, estimate, signed_area},
@@ -69,6 +69,10 @@ pub struct Arc {
     /// Bootstrap draws.
     #[arg(long, default_value_t = 1000)]
     pub bootstrap: usize,
+    /// Images that are attacked together, on each thread of a CPU or on a GPU; 0 for as many as suit the device. No result
+    /// depends on it.
+    #[arg(long, default_value_t = 0)]
+    pub batch: usize,
     /// Seed of the attack and the bootstrap.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -76,8 +80,9 @@ pub struct Arc {
 
 impl Arc {
     /// The attack at one radius.
-    fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<Pgd> {
-        Pgd::new(norm, epsilon, self.attack_steps, self.attack_step_ratio, self.restarts, self.seed)
+    fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<PgdSearch> {
+        let pgd = Pgd::new(norm, epsilon, self.attack_steps, self.attack_step_ratio, self.seed)?;
+        PgdSearch::new(pgd, self.restarts, Counted::Every)
     }
 
     /// How often an image is attacked, or looked at, at one radius.
@@ -105,39 +110,53 @@ struct Sides {
 struct Trial<'a> {
     arc: &'a Arc,
     net: &'a Discriminator,
-    pgd: Pgd,
+    pgd: PgdSearch,
     job: &'a Job,
     parts: &'a fs::Parts,
     bar: &'a Progress,
 }
 
 impl Trial<'_> {
-    /// Which images PGD leaves standing. Finished parts are kept under `key`.
-    fn after_pgd(&self, images: &Dataset, key: &str) -> Result<Vec<bool>> {
+    /// Which of the images that are `standing` an attack leaves standing. What is found is kept under `key`.
+    fn stands(
+        &self,
+        images: &Dataset,
+        standing: &[bool],
+        attack: &dyn Attack,
+        key: &str,
+    ) -> Result<Vec<bool>> {
         let logits_of = |x: &Tensor| self.net.logits(x);
-        let parts = Some((self.parts, key));
-        correct_throughout(&logits_of, images, &self.pgd, &self.job.device, parts, self.bar)
+        let evaluation = Evaluation {
+            batch: self.arc.batch,
+            kept: Some((self.parts, checkpoint_interval())),
+            bar: Some(self.bar),
+            ..Evaluation::new(&logits_of, images, &self.job.device)
+        };
+        self.bar.skip(standing.iter().filter(|&&standing| !standing).count() as u64);
+        evaluation.stands(key, standing, attack)
+    }
+
+    /// Which images PGD leaves standing.
+    fn after_pgd(&self, images: &Dataset, key: &str) -> Result<Vec<bool>> {
+        self.stands(images, &vec![true; images.len()], &self.pgd, &format!("{key}-pgd"))
     }
 
     /// Which of those that are `standing` after PGD APGD leaves standing, too.
     fn after_apgd(&self, images: &Dataset, standing: Vec<bool>, key: &str) -> Result<Vec<bool>> {
-        let (arc, threat) = (self.arc, self.pgd.threat);
+        let (arc, threat) = (self.arc, self.pgd.threat());
         if arc.passes(threat.epsilon()) == 1 {
             return Ok(standing);
         }
-        let apgd = Apgd { threat, steps: arc.apgd_steps, restarts: 1, seed: arc.seed };
-        let logits_of = |x: &Tensor| self.net.logits(x);
-        let parts = Some((self.parts, &*format!("{key}-apgd")));
-        correct_after_apgd(&logits_of, images, &standing, &apgd, &self.job.device, parts, self.bar)
+        let apgd = Apgd { threat, steps: arc.apgd_steps, loss: Loss::CrossEntropy, seed: arc.seed };
+        self.stands(images, &standing, &apgd, &format!("{key}-apgd"))
     }
 
     /// The accuracy after both attacks; after PGD alone, if that leaves half of the images or less.
     fn accuracy(&self, images: &Dataset, key: &str) -> Result<f64> {
-        let share = |right: &[bool]| right.iter().filter(|&&right| right).count() as f64 / right.len() as f64;
         let after_pgd = self.after_pgd(images, key)?;
         let accuracy = share(&after_pgd);
         if accuracy <= 0.5 {
-            let passes = self.arc.passes(self.pgd.threat.epsilon());
+            let passes = self.arc.passes(self.pgd.threat().epsilon());
             self.bar.skip(((passes - 1) * images.len()) as u64);
             return Ok(accuracy);
         }
@@ -151,9 +170,11 @@ impl Stage for Arc {
         "Estimate ARC, the area under the robust discrimination curve, or rank sample sets by it.";
     const INPUTS: &'static [Input] = &[SPLIT, POOL, DISCRIMINATORS];
     const REVISION: u32 = 1;
+    const RUNTIME: &'static [&'static str] = &["batch"];
 
     fn validate(&self) -> Result<()> {
         self.attack(Norm::Linf, Epsilon::default())?;
+        expect("batch", self.batch, 0, 1 << 20)?;
         expect("apgd_steps", self.apgd_steps, 0, 100_000)?;
         expect("max_images", self.max_images, 2, usize::MAX)?;
         expect("max_stop", self.max_stop, 2, usize::MAX)?;

@@ -12,11 +12,11 @@ use serde_json::json;
 
 use crate::{
     Error, Result,
-    attack::{Epsilon, Norm, Pgd},
+    attack::{Counted, Epsilon, Norm, Pgd, PgdSearch},
     data::{Augment, Dataset, Range, Shape, augmented},
     device::side_by_side,
     error::expect_within as expect,
-    evaluation::correct_throughout,
+    evaluation::{Evaluation, share},
     fs,
     nn::{
         Architecture, Classifier, ClassifierConfig, LrDecay, LrSchedule, SmallCnnConfig,
@@ -168,7 +168,7 @@ impl FitDiscriminator {
 
     /// The attack at one radius.
     fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Pgd> {
-        Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, 1, seed)
+        Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, seed)
     }
 
     /// Trains one network for some radii, or finds it trained. Returns a record for each of them.
@@ -266,11 +266,12 @@ impl FitDiscriminator {
                 let mut by_radius = Vec::new();
                 let accuracy = trainer.consider(averaged.params(), || {
                     for (radius, attack) in radii.clone().zip(&attacks) {
-                        let (net, hidden) = (averaged_at(radius), Progress::hidden());
+                        let net = averaged_at(radius);
                         let logits_of = |x: &Tensor| net.logits(x);
-                        let right =
-                            correct_throughout(&logits_of, &data.stop, attack, &job.device, None, &hidden)?;
-                        by_radius.push(right.iter().filter(|&&r| r).count() as f64 / right.len() as f64);
+                        let attack = PgdSearch::new(*attack, 1, Counted::Every)?;
+                        let stop = Evaluation::new(&logits_of, &data.stop, &job.device);
+                        let stands = stop.stands("stop", &vec![true; data.stop.len()], &attack)?;
+                        by_radius.push(share(&stands));
                     }
                     Ok(by_radius.iter().sum::<f64>() / by_radius.len() as f64)
                 })?;

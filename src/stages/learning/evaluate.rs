@@ -1,25 +1,29 @@
 //! Evaluate: a classifier's accuracy, clean and under attack.
 
 use std::{
+    collections::BTreeMap,
+    fmt,
     path::{Path, PathBuf},
+    str::FromStr,
     time::Instant,
 };
 
 use candle_core::{Device, Tensor};
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{
     Error, Result,
     attack::{
-        AutoAttack, Epsilon, Norm, Pgd, PgdConfig, PgdLoss, Threat, Victim, autoattack,
+        Attack, Counted, Epsilon, Method, Norm, Pgd, PgdConfig, PgdLoss, PgdSearch, SQUARE, Threat,
+        autoattack,
         search::{choice, distance},
     },
-    data::{self, Dataset, Source},
-    evaluation::{Battle, Examined, Single, unit_pixels},
+    data::{self, Source},
+    error::expect_within as expect,
+    evaluation::{Evaluation, Examined, unchanged},
     fs,
-    progress::Progress,
+    progress::{Progress, checkpoint_interval},
     stage::{AnyStage, Input, Job, Outcome, Stage, note},
     stats::clopper_pearson,
     tables::{
@@ -28,9 +32,9 @@ use crate::{
     },
 };
 
-/// How the classifier is attacked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+/// How the classifier is attacked: nothing, `pgd`, `autoattack`, or one [`Method`] by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "crate::text::Written", into = "String")]
 pub enum AttackKind {
     /// Not at all: clean accuracy only.
     None,
@@ -38,20 +42,43 @@ pub enum AttackKind {
     Pgd,
     /// AutoAttack's version `standard` (Croce & Hein 2020): apgd-ce, apgd-t, fab-t and square, each on the images that
     /// still stand.
-    #[value(name = "autoattack")]
-    #[serde(rename = "autoattack")]
     AutoAttack,
-    /// APGD on the cross-entropy, 100 steps.
-    ApgdCe,
-    /// APGD on the difference of logits ratio, 100 steps.
-    ApgdDlr,
-    /// APGD towards each of nine classes, 100 steps each.
-    ApgdT,
-    /// FAB towards each of nine classes, 100 steps each.
-    FabT,
-    /// Square, 5,000 queries.
-    Square,
+    /// One attack, with the settings that it has in AutoAttack.
+    Method(Method),
 }
+
+impl AttackKind {
+    fn all() -> impl Iterator<Item = Self> {
+        [Self::None, Self::Pgd, Self::AutoAttack].into_iter().chain(Method::ALL.map(Self::Method))
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Pgd => "pgd",
+            Self::AutoAttack => "autoattack",
+            Self::Method(method) => method.name(),
+        }
+    }
+}
+
+impl FromStr for AttackKind {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        Self::all().find(|kind| kind.name() == s).ok_or_else(|| {
+            let names: Vec<&str> = Self::all().map(Self::name).collect();
+            format!("attack is '{s}', expected {}", names.join(", "))
+        })
+    }
+}
+
+impl fmt::Display for AttackKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+serde_as_text!(AttackKind);
 
 /// Measures a classifier on real images: counts, not only percentages, with Clopper-Pearson intervals.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
@@ -75,8 +102,9 @@ pub struct Evaluate {
     /// The radius of the attack, for pixels in [0, 1].
     #[arg(long, default_value = "8/255")]
     pub epsilon: Epsilon,
-    /// The attack.
-    #[arg(long, value_enum, default_value_t = AttackKind::Pgd)]
+    /// The attack: none, pgd, autoattack (its version standard: apgd-ce, apgd-t, fab-t and square, each on the images that still
+    /// stand), or one of those and apgd-dlr by itself.
+    #[arg(long, default_value = "pgd")]
     pub attack: AttackKind,
     /// Steps of pgd.
     #[arg(long, default_value_t = 20)]
@@ -94,6 +122,10 @@ pub struct Evaluate {
     /// image itself where none was found).
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub save_adversarial: bool,
+    /// Images that are attacked together, on each thread of a CPU or on a GPU; 0 for as many as suit the device. No result
+    /// depends on it.
+    #[arg(long, default_value_t = 0)]
+    pub batch: usize,
     /// Unreadable rows of the source that are tolerated, skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
@@ -103,24 +135,22 @@ pub struct Evaluate {
 }
 
 impl Evaluate {
-    fn pgd(&self) -> Result<Pgd> {
+    fn pgd(&self) -> Result<PgdSearch> {
         let (steps, ratio) = (self.attack_steps, self.attack_step_ratio);
-        let pgd = Pgd::new(self.norm, self.epsilon, steps, ratio, self.restarts, self.seed)?;
-        Ok(Pgd { config: PgdConfig { loss: self.attack_loss, ..pgd.config }, ..pgd })
+        let pgd = Pgd::new(self.norm, self.epsilon, steps, ratio, self.seed)?;
+        let config = PgdConfig { loss: self.attack_loss, ..pgd.config };
+        PgdSearch::new(Pgd { config, ..pgd }, self.restarts, Counted::Last)
     }
 
-    /// The attacks, in their order.
-    fn sequence(&self) -> Result<Vec<Single>> {
-        let one = |attack| vec![Single::Of(attack)];
+    /// The attacks with their names, in their order.
+    fn sequence(&self) -> Result<Vec<(&'static str, Box<dyn Attack>)>> {
+        let threat = Threat::new(self.norm, self.epsilon)?;
+        let named = |method: Method| (method.name(), method.attack(threat, self.seed));
         Ok(match self.attack {
             AttackKind::None => Vec::new(),
-            AttackKind::Pgd => vec![Single::Pgd(self.pgd()?)],
-            AttackKind::AutoAttack => AutoAttack::STANDARD.into_iter().map(Single::Of).collect(),
-            AttackKind::ApgdCe => one(AutoAttack::ApgdCe),
-            AttackKind::ApgdDlr => one(AutoAttack::ApgdDlr),
-            AttackKind::ApgdT => one(AutoAttack::ApgdT),
-            AttackKind::FabT => one(AutoAttack::FabT),
-            AttackKind::Square => one(AutoAttack::Square),
+            AttackKind::Pgd => vec![(self.attack.name(), Box::new(self.pgd()?))],
+            AttackKind::AutoAttack => autoattack::STANDARD.map(named).into(),
+            AttackKind::Method(method) => vec![named(method)],
         })
     }
 
@@ -153,8 +183,10 @@ impl Stage for Evaluate {
     const NAME: &'static str = "evaluate";
     const ABOUT: &'static str = "Evaluate a classifier, clean and under attack.";
     const INPUTS: &'static [Input] = &[MODEL, Input::real_data("data")];
+    const RUNTIME: &'static [&'static str] = &["batch"];
 
     fn validate(&self) -> Result<()> {
+        expect("batch", self.batch, 0, 1 << 20)?;
         if self.attack == AttackKind::Pgd {
             return self.pgd().map(drop);
         }
@@ -178,10 +210,7 @@ impl Stage for Evaluate {
                 "{images}, PGD-{} with {} restarts at {} {}",
                 self.attack_steps, self.restarts, self.norm, self.epsilon
             ),
-            kind => {
-                let name = kind.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
-                format!("{images}, {name} at {} {}", self.norm, self.epsilon)
-            }
+            kind => format!("{images}, {kind} at {} {}", self.norm, self.epsilon),
         }
     }
 
@@ -196,56 +225,45 @@ impl Stage for Evaluate {
         let out = job.open()?;
         let parts = fs::Parts::new(job.hidden(out, "parts"));
         let logits_of = |x: &Tensor| classifier.logits(x);
-        let shape = (data.shape.height, data.shape.width, data.shape.channels);
-        let battle = Battle {
-            victim: Victim { logits_of: &logits_of, shape, device: &job.device },
-            data,
-            threat: Threat::new(self.norm, self.epsilon)?,
-            seed: self.seed,
-            parts: &parts,
+        let clean = Evaluation {
+            batch: self.batch,
+            kept: Some((&parts, checkpoint_interval())),
+            ..Evaluation::new(&logits_of, data, &job.device)
         };
         let n = data.len() as u64;
         let share = |x: u64| x as f64 / n as f64;
-        let logits = battle.logits()?;
+        let logits = clean.logits("clean", &unchanged)?;
         let right = |row: usize| choice(&logits[row]) == Some(data.labels[row] as usize);
-        let clean: Vec<bool> = (0..data.len()).map(right).collect();
-        let mut standing: Vec<usize> = (0..data.len()).filter(|&row| clean[row]).collect();
+        let right: Vec<bool> = (0..data.len()).map(right).collect();
+        let mut standing: Vec<usize> = (0..data.len()).filter(|&row| right[row]).collect();
         let clean_correct = standing.len() as u64;
         let sequence = self.sequence()?;
-        let mut warnings =
-            if sequence.is_empty() { Vec::new() } else { battle.doubts(&logits, &standing)? };
+        let mut warnings = if sequence.is_empty() { Vec::new() } else { clean.doubts(&logits, &standing)? };
         warnings.iter().for_each(|doubt| note(self, &format!("warning: {doubt}")));
 
-        let mut broken_by: Vec<Option<String>> = vec![None; data.len()];
-        let mut adversarial: Vec<Option<Vec<f32>>> = vec![None; data.len()];
+        let mut broken_by: Vec<Option<&str>> = vec![None; data.len()];
+        let mut adversarial: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
         let mut survivors = Vec::new();
         let bar = Progress::new(Self::NAME, clean_correct * sequence.len() as u64, "images");
-        for &attack in &sequence {
+        let evaluation = Evaluation { bar: Some(&bar), ..clean };
+        let threat = Threat::new(self.norm, self.epsilon)?;
+        for &(name, ref attack) in &sequence {
             let before = standing.len() as u64;
-            let found = battle.fight(attack, &standing, &bar)?;
-            for (&row, found) in standing.iter().zip(found) {
-                if found.is_some() {
-                    broken_by[row] = Some(attack.name());
-                    adversarial[row] = found;
-                }
-            }
+            let found = evaluation.find(name, &standing, &**attack)?;
+            let found = standing.iter().zip(found).filter_map(|(&row, found)| Some((row, found?)));
+            let found = evaluation.proven(name, &threat, found.collect())?;
+            found.keys().for_each(|&row| broken_by[row] = Some(name));
+            adversarial.extend(found);
             standing.retain(|&row| broken_by[row].is_none());
             let after = standing.len() as u64;
             bar.skip(clean_correct - before);
             let (accuracy, interval) = (share(after), clopper_pearson(after, n, 0.05));
             note(
                 self,
-                &format!(
-                    "{}: {after} of {before} stand, robust accuracy {:.2} %",
-                    attack.name(),
-                    100.0 * accuracy
-                ),
+                &format!("{name}: {after} of {before} stand, robust accuracy {:.2} %", 100.0 * accuracy),
             );
             // AutoAttack's figure, in images: more than 0.2 % of them.
-            if matches!(attack, Single::Of(AutoAttack::Square))
-                && sequence.len() > 1
-                && (before - after) * 500 > n
-            {
+            if name == SQUARE.name() && sequence.len() > 1 && (before - after) * 500 > n {
                 let doubt = format!(
                     "Square lowered the robust accuracy by {:.2} points, which gradient attacks should have done: \
                      the network may hide its gradients",
@@ -254,9 +272,9 @@ impl Stage for Evaluate {
                 note(self, &format!("warning: {doubt}"));
                 warnings.push(doubt);
             }
-            survivors.push(Survivors { attack: attack.name(), before, after, accuracy, interval });
+            survivors.push(Survivors { attack: name.to_owned(), before, after, accuracy, interval });
         }
-        let perturbation = (!sequence.is_empty()).then(|| extremes(self.norm, data, &adversarial));
+        let perturbation = (!sequence.is_empty()).then(|| extremes(self.norm, &clean, &adversarial));
         let robust_correct = (!sequence.is_empty()).then_some(standing.len() as u64);
         let metrics = Metrics {
             schema: "proxyset.metrics/1".into(),
@@ -276,17 +294,17 @@ impl Stage for Evaluate {
             data: examined.data_record(&self.data, self.split)?,
             model_blake3: examined.model_blake3()?,
         };
-        let robust = (0..data.len()).map(|row| clean[row] && broken_by[row].is_none());
+        let robust = (0..data.len()).map(|row| right[row] && broken_by[row].is_none());
         let evaluated = Evaluated {
             labels: &data.labels,
             logits: &logits,
-            clean: &clean,
+            clean: &right,
             robust: (!sequence.is_empty()).then(|| robust.collect()),
             broken_by,
         };
         evaluated.write(out)?;
         if self.save_adversarial {
-            save_images(&out.join("adversarial.safetensors"), data, &adversarial)?;
+            save_images(&out.join("adversarial.safetensors"), &clean, &adversarial)?;
         }
         metrics.write(out)?;
         if let Some(Perturbation { largest, nan, min, max }) = &metrics.perturbation {
@@ -305,11 +323,11 @@ impl Stage for Evaluate {
 }
 
 /// Over all images, adversarial where one was found, else as they are: as AutoAttack's last line has it.
-fn extremes(norm: Norm, data: &Dataset, adversarial: &[Option<Vec<f32>>]) -> Perturbation {
+fn extremes(norm: Norm, of: &Evaluation, adversarial: &BTreeMap<usize, Vec<f32>>) -> Perturbation {
     let mut found = Perturbation { largest: 0.0, nan: 0, min: f64::INFINITY, max: f64::NEG_INFINITY };
-    for (row, adversarial) in adversarial.iter().enumerate() {
-        let clean = unit_pixels(data, row);
-        let image = adversarial.as_ref().unwrap_or(&clean);
+    for row in 0..of.data.len() {
+        let clean = of.pixels(row);
+        let image = adversarial.get(&row).unwrap_or(&clean);
         found.largest = found.largest.max(f64::from(distance(norm, image, &clean)));
         found.nan += image.iter().filter(|v| v.is_nan()).count() as u64;
         found.min = image.iter().fold(found.min, |min, &v| min.min(f64::from(v)));
@@ -319,11 +337,11 @@ fn extremes(norm: Norm, data: &Dataset, adversarial: &[Option<Vec<f32>>]) -> Per
 }
 
 /// The images as `attack` left them: tensor `images`, n×c×h×w.
-fn save_images(path: &Path, data: &Dataset, adversarial: &[Option<Vec<f32>>]) -> Result<()> {
-    let (h, w, c) = (data.shape.height, data.shape.width, data.shape.channels);
-    let image = |row: usize| adversarial[row].clone().unwrap_or_else(|| unit_pixels(data, row));
-    let pixels: Vec<f32> = (0..data.len()).flat_map(image).collect();
-    let nhwc = Tensor::from_vec(pixels, (data.len(), h, w, c), &Device::Cpu)?;
+fn save_images(path: &Path, of: &Evaluation, adversarial: &BTreeMap<usize, Vec<f32>>) -> Result<()> {
+    let (h, w, c) = of.victim.shape;
+    let image = |row: usize| adversarial.get(&row).cloned().unwrap_or_else(|| of.pixels(row));
+    let pixels: Vec<f32> = (0..of.data.len()).flat_map(image).collect();
+    let nhwc = Tensor::from_vec(pixels, (of.data.len(), h, w, c), &Device::Cpu)?;
     let images = nhwc.permute((0, 3, 1, 2))?.contiguous()?;
     let bytes = safetensors::serialize([("images", &images)], None)
         .map_err(|e| Error::Alarm(format!("adversarial images cannot be written: {e}")))?;

@@ -8,10 +8,10 @@ use serde_json::json;
 
 use crate::{
     Error, Result,
-    attack::{Epsilon, Norm, Pgd},
+    attack::{Counted, Epsilon, Example, Norm, Pgd, PgdSearch},
     data::{self, Augment, Dataset, Range, Source, augmented},
     error::expect_within as expect,
-    evaluation::{Perturb, correct_after},
+    evaluation::{Evaluation, share, unchanged},
     fs,
     nn::{
         Activation, Architecture, BatchNormMode, Classifier, ClassifierConfig, LrDecay, LrSchedule,
@@ -244,7 +244,7 @@ struct Views<'a> {
 impl Train {
     /// The attack that the checkpoint is chosen under.
     fn attack(&self) -> Result<Pgd> {
-        Pgd::new(self.norm, self.epsilon, self.attack_steps, self.attack_step_ratio, 1, self.seed)
+        Pgd::new(self.norm, self.epsilon, self.attack_steps, self.attack_step_ratio, self.seed)
     }
 
     /// The attack of training step `step`, whose radius may still grow.
@@ -254,7 +254,7 @@ impl Train {
             Objective::FgsmRs => (1, 1.25),
             _ => (self.attack_steps, self.attack_step_ratio),
         };
-        Pgd::new(self.norm, epsilon, steps, ratio, 1, self.seed)
+        Pgd::new(self.norm, epsilon, steps, ratio, self.seed)
     }
 
     /// The loss of each image of a batch.
@@ -285,20 +285,21 @@ impl Train {
         device: &Device,
     ) -> Result<(f64, Option<f64>)> {
         let logits_of = |x: &Tensor| classifier.logits(x);
-        let attack = self.attack()?;
-        let attacked = |x: &Tensor, y: &Tensor, ids: &[u64]| attack.perturb(&logits_of, x, y, ids);
-        let noisy = |x: &Tensor, _: &Tensor, ids: &[u64]| augment_gaussian(x, self.sigma, self.seed, ids);
-        let accuracy = |perturb: Option<Perturb>| -> Result<f64> {
-            let right = correct_after(&logits_of, held_out, perturb, device, None, &Progress::hidden())?;
-            Ok(right.iter().filter(|&&r| r).count() as f64 / right.len().max(1) as f64)
+        let evaluation = Evaluation::new(&logits_of, held_out, device);
+        let clean = share(&evaluation.right("clean", &unchanged)?);
+        let guarded = if self.objective.is_attacked() {
+            let attack = PgdSearch::new(self.attack()?, 1, Counted::Last)?;
+            evaluation.stands("pgd", &vec![true; held_out.len()], &attack)?
+        } else if self.objective.is_noisy() {
+            let noisy = |image: &Example| {
+                let x = augment_gaussian(&image.tensor(&image.image)?, self.sigma, self.seed, &[image.id])?;
+                Ok(x.flatten_all()?.to_vec1()?)
+            };
+            evaluation.right("noise", &noisy)?
+        } else {
+            return Ok((clean, None));
         };
-        let clean = accuracy(None)?;
-        let perturb: Perturb = match self.objective {
-            objective if objective.is_attacked() => &attacked,
-            objective if objective.is_noisy() => &noisy,
-            _ => return Ok((clean, None)),
-        };
-        Ok((accuracy(Some(perturb))?, Some(clean)))
+        Ok((share(&guarded), Some(clean)))
     }
 
     /// Synthetic images in a batch, when there is synthetic data.
