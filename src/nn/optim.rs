@@ -233,7 +233,7 @@ impl Optimizer for Adam {
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         let step = self.moments.advance(vars)? as f64;
-        params.touch();
+        let _overwriting = params.overwriting();
         let AdamConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         let keep = 1.0 - lr * weight_decay;
         let step_size = lr / (1.0 - beta1.powf(step));
@@ -312,7 +312,7 @@ impl Optimizer for Sgd {
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         self.moments.advance(vars)?;
-        params.touch();
+        let _overwriting = params.overwriting();
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         for (((_, var), grad), slot) in vars.iter().zip(gradients).zip(&mut self.moments.slots) {
             match &mut slot.values {
@@ -647,6 +647,23 @@ mod tests {
             let fresh = Params::from_safetensors(&bytes, "bytes", &Device::Cpu, build).unwrap();
             assert_eq!(after, values(&fresh.frozen(build).unwrap().forward(&x).unwrap()));
         }
+    }
+
+    /// What a view packs while the weights are written is not taken for that of the new ones.
+    #[test]
+    fn a_view_that_looks_during_an_update_sees_the_new_weights_after_it() {
+        let build = |b: &Builder| Conv2d::new(8, 8, 3, b);
+        let x = Tensor::ones((1, 8, 8, 8), DType::F32, &Device::Cpu).unwrap();
+        let params = Params::init(1, &Device::Cpu, build).unwrap();
+        let frozen = params.frozen(build).unwrap();
+        let overwriting = params.overwriting();
+        let before = values(&frozen.forward(&x).unwrap());
+        for (_, var) in params.vars() {
+            var.set(&(var.as_detached_tensor() * 2.0).unwrap()).unwrap();
+        }
+        drop(overwriting);
+        let twice: Vec<f32> = before.into_iter().map(|v| 2.0 * v).collect();
+        assert_eq!(values(&frozen.forward(&x).unwrap()), twice);
     }
 
     #[test]
