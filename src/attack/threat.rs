@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::{Error, Result, data::from_chw, kernels, rng, text::Written};
@@ -127,40 +127,18 @@ impl Threat {
     /// The nearest to `x_adv` in the ball around `x`, then in the box. `x`, `x_adv`: `(b, …)` f32, `x` in
     /// [0, 1].
     pub fn project(&self, x: &Tensor, x_adv: &Tensor) -> Result<Tensor> {
-        let in_ball = match self.norm {
-            Norm::Linf => x_adv.maximum(&(x - self.epsilon)?)?.minimum(&(x + self.epsilon)?)?,
-            Norm::L2 => {
-                let delta = (x_adv - x)?;
-                let shrink = (self.epsilon / norms(&delta)?)?.minimum(1f32)?;
-                (x + delta.broadcast_mul(&shrink)?)?
-            }
-        };
-        Ok(in_ball.clamp(0f32, 1f32)?)
+        kernels::project(x, x_adv, self.epsilon, self.norm == Norm::L2)
     }
 
     /// The steepest direction of length 1 in this norm: the gradient's signs for ℓ∞, the gradient over its
     /// length for ℓ2. `gradient`: `(b, …)`. A gradient of 0 stays 0.
     pub fn direction(&self, gradient: &Tensor) -> Result<Tensor> {
-        match self.norm {
-            Norm::Linf => Ok(gradient.sign()?),
-            // Scaled by the largest element first: the square of a small gradient is 0 in f32.
-            Norm::L2 => {
-                let largest = gradient.abs()?.flatten_from(1)?.max_keepdim(D::Minus1)?;
-                let largest = per_image(&largest.maximum(f32::MIN_POSITIVE)?, gradient)?;
-                let scaled = gradient.broadcast_div(&largest)?;
-                Ok(scaled.broadcast_div(&norms(&scaled)?)?)
-            }
-        }
+        kernels::steepest(gradient, self.norm == Norm::L2)
     }
 
     /// The point `step_size` up the gradient from `x_adv`, projected: see [`Threat::direction`], [`Threat::project`].
     pub fn step(&self, x: &Tensor, x_adv: &Tensor, gradient: &Tensor, step_size: f64) -> Result<Tensor> {
-        let l2 = self.norm == Norm::L2;
-        if let Some(moved) = kernels::pgd_step(x, x_adv, gradient, (step_size, self.epsilon), l2)? {
-            return Ok(moved);
-        }
-        let step = (self.direction(gradient)? * step_size)?;
-        self.project(x, &(x_adv + step)?)
+        kernels::pgd_step(x, x_adv, gradient, (step_size, self.epsilon), self.norm == Norm::L2)
     }
 
     /// A point drawn uniformly from the ball around each image, then clipped to the box.
@@ -197,19 +175,6 @@ impl Threat {
         }
         Ok((x + from_chw(deltas, x.dims(), x.device())?)?.clamp(0f32, 1f32)?)
     }
-}
-
-/// The ℓ2 norm of each image, at least the smallest normal number, shaped to divide the images by.
-fn norms(x: &Tensor) -> Result<Tensor> {
-    let norms = x.flatten_from(1)?.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
-    per_image(&norms.maximum(f32::MIN_POSITIVE)?, x)
-}
-
-/// `(b, 1)` as `(b, 1, …)`, of the rank of `x`.
-fn per_image(values: &Tensor, x: &Tensor) -> Result<Tensor> {
-    let mut shape = vec![1; x.rank()];
-    shape[0] = x.dim(0)?;
-    Ok(values.reshape(shape)?)
 }
 
 #[cfg(test)]

@@ -22,6 +22,11 @@ impl Range {
         }
     }
 
+    /// The values of all pixels.
+    fn table(self) -> [f32; 256] {
+        std::array::from_fn(|pixel| self.value_of(pixel as u8))
+    }
+
     /// Out-of-range values are clamped; ties go to the even neighbour. `None` if `x` is not finite.
     fn pixel_of(self, x: f32) -> Option<u8> {
         let scaled = match self {
@@ -34,7 +39,7 @@ impl Range {
 
 /// Pixels in `range`, in their order.
 pub fn to_floats(pixels: &[u8], range: Range) -> Vec<f32> {
-    let values: [f32; 256] = std::array::from_fn(|pixel| range.value_of(pixel as u8));
+    let values = range.table();
     pixels.iter().map(|&pixel| values[usize::from(pixel)]).collect()
 }
 
@@ -73,18 +78,7 @@ pub fn gaussian_noise(
     device: &Device,
 ) -> Result<Tensor> {
     let Shape { height, width, channels } = shape;
-    if let Some(noise) = kernels::normal_images(seed, samples, step, (height, width, channels), device)? {
-        return Ok(noise);
-    }
-    let mut chw = vec![0.0; shape.size()];
-    let mut noise = Vec::with_capacity(samples.len() * shape.size());
-    for &sample in samples {
-        rng::normals(seed, sample, step, &mut chw);
-        for position in 0..height * width {
-            noise.extend((0..channels).map(|c| chw[c * height * width + position]));
-        }
-    }
-    Ok(Tensor::from_vec(noise, (samples.len(), height, width, channels), device)?)
+    kernels::normal_images(seed, samples, step, (height, width, channels), device)
 }
 
 /// Numbers in CHW order as a tensor of images of shape (n, h, w, c); of another rank, as they come.
@@ -133,14 +127,13 @@ pub fn augmented(
     range: Range,
     device: &Device,
 ) -> Result<Tensor> {
-    let stream = rng::stream::AUGMENT;
-    let dims = (samples.len(), shape.height, shape.width, shape.channels);
-    let windows = windows(samples, seed, stream, settings);
-    let table = |pixel| range.value_of(pixel);
-    if let Some(images) = kernels::crop_images(pixels, windows, table, dims, settings.pad, device)? {
-        return Ok(images);
-    }
-    to_tensor(&augment(pixels, shape, samples, seed, stream, settings), shape, range, device)
+    let windows = windows(samples, seed, rng::stream::AUGMENT, settings);
+    let table = range.table();
+    kernels::crop_images(pixels, windows, &table, dims(samples, shape), settings.pad, device)
+}
+
+fn dims(samples: &[u64], shape: Shape) -> (usize, usize, usize, usize) {
+    (samples.len(), shape.height, shape.width, shape.channels)
 }
 
 /// Pads, crops and flips each image of a batch by its own draw.
@@ -158,34 +151,8 @@ pub fn augment(
     stream: u32,
     augment: Augment,
 ) -> Vec<u8> {
-    assert_eq!(pixels.len(), samples.len() * shape.size(), "pixels of {} {shape} images", samples.len());
-    let mut out = vec![0; pixels.len()];
-    let images = pixels.chunks_exact(shape.size()).zip(out.chunks_exact_mut(shape.size()));
-    for ((image, out), (top, left, flip)) in images.zip(windows(samples, seed, stream, augment)) {
-        crop_padded(image, out, shape, augment.pad, (top, left), flip);
-    }
-    out
-}
-
-/// Copies into a black `out` the window at (`top`, `left`) of `image` padded by `pad`, mirrored if `flip`.
-fn crop_padded(
-    image: &[u8],
-    out: &mut [u8],
-    shape: Shape,
-    pad: usize,
-    (top, left): (usize, usize),
-    flip: bool,
-) {
-    let Shape { height, width, channels } = shape;
-    for y in 0..height {
-        let Some(from_y) = (y + top).checked_sub(pad).filter(|&from| from < height) else { continue };
-        for x in 0..width {
-            let Some(from_x) = (x + left).checked_sub(pad).filter(|&from| from < width) else { continue };
-            let to_x = if flip { width - 1 - x } else { x };
-            let (from, to) = ((from_y * width + from_x) * channels, (y * width + to_x) * channels);
-            out[to..to + channels].copy_from_slice(&image[from..from + channels]);
-        }
-    }
+    let windows = windows(samples, seed, stream, augment);
+    kernels::crop_pixels(pixels, windows, dims(samples, shape), augment.pad)
 }
 
 #[cfg(test)]
@@ -233,11 +200,8 @@ mod tests {
 
     #[test]
     fn a_window_shifts_what_it_shows_and_pads_with_black() {
-        let shape = Shape { height: 2, width: 3, channels: 1 };
-        let crop = |offset, flip| {
-            let mut out = [0; 6];
-            crop_padded(&[1, 2, 3, 4, 5, 6], &mut out, shape, 1, offset, flip);
-            out
+        let crop = |(top, left), flip| {
+            kernels::crop_pixels(&[1, 2, 3, 4, 5, 6], [(top, left, flip)].into_iter(), (1, 2, 3, 1), 1)
         };
         assert_eq!(crop((1, 1), false), [1, 2, 3, 4, 5, 6]);
         assert_eq!(crop((1, 1), true), [3, 2, 1, 6, 5, 4]);

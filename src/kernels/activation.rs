@@ -1,44 +1,33 @@
 //! Activation functions.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::Tensor;
 
-#[cfg(feature = "cuda")]
-use super::cuda;
 use super::{
-    Elements, elements, for_each_chunk, math,
+    math,
     microkernel::{Arithmetic, Loop, run, zeros},
-    on_cpu, reference, tensor,
+    parallel::for_each_chunk,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
 
 /// `x · sigmoid(x)`, element by element.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[]) {
-        return cuda::activation(x, cuda::Function::Silu);
-    }
-    if on_cpu(&[x]) { apply(CpuLevel::get(), Function::Silu, x) } else { reference::silu(x) }
+    shell::run(Activation { level: CpuLevel::get(), function: Function::Silu }, [x])
 }
 
 /// `max(x, 0)`, element by element; NaN stays NaN. Its gradient at 0 is 0, as in PyTorch.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[]) {
-        return cuda::activation(x, cuda::Function::Relu);
-    }
-    if on_cpu(&[x]) { apply(CpuLevel::get(), Function::Relu, x) } else { reference::relu(x) }
+    shell::run(Activation { level: CpuLevel::get(), function: Function::Relu }, [x])
 }
 
-fn apply(level: CpuLevel, function: Function, x: &Tensor) -> Result<Tensor> {
-    Ok(x.contiguous()?.apply_op1(Activation { level, function })?)
+/// Numbered as in kernels.cu, which has 0 for none.
+#[derive(Clone, Copy)]
+enum Function {
+    Silu = 1,
+    Relu = 2,
 }
 
 #[derive(Clone, Copy)]
-enum Function {
-    Silu,
-    Relu,
-}
-
 struct Activation {
     level: CpuLevel,
     function: Function,
@@ -62,9 +51,9 @@ impl Loop for Values<'_> {
     }
 }
 
-struct Gradients<'a>(Function, &'a [f32], &'a [f32], &'a mut [f32]);
+struct Slopes<'a>(Function, &'a [f32], &'a [f32], &'a mut [f32]);
 
-impl Loop for Gradients<'_> {
+impl Loop for Slopes<'_> {
     type Output = ();
     #[inline(always)]
     fn run<A: Arithmetic>(self) {
@@ -84,35 +73,74 @@ pub(super) fn silu_slope<A: Arithmetic>(x: f32) -> f32 {
     s * A::mul_add(x, 1.0 - s, 1.0)
 }
 
-impl CustomOp1 for Activation {
-    fn name(&self) -> &'static str {
-        match self.function {
-            Function::Silu => "silu",
-            Function::Relu => "relu",
-        }
-    }
+impl Node<1> for Activation {
+    const NAME: &'static str = "activation";
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = elements(x, layout)?;
+    fn forward(&self, [x]: [Operand; 1]) -> Output {
         let mut out = zeros(x.len());
         for_each_chunk(&mut out, CHUNK, x.len(), |i, out| {
             run(self.level, Values(self.function, &x[i * CHUNK..][..out.len()], out));
         });
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
+        Ok((out, x.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        let dy = dy.contiguous()?;
-        let (x_values, dy) = (Elements::of(x)?, Elements::of(&dy)?);
+    fn backward(&self, [x]: [Operand; 1], Backward { dy, .. }: Backward<1>) -> Gradients<1> {
         let mut dx = zeros(dy.len());
         for_each_chunk(&mut dx, CHUNK, dy.len(), |i, dx| {
             let range = i * CHUNK..i * CHUNK + dx.len();
-            run(self.level, Gradients(self.function, &x_values[range.clone()], &dy[range], dx));
+            run(self.level, Slopes(self.function, &x[range.clone()], &dy[range], dx));
         });
-        Ok(Some(tensor(dx, x)?))
+        Ok([Some(dx)])
+    }
+}
+
+impl Op<1> for Activation {
+    fn reference(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        Ok(match self.function {
+            Function::Silu => (x / (x.neg()?.exp()? + 1.0)?)?,
+            Function::Relu => (x * x.gt(0f32)?.to_dtype(x.dtype())?)?,
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(self, operands: [&Tensor; 1]) -> Result<Tensor> {
+        shell::apply_cuda(self, operands)
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
+
+    use super::{
+        super::{
+            cuda::{elementwise, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
+            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
+        },
+        Activation,
+    };
+
+    impl CudaNode<1> for Activation {
+        const NAME: &'static str = "activation";
+
+        fn forward(&self, [(x, layout)]: [(&CudaStorage, &Layout); 1]) -> CudaOutput {
+            let (function, device) = (self.function as i32, &x.device);
+            with_element!(x, T => {
+                let x = view::<T>(x, layout)?;
+                let (n, out) = (x.len(), uninitialized::<T>(device, x.len())?);
+                launch!(kernel_of::<T>(device, "activation_forward")?, elementwise(n), &x, &function, &n, &out);
+                Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), layout.shape().clone()))
+            })
+        }
+
+        fn backward(&self, [x]: [&Tensor; 1], CudaBackward { dy, .. }: CudaBackward<1>) -> CudaGradients<1> {
+            let (function, n, shape) = (self.function as i32, x.elem_count(), x.shape());
+            with_element!(x, T => with_views::<T, 2, _>([x, dy], |device, [x, dy]| {
+                let (backward, dx) = (kernel_of::<T>(device, "activation_backward")?, uninitialized::<T>(device, n)?);
+                launch!(backward, elementwise(n), &x, &dy, &function, &n, &dx);
+                Ok([Some(tensor(device, dx, shape))])
+            }))
+        }
     }
 }
 
@@ -124,8 +152,9 @@ mod tests {
     fn activations_match_the_reference_in_double_precision() {
         for shape in [(2, 3, 5, 7), (3, 33, 33, 40)] {
             let x = [(random(1, shape) * 4.0).unwrap()];
-            check(&x, |level, t| apply(level, Function::Silu, &t[0]), |t| reference::silu(&t[0]));
-            check(&x, |level, t| apply(level, Function::Relu, &t[0]), |t| reference::relu(&t[0]));
+            for function in [Function::Silu, Function::Relu] {
+                check(&x, |level| Activation { level, function });
+            }
         }
     }
 

@@ -1,11 +1,14 @@
 //! A number added to each channel.
 
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 
-#[cfg(feature = "cuda")]
-use super::cuda;
-use super::reference;
-use crate::Result;
+use super::{
+    microkernel::zeros,
+    parallel::for_each_chunk,
+    reduce::bias_gradient,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
+};
+use crate::{Result, device::CpuLevel};
 
 /// `x + shift`. `x`: `(b, …, c)`; `shift`: `(c,)`, or `(b, c)` for each sample its own. Returns the shape of `x`. Fails if the
 /// shapes do not fit.
@@ -19,16 +22,121 @@ pub fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
     if !fits {
         bail!(Alarm, "{:?} is added to the channels of {:?}", shift.dims(), x.dims());
     }
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[shift]) {
-        return cuda::add_channels(x, shift);
+    let images = if shift.rank() == 2 { x.dim(0)? } else { 1 };
+    shell::run(AddChannels { level: CpuLevel::get(), segments: images }, [x, shift])
+}
+
+/// A vector of the channels, or one for each sample, in as many dimensions as `x`, and in its type.
+pub(super) fn per_channel(x: &Tensor, t: &Tensor) -> candle_core::Result<Tensor> {
+    let c = x.dim(D::Minus1)?;
+    let mut dims = vec![1; x.rank()];
+    dims[0] = t.elem_count() / c.max(1);
+    dims[x.rank() - 1] = c;
+    t.to_dtype(x.dtype())?.reshape(dims)
+}
+
+struct AddChannels {
+    level: CpuLevel,
+    /// The parts of `x` that have a shift of their own.
+    segments: usize,
+}
+
+impl Node<2> for AddChannels {
+    const NAME: &'static str = "add-channels";
+
+    fn forward(&self, [x, shift]: [Operand; 2]) -> Output {
+        let (segment, c) =
+            ((x.len() / self.segments.max(1)).max(1), (shift.len() / self.segments.max(1)).max(1));
+        let mut out = zeros(x.len());
+        for_each_chunk(&mut out, segment, x.len(), |i, out| {
+            let rows = out.chunks_exact_mut(c).zip(x[i * segment..].chunks_exact(c));
+            for (out, x) in rows {
+                out.iter_mut().zip(x).zip(&shift[i * c..]).for_each(|((out, x), shift)| *out = x + shift);
+            }
+        });
+        Ok((out, x.shape().clone()))
     }
-    reference::add_channels(x, shift)
+
+    fn backward(&self, [_, shift]: [Operand; 2], Backward { dy, wanted, .. }: Backward<2>) -> Gradients<2> {
+        let (segment, c) = ((dy.len() / self.segments.max(1)).max(1), shift.len() / self.segments.max(1));
+        let sums = || dy.chunks_exact(segment).flat_map(|dy| bias_gradient(self.level, dy, c)).collect();
+        Ok([Some(dy.to_vec()), wanted[1].then(sums)])
+    }
+}
+
+impl Op<2> for AddChannels {
+    fn reference(&self, [x, shift]: [&Tensor; 2]) -> Result<Tensor> {
+        Ok(x.broadcast_add(&per_channel(x, shift)?)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(self, operands: [&Tensor; 2]) -> Result<Tensor> {
+        shell::apply_cuda(self, operands)
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::{CudaStorage, D, Layout, Result, Shape, Tensor};
+
+    use super::{
+        super::{
+            cuda::{
+                count32, kernel_of, launch,
+                norm::{Sizes, moments_of},
+                per_segment, uninitialized, view, with_element,
+            },
+            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
+        },
+        AddChannels,
+    };
+
+    impl CudaNode<2> for AddChannels {
+        const NAME: &'static str = "add-channels";
+
+        fn forward(&self, [(x, layout), (shift, shift_layout)]: [(&CudaStorage, &Layout); 2]) -> CudaOutput {
+            let (device, (images, c)) =
+                (&x.device, (layout.shape().dims()[0], layout.shape().dim(D::Minus1)?));
+            // The shifts of an image: `c`, or 0 if all have the same.
+            let own = if shift_layout.shape().rank() == 2 { c } else { 0 };
+            with_element!(x, T => {
+                let (x, shift) = (view::<T>(x, layout)?, view::<f32>(shift, shift_layout)?);
+                let out = uninitialized::<T>(device, x.len())?;
+                let per_image = x.len() / images.max(1);
+                let ([c, own, images32], per) = ([c, own, images].map(|v| v as i32), count32(per_image)?);
+                let (kernel, config) = (kernel_of::<T>(device, "add_channels")?, per_segment(per_image, images));
+                launch!(kernel, config, &x, &shift, &own, &c, &images32, &per, &out);
+                Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), layout.shape().clone()))
+            })
+        }
+
+        fn backward(&self, [_, shift]: [&Tensor; 2], back: CudaBackward<2>) -> CudaGradients<2> {
+            let CudaBackward { dy, wanted, .. } = back;
+            // The sums over the rows are those that norms begin with.
+            let sums = || {
+                let (segments, c) = (self.segments, dy.dim(D::Minus1)?);
+                let rows = dy.elem_count() / (segments * c).max(1);
+                let sizes = Sizes { segments, rows, c, groups: c };
+                (moments_of(dy, sizes, 0.0)?.mean * rows as f64)?.reshape(shift.shape())
+            };
+            Ok([Some(dy.clone()), wanted[1].then(sums).transpose()?])
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::{super::testing::*, *};
+
+    #[test]
+    fn shifts_match_the_reference_in_double_precision() {
+        for (shape, own) in [((2, 3, 5, 7), false), ((3, 33, 33, 20), true)] {
+            let (b, .., c) = shape;
+            let shift = if own { random(2, (b, c)) } else { random(2, c) };
+            let segments = if own { b } else { 1 };
+            check(&[random(1, shape), shift], |level| AddChannels { level, segments });
+        }
+    }
 
     #[test]
     fn channels_are_shifted_by_their_number_or_by_that_of_their_sample() {

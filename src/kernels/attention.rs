@@ -1,57 +1,37 @@
 //! Softmax and attention.
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Tensor};
+use candle_core::{D, Tensor};
 
-#[cfg(feature = "cuda")]
-use super::cuda;
 use super::{
-    Elements, elements, for_each_chunk,
     math::{exp, max, sum},
-    matmul::matmul_at,
+    matmul::matmul,
     microkernel::{Arithmetic, Loop, run, zeros},
-    on_cpu, reference, tensor,
+    parallel::for_each_chunk,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
 
 /// Softmax over the last dimension.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[]) {
-        return cuda::softmax(x, 1.0);
-    }
-    if on_cpu(&[x]) { softmax_at(CpuLevel::get(), 1.0, x) } else { reference::softmax(x) }
+    scaled_softmax(x, 1.0)
 }
 
 /// Scaled dot-product attention, `softmax(q kᵀ / √d) v` (Vaswani et al. 2017, Eq. 1).
 /// `q`, `k`, `v`: `(b, n, d)`, heads folded into `b`. Returns `(b, n, d)`.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(q, &[]) {
-        let scores = reference::matmul(q, &k.transpose(1, 2)?)?;
-        return reference::matmul(&cuda::softmax(&scores, attention_scale(q)? as f32)?, v);
-    }
-    if on_cpu(&[q, k, v]) { attention_at(CpuLevel::get(), q, k, v) } else { reference::attention(q, k, v) }
-}
-
-fn attention_at(level: CpuLevel, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-    let scores = matmul_at(level, q, &k.transpose(1, 2)?)?;
-    matmul_at(level, &softmax_at(level, attention_scale(q)? as f32, &scores)?, v)
-}
-
-/// 1 / √d.
-fn attention_scale(q: &Tensor) -> Result<f64> {
-    Ok(1.0 / (q.dim(D::Minus1)? as f64).sqrt())
+    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+    matmul(&scaled_softmax(&matmul(q, &k.transpose(1, 2)?)?, scale)?, v)
 }
 
 /// `softmax(scale · x)`, `scale` positive.
-fn softmax_at(level: CpuLevel, scale: f32, x: &Tensor) -> Result<Tensor> {
+fn scaled_softmax(x: &Tensor, scale: f64) -> Result<Tensor> {
     x.dim(D::Minus1)?;
-    Ok(x.contiguous()?.apply_op1(Softmax { level, scale })?)
+    shell::run(Softmax { level: CpuLevel::get(), scale }, [x])
 }
 
 struct Softmax {
     level: CpuLevel,
-    scale: f32,
+    scale: f64,
 }
 
 /// Rows of a task.
@@ -107,36 +87,89 @@ impl Loop for RowGradients<'_> {
     }
 }
 
-impl CustomOp1 for Softmax {
-    fn name(&self) -> &'static str {
-        "softmax"
-    }
+impl Node<1> for Softmax {
+    const NAME: &'static str = "softmax";
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let columns = layout.shape().dim(D::Minus1)?.max(1);
-        let x = elements(x, layout)?;
+    fn forward(&self, [x]: [Operand; 1]) -> Output {
+        let (columns, scale) = (x.shape().dim(D::Minus1)?.max(1), self.scale as f32);
         let mut out = zeros(x.len());
         for_each_chunk(&mut out, ROWS * columns, x.len(), |i, out| {
             let x = &x[i * ROWS * columns..][..out.len()];
-            run(self.level, Rows { scale: self.scale, columns, x, out });
+            run(self.level, Rows { scale, columns, x, out });
         });
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
+        Ok((out, x.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, p: &Tensor, dp: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        let columns = x.dim(D::Minus1)?.max(1);
-        let dp = dp.contiguous()?;
-        let (p, dp) = (Elements::of(p)?, Elements::of(&dp)?);
+    fn backward(&self, [x]: [Operand; 1], Backward { out: p, dy: dp, .. }: Backward<1>) -> Gradients<1> {
+        let (columns, scale) = (x.shape().dim(D::Minus1)?.max(1), self.scale as f32);
         let mut dx = zeros(p.len());
         for_each_chunk(&mut dx, ROWS * columns, p.len(), |i, dx| {
             let range = i * ROWS * columns..i * ROWS * columns + dx.len();
             let (p, dp) = (&p[range.clone()], &dp[range]);
-            run(self.level, RowGradients { scale: self.scale, columns, p, dp, dx });
+            run(self.level, RowGradients { scale, columns, p, dp, dx });
         });
-        Ok(Some(tensor(dx, x)?))
+        Ok([Some(dx)])
+    }
+}
+
+impl Op<1> for Softmax {
+    fn reference(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        let x = &(x * self.scale)?;
+        let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
+        Ok(e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(self, operands: [&Tensor; 1]) -> Result<Tensor> {
+        shell::apply_cuda(self, operands)
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::{
+        CudaStorage, D, Layout, Result, Shape, Tensor, cuda_backend::cudarc::driver::LaunchConfig,
+    };
+
+    use super::{
+        super::{
+            cuda::{config, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
+            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
+        },
+        Softmax,
+    };
+
+    /// The rows and columns, and a warp for each row.
+    fn warps(shape: &Shape) -> Result<(i32, i32, LaunchConfig)> {
+        const WARPS: usize = 4;
+        let columns = shape.dim(D::Minus1)?.max(1);
+        let rows = shape.elem_count() / columns;
+        Ok((rows as i32, columns as i32, config((rows.div_ceil(WARPS).max(1), 1, 1), (32, WARPS, 1))))
+    }
+
+    impl CudaNode<1> for Softmax {
+        const NAME: &'static str = "softmax";
+
+        fn forward(&self, [(x, layout)]: [(&CudaStorage, &Layout); 1]) -> CudaOutput {
+            let (scale, device, (rows, columns, config)) =
+                (self.scale as f32, &x.device, warps(layout.shape())?);
+            with_element!(x, T => {
+                let x = view::<T>(x, layout)?;
+                let out = uninitialized::<T>(device, x.len())?;
+                launch!(kernel_of::<T>(device, "softmax_forward")?, config, &x, &scale, &rows, &columns, &out);
+                Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), layout.shape().clone()))
+            })
+        }
+
+        fn backward(&self, [x]: [&Tensor; 1], back: CudaBackward<1>) -> CudaGradients<1> {
+            let CudaBackward { out: p, dy: dp, .. } = back;
+            let (scale, n, (rows, columns, config)) = (self.scale as f32, x.elem_count(), warps(x.shape())?);
+            with_element!(x, T => with_views::<T, 2, _>([p, dp], |device, [p, dp]| {
+                let (backward, dx) = (kernel_of::<T>(device, "softmax_backward")?, uninitialized::<T>(device, n)?);
+                launch!(backward, config, &p, &dp, &scale, &rows, &columns, &dx);
+                Ok([Some(tensor(device, dx, x.shape()))])
+            }))
+        }
     }
 }
 
@@ -148,7 +181,8 @@ mod tests {
     fn softmax_matches_the_reference_in_double_precision() {
         for shape in [(2, 3, 5), (7, 9, 33), (2, 1, 1), (3, 70, 400)] {
             let x = [(random(1, shape) * 3.0).unwrap()];
-            check(&x, |level, t| softmax_at(level, 1.0, &t[0]), |t| reference::softmax(&t[0]));
+            check(&x, |level| Softmax { level, scale: 1.0 });
+            check(&x, |level| Softmax { level, scale: 0.3 });
         }
     }
 
@@ -156,11 +190,7 @@ mod tests {
     fn attention_matches_the_reference_in_double_precision() {
         for shape in [(2, 5, 3), (3, 33, 16)] {
             let operands = [random(1, shape), random(2, shape), random(3, shape)];
-            check(
-                &operands,
-                |level, t| attention_at(level, &t[0], &t[1], &t[2]),
-                |t| reference::attention(&t[0], &t[1], &t[2]),
-            );
+            check_function(&operands, |t| attention(&t[0], &t[1], &t[2]));
         }
     }
 

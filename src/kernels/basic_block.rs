@@ -5,15 +5,16 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
+use candle_core::{Shape, Tensor};
 
 use super::{
-    BatchStatistics, BlockWeights, Elements, add,
-    batch_norm::{Moments, Norm, Statistics, statistics},
-    conv2d::{Bias, Convolution},
-    elements, for_each_chunk,
+    activation::relu,
+    batch_norm::{BatchStatistics, Moments, Norm, Statistics, batch_norm_eval, batch_norm_train, statistics},
+    block::{BlockWeights, ranges, split},
+    conv2d::{Bias, Convolution, conv2d_packed},
     microkernel::{Arithmetic, Loop, run, zeros},
-    on_cpu, ranges, reference, tensor,
+    parallel::{add, for_each_chunk},
+    shell::{Backward, Gradients, Node, Operand, Output, apply, on_cpu},
 };
 use crate::{
     Result,
@@ -118,8 +119,42 @@ pub fn basic_block(
         let how = (CpuLevel::get(), ConvAlgorithm::get());
         basic_block_at(how, x, theta, running, block, packed)
     } else {
-        reference::basic_block(x, theta, running, block, packed)
+        composed(x, theta, running, block, packed)
     }
+}
+
+/// The block from the ops of the device, one after the other.
+fn composed(
+    x: &Tensor,
+    theta: &Tensor,
+    running: Option<&[BatchStatistics]>,
+    block: &BasicBlock,
+    packed: &BlockWeights,
+) -> Result<(Tensor, Vec<BatchStatistics>)> {
+    let parts = split(theta, &block.parameters())?;
+    let mut seen = Vec::new();
+    let mut norm = |i: usize, name: &str, x: &Tensor, relu: bool| -> Result<Tensor> {
+        let (weight, bias) = (&parts[&*format!("{name}.weight")], &parts[&*format!("{name}.bias")]);
+        let Some(running) = running else {
+            let (out, statistics) = batch_norm_train(x, weight, bias, block.epsilon, relu)?;
+            seen.push(statistics);
+            return Ok(out);
+        };
+        batch_norm_eval(x, &running[i], weight, bias, block.epsilon, relu)
+    };
+    let conv = |x: &Tensor, i: usize, name: &str, stride: usize, padding: usize| {
+        conv2d_packed(x, &parts[name], None, stride, (padding, padding), &packed[i])
+    };
+    let h = norm(0, "bn1", &conv(x, 0, "conv1.weight", block.stride, 1)?, true)?;
+    let h = norm(1, "bn2", &conv(&h, 1, "conv2.weight", 1, 1)?, false)?;
+    let x = match block.has_shortcut() {
+        true => {
+            let x = conv(x, 2, "shortcut.0.weight", block.stride, 0)?;
+            norm(2, "shortcut.1", &x, false)?
+        }
+        false => x.clone(),
+    };
+    Ok((relu(&(h + x)?)?, seen))
 }
 
 fn basic_block_at(
@@ -138,8 +173,10 @@ fn basic_block_at(
         Convolution::new(level, algorithm, (b, out_h, out_w, c_out), (c_out, c_out, 3, 3), 1, (1, 1))?;
     let shortcut = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 1, 1), stride, (0, 0))?;
     let rows = b * out_h * out_w;
-    let given = |running: &[BatchStatistics]| running.iter().map(Statistics::given).collect::<Result<_>>();
-    let running: Option<Vec<_>> = running.map(given).transpose()?;
+    let given = |running: &[BatchStatistics]| -> candle_core::Result<Vec<_>> {
+        running.iter().map(Statistics::given).collect()
+    };
+    let running = running.map(given).transpose()?;
     let seen: Arc<OnceLock<Vec<Statistics>>> = Arc::default();
     let op = Op {
         level,
@@ -154,10 +191,10 @@ fn basic_block_at(
         keep: x.track_op() || theta.track_op(),
         kept: OnceLock::new(),
     };
-    let out = x.contiguous()?.apply_op2(&theta.contiguous()?, op)?;
+    let out = apply(op, [x, theta])?;
     // Nothing was seen where statistics were given.
     let seen = seen.get().into_iter().flatten();
-    let batch = seen.map(|statistics| statistics.unbiased(rows)).collect::<Result<_>>()?;
+    let batch = seen.map(|statistics| statistics.unbiased(rows)).collect::<candle_core::Result<_>>()?;
     Ok((out, batch))
 }
 
@@ -217,7 +254,7 @@ impl Op {
         Norm { level: self.level, moments, weight, bias, relu: i == 0 }
     }
 
-    fn forward(&self, x: &[f32], theta: &[f32]) -> Vec<f32> {
+    fn block_forward(&self, x: &[f32], theta: &[f32]) -> Vec<f32> {
         let c = self.part(theta, 1).len();
         let (mut seen, mut all_moments) = (Vec::new(), Vec::new());
         // What norm `i` makes of its input.
@@ -267,7 +304,7 @@ impl Op {
     }
 
     /// The gradients of `x` and `theta`, those that are wanted.
-    fn backward(
+    fn block_backward(
         &self,
         x: &[f32],
         theta: &[f32],
@@ -330,39 +367,18 @@ impl Op {
     }
 }
 
-impl CustomOp2 for Op {
-    fn name(&self) -> &'static str {
-        "basic-block"
+impl Node<2> for Op {
+    const NAME: &'static str = "basic-block";
+
+    fn forward(&self, [x, theta]: [Operand; 2]) -> Output {
+        Ok((self.block_forward(&x, &theta), self.conv2.out_shape()))
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        theta: &CpuStorage,
-        theta_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, theta) = (elements(x, x_layout)?, elements(theta, theta_layout)?);
-        Ok((CpuStorage::F32(self.forward(x, theta)), self.conv2.out_shape()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        theta: &Tensor,
-        out: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+    fn backward(&self, [x, theta]: [Operand; 2], Backward { out, dy, wanted }: Backward<2>) -> Gradients<2> {
         let Some(kept) = self.kept.get() else {
             candle_core::bail!("a block that was not tracked has no gradient")
         };
-        let dy = dy.contiguous()?;
-        let want = [x, theta].map(Tensor::track_op);
-        let (x_values, theta_values) = (Elements::of(x)?, Elements::of(theta)?);
-        let [dx, dtheta] =
-            self.backward(&x_values, &theta_values, kept, &Elements::of(out)?, &Elements::of(&dy)?, want);
-        let shaped = |values: Option<Vec<f32>>, like| values.map(|values| tensor(values, like)).transpose();
-        Ok((shaped(dx, x)?, shaped(dtheta, theta)?))
+        Ok(self.block_backward(&x, &theta, kept, out, dy, wanted))
     }
 }
 
@@ -403,10 +419,10 @@ mod tests {
         for block in &BLOCKS {
             for size in [(2, 5, 7), (3, 8, 8)] {
                 let operands = operands(block, size);
-                check(
+                check_against(
                     &operands,
                     |level, t| Ok(at(level, block, None, t)?.0),
-                    |t| Ok(reference::basic_block(&t[0], &t[1], None, block, &BlockWeights::default())?.0),
+                    |t| Ok(composed(&t[0], &t[1], None, block, &BlockWeights::default())?.0),
                 );
                 let running = running(block);
                 let doubles: Vec<BatchStatistics> = running
@@ -416,19 +432,10 @@ mod tests {
                         BatchStatistics { mean: double(&s.mean), variance: double(&s.variance) }
                     })
                     .collect();
-                check(
+                check_against(
                     &operands,
                     |level, t| Ok(at(level, block, Some(&running), t)?.0),
-                    |t| {
-                        Ok(reference::basic_block(
-                            &t[0],
-                            &t[1],
-                            Some(&doubles),
-                            block,
-                            &BlockWeights::default(),
-                        )?
-                        .0)
-                    },
+                    |t| Ok(composed(&t[0], &t[1], Some(&doubles), block, &BlockWeights::default())?.0),
                 );
             }
         }
@@ -440,8 +447,7 @@ mod tests {
             let operands = operands(block, (3, 6, 5));
             let (_, found) = at(CpuLevel::get(), block, None, &operands).unwrap();
             let (_, expected) =
-                reference::basic_block(&operands[0], &operands[1], None, block, &BlockWeights::default())
-                    .unwrap();
+                composed(&operands[0], &operands[1], None, block, &BlockWeights::default()).unwrap();
             assert_eq!((found.len(), expected.len()), (block.norms(), block.norms()));
             for (found, expected) in found.iter().zip(&expected) {
                 let pairs = [(&found.mean, &expected.mean), (&found.variance, &expected.variance)];

@@ -3,16 +3,16 @@
 //! The work is done by functions of slices, [`statistics`] and those of [`Norm`]; the custom op is a shell
 //! over them.
 
-use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Shape, Tensor};
+use std::sync::{Arc, OnceLock};
 
-#[cfg(feature = "cuda")]
-use super::cuda;
+use candle_core::{D, Device, Tensor};
+
 use super::{
-    Elements, elements, for_each_chunk,
+    activation::relu,
     microkernel::{Arithmetic, Loop, run, zeros},
-    on_cpu,
+    parallel::for_each_chunk,
     reduce::{block_sums, sums_and_squares},
-    reference, tensor,
+    shell::{self, Backward, Elements, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
 
@@ -43,14 +43,12 @@ pub fn batch_norm_train(
     if x.elem_count() < 2 * c {
         bail!(Alarm, "images {:?} have one value a channel, expected two for a variance", x.dims());
     }
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[weight, bias]) {
-        return cuda::batch_norm_train(x, weight, bias, epsilon, relu);
-    }
-    if on_cpu(&[x, weight, bias]) {
-        batch_norm_train_at(CpuLevel::get(), x, weight, bias, epsilon, relu)
-    } else {
-        reference::batch_norm_train(x, weight, bias, epsilon, relu)
+    let op = BatchNorm::new(CpuLevel::get(), None, epsilon, relu);
+    let seen = Arc::clone(&op.seen);
+    let out = shell::run(op, [x, weight, bias])?;
+    match seen.get() {
+        Some(statistics) => Ok((out, statistics.clone())),
+        None => bail!(Alarm, "a batch norm that went by the batch has not its statistics"),
     }
 }
 
@@ -67,15 +65,7 @@ pub fn batch_norm_eval(
 ) -> Result<Tensor> {
     let BatchStatistics { mean, variance } = statistics;
     channels(x, &[mean, variance, weight, bias])?;
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[mean, variance, weight, bias]) {
-        return cuda::batch_norm_eval(x, statistics, weight, bias, epsilon, relu);
-    }
-    if on_cpu(&[x, mean, variance, weight, bias]) {
-        batch_norm_eval_at(CpuLevel::get(), x, statistics, weight, bias, epsilon, relu)
-    } else {
-        reference::batch_norm_eval(x, statistics, weight, bias, epsilon, relu)
-    }
+    shell::run(BatchNorm::new(CpuLevel::get(), Some(statistics.clone()), epsilon, relu), [x, weight, bias])
 }
 
 /// The number of channels, which all `vectors` must have.
@@ -90,37 +80,6 @@ fn channels(x: &Tensor, vectors: &[&Tensor]) -> Result<usize> {
     Ok(c)
 }
 
-fn batch_norm_train_at(
-    level: CpuLevel,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    epsilon: f64,
-    relu: bool,
-) -> Result<(Tensor, BatchStatistics)> {
-    let x = x.contiguous()?;
-    let c = x.dim(D::Minus1)?;
-    let statistics = statistics(level, &Elements::of(&x)?, c);
-    let moments = Moments::new(&statistics, epsilon);
-    let op = BatchNorm { level, moments, of_batch: true, relu };
-    let out = x.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?;
-    Ok((out, statistics.unbiased(x.elem_count() / c)?))
-}
-
-fn batch_norm_eval_at(
-    level: CpuLevel,
-    x: &Tensor,
-    statistics: &BatchStatistics,
-    weight: &Tensor,
-    bias: &Tensor,
-    epsilon: f64,
-    relu: bool,
-) -> Result<Tensor> {
-    let moments = Moments::new(&Statistics::given(statistics)?, epsilon);
-    let op = BatchNorm { level, moments, of_batch: false, relu };
-    Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
-}
-
 /// Mean and biased variance of each channel.
 pub(super) struct Statistics {
     pub mean: Vec<f64>,
@@ -129,15 +88,15 @@ pub(super) struct Statistics {
 
 impl Statistics {
     /// Those that a caller gives, whose variance is taken as it is.
-    pub fn given(statistics: &BatchStatistics) -> Result<Self> {
-        let doubles = |t: &Tensor| -> Result<Vec<f64>> {
+    pub fn given(statistics: &BatchStatistics) -> candle_core::Result<Self> {
+        let doubles = |t: &Tensor| -> candle_core::Result<Vec<f64>> {
             Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
         };
         Ok(Self { mean: doubles(&statistics.mean)?, variance: doubles(&statistics.variance)? })
     }
 
     /// With the unbiased estimate of the variance, from those of `rows` rows.
-    pub fn unbiased(&self, rows: usize) -> Result<BatchStatistics> {
+    pub fn unbiased(&self, rows: usize) -> candle_core::Result<BatchStatistics> {
         let rows = rows as f64;
         let vector = |values: &[f64], factor: f64| {
             let values: Vec<f32> = values.iter().map(|v| (v * factor) as f32).collect();
@@ -355,70 +314,104 @@ impl Loop for InputGradient<'_> {
 
 struct BatchNorm {
     level: CpuLevel,
-    moments: Moments,
-    /// Whether the moments are those of the operand, so that gradients go through them.
-    of_batch: bool,
+    /// The statistics to normalise by, if not by those of the batch, to which gradients go as well.
+    given: Option<BatchStatistics>,
+    epsilon: f64,
     relu: bool,
+    /// The statistics of the batch, the variance unbiased.
+    seen: Arc<OnceLock<BatchStatistics>>,
+    moments: OnceLock<Moments>,
 }
 
 impl BatchNorm {
-    fn norm<'a>(&'a self, weight: &'a [f32], bias: &'a [f32]) -> Norm<'a> {
-        Norm { level: self.level, moments: &self.moments, weight, bias, relu: self.relu }
+    fn new(level: CpuLevel, given: Option<BatchStatistics>, epsilon: f64, relu: bool) -> Self {
+        Self { level, given, epsilon, relu, seen: Arc::default(), moments: OnceLock::new() }
+    }
+
+    fn norm<'a>(&self, moments: &'a Moments, weight: &'a [f32], bias: &'a [f32]) -> Norm<'a> {
+        Norm { level: self.level, moments, weight, bias, relu: self.relu }
+    }
+
+    /// Keeps the statistics of a batch of `rows` rows, of which this is the biased variance.
+    fn saw(&self, mean: Tensor, variance: Tensor, rows: usize) -> candle_core::Result<()> {
+        let rows = rows as f64;
+        let statistics = BatchStatistics { mean, variance: (variance * (rows / (rows - 1.0)))? };
+        self.seen.get_or_init(|| statistics);
+        Ok(())
     }
 }
 
-impl CustomOp3 for BatchNorm {
-    fn name(&self) -> &'static str {
-        "batch-norm"
-    }
+impl Node<3> for BatchNorm {
+    const NAME: &'static str = "batch-norm";
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = elements(x, x_layout)?;
+    fn forward(&self, [x, weight, bias]: [Operand; 3]) -> Output {
+        let statistics = match &self.given {
+            Some(given) => Statistics::given(given)?,
+            None => {
+                let found = statistics(self.level, &x, weight.len());
+                let unbiased = found.unbiased(x.len() / weight.len())?;
+                self.seen.get_or_init(|| unbiased);
+                found
+            }
+        };
+        let moments = self.moments.get_or_init(|| Moments::new(&statistics, self.epsilon));
         let mut out = zeros(x.len());
-        self.norm(elements(weight, weight_layout)?, elements(bias, bias_layout)?).normalize(x, &mut out);
-        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+        self.norm(moments, &weight, &bias).normalize(&x, &mut out);
+        Ok((out, x.shape().clone()))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let (dy, x_values) = (Elements::of(&dy)?, Elements::of(x)?);
-        let (weight_values, bias_values) = (Elements::of(weight)?, Elements::of(bias)?);
-        let norm = self.norm(&weight_values, &bias_values);
-        let to_weights = weight.track_op() || bias.track_op();
-        let sums = (to_weights || self.of_batch).then(|| norm.weight_gradients(&x_values, &dy));
-        let dx = if x.track_op() {
+    fn backward(&self, [x, weight, bias]: [Operand; 3], back: Backward<3>) -> Gradients<3> {
+        let Backward { dy, wanted, .. } = back;
+        let Some(moments) = self.moments.get() else { candle_core::bail!("a batch norm has seen no batch") };
+        let norm = self.norm(moments, &weight, &bias);
+        let of_batch = self.given.is_none();
+        let sums = (wanted[1] || wanted[2] || of_batch).then(|| norm.weight_gradients(&x, dy));
+        let dx = || {
             let mut dx = zeros(dy.len());
-            norm.input_gradient(&x_values, &dy, sums.as_ref().filter(|_| self.of_batch), &mut dx);
-            Some(tensor(dx, x)?)
-        } else {
-            None
+            norm.input_gradient(&x, dy, sums.as_ref().filter(|_| of_batch), &mut dx);
+            dx
         };
-        let gradient = |of: &Tensor, values: fn(&WeightGradients) -> &[f64]| {
-            let tracked = sums.as_ref().filter(|_| of.track_op());
-            tracked.map(|sums| tensor(values(sums).iter().map(|&v| v as f32).collect(), of)).transpose()
+        let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect();
+        let gradient =
+            |values: fn(&WeightGradients) -> &[f64]| sums.as_ref().map(|sums| single(values(sums)));
+        Ok([wanted[0].then(dx), gradient(|sums| &sums.weight), gradient(|sums| &sums.bias)])
+    }
+}
+
+impl Op<3> for BatchNorm {
+    fn reference(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+        let like = |t: &Tensor| t.to_dtype(x.dtype());
+        let (mean, variance) = match &self.given {
+            Some(given) => (like(&given.mean.detach())?, like(&given.variance.detach())?),
+            None => {
+                let rows = x.reshape(((), x.dim(D::Minus1)?))?;
+                let mean = rows.mean(0)?;
+                let variance = rows.broadcast_sub(&mean)?.sqr()?.mean(0)?;
+                let of_weight = |t: &Tensor| t.detach().to_dtype(weight.dtype());
+                self.saw(of_weight(&mean)?, of_weight(&variance)?, rows.dim(0)?)?;
+                (mean, variance)
+            }
         };
-        Ok((dx, gradient(weight, |sums| &sums.weight)?, gradient(bias, |sums| &sums.bias)?))
+        let out = x.broadcast_sub(&mean)?.broadcast_div(&(variance + self.epsilon)?.sqrt()?)?;
+        let out = out.broadcast_mul(&like(weight)?)?.broadcast_add(&like(bias)?)?;
+        if self.relu { relu(&out) } else { Ok(out) }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+        let given = self.given.as_ref().map(|given| [&given.mean, &given.variance]);
+        let (out, [mean, variance]) =
+            super::cuda::norm::batch_norm(x, given, weight, bias, self.epsilon, self.relu)?;
+        if given.is_none() {
+            self.saw(mean, variance, x.elem_count() / weight.elem_count())?;
+        }
+        Ok(out)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Var;
+    use candle_core::{DType, Var};
 
     use super::{super::testing::*, *};
 
@@ -448,21 +441,10 @@ mod tests {
     fn outputs_and_gradients_match_the_reference_in_double_precision() {
         for shape in [(2, 3, 5, 1), (1, 2, 1, 6), (3, 4, 4, 17), (2, 32, 32, 64), (3, 5, 5, 300)] {
             let statistics = running(shape.3);
-            let doubles = {
-                let double = |t: &Tensor| t.to_dtype(candle_core::DType::F64).unwrap();
-                BatchStatistics { mean: double(&statistics.mean), variance: double(&statistics.variance) }
-            };
             for relu in [false, true] {
-                check(
-                    &operands(shape),
-                    |level, t| Ok(batch_norm_train_at(level, &t[0], &t[1], &t[2], EPSILON, relu)?.0),
-                    |t| Ok(reference::batch_norm_train(&t[0], &t[1], &t[2], EPSILON, relu)?.0),
-                );
-                check(
-                    &operands(shape),
-                    |level, t| batch_norm_eval_at(level, &t[0], &statistics, &t[1], &t[2], EPSILON, relu),
-                    |t| reference::batch_norm_eval(&t[0], &doubles, &t[1], &t[2], EPSILON, relu),
-                );
+                for given in [None, Some(&statistics)] {
+                    check(&operands(shape), |level| BatchNorm::new(level, given.cloned(), EPSILON, relu));
+                }
             }
         }
     }
@@ -471,9 +453,12 @@ mod tests {
     fn the_statistics_are_the_mean_and_the_unbiased_variance() {
         // Channel 0: 1, 3, 5, 7 with squares about the mean 9 + 1 + 1 + 9; channel 1: constant.
         let x = Tensor::new(&[[1f32, 2.0], [3.0, 2.0], [5.0, 2.0], [7.0, 2.0]], &Device::Cpu).unwrap();
-        let (ones, zeros) = (Tensor::new(&[1f32, 1.0], x.device()), Tensor::new(&[0f32, 0.0], x.device()));
-        for of in [batch_norm_train, reference::batch_norm_train] {
-            let (out, found) = of(&x, ones.as_ref().unwrap(), zeros.as_ref().unwrap(), 0.0, false).unwrap();
+        for dtype in [DType::F32, DType::F64] {
+            let x = x.to_dtype(dtype).unwrap();
+            let (ones, zeros) =
+                (x.ones_like().unwrap().get(0).unwrap(), x.zeros_like().unwrap().get(0).unwrap());
+            let (out, found) = batch_norm_train(&x, &ones, &zeros, 0.0, false).unwrap();
+            let values = |t: &Tensor| values(&t.to_dtype(DType::F32).unwrap());
             assert_eq!(values(&found.mean), [4.0, 2.0]);
             let variance = values(&found.variance);
             assert!((variance[0] - 20.0 / 3.0).abs() < 1e-6 && variance[1] == 0.0, "{variance:?}");

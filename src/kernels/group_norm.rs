@@ -4,19 +4,17 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor};
+use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
-#[cfg(feature = "cuda")]
-use super::cuda;
 use super::{
-    Elements, PARALLEL_WORK,
-    activation::silu_slope,
-    elements, for_each_chunk, math,
+    activation::{silu, silu_slope},
+    add_channels::per_channel,
+    math,
     microkernel::{Arithmetic, Loop, run, zeros},
-    on_cpu,
+    parallel::{PARALLEL_WORK, for_each_chunk},
     reduce::sums_and_squares,
-    reference, tensor,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
 
@@ -34,15 +32,7 @@ pub fn group_norm(
     silu: bool,
 ) -> Result<Tensor> {
     expect_fits(x, groups, weight, bias)?;
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[weight, bias]) {
-        return cuda::group_norm(x, groups, weight, bias, epsilon, silu);
-    }
-    if on_cpu(&[x, weight, bias]) {
-        group_norm_at(CpuLevel::get(), x, groups, weight, bias, epsilon, silu)
-    } else {
-        reference::group_norm(x, groups, weight, bias, epsilon, silu)
-    }
+    shell::run(GroupNorm::new(CpuLevel::get(), x, groups, epsilon, silu)?, [x, weight, bias])
 }
 
 /// Fails if the groups do not divide the channels, or a vector has another shape.
@@ -62,21 +52,6 @@ fn expect_fits(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor) -> Res
         );
     }
     Ok(())
-}
-
-fn group_norm_at(
-    level: CpuLevel,
-    x: &Tensor,
-    groups: usize,
-    weight: &Tensor,
-    bias: &Tensor,
-    epsilon: f64,
-    silu: bool,
-) -> Result<Tensor> {
-    let (b, c) = (x.dim(0)?, x.dim(D::Minus1)?);
-    let norm = Norm { level, groups, c, sample: x.elem_count() / b.max(1), epsilon, silu };
-    let op = GroupNorm { norm, moments: OnceLock::new() };
-    Ok(x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?)
 }
 
 /// How samples that lie one behind another are normalised.
@@ -162,7 +137,7 @@ impl Norm {
             let moments = &moments[i * groups..][..groups];
             let channels = Channels::new(moments, of_sample(weight, c, i), of_sample(bias, c, i));
             let range = i * dx.len()..(i + 1) * dx.len();
-            run(level, Gradients { x: &x[range.clone()], dy: &dy[range], channels, groups, silu, dx })
+            run(level, SampleGradients { x: &x[range.clone()], dy: &dy[range], channels, groups, silu, dx })
         };
         let sample = self.sample.max(1);
         if dy.len() < PARALLEL_WORK {
@@ -248,7 +223,7 @@ impl Loop for Normalize<'_> {
 }
 
 /// The gradients of one sample.
-struct Gradients<'a> {
+struct SampleGradients<'a> {
     x: &'a [f32],
     dy: &'a [f32],
     channels: Channels<'a>,
@@ -257,7 +232,7 @@ struct Gradients<'a> {
     dx: &'a mut [f32],
 }
 
-impl Loop for Gradients<'_> {
+impl Loop for SampleGradients<'_> {
     type Output = ChannelSums;
 
     /// `dx = inverse · (dx̂ - mean(dx̂) - x̂ · mean(dx̂ · x̂))`, `dx̂ = weight · dz`, means over the group.
@@ -325,55 +300,52 @@ struct GroupNorm {
     moments: OnceLock<Vec<Moments>>,
 }
 
-impl CustomOp3 for GroupNorm {
-    fn name(&self) -> &'static str {
-        "group-norm"
+impl GroupNorm {
+    fn new(level: CpuLevel, x: &Tensor, groups: usize, epsilon: f64, silu: bool) -> Result<Self> {
+        let (b, c) = (x.dim(0)?, x.dim(D::Minus1)?);
+        let norm = Norm { level, groups, c, sample: x.elem_count() / b.max(1), epsilon, silu };
+        Ok(Self { norm, moments: OnceLock::new() })
     }
+}
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, weight, bias) =
-            (elements(x, x_layout)?, elements(weight, weight_layout)?, elements(bias, bias_layout)?);
+impl Node<3> for GroupNorm {
+    const NAME: &'static str = "group-norm";
+
+    fn forward(&self, [x, weight, bias]: [Operand; 3]) -> Output {
         let mut out = zeros(x.len());
-        let moments = self.norm.forward(x, weight, bias, &mut out);
+        let moments = self.norm.forward(&x, &weight, &bias, &mut out);
         self.moments.get_or_init(|| moments);
-        Ok((CpuStorage::F32(out), x_layout.shape().clone()))
+        Ok((out, x.shape().clone()))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let (dy, x_values) = (Elements::of(&dy)?, Elements::of(x)?);
-        let (weight_values, bias_values) = (Elements::of(weight)?, Elements::of(bias)?);
+    fn backward(&self, [x, weight, bias]: [Operand; 3], back: Backward<3>) -> Gradients<3> {
+        let Backward { dy, wanted, .. } = back;
         let moments = self.moments.get().map_or(&[][..], Vec::as_slice);
         let mut dx = zeros(dy.len());
-        let sums = self.norm.backward(&x_values, &dy, &weight_values, &bias_values, moments, &mut dx);
-        let gradient = |of: &Tensor, k: usize| {
-            if !of.track_op() {
-                return Ok(None);
-            }
-            let values = if of.rank() == 2 {
-                sums.iter().flat_map(|sums| &sums[k]).map(|&v| v as f32).collect()
-            } else {
-                (0..self.norm.c).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect()
-            };
-            tensor(values, of).map(Some)
+        let sums = self.norm.backward(&x, dy, &weight, &bias, moments, &mut dx);
+        let gradient = |of: Operand, k: usize| match of.shape().rank() {
+            2 => sums.iter().flat_map(|sums| &sums[k]).map(|&v| v as f32).collect(),
+            _ => (0..self.norm.c).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect(),
         };
-        let dx = x.track_op().then(|| tensor(dx, x)).transpose()?;
-        Ok((dx, gradient(weight, 1)?, gradient(bias, 0)?))
+        Ok([Some(dx), wanted[1].then(|| gradient(weight, 1)), wanted[2].then(|| gradient(bias, 0))])
+    }
+}
+
+impl Op<3> for GroupNorm {
+    fn reference(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+        let Norm { groups, c, epsilon, .. } = self.norm;
+        let g = x.reshape((x.dim(0)?, (), groups, c / groups))?;
+        let g = g.broadcast_sub(&g.mean_keepdim((1, 3))?)?;
+        let variance = g.sqr()?.mean_keepdim((1, 3))?;
+        let g = g.broadcast_div(&(variance + epsilon)?.sqrt()?)?.reshape(x.dims())?;
+        let out = g.broadcast_mul(&per_channel(x, weight)?)?.broadcast_add(&per_channel(x, bias)?)?;
+        if self.norm.silu { silu(&out) } else { Ok(out) }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+        let Norm { groups, epsilon, silu, .. } = self.norm;
+        super::cuda::norm::group_norm(x, groups, weight, bias, epsilon, silu)
     }
 }
 
@@ -392,11 +364,8 @@ mod tests {
             [((2, 3, 5, 6), 3), ((3, 4, 4, 16), 4), ((2, 7, 5, 33), 11), ((3, 32, 32, 32), 8)]
         {
             for silu in [false, true] {
-                check(
-                    &operands(shape),
-                    |level, t| group_norm_at(level, &t[0], groups, &t[1], &t[2], 1e-5, silu),
-                    |t| reference::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, silu),
-                );
+                let operands = operands(shape);
+                check(&operands, |level| GroupNorm::new(level, &operands[0], groups, 1e-5, silu).unwrap());
             }
         }
     }
@@ -413,11 +382,7 @@ mod tests {
         for (shape, groups) in [((2, 3, 5, 6), 3), ((1, 4, 4, 16), 4), ((3, 32, 32, 32), 8)] {
             let [x, weight, bias] = conditioned(shape);
             for operands in [[x.clone(), weight.clone(), bias], [x, weight, random(3, shape.3)]] {
-                check(
-                    &operands,
-                    |level, t| group_norm_at(level, &t[0], groups, &t[1], &t[2], 1e-5, true),
-                    |t| reference::group_norm(&t[0], groups, &t[1], &t[2], 1e-5, true),
-                );
+                check(&operands, |level| GroupNorm::new(level, &operands[0], groups, 1e-5, true).unwrap());
             }
         }
     }

@@ -1,13 +1,11 @@
 //! Cross-entropy and Kullback-Leibler divergence.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Tensor};
+use candle_core::{D, DType, Shape, Tensor};
 
 use super::{
-    Elements,
     attention::softmax_row,
-    elements,
     microkernel::{Arithmetic, Loop, run},
-    on_cpu, reference, tensor,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
 
@@ -20,35 +18,35 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
 /// [`cross_entropy`] with the target `(1 - smoothing) · one-hot + smoothing / classes` (Szegedy et al. 2016, §7):
 /// PyTorch's `label_smoothing`.
 pub fn smoothed_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Tensor> {
-    if on_cpu(&[logits]) && labels.device().is_cpu() {
-        cross_entropy_at(CpuLevel::get(), logits, labels, smoothing)
-    } else {
-        reference::cross_entropy(logits, labels, smoothing)
-    }
-}
-
-fn cross_entropy_at(level: CpuLevel, logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Tensor> {
-    let (b, classes) = logits.dims2()?;
-    if labels.dims() != [b] || labels.dtype() != DType::U32 {
-        bail!(
-            Alarm,
-            "{b} samples have labels {:?} of type {:?}, expected u32",
-            labels.dims(),
-            labels.dtype()
-        );
-    }
-    let labels: Vec<usize> = labels.to_vec1::<u32>()?.into_iter().map(|label| label as usize).collect();
-    if let Some(label) = labels.iter().find(|&&label| label >= classes) {
-        bail!(Data, "label {label} of {classes} classes");
-    }
-    Ok(logits.contiguous()?.apply_op1(CrossEntropy { level, labels, classes, smoothing })?)
+    shell::run(CrossEntropy::new(CpuLevel::get(), logits, labels, smoothing)?, [logits])
 }
 
 struct CrossEntropy {
     level: CpuLevel,
-    labels: Vec<usize>,
-    classes: usize,
+    labels: Tensor,
+    /// The same, if they are on the CPU: to look at others would be to wait for a GPU.
+    known: Vec<usize>,
     smoothing: f64,
+}
+
+impl CrossEntropy {
+    fn new(level: CpuLevel, logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Self> {
+        let (b, classes) = logits.dims2()?;
+        if labels.dims() != [b] || labels.dtype() != DType::U32 {
+            bail!(
+                Alarm,
+                "{b} samples have labels {:?} of type {:?}, expected u32",
+                labels.dims(),
+                labels.dtype()
+            );
+        }
+        let known = if labels.device().is_cpu() { labels.to_vec1::<u32>()? } else { Vec::new() };
+        let known: Vec<usize> = known.into_iter().map(|label| label as usize).collect();
+        if let Some(label) = known.iter().find(|&&label| label >= classes) {
+            bail!(Data, "label {label} of {classes} classes");
+        }
+        Ok(Self { level, labels: labels.clone(), known, smoothing })
+    }
 }
 
 /// Writes the probabilities of each row of logits; returns the losses.
@@ -82,35 +80,40 @@ impl Loop for Losses<'_> {
 impl CrossEntropy {
     fn losses_and_probabilities(&self, logits: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut probabilities = vec![0f32; logits.len()];
-        let Self { labels, smoothing, .. } = self;
+        let Self { known: labels, smoothing, .. } = self;
         let losses = Losses { labels, smoothing: *smoothing, logits, probabilities: &mut probabilities };
         (run(self.level, losses), probabilities)
     }
 }
 
-impl CustomOp1 for CrossEntropy {
-    fn name(&self) -> &'static str {
-        "cross-entropy"
+impl Node<1> for CrossEntropy {
+    const NAME: &'static str = "cross-entropy";
+
+    fn forward(&self, [logits]: [Operand; 1]) -> Output {
+        let (losses, _) = self.losses_and_probabilities(&logits);
+        Ok((losses, Shape::from(self.known.len())))
     }
 
-    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (losses, _) = self.losses_and_probabilities(elements(logits, layout)?);
-        Ok((CpuStorage::F32(losses), Shape::from(self.labels.len())))
-    }
-
-    fn bwd(&self, logits: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        if !logits.track_op() {
-            return Ok(None);
-        }
-        let dy = dy.contiguous()?;
-        let (_, mut gradient) = self.losses_and_probabilities(&Elements::of(logits)?);
-        let rows = gradient.chunks_exact_mut(self.classes.max(1)).zip(&self.labels);
-        for ((row, &label), &dy) in rows.zip(&*Elements::of(&dy)?) {
+    fn backward(&self, [logits]: [Operand; 1], Backward { dy, .. }: Backward<1>) -> Gradients<1> {
+        let (_, mut gradient) = self.losses_and_probabilities(&logits);
+        let (_, classes) = logits.shape().dims2()?;
+        for ((row, &label), &dy) in gradient.chunks_exact_mut(classes.max(1)).zip(&self.known).zip(dy) {
             row[label] -= (1.0 - self.smoothing) as f32;
-            let even = (self.smoothing / self.classes as f64) as f32;
+            let even = (self.smoothing / classes as f64) as f32;
             row.iter_mut().for_each(|v| *v = (*v - even) * dy);
         }
-        Ok(Some(tensor(gradient, logits)?))
+        Ok([Some(gradient)])
+    }
+}
+
+impl Op<1> for CrossEntropy {
+    fn reference(&self, [logits]: [&Tensor; 1]) -> Result<Tensor> {
+        let Self { labels, smoothing, .. } = self;
+        let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+        let log_z = shifted.exp()?.sum(D::Minus1)?.log()?;
+        let chosen = shifted.gather(&labels.unsqueeze(1)?, 1)?.squeeze(1)?;
+        let expected = ((chosen * (1.0 - smoothing))? + (shifted.mean(D::Minus1)? * *smoothing)?)?;
+        Ok((log_z - expected)?)
     }
 }
 
@@ -128,10 +131,7 @@ pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
             q_logits.dims()
         );
     }
-    if !on_cpu(&[p_logits, q_logits]) {
-        return reference::kl_divergence(p_logits, q_logits);
-    }
-    Ok(p_logits.contiguous()?.apply_op2(&q_logits.contiguous()?, KlDivergence)?)
+    shell::run(KlDivergence, [p_logits, q_logits])
 }
 
 /// In double precision: nearly equal answers, which training aims at, are the small difference of larger terms.
@@ -151,51 +151,44 @@ fn divergence(p_logits: &[f32], q_logits: &[f32]) -> (f64, Vec<(f64, f64)>) {
     (logs.iter().map(|(log_p, log_q)| log_p.exp() * (log_p - log_q)).sum(), logs)
 }
 
-impl CustomOp2 for KlDivergence {
-    fn name(&self) -> &'static str {
-        "kl-divergence"
-    }
+impl Node<2> for KlDivergence {
+    const NAME: &'static str = "kl-divergence";
 
-    fn cpu_fwd(
-        &self,
-        p: &CpuStorage,
-        p_layout: &Layout,
-        q: &CpuStorage,
-        q_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (b, classes) = p_layout.shape().dims2()?;
-        let (p, q) = (elements(p, p_layout)?, elements(q, q_layout)?);
+    fn forward(&self, [p, q]: [Operand; 2]) -> Output {
+        let (b, classes) = p.shape().dims2()?;
         let mut losses = vec![0f32; b];
         let rows = p.chunks_exact(classes.max(1)).zip(q.chunks_exact(classes.max(1)));
         losses.iter_mut().zip(rows).for_each(|(loss, (p, q))| *loss = divergence(p, q).0 as f32);
-        Ok((CpuStorage::F32(losses), Shape::from(b)))
+        Ok((losses, Shape::from(b)))
     }
 
     /// `∂/∂p_logits = p · (log p - log q - KL)`, `∂/∂q_logits = q - p`.
-    fn bwd(
-        &self,
-        p_logits: &Tensor,
-        q_logits: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (_, classes) = p_logits.dims2()?;
-        let dy = dy.contiguous()?;
-        let (p_values, q_values, dy) = (Elements::of(p_logits)?, Elements::of(q_logits)?, Elements::of(&dy)?);
-        let rows = p_values.chunks_exact(classes.max(1)).zip(q_values.chunks_exact(classes.max(1)));
+    fn backward(&self, [p, q]: [Operand; 2], Backward { dy, wanted, .. }: Backward<2>) -> Gradients<2> {
+        let (_, classes) = p.shape().dims2()?;
+        let rows = p.chunks_exact(classes.max(1)).zip(q.chunks_exact(classes.max(1)));
         let (mut dp, mut dq) = (Vec::new(), Vec::new());
-        for ((p, q), &dy) in rows.zip(&*dy) {
+        for ((p, q), &dy) in rows.zip(dy) {
             let (kl, logs) = divergence(p, q);
             let dy = f64::from(dy);
-            if p_logits.track_op() {
+            if wanted[0] {
                 dp.extend(logs.iter().map(|(log_p, log_q)| (dy * log_p.exp() * (log_p - log_q - kl)) as f32));
             }
-            if q_logits.track_op() {
+            if wanted[1] {
                 dq.extend(logs.iter().map(|(log_p, log_q)| (dy * (log_q.exp() - log_p.exp())) as f32));
             }
         }
-        let gradient = |of: &Tensor, values| of.track_op().then(|| tensor(values, of)).transpose();
-        Ok((gradient(p_logits, dp)?, gradient(q_logits, dq)?))
+        Ok([Some(dp), Some(dq)])
+    }
+}
+
+impl Op<2> for KlDivergence {
+    fn reference(&self, operands: [&Tensor; 2]) -> Result<Tensor> {
+        let log_softmax = |logits: &Tensor| -> candle_core::Result<Tensor> {
+            let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+            shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
+        };
+        let [log_p, log_q] = [log_softmax(operands[0])?, log_softmax(operands[1])?];
+        Ok((log_p.exp()? * (log_p - log_q)?)?.sum(D::Minus1)?)
     }
 }
 
@@ -212,11 +205,7 @@ mod tests {
             let labels = Tensor::new(labels, &Device::Cpu).unwrap();
             let logits = [(random(1, (b, classes)) * 5.0).unwrap()];
             for smoothing in [0.0, 0.1, 1.0] {
-                check(
-                    &logits,
-                    |level, t| cross_entropy_at(level, &t[0], &labels, smoothing),
-                    |t| reference::cross_entropy(&t[0], &labels, smoothing),
-                );
+                check(&logits, |level| CrossEntropy::new(level, &logits[0], &labels, smoothing).unwrap());
             }
         }
     }
@@ -239,7 +228,7 @@ mod tests {
     fn the_divergence_matches_the_reference_in_double_precision() {
         for (b, classes) in [(2, 3), (7, 10), (5, 33)] {
             let logits = [(random(1, (b, classes)) * 5.0).unwrap(), (random(2, (b, classes)) * 5.0).unwrap()];
-            check(&logits, |_, t| kl_divergence(&t[0], &t[1]), |t| reference::kl_divergence(&t[0], &t[1]));
+            check(&logits, |_| KlDivergence);
         }
     }
 

@@ -1,76 +1,50 @@
 //! Products of matrices whose bits do not depend on how many rows there are.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
+use candle_core::{Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    Elements, PARALLEL_WORK, elements, for_each_chunk,
     microkernel::{NR, Product, Segments, Start, product, zeros},
-    on_cpu,
+    parallel::{PARALLEL_WORK, for_each_chunk},
     reduce::bias_gradient,
-    reference, tensor,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
 
 /// `x · weightᵀ + bias`. `x`: `(…, k)`; `weight`: `(n, k)`, PyTorch's order; `bias`: `(n,)`. Returns `(…, n)`.
 /// Fails if the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    if on_cpu(&[x, weight, bias.unwrap_or(weight)]) {
-        return linear_at(CpuLevel::get(), x, weight, bias);
+    let (n, k) = weight.dims2()?;
+    if x.dims().last() != Some(&k) {
+        bail!(Alarm, "a linear layer of {k} inputs got a tensor of shape {:?}", x.dims());
     }
-    #[cfg(feature = "cuda")]
-    if let Some(bias) = bias
-        && super::cuda::on_cuda(x, &[weight, bias])
-    {
-        return super::add_channels(&reference::linear(x, weight, None)?, bias);
+    let op = Linear { level: CpuLevel::get(), n, k };
+    match bias {
+        Some(bias) if bias.dims() != [n] => {
+            bail!(Alarm, "the bias of a linear layer of {n} outputs has shape {:?}", bias.dims())
+        }
+        Some(bias) => shell::run(op, [x, weight, bias]),
+        None => shell::run(op, [x, weight]),
     }
-    reference::linear(x, weight, bias)
 }
 
 /// `x · weightᵀ` as f32, whatever precision a GPU computes with. `x`: `(m, k)`; `weight`: `(n, k)`. Returns `(m, n)`.
 pub fn linear_in_full(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if super::cuda::on_cuda(x, &[x, weight]) {
-        return super::cuda::linear_in_full(x, weight);
+    if shell::on_cuda(&[x, weight]) {
+        return super::cuda::product::linear_in_full(x, weight);
     }
     linear(x, weight, None)
-}
-
-pub(super) fn linear_at(
-    level: CpuLevel,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
-    let (n, k) = weight.dims2()?;
-    if x.dims().last() != Some(&k) {
-        bail!(Alarm, "a linear layer of {k} inputs got a tensor of shape {:?}", x.dims());
-    }
-    if let Some(bias) = bias
-        && bias.dims() != [n]
-    {
-        bail!(Alarm, "the bias of a linear layer of {n} outputs has shape {:?}", bias.dims());
-    }
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    let op = Linear { level, n, k };
-    Ok(match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op)?,
-        None => x.apply_op2(&weight, op)?,
-    })
 }
 
 /// Batched matrix product: `(b, m, k) · (b, k, n)`, either operand in any layout. Returns `(b, m, n)`. Fails
 /// if the shapes do not fit.
 pub fn matmul(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
-    if on_cpu(&[lhs, rhs]) { matmul_at(CpuLevel::get(), lhs, rhs) } else { reference::matmul(lhs, rhs) }
-}
-
-pub(super) fn matmul_at(level: CpuLevel, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
     let ((b, _, k), (rhs_b, rhs_k, _)) = (lhs.dims3()?, rhs.dims3()?);
     if (b, k) != (rhs_b, rhs_k) {
         bail!(Alarm, "a product of matrices of shapes {:?} and {:?}", lhs.dims(), rhs.dims());
     }
-    Ok(lhs.apply_op2(rhs, MatMul { level })?)
+    shell::run(MatMul { level: CpuLevel::get() }, [lhs, rhs])
 }
 
 /// The sizes of `batch` products `(m, k) · (k, n)`.
@@ -101,10 +75,10 @@ impl<'a> View<'a> {
         Self { row: self.col, col: self.row, ..self }
     }
 
-    fn strided(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<Self> {
-        let stride = layout.stride();
-        let data = &storage.as_slice::<f32>()?[layout.start_offset()..];
-        Ok(Self { data, batch: stride[0], row: stride[1], col: stride[2] })
+    /// `(batch, rows, columns)` in any layout.
+    fn strided(operand: Operand<'a>) -> Self {
+        let stride = operand.stride();
+        Self { data: operand.values(), batch: stride[0], row: stride[1], col: stride[2] }
     }
 }
 
@@ -206,41 +180,30 @@ struct MatMul {
     level: CpuLevel,
 }
 
-impl CustomOp2 for MatMul {
-    fn name(&self) -> &'static str {
-        "matmul"
+impl Node<2> for MatMul {
+    const NAME: &'static str = "matmul";
+    const STRIDED: bool = true;
+
+    fn forward(&self, [lhs, rhs]: [Operand; 2]) -> Output {
+        let ((batch, m, k), (.., n)) = (lhs.shape().dims3()?, rhs.shape().dims3()?);
+        let sizes = Sizes { batch, m, k, n };
+        let out = products(self.level, View::strided(lhs), View::strided(rhs), None, sizes);
+        Ok((out, Shape::from((batch, m, n))))
     }
 
-    fn cpu_fwd(
-        &self,
-        lhs: &CpuStorage,
-        lhs_layout: &Layout,
-        rhs: &CpuStorage,
-        rhs_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let ((batch, m, k), (.., n)) = (lhs_layout.shape().dims3()?, rhs_layout.shape().dims3()?);
-        let (a, b) = (View::strided(lhs, lhs_layout)?, View::strided(rhs, rhs_layout)?);
-        let out = products(self.level, a, b, None, Sizes { batch, m, k, n });
-        Ok((CpuStorage::F32(out), Shape::from((batch, m, n))))
+    fn backward(&self, [lhs, rhs]: [Operand; 2], Backward { dy, wanted, .. }: Backward<2>) -> Gradients<2> {
+        let ((batch, m, k), (.., n)) = (lhs.shape().dims3()?, rhs.shape().dims3()?);
+        let dy = View { batch: m * n, ..View::rows(dy, n) };
+        let (lhs, rhs) = (View::strided(lhs).transposed(), View::strided(rhs).transposed());
+        let of_lhs = || products(self.level, dy, rhs, None, Sizes { batch, m, k: n, n: k });
+        let of_rhs = || products(self.level, lhs, dy, None, Sizes { batch, m: k, k: m, n });
+        Ok([wanted[0].then(of_lhs), wanted[1].then(of_rhs)])
     }
+}
 
-    fn bwd(
-        &self,
-        lhs: &Tensor,
-        rhs: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let product = |a: Tensor, b: Tensor| a.apply_op2_no_bwd(&b, self);
-        let grad_lhs = match lhs.track_op() {
-            true => Some(product(grad.clone(), rhs.detach().transpose(1, 2)?)?),
-            false => None,
-        };
-        let grad_rhs = match rhs.track_op() {
-            true => Some(product(lhs.detach().transpose(1, 2)?, grad.clone())?),
-            false => None,
-        };
-        Ok((grad_lhs, grad_rhs))
+impl Op<2> for MatMul {
+    fn reference(&self, [lhs, rhs]: [&Tensor; 2]) -> Result<Tensor> {
+        Ok(lhs.contiguous()?.matmul(&rhs.contiguous()?)?)
     }
 }
 
@@ -250,103 +213,54 @@ struct Linear {
     k: usize,
 }
 
-impl Linear {
-    fn forward(&self, x: &[f32], shape: &Shape, weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
-        let mut dims = shape.dims().to_vec();
+/// Of input, weight and, perhaps, bias.
+impl<const N: usize> Node<N> for Linear {
+    const NAME: &'static str = "linear";
+
+    fn forward(&self, operands: [Operand; N]) -> Output {
+        let (x, weight) = (operands[0], operands[1]);
+        let mut dims = x.shape().dims().to_vec();
         dims.pop();
         let sizes = Sizes { batch: 1, m: dims.iter().product(), k: self.k, n: self.n };
         dims.push(self.n);
-        let weight = View::rows(weight, self.k).transposed();
-        let out = products(self.level, View::rows(x, self.k), weight, bias, sizes);
-        (CpuStorage::F32(out), Shape::from(dims))
+        let weight = View::rows(weight.values(), self.k).transposed();
+        let bias = operands.get(2).map(|bias| bias.values());
+        let out = products(self.level, View::rows(x.values(), self.k), weight, bias, sizes);
+        Ok((out, Shape::from(dims)))
     }
 
-    /// The gradients of `x` and `weight`, each if it is tracked.
-    fn backward(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        dy: &[f32],
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+    fn backward(&self, operands: [Operand; N], Backward { dy, wanted, .. }: Backward<N>) -> Gradients<N> {
         let Self { level, n, k } = *self;
-        let dx = match x.track_op() {
-            true => Some(tensor(linear_input_gradient(level, dy, n, &Elements::of(weight)?), x)?),
-            false => None,
+        let (x, weight) = (operands[0], operands[1]);
+        let gradient = |operand: usize| match operand {
+            0 => linear_input_gradient(level, dy, n, &weight),
+            1 => linear_weight_gradient(level, &x, k, dy, n),
+            _ => bias_gradient(level, dy, n),
         };
-        let dw = match weight.track_op() {
-            true => Some(tensor(linear_weight_gradient(level, &Elements::of(x)?, k, dy, n), weight)?),
-            false => None,
-        };
-        Ok((dx, dw))
+        Ok(std::array::from_fn(|i| wanted[i].then(|| gradient(i))))
     }
 }
 
-impl CustomOp2 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
+impl<const N: usize> Op<N> for Linear {
+    fn reference(&self, operands: [&Tensor; N]) -> Result<Tensor> {
+        let (x, mut dims) = (operands[0], operands[0].dims().to_vec());
+        dims.pop();
+        dims.push(self.n);
+        let out = x.reshape(((), self.k))?.matmul(&operands[1].to_dtype(x.dtype())?.t()?)?.reshape(dims)?;
+        Ok(match operands.get(2) {
+            Some(bias) => out.broadcast_add(&bias.to_dtype(x.dtype())?)?,
+            None => out,
+        })
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.forward(elements(x, x_layout)?, x_layout.shape(), elements(weight, weight_layout)?, None))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        self.backward(x, weight, &Elements::of(&dy)?)
-    }
-}
-
-impl CustomOp3 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let bias = elements(bias, bias_layout)?;
-        Ok(self.forward(
-            elements(x, x_layout)?,
-            x_layout.shape(),
-            elements(weight, weight_layout)?,
-            Some(bias),
-        ))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let dy = Elements::of(&dy)?;
-        let (dx, dw) = self.backward(x, weight, &dy)?;
-        let db = match bias.track_op() {
-            true => Some(tensor(bias_gradient(self.level, &dy, self.n), bias)?),
-            false => None,
-        };
-        Ok((dx, dw, db))
+    /// candle's product; of the sum with a bias candle would make a strided one, slow in both directions.
+    #[cfg(feature = "cuda")]
+    fn cuda(self, operands: [&Tensor; N]) -> Result<Tensor> {
+        let product = Op::<2>::reference(&self, [operands[0], operands[1]])?;
+        match operands.get(2) {
+            Some(bias) => super::add_channels::add_channels(&product, bias),
+            None => Ok(product),
+        }
     }
 }
 
@@ -361,16 +275,9 @@ mod tests {
         {
             let key = 10 * i as u64;
             let operands = [random(key, (b, k)), random(key + 1, (n, k)), random(key + 2, n)];
-            check(
-                &operands,
-                |level, t| linear_at(level, &t[0], &t[1], Some(&t[2])),
-                |t| reference::linear(&t[0], &t[1], Some(&t[2])),
-            );
-            check(
-                &operands[..2],
-                |level, t| linear_at(level, &t[0], &t[1], None),
-                |t| reference::linear(&t[0], &t[1], None),
-            );
+            let [x, weight, _] = operands.clone();
+            check(&operands, |level| Linear { level, n, k });
+            check(&[x, weight], |level| Linear { level, n, k });
         }
     }
 
@@ -390,14 +297,10 @@ mod tests {
         {
             let key = 10 * i as u64;
             let operands = [random(key, (b, m, k)), random(key + 1, (b, k, n))];
-            check(&operands, |level, t| matmul_at(level, &t[0], &t[1]), |t| reference::matmul(&t[0], &t[1]));
+            check(&operands, |level| MatMul { level });
             let operands = [random(key, (b, k, m)), random(key + 1, (b, n, k))];
             let transpose = |t: &Tensor| t.transpose(1, 2).unwrap();
-            check(
-                &operands,
-                |level, t| matmul_at(level, &transpose(&t[0]), &transpose(&t[1])),
-                |t| reference::matmul(&transpose(&t[0]), &transpose(&t[1])),
-            );
+            check_function(&operands, |t| matmul(&transpose(&t[0]), &transpose(&t[1])));
         }
     }
 

@@ -5,8 +5,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{
-    PARALLEL_WORK,
     microkernel::{Arithmetic, Loop, run},
+    parallel::PARALLEL_WORK,
 };
 use crate::device::CpuLevel;
 

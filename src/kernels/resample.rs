@@ -1,38 +1,28 @@
 //! Changes of resolution.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+use candle_core::{DType, Shape, Tensor};
 
-#[cfg(feature = "cuda")]
-use super::cuda;
 use super::{
-    Elements, elements, for_each_chunk, microkernel::zeros, on_cpu, reduce::column_sums, reference, tensor,
+    microkernel::zeros,
+    parallel::for_each_chunk,
+    reduce::column_sums,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
 
 /// Nearest-neighbour upsampling by two. `x`: `(b, h, w, c)`. Returns `(b, 2h, 2w, c)`.
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if cuda::on_cuda(x, &[]) {
-        return cuda::upsample_nearest2x(x);
-    }
-    if !on_cpu(&[x]) {
-        return reference::upsample_nearest2x(x);
-    }
     x.dims4()?;
-    Ok(x.contiguous()?.apply_op1(Upsample)?)
+    shell::run(Upsample, [x])
 }
 
 /// Mean over the positions. `x`: `(b, h, w, c)`. Returns `(b, c)`, f32 of bf16. Fails if there are no positions.
 pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
-    if on_cpu(&[x]) { global_avg_pool_at(CpuLevel::get(), x) } else { reference::global_avg_pool(x) }
-}
-
-fn global_avg_pool_at(level: CpuLevel, x: &Tensor) -> Result<Tensor> {
     let (_, h, w, _) = x.dims4()?;
     if h * w == 0 {
         bail!(Alarm, "the mean over the positions of an image of shape {:?}", x.dims());
     }
-    Ok(x.contiguous()?.apply_op1(AvgPool { level })?)
+    shell::run(AvgPool { level: CpuLevel::get() }, [x])
 }
 
 /// Mean over windows of `k` × `k` pixels side by side; rows and columns past the last whole window are left out.
@@ -42,22 +32,21 @@ pub fn avg_pool2d(x: &Tensor, k: usize) -> Result<Tensor> {
     if k == 0 || h < k || w < k {
         bail!(Alarm, "images of {h} x {w} have no windows of {k} x {k}");
     }
-    if !on_cpu(&[x]) {
-        return reference::avg_pool2d(x, k);
-    }
-    Ok(x.contiguous()?.apply_op1(WindowPool { k })?)
+    shell::run(WindowPool { k }, [x])
+}
+
+/// bf16 numbers as f32, which their sums need.
+fn to_sum(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.to_dtype(if x.dtype() == DType::BF16 { DType::F32 } else { x.dtype() })
 }
 
 struct Upsample;
 
-impl CustomOp1 for Upsample {
-    fn name(&self) -> &'static str {
-        "upsample-nearest2x"
-    }
+impl Node<1> for Upsample {
+    const NAME: &'static str = "upsample-nearest2x";
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (b, h, w, c) = layout.shape().dims4()?;
-        let x = elements(x, layout)?;
+    fn forward(&self, [x]: [Operand; 1]) -> Output {
+        let (b, h, w, c) = x.shape().dims4()?;
         let mut out = zeros(4 * x.len());
         for_each_chunk(&mut out, 4 * w * c, x.len(), |row, out| {
             let x = &x[row * w * c..][..w * c];
@@ -69,16 +58,11 @@ impl CustomOp1 for Upsample {
             }
             lower.copy_from_slice(upper);
         });
-        Ok((CpuStorage::F32(out), Shape::from((b, 2 * h, 2 * w, c))))
+        Ok((out, Shape::from((b, 2 * h, 2 * w, c))))
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        let (_, _, w, c) = x.dims4()?;
-        let dy = dy.contiguous()?;
-        let dy = Elements::of(&dy)?;
+    fn backward(&self, [x]: [Operand; 1], Backward { dy, .. }: Backward<1>) -> Gradients<1> {
+        let (_, _, w, c) = x.shape().dims4()?;
         let mut dx = zeros(dy.len() / 4);
         for_each_chunk(&mut dx, w * c, dy.len(), |row, dx| {
             let (upper, lower) = dy[row * 4 * w * c..][..4 * w * c].split_at(2 * w * c);
@@ -89,7 +73,19 @@ impl CustomOp1 for Upsample {
                 }
             }
         });
-        Ok(Some(tensor(dx, x)?))
+        Ok([Some(dx)])
+    }
+}
+
+impl Op<1> for Upsample {
+    fn reference(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        Ok(x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, 2, w, 2, c))?.reshape((b, 2 * h, 2 * w, c))?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(self, operands: [&Tensor; 1]) -> Result<Tensor> {
+        shell::apply_cuda(self, operands)
     }
 }
 
@@ -97,34 +93,35 @@ struct AvgPool {
     level: CpuLevel,
 }
 
-impl CustomOp1 for AvgPool {
-    fn name(&self) -> &'static str {
-        "global-avg-pool"
-    }
+impl Node<1> for AvgPool {
+    const NAME: &'static str = "global-avg-pool";
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (b, h, w, c) = layout.shape().dims4()?;
-        let x = elements(x, layout)?;
+    fn forward(&self, [x]: [Operand; 1]) -> Output {
+        let (b, h, w, c) = x.shape().dims4()?;
         let mut out = vec![0f32; b * c];
         for_each_chunk(&mut out, c, x.len(), |i, out| {
             let sums = column_sums(self.level, &x[i * h * w * c..][..h * w * c], c);
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out = (sum / (h * w) as f64) as f32);
         });
-        Ok((CpuStorage::F32(out), Shape::from((b, c))))
+        Ok((out, Shape::from((b, c))))
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        let (_, h, w, c) = x.dims4()?;
-        let dy = (dy.contiguous()? * (1.0 / (h * w) as f64))?;
-        let dy = Elements::of(&dy)?;
-        let mut dx = zeros(x.elem_count());
-        for_each_chunk(&mut dx, h * w * c, x.elem_count(), |i, dx| {
-            dx.chunks_exact_mut(c).for_each(|dx| dx.copy_from_slice(&dy[i * c..][..c]));
+    fn backward(&self, [x]: [Operand; 1], Backward { dy, .. }: Backward<1>) -> Gradients<1> {
+        let (_, h, w, c) = x.shape().dims4()?;
+        let share = (1.0 / (h * w) as f64) as f32;
+        let mut dx = zeros(x.len());
+        for_each_chunk(&mut dx, h * w * c, x.len(), |i, dx| {
+            let shares: Vec<f32> = dy[i * c..][..c].iter().map(|dy| dy * share).collect();
+            dx.chunks_exact_mut(c).for_each(|dx| dx.copy_from_slice(&shares));
         });
-        Ok(Some(tensor(dx, x)?))
+        Ok([Some(dx)])
+    }
+}
+
+impl Op<1> for AvgPool {
+    fn reference(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        Ok(to_sum(x)?.reshape((b, h * w, c))?.mean(1)?)
     }
 }
 
@@ -132,14 +129,12 @@ struct WindowPool {
     k: usize,
 }
 
-impl CustomOp1 for WindowPool {
-    fn name(&self) -> &'static str {
-        "avg-pool2d"
-    }
+impl Node<1> for WindowPool {
+    const NAME: &'static str = "avg-pool2d";
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (b, h, w, c) = layout.shape().dims4()?;
-        let (k, x) = (self.k, elements(x, layout)?);
+    fn forward(&self, [x]: [Operand; 1]) -> Output {
+        let (b, h, w, c) = x.shape().dims4()?;
+        let k = self.k;
         let (out_h, out_w) = (h / k, w / k);
         let mut out = vec![0f32; b * out_h * out_w * c];
         for_each_chunk(&mut out, out_w * c, x.len(), |row, out| {
@@ -153,20 +148,17 @@ impl CustomOp1 for WindowPool {
             }
             out.iter_mut().for_each(|out| *out *= 1.0 / (k * k) as f32);
         });
-        Ok((CpuStorage::F32(out), Shape::from((b, out_h, out_w, c))))
+        Ok((out, Shape::from((b, out_h, out_w, c))))
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        if !x.track_op() {
-            return Ok(None);
-        }
-        let (_, h, w, c) = x.dims4()?;
+    fn backward(&self, [x]: [Operand; 1], Backward { dy, .. }: Backward<1>) -> Gradients<1> {
+        let (_, h, w, c) = x.shape().dims4()?;
         let k = self.k;
         let (out_h, out_w) = (h / k, w / k);
-        let dy = (dy.contiguous()? * (1.0 / (k * k) as f64))?;
-        let dy = Elements::of(&dy)?;
-        let mut dx = zeros(x.elem_count());
-        for_each_chunk(&mut dx, w * c, x.elem_count(), |row, dx| {
+        let share = (1.0 / (k * k) as f64) as f32;
+        let dy: Vec<f32> = dy.iter().map(|dy| dy * share).collect();
+        let mut dx = zeros(x.len());
+        for_each_chunk(&mut dx, w * c, x.len(), |row, dx| {
             let (sample, y) = (row / h, row % h / k);
             if y == out_h {
                 return;
@@ -176,7 +168,59 @@ impl CustomOp1 for WindowPool {
                 dx.chunks_exact_mut(c).for_each(|dx| dx.copy_from_slice(dy));
             }
         });
-        Ok(Some(tensor(dx, x)?))
+        Ok([Some(dx)])
+    }
+}
+
+impl Op<1> for WindowPool {
+    fn reference(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        let ((b, h, w, c), k) = (x.dims4()?, self.k);
+        let whole = to_sum(x)?.narrow(1, 0, h / k * k)?.narrow(2, 0, w / k * k)?;
+        let lines = whole.reshape((b, h / k, k, w / k, k * c))?.mean(2)?;
+        Ok(lines.reshape((b, h / k, w / k, k, c))?.mean(3)?)
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
+
+    use super::{
+        super::{
+            cuda::{
+                count32, elementwise, kernel_of, launch, tensor, uninitialized, view, with_element,
+                with_views,
+            },
+            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
+        },
+        Upsample,
+    };
+
+    impl CudaNode<1> for Upsample {
+        const NAME: &'static str = "upsample-nearest2x";
+
+        fn forward(&self, [(x, layout)]: [(&CudaStorage, &Layout); 1]) -> CudaOutput {
+            let ((b, h, w, c), device) = (layout.shape().dims4()?, &x.device);
+            let (n, [h32, w32, c32]) = (4 * b * h * w * c, [h, w, c].map(|v| v as i32));
+            let count = count32(n)?;
+            with_element!(x, T => {
+                let (x, out) = (view::<T>(x, layout)?, uninitialized::<T>(device, n)?);
+                let forward = kernel_of::<T>(device, "upsample_forward")?;
+                launch!(forward, elementwise(n), &x, &h32, &w32, &c32, &count, &out);
+                let shape = Shape::from((b, 2 * h, 2 * w, c));
+                Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), shape))
+            })
+        }
+
+        fn backward(&self, [x]: [&Tensor; 1], CudaBackward { dy, .. }: CudaBackward<1>) -> CudaGradients<1> {
+            let ((_, h, w, c), n) = (x.dims4()?, x.elem_count());
+            let ([h, w, c], count) = ([h, w, c].map(|v| v as i32), count32(n)?);
+            with_element!(x, T => with_views::<T, 1, _>([dy], |device, [dy]| {
+                let (backward, dx) = (kernel_of::<T>(device, "upsample_backward")?, uninitialized::<T>(device, n)?);
+                launch!(backward, elementwise(n), &dy, &h, &w, &c, &count, &dx);
+                Ok([Some(tensor(device, dx, x.shape()))])
+            }))
+        }
     }
 }
 
@@ -188,8 +232,8 @@ mod tests {
     fn resampling_matches_the_reference_in_double_precision() {
         for shape in [(2, 3, 5, 1), (3, 4, 4, 33), (2, 40, 40, 48)] {
             let x = [random(1, shape)];
-            check(&x, |_, t| upsample_nearest2x(&t[0]), |t| reference::upsample_nearest2x(&t[0]));
-            check(&x, |level, t| global_avg_pool_at(level, &t[0]), |t| reference::global_avg_pool(&t[0]));
+            check(&x, |_| Upsample);
+            check(&x, |level| AvgPool { level });
         }
     }
 
@@ -197,7 +241,7 @@ mod tests {
     fn pooling_by_windows_matches_the_reference_in_double_precision() {
         for (shape, k) in [((2, 3, 5, 1), 2), ((3, 8, 8, 33), 4), ((2, 7, 10, 3), 3), ((2, 40, 40, 48), 2)] {
             let x = [random(1, shape)];
-            check(&x, |_, t| avg_pool2d(&t[0], k), |t| reference::avg_pool2d(&t[0], k));
+            check(&x, |_| WindowPool { k });
         }
     }
 

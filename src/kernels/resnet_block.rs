@@ -4,23 +4,20 @@
 //! which is cheaper than the memory. The step is added by the first convolution; the input is added by the second
 //! one where that is done by Winograd's filtering.
 
-use std::{
-    ops::Range,
-    sync::{Arc, OnceLock},
-};
+use std::{ops::Range, sync::OnceLock};
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
+use candle_core::{Shape, Tensor};
 
 use super::{
-    Elements, PackedWeights, add,
-    conv2d::{Bias, Convolution},
-    elements, for_each_chunk,
-    group_norm::{ChannelSums, Moments, Norm},
-    matmul::{linear_input_gradient, linear_rows, linear_weight_gradient},
+    add_channels::add_channels,
+    block::{BlockWeights, ranges, split},
+    conv2d::{Bias, Convolution, conv2d_packed},
+    group_norm::{ChannelSums, Moments, Norm, group_norm},
+    matmul::{linear, linear_input_gradient, linear_rows, linear_weight_gradient},
     microkernel::zeros,
-    on_cpu, ranges,
+    parallel::{add, for_each_chunk},
     reduce::{bias_gradient, column_sums},
-    reference, tensor,
+    shell::{Backward, Elements, Gradients, Node, Operand, Output, apply, on_cpu},
 };
 use crate::{
     Result,
@@ -123,9 +120,6 @@ impl ResnetBlock {
     }
 }
 
-/// What the kernels made of the weights of a block's convolutions: the first, the second, that of the shortcut.
-pub type BlockWeights = [Arc<PackedWeights>; 3];
-
 /// A residual block of the U-Net. `x`: `(b, h, w, c_in)`; `temb`: `(b, time_dim)`, behind its SiLU; `theta`: the
 /// parameters, one vector in the order of [`ResnetBlock::parameters`]. Returns `(b, h, w, c_out)`.
 ///
@@ -156,8 +150,51 @@ pub fn resnet_block(
         let how = (CpuLevel::get(), ConvAlgorithm::get());
         resnet_block_at(how, x, temb, theta, block, packed, mask)
     } else {
-        reference::resnet_block(x, temb, theta, block, packed, mask)
+        composed(x, temb, theta, block, packed, mask)
     }
+}
+
+/// The block from the ops of the device, one after the other.
+fn composed(
+    x: &Tensor,
+    temb: &Tensor,
+    theta: &Tensor,
+    block: &ResnetBlock,
+    packed: &BlockWeights,
+    mask: Option<&Tensor>,
+) -> Result<Tensor> {
+    let parts = split(theta, &block.parameters())?;
+    let ResnetBlock { groups, epsilon, .. } = *block;
+    let part = |name: &str| &parts[name];
+    let (weight, bias) = (part("norm1.weight"), part("norm1.bias"));
+    let h = group_norm(x, groups, weight, bias, epsilon, true)?;
+    let step = linear(temb, part("time_emb_proj.weight"), Some(part("time_emb_proj.bias")))?;
+    let conv1 = |bias: Option<&Tensor>| conv2d_packed(&h, part("conv1.weight"), bias, 1, (1, 1), &packed[0]);
+    let (weight, bias) = (part("norm2.weight"), part("norm2.bias"));
+    let h = if block.scale_shift {
+        let h = conv1(Some(part("conv1.bias")))?;
+        let factor = (step.narrow(1, 0, block.c_out)? + 1.0)?;
+        let shift = step.narrow(1, block.c_out, block.c_out)?;
+        let bias = (factor.broadcast_mul(bias)? + shift)?;
+        group_norm(&h, groups, &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
+    } else {
+        let h = add_channels(&conv1(None)?, &add_channels(&step, part("conv1.bias"))?)?;
+        group_norm(&h, groups, weight, bias, epsilon, true)?
+    };
+    let h = match mask {
+        Some(mask) => (&h * mask.detach().to_dtype(h.dtype())?)?,
+        None => h,
+    };
+    let h = conv2d_packed(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1), &packed[1])?;
+    let x = match block.has_shortcut() {
+        true => {
+            let (weight, bias) = (part("conv_shortcut.weight"), part("conv_shortcut.bias"));
+            conv2d_packed(x, weight, Some(bias), 1, (0, 0), &packed[2])?
+        }
+        false => x.clone(),
+    };
+    let out = (x + h)?;
+    Ok(if block.output_scale == 1.0 { out } else { (out / block.output_scale)? })
 }
 
 fn resnet_block_at(
@@ -189,7 +226,7 @@ fn resnet_block_at(
         keep: x.track_op() || temb.track_op() || theta.track_op(),
         kept: OnceLock::new(),
     };
-    Ok(x.contiguous()?.apply_op3(&temb.contiguous()?, &theta.contiguous()?, op)?)
+    apply(op, [x, temb, theta])
 }
 
 struct Op {
@@ -255,7 +292,7 @@ impl Op {
         Ok(())
     }
 
-    fn forward(&self, x: &[f32], temb: &[f32], theta: &[f32]) -> candle_core::Result<Vec<f32>> {
+    fn block_forward(&self, x: &[f32], temb: &[f32], theta: &[f32]) -> candle_core::Result<Vec<f32>> {
         let part = |range: &Range<usize>| &theta[range.clone()];
         let Parts { norm1, conv1, conv2, shortcut, .. } = &self.parts;
         let c = self.block.c_out;
@@ -301,7 +338,7 @@ impl Op {
     }
 
     /// The gradients of `x`, `temb` and `theta`, those that are wanted.
-    fn backward(
+    fn block_backward(
         &self,
         [x, temb, theta]: [&[f32]; 3],
         kept: &Kept,
@@ -428,42 +465,18 @@ impl Op {
     }
 }
 
-impl CustomOp3 for Op {
-    fn name(&self) -> &'static str {
-        "resnet-block"
+impl Node<3> for Op {
+    const NAME: &'static str = "resnet-block";
+
+    fn forward(&self, [x, temb, theta]: [Operand; 3]) -> Output {
+        Ok((self.block_forward(&x, &temb, &theta)?, self.conv2.out_shape()))
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        temb: &CpuStorage,
-        temb_layout: &Layout,
-        theta: &CpuStorage,
-        theta_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, temb, theta) =
-            (elements(x, x_layout)?, elements(temb, temb_layout)?, elements(theta, theta_layout)?);
-        Ok((CpuStorage::F32(self.forward(x, temb, theta)?), self.conv2.out_shape()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        temb: &Tensor,
-        theta: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn backward(&self, operands: [Operand; 3], Backward { dy, wanted, .. }: Backward<3>) -> Gradients<3> {
         let Some(kept) = self.kept.get() else {
             candle_core::bail!("a block that was not tracked has no gradient")
         };
-        let dy = dy.contiguous()?;
-        let want = [x, temb, theta].map(Tensor::track_op);
-        let values = [&*Elements::of(x)?, &*Elements::of(temb)?, &*Elements::of(theta)?];
-        let [dx, dtemb, dtheta] = self.backward(values, kept, &Elements::of(&dy)?, want)?;
-        let shaped = |values: Option<Vec<f32>>, like| values.map(|values| tensor(values, like)).transpose();
-        Ok((shaped(dx, x)?, shaped(dtemb, temb)?, shaped(dtheta, theta)?))
+        self.block_backward(operands.map(Operand::values), kept, dy, wanted)
     }
 }
 
@@ -539,20 +552,10 @@ mod tests {
                 // In a single small image the step's gradient is what is left of much larger terms.
                 let masks = if b > 1 { vec![None, Some(&dropped)] } else { vec![None] };
                 for mask in masks {
-                    check(
+                    check_against(
                         &operands(block, size),
                         |level, t| at(level, block, t, mask),
-                        |t| {
-                            let mask = mask.map(|mask| mask.to_dtype(t[0].dtype()).unwrap());
-                            reference::resnet_block(
-                                &t[0],
-                                &t[1],
-                                &t[2],
-                                block,
-                                &BlockWeights::default(),
-                                mask.as_ref(),
-                            )
-                        },
+                        |t| composed(&t[0], &t[1], &t[2], block, &BlockWeights::default(), mask),
                     );
                 }
             }

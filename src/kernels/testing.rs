@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
 
+use super::shell::{Apply, Op, Shell, apply};
 use crate::{Result, device::CpuLevel, rng};
 
 /// All levels; one that the machine lacks runs as the next narrower one.
@@ -37,10 +38,30 @@ fn output_and_gradients(
     (out.detach(), gradients)
 }
 
-/// Asserts that output and gradients agree with the oracle in double precision up to rounding, at each level,
-/// and that no gradient is tracked.
+/// Asserts that the loops of an op agree with its reference in double precision up to rounding, output and gradients, at each
+/// level, and that no gradient is tracked.
 #[track_caller]
-pub fn check(
+pub fn check<const N: usize, O: Op<N>>(operands: &[Tensor; N], op: impl Fn(CpuLevel) -> O)
+where
+    Shell<O>: Apply<N>,
+{
+    let all = |t: &[Tensor]| -> [Tensor; N] { t.to_vec().try_into().expect("all operands") };
+    check_against(
+        operands,
+        |level, t| apply(op(level), all(t).each_ref()),
+        |t| op(CpuLevel::Portable).reference(all(t).each_ref()),
+    );
+}
+
+/// Asserts that a function of operands in single precision agrees with itself in double precision, which is by references.
+#[track_caller]
+pub fn check_function(operands: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    check_against(operands, |_, t| f(t), &f);
+}
+
+/// As [`check`] of two functions.
+#[track_caller]
+pub fn check_against(
     operands: &[Tensor],
     fast: impl Fn(CpuLevel, &[Tensor]) -> Result<Tensor>,
     oracle: impl Fn(&[Tensor]) -> Result<Tensor>,

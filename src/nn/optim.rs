@@ -1,62 +1,16 @@
 //! Optimisers, gradient clipping and weight averaging, with PyTorch's formulas.
 //!
-//! All of them go over the same list of named variables, in its order. On the CPU each variable is updated in
-//! one pass with its moments; elsewhere in candle's ops. States are named tensors, so that a checkpoint holds
+//! All of them go over the same list of named variables, in its order. States are named tensors, so that a checkpoint holds
 //! them beside the weights and a resumed run has the bits of an uninterrupted one.
 
-use std::cell::RefCell;
-
-use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Tensor, Var, backprop::GradStore};
+use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
 
 use super::params::Params;
 use crate::{
     Result,
-    kernels::{self, Elements},
+    kernels::{self, AdamStep, Elements, SgdStep},
 };
-
-/// Elements of a parallel task.
-const CHUNK: usize = 1 << 14;
-
-/// Applies a closure to the elements of a variable and of another tensor of its shape.
-struct Update<F>(RefCell<F>);
-
-impl<F: FnMut(&mut [f32], &[f32])> InplaceOp2 for Update<F> {
-    fn name(&self) -> &'static str {
-        "update"
-    }
-
-    fn cpu_fwd(
-        &self,
-        destination: &mut CpuStorage,
-        layout: &Layout,
-        source: &CpuStorage,
-        source_layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let (Some((start, end)), Some((source_start, source_end))) =
-            (layout.contiguous_offsets(), source_layout.contiguous_offsets())
-        else {
-            candle_core::bail!("an update got strides, expected contiguous tensors")
-        };
-        let (CpuStorage::F32(destination), CpuStorage::F32(source)) = (destination, source) else {
-            candle_core::bail!("an update got another type than f32")
-        };
-        if end - start != source_end - source_start {
-            candle_core::bail!("an update of {} elements got {}", end - start, source_end - source_start)
-        }
-        (self.0.borrow_mut())(&mut destination[start..end], &source[source_start..source_end]);
-        Ok(())
-    }
-}
-
-fn update(destination: &Tensor, source: &Tensor, f: impl FnMut(&mut [f32], &[f32])) -> Result<()> {
-    Ok(destination.inplace_op2(&source.contiguous()?, &Update(RefCell::new(f)))?)
-}
-
-/// Whether a tensor is updated by a loop on the CPU.
-fn on_host(tensor: &Tensor) -> bool {
-    tensor.device().is_cpu() && tensor.dtype() == DType::F32
-}
 
 fn gradient<'a>(grads: &'a GradStore, name: &str, var: &Var) -> Result<&'a Tensor> {
     let Some(grad) = grads.get(var) else { bail!(Alarm, "variable '{name}' has no gradient") };
@@ -75,16 +29,17 @@ struct Moments<const N: usize> {
 
 struct Slot<const N: usize> {
     name: String,
-    values: Values<N>,
+    /// Each has memory of its own: steps overwrite them.
+    moments: [Tensor; N],
 }
 
-enum Values<const N: usize> {
-    /// Beside the variable on the CPU: plain vectors, which one loop can write together with it.
-    Host {
-        moments: [Vec<f32>; N],
-        shape: Vec<usize>,
-    },
-    Device([Tensor; N]),
+/// Tensors, each as `make` gives it.
+fn each<const N: usize>(
+    names: [&'static str; N],
+    make: impl Fn(&str) -> Result<Tensor>,
+) -> Result<[Tensor; N]> {
+    let tensors = names.iter().map(|name| make(name)).collect::<Result<Vec<_>>>()?;
+    Ok(tensors.try_into().expect("as many tensors as names"))
 }
 
 impl<const N: usize> Moments<N> {
@@ -95,21 +50,10 @@ impl<const N: usize> Moments<N> {
     /// Counts a step; at the first one the moments are zeros. Fails if the variables are not those of before.
     fn advance(&mut self, vars: &[(String, Var)]) -> Result<u64> {
         if self.step == 0 {
-            self.slots = vars
-                .iter()
-                .map(|(name, var)| {
-                    let values = if on_host(var) {
-                        let moments = std::array::from_fn(|_| vec![0.0; var.elem_count()]);
-                        Values::Host { moments, shape: var.dims().to_vec() }
-                    } else {
-                        // Each has memory of its own: kernels write them where they are.
-                        let zeros =
-                            (0..N).map(|_| var.zeros_like()).collect::<candle_core::Result<Vec<_>>>()?;
-                        Values::Device(std::array::from_fn(|i| zeros[i].clone()))
-                    };
-                    Ok(Slot { name: name.clone(), values })
-                })
-                .collect::<Result<_>>()?;
+            let zeros = |(name, var): &(String, Var)| {
+                Ok(Slot { name: name.clone(), moments: each(self.names, |_| Ok(var.zeros_like()?))? })
+            };
+            self.slots = vars.iter().map(zeros).collect::<Result<_>>()?;
         }
         if !vars.iter().map(|(name, _)| name).eq(self.slots.iter().map(|slot| &slot.name)) {
             bail!(Alarm, "an optimiser of {} variables got {} others", self.slots.len(), vars.len());
@@ -121,14 +65,8 @@ impl<const N: usize> Moments<N> {
     fn state(&self) -> Result<Vec<(String, Tensor)>> {
         let mut state = vec![("step".to_string(), Tensor::new(&[self.step as i64], &Device::Cpu)?)];
         for slot in &self.slots {
-            for (i, name) in self.names.iter().enumerate() {
-                let tensor = match &slot.values {
-                    Values::Host { moments, shape } => {
-                        Tensor::from_slice(&moments[i], &shape[..], &Device::Cpu)?
-                    }
-                    Values::Device(tensors) => tensors[i].copy()?,
-                };
-                state.push((format!("{}.{name}", slot.name), tensor));
+            for (name, moment) in self.names.iter().zip(&slot.moments) {
+                state.push((format!("{}.{name}", slot.name), moment.copy()?));
             }
         }
         Ok(state)
@@ -136,25 +74,13 @@ impl<const N: usize> Moments<N> {
 
     fn load(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
         let step = load_count(state, "step")?;
-        let mut slots = Vec::with_capacity(vars.len());
+        let slot = |(name, var): &(String, Var)| {
+            let found = |moment: &str| Ok(find(state, &format!("{name}.{moment}"), var)?.copy()?);
+            Ok(Slot { name: name.clone(), moments: each(self.names, found)? })
+        };
         // Before the first step there are no moments.
-        for (name, var) in vars.iter().take(if step == 0 { 0 } else { vars.len() }) {
-            let mut tensors = Vec::with_capacity(N);
-            for moment in self.names {
-                tensors.push(find(state, &format!("{name}.{moment}"), var)?.copy()?);
-            }
-            let values = if on_host(var) {
-                let mut moments = std::array::from_fn(|_| Vec::new());
-                for (moment, tensor) in moments.iter_mut().zip(&tensors) {
-                    *moment = tensor.flatten_all()?.to_vec1()?;
-                }
-                Values::Host { moments, shape: var.dims().to_vec() }
-            } else {
-                Values::Device(std::array::from_fn(|i| tensors[i].clone()))
-            };
-            slots.push(Slot { name: name.clone(), values });
-        }
-        (self.step, self.slots) = (step, slots);
+        let known = if step == 0 { &[] } else { vars };
+        (self.slots, self.step) = (known.iter().map(slot).collect::<Result<_>>()?, step);
         Ok(())
     }
 }
@@ -233,41 +159,14 @@ impl Optimizer for Adam {
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         let step = self.moments.advance(vars)? as f64;
-        params.touch();
+        let _overwriting = params.overwriting();
         let AdamConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         let keep = 1.0 - lr * weight_decay;
         let step_size = lr / (1.0 - beta1.powf(step));
         let correction = (1.0 - beta2.powf(step)).sqrt();
-        for (((_, var), grad), slot) in vars.iter().zip(gradients).zip(&mut self.moments.slots) {
-            match &mut slot.values {
-                Values::Host { moments: [m, v], .. } => update(var, grad, |p, g| {
-                    let [keep, step_size, correction] = [keep, step_size, correction].map(|x| x as f32);
-                    let [b1, c1, b2, c2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(|x| x as f32);
-                    let [epsilon, scale] = [epsilon, scale].map(|x| x as f32);
-                    let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-                    let chunks = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK)).zip(moments);
-                    chunks.for_each(|((p, g), (m, v))| {
-                        for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                            let g = scale * g;
-                            *m = b1 * *m + c1 * g;
-                            *v = b2 * *v + c2 * (g * g);
-                            *p = *p * keep - step_size * (*m / (v.sqrt() / correction + epsilon));
-                        }
-                    });
-                })?,
-                Values::Device([m, v]) => {
-                    let numbers =
-                        [scale, keep, step_size, correction, beta1, 1.0 - beta1, beta2, 1.0 - beta2, epsilon];
-                    if kernels::adam_step(var, grad, [m, v], numbers)? {
-                        continue;
-                    }
-                    let grad = (grad * scale)?;
-                    *m = ((&*m * beta1)? + (&grad * (1.0 - beta1))?)?.detach();
-                    *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?.detach();
-                    let direction = (&*m / ((v.sqrt()? / correction)? + epsilon)?)?;
-                    var.set(&((var.as_detached_tensor() * keep)? - (direction * step_size)?)?)?;
-                }
-            }
+        let adam = AdamStep { scale, keep, step_size, correction, beta1, beta2, epsilon };
+        for (((_, var), gradient), slot) in vars.iter().zip(gradients).zip(&self.moments.slots) {
+            adam.apply(var, gradient, slot.moments.each_ref())?;
         }
         Ok(())
     }
@@ -312,33 +211,11 @@ impl Optimizer for Sgd {
         let gradients: Vec<_> =
             vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
         self.moments.advance(vars)?;
-        params.touch();
+        let _overwriting = params.overwriting();
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
-        for (((_, var), grad), slot) in vars.iter().zip(gradients).zip(&mut self.moments.slots) {
-            match &mut slot.values {
-                Values::Host { moments: [buffer], .. } => update(var, grad, |p, g| {
-                    let [lr, scale, momentum, weight_decay] =
-                        [lr, scale, momentum, weight_decay].map(|x| x as f32);
-                    let chunks = p.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK));
-                    chunks.zip(buffer.par_chunks_mut(CHUNK)).for_each(|((p, g), buffer)| {
-                        for ((p, g), buffer) in p.iter_mut().zip(g).zip(buffer) {
-                            let g = scale * g + weight_decay * *p;
-                            *buffer = momentum * *buffer + g;
-                            *p -= lr * if nesterov { g + momentum * *buffer } else { *buffer };
-                        }
-                    });
-                })?,
-                Values::Device([buffer]) => {
-                    if kernels::sgd_step(var, grad, buffer, [scale, lr, momentum, weight_decay], nesterov)? {
-                        continue;
-                    }
-                    let weights = var.as_detached_tensor();
-                    let grad = ((grad * scale)? + (&weights * weight_decay)?)?;
-                    *buffer = ((&*buffer * momentum)? + &grad)?.detach();
-                    let direction = if nesterov { (grad + (&*buffer * momentum)?)? } else { buffer.clone() };
-                    var.set(&(weights - (direction * lr)?)?)?;
-                }
-            }
+        let sgd = SgdStep { scale, lr, momentum, weight_decay, nesterov };
+        for (((_, var), gradient), slot) in vars.iter().zip(gradients).zip(&self.moments.slots) {
+            sgd.apply(var, gradient, &slot.moments[0])?;
         }
         Ok(())
     }
@@ -357,7 +234,7 @@ pub fn grad_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
     let (mut squares, mut there) = (0.0, Vec::new());
     for (name, var) in vars {
         let gradient = gradient(grads, name, var)?;
-        match on_host(gradient) {
+        match gradient.device().is_cpu() && gradient.dtype() == DType::F32 {
             true => squares += sum_of_squares(gradient)?,
             false => there.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?),
         }
@@ -376,6 +253,7 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 }
 
 fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    const CHUNK: usize = 1 << 14;
     const LANES: usize = 8;
     let x = x.contiguous()?;
     let elements = Elements::of(&x)?;
@@ -414,18 +292,8 @@ impl Ema {
             bail!(Alarm, "an average of {} variables got {} others", self.shadow.len(), vars.len());
         }
         let rate = 1.0 - self.current_decay();
-        for ((_, var), (_, shadow)) in vars.iter().zip(&mut self.shadow) {
-            let weights = var.as_detached_tensor();
-            if on_host(&weights) {
-                update(shadow, &weights, |s, p| {
-                    let rate = rate as f32;
-                    s.par_chunks_mut(CHUNK).zip(p.par_chunks(CHUNK)).for_each(|(s, p)| {
-                        s.iter_mut().zip(p).for_each(|(s, p)| *s += rate * (p - *s));
-                    });
-                })?;
-            } else if !kernels::average_step(shadow, &weights, rate)? {
-                *shadow = (&*shadow + ((weights - &*shadow)? * rate)?)?;
-            }
+        for ((_, var), (_, shadow)) in vars.iter().zip(&self.shadow) {
+            kernels::average_step(shadow, var, rate)?;
         }
         self.updates += 1;
         Ok(())
@@ -647,6 +515,23 @@ mod tests {
             let fresh = Params::from_safetensors(&bytes, "bytes", &Device::Cpu, build).unwrap();
             assert_eq!(after, values(&fresh.frozen(build).unwrap().forward(&x).unwrap()));
         }
+    }
+
+    /// What a view packs while the weights are written is not taken for that of the new ones.
+    #[test]
+    fn a_view_that_looks_during_an_update_sees_the_new_weights_after_it() {
+        let build = |b: &Builder| Conv2d::new(8, 8, 3, b);
+        let x = Tensor::ones((1, 8, 8, 8), DType::F32, &Device::Cpu).unwrap();
+        let params = Params::init(1, &Device::Cpu, build).unwrap();
+        let frozen = params.frozen(build).unwrap();
+        let overwriting = params.overwriting();
+        let before = values(&frozen.forward(&x).unwrap());
+        for (_, var) in params.vars() {
+            var.set(&(var.as_detached_tensor() * 2.0).unwrap()).unwrap();
+        }
+        drop(overwriting);
+        let twice: Vec<f32> = before.into_iter().map(|v| 2.0 * v).collect();
+        assert_eq!(values(&frozen.forward(&x).unwrap()), twice);
     }
 
     #[test]

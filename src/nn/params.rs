@@ -99,6 +99,18 @@ impl Packed {
     }
 }
 
+/// See [`Params::overwriting`].
+#[must_use = "it is to be held until parameters are overwritten"]
+pub struct Overwriting<'a>(&'a Packs);
+
+/// After the last write, not before the first: a view that looks in between packs what is half old, which must not count as
+/// made of the new weights.
+impl Drop for Overwriting<'_> {
+    fn drop(&mut self) {
+        self.0.version.fetch_add(1, Ordering::Release);
+    }
+}
+
 /// One variable, as a constructor asks for it.
 struct Declaration {
     name: String,
@@ -422,15 +434,15 @@ impl Params {
         build(&Builder::new(&Source::Values { tensors, buffers, packs }))
     }
 
-    /// The parameters and their names, in the order of their declaration. Whoever overwrites one says so by
-    /// [`Params::touch`].
+    /// The parameters and their names, in the order of their declaration. Whoever overwrites one holds [`Params::overwriting`]
+    /// meanwhile.
     pub fn vars(&self) -> &[(String, Var)] {
         &self.vars
     }
 
-    /// Tells all views that parameters were overwritten: what kernels made of them is made again.
-    pub fn touch(&self) {
-        self.packs.version.fetch_add(1, Ordering::Release);
+    /// To be held while parameters are overwritten: dropped, it tells all views, and what kernels made of them is made again.
+    pub fn overwriting(&self) -> Overwriting<'_> {
+        Overwriting(&self.packs)
     }
 
     /// The buffers and their names, in the order of their declaration.
@@ -508,7 +520,7 @@ impl Params {
         }
         found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
         faults.check("the tensors given")?;
-        self.touch();
+        let _overwriting = self.overwriting();
         for (var, tensor) in pairs {
             var.set(&tensor.to_dtype(var.dtype())?.to_device(var.device())?)?;
         }

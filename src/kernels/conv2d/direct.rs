@@ -3,15 +3,12 @@
 
 use rayon::prelude::*;
 
-use super::{
-    Bias,
-    geometry::{Block, Geometry},
-};
+use super::geometry::{Bias, Block, Geometry};
 use crate::{
     device::CpuLevel,
     kernels::{
-        PARALLEL_WORK, for_each,
         microkernel::{NR, Product, Segments, Start, filled, first_product, pad_columns, product, zeros},
+        parallel::{PARALLEL_WORK, for_each},
     },
 };
 

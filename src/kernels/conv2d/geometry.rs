@@ -1,4 +1,4 @@
-//! The sizes of a convolution, and how its output is cut into blocks.
+//! The sizes of a convolution, how its output is cut into blocks, and what is added to it.
 
 use std::ops::Range;
 
@@ -75,5 +75,24 @@ impl Block {
     /// The place of the first pixel among all output pixels.
     pub fn first_pixel(&self, g: &Geometry) -> usize {
         (self.images.start * g.out_h + self.rows.start) * g.out_w
+    }
+}
+
+/// What is added to each output channel.
+#[derive(Clone, Copy, Debug)]
+pub(in super::super) enum Bias<'a> {
+    None,
+    Channels(&'a [f32]),
+    /// For each image its own.
+    Samples(&'a [f32]),
+}
+
+impl<'a> Bias<'a> {
+    pub(super) fn of(self, image: usize, channels: usize) -> Option<&'a [f32]> {
+        match self {
+            Self::None => None,
+            Self::Channels(bias) => Some(bias),
+            Self::Samples(biases) => Some(&biases[image * channels..][..channels]),
+        }
     }
 }

@@ -6,10 +6,15 @@ mod winograd;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
+use candle_core::{Shape, Tensor};
+pub(super) use geometry::Bias;
 use geometry::Geometry;
 
-use super::{Elements, PARALLEL_WORK, add, elements, on_cpu, reduce::bias_gradient, reference, tensor};
+use super::{
+    parallel::{PARALLEL_WORK, add},
+    reduce::bias_gradient,
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
+};
 use crate::{
     Result,
     device::{ConvAlgorithm, CpuLevel},
@@ -27,7 +32,7 @@ pub fn conv2d(
     stride: usize,
     padding: (usize, usize),
 ) -> Result<Tensor> {
-    conv2d_with(x, weight, bias, stride, padding, None)
+    of_operands(x, weight, bias, stride, padding, None)
 }
 
 /// [`conv2d`] with weights that stay the same from call to call: what the inner loops read of them is made once
@@ -40,10 +45,10 @@ pub fn conv2d_packed(
     padding: (usize, usize),
     packed: &Arc<PackedWeights>,
 ) -> Result<Tensor> {
-    conv2d_with(x, weight, bias, stride, padding, Some(packed))
+    of_operands(x, weight, bias, stride, padding, Some(packed))
 }
 
-fn conv2d_with(
+fn of_operands(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
@@ -51,35 +56,18 @@ fn conv2d_with(
     padding: (usize, usize),
     packed: Option<&Arc<PackedWeights>>,
 ) -> Result<Tensor> {
-    if on_cpu(&[x, weight, bias.unwrap_or(weight)]) {
-        let how = (CpuLevel::get(), ConvAlgorithm::get());
-        return conv2d_at(how, x, weight, bias, stride, padding, packed);
+    let how = (CpuLevel::get(), ConvAlgorithm::get());
+    let op = Conv2d::new(how, x, weight, stride, padding, packed)?;
+    match bias {
+        Some(bias) if bias.dims() != [op.convolution.g.c_out] => bail!(
+            Alarm,
+            "the bias of a convolution to {} channels has shape {:?}",
+            op.convolution.g.c_out,
+            bias.dims()
+        ),
+        Some(bias) => shell::run(op, [x, weight, bias]),
+        None => shell::run(op, [x, weight]),
     }
-    #[cfg(feature = "cuda")]
-    if super::cuda::on_cuda(x, &[weight, bias.unwrap_or(weight)]) {
-        let how = (CpuLevel::Portable, ConvAlgorithm::Direct);
-        Convolution::of(how, x, weight, bias, stride, padding)?;
-        return super::cuda::conv2d(x, weight, bias, stride, padding, packed.map(|p| &p.cuda));
-    }
-    reference::conv2d(x, weight, bias, stride, padding)
-}
-
-pub(super) fn conv2d_at(
-    how: (CpuLevel, ConvAlgorithm),
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    stride: usize,
-    padding: (usize, usize),
-    packed: Option<&Arc<PackedWeights>>,
-) -> Result<Tensor> {
-    let convolution = Convolution::of(how, x, weight, bias, stride, padding)?;
-    let op = Conv2d { convolution, packed: packed.cloned() };
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    Ok(match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op)?,
-        None => x.apply_op2(&weight, op)?,
-    })
 }
 
 /// What the inner loops read of weights that do not change, made at first use. By Winograd's filtering that is four
@@ -89,7 +77,7 @@ pub struct PackedWeights {
     forward: Slots<Kernels>,
     backward: Slots<BackwardKernels>,
     #[cfg(feature = "cuda")]
-    cuda: super::cuda::CudaWeights,
+    cuda: super::cuda::conv::CudaWeights,
 }
 
 impl PackedWeights {
@@ -136,25 +124,6 @@ struct Key {
     residues: (usize, usize),
 }
 
-/// What is added to each output channel.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Bias<'a> {
-    None,
-    Channels(&'a [f32]),
-    /// For each image its own.
-    Samples(&'a [f32]),
-}
-
-impl<'a> Bias<'a> {
-    fn of(self, image: usize, channels: usize) -> Option<&'a [f32]> {
-        match self {
-            Self::None => None,
-            Self::Channels(bias) => Some(bias),
-            Self::Samples(biases) => Some(&biases[image * channels..][..channels]),
-        }
-    }
-}
-
 /// A convolution of known sizes over slices.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Convolution {
@@ -178,29 +147,6 @@ pub(super) enum BackwardKernels {
 }
 
 impl Convolution {
-    /// Of these operands. Fails if they do not fit.
-    fn of(
-        (level, algorithm): (CpuLevel, ConvAlgorithm),
-        x: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        stride: usize,
-        padding: (usize, usize),
-    ) -> Result<Self> {
-        let convolution = Self::new(level, algorithm, x.dims4()?, weight.dims4()?, stride, padding)?;
-        if let Some(bias) = bias
-            && bias.dims() != [convolution.g.c_out]
-        {
-            bail!(
-                Alarm,
-                "the bias of a convolution to {} channels has shape {:?}",
-                convolution.g.c_out,
-                bias.dims()
-            );
-        }
-        Ok(convolution)
-    }
-
     /// Of an image `(b, h, w, c_in)` with a kernel `(c_out, c_in, kh, kw)`. Fails as [`conv2d`].
     pub(super) fn new(
         level: CpuLevel,
@@ -337,109 +283,86 @@ impl Convolution {
 
 struct Conv2d {
     convolution: Convolution,
+    padding: (usize, usize),
     packed: Option<Arc<PackedWeights>>,
 }
 
 impl Conv2d {
-    fn forward(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
-        let convolution = &self.convolution;
-        let bias = bias.map_or(Bias::None, Bias::Channels);
+    fn new(
+        (level, algorithm): (CpuLevel, ConvAlgorithm),
+        x: &Tensor,
+        weight: &Tensor,
+        stride: usize,
+        padding: (usize, usize),
+        packed: Option<&Arc<PackedWeights>>,
+    ) -> Result<Self> {
+        let convolution = Convolution::new(level, algorithm, x.dims4()?, weight.dims4()?, stride, padding)?;
+        Ok(Self { convolution, padding, packed: packed.cloned() })
+    }
+}
+
+/// Of image, weight and, perhaps, bias.
+impl<const N: usize> Node<N> for Conv2d {
+    const NAME: &'static str = "conv2d";
+
+    fn forward(&self, operands: [Operand; N]) -> Output {
+        let (convolution, weight) = (&self.convolution, operands[1]);
+        let bias = operands.get(2).map_or(Bias::None, |bias| Bias::Channels(bias.values()));
         let kernels = match &self.packed {
-            Some(packed) => packed.forward(convolution, weight),
-            None => Arc::new(convolution.pack(weight, true)),
+            Some(packed) => packed.forward(convolution, &weight),
+            None => Arc::new(convolution.pack(&weight, true)),
         };
-        let out = convolution.forward(x, &kernels, bias);
-        (CpuStorage::F32(out), convolution.out_shape())
+        Ok((convolution.forward(&operands[0], &kernels, bias), convolution.out_shape()))
     }
 
-    /// The gradients of `x` and `weight`, each if it is tracked.
-    fn backward(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        dy: &[f32],
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let convolution = &self.convolution;
-        let dx = if x.track_op() {
-            let weight = Elements::of(weight)?;
-            let kernels = match &self.packed {
-                Some(packed) => packed.backward(convolution, &weight),
-                None => Arc::new(convolution.pack_backward(&weight, true)),
-            };
-            let dx = convolution.input_gradient(dy, &kernels);
-            Some(tensor(dx, x)?)
+    fn backward(&self, operands: [Operand; N], Backward { dy, wanted, .. }: Backward<N>) -> Gradients<N> {
+        let (convolution, x, weight) = (&self.convolution, operands[0], operands[1]);
+        let gradient = |operand: usize| match operand {
+            0 => {
+                let kernels = match &self.packed {
+                    Some(packed) => packed.backward(convolution, &weight),
+                    None => Arc::new(convolution.pack_backward(&weight, true)),
+                };
+                convolution.input_gradient(dy, &kernels)
+            }
+            1 => convolution.weight_gradient(&x, dy),
+            _ => bias_gradient(convolution.level, dy, convolution.g.c_out),
+        };
+        Ok(std::array::from_fn(|i| wanted[i].then(|| gradient(i))))
+    }
+}
+
+impl<const N: usize> Op<N> for Conv2d {
+    fn reference(&self, operands: [&Tensor; N]) -> Result<Tensor> {
+        let (Geometry { h, w, kh, kw, stride, .. }, (before, after)) = (self.convolution.g, self.padding);
+        let x = operands[0].permute((0, 3, 1, 2))?.contiguous()?;
+        // Rows and columns past the last window.
+        let unused = |size: usize, kernel: usize| (size + before + after - kernel) % stride;
+        let (x, padding) = if before == after && unused(h, kh) == 0 && unused(w, kw) == 0 {
+            (x, before)
         } else {
-            None
+            // Cut off: candle's gradient fails where their numbers differ between the directions.
+            let padded = x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;
+            let padded = padded.narrow(2, 0, h + before + after - unused(h, kh))?;
+            (padded.narrow(3, 0, w + before + after - unused(w, kw))?.contiguous()?, 0)
         };
-        let dw = match weight.track_op() {
-            true => Some(tensor(convolution.weight_gradient(&Elements::of(x)?, dy), weight)?),
-            false => None,
-        };
-        Ok((dx, dw))
-    }
-}
-
-impl CustomOp2 for Conv2d {
-    fn name(&self) -> &'static str {
-        "conv2d"
+        let weight = operands[1].to_dtype(x.dtype())?.contiguous()?;
+        let out = x.conv2d(&weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()?;
+        Ok(match operands.get(2) {
+            Some(bias) => out.broadcast_add(&bias.to_dtype(x.dtype())?)?,
+            None => out,
+        })
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.forward(elements(x, x_layout)?, elements(weight, weight_layout)?, None))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        self.backward(x, weight, &Elements::of(&dy)?)
-    }
-}
-
-impl CustomOp3 for Conv2d {
-    fn name(&self) -> &'static str {
-        "conv2d"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let bias = elements(bias, bias_layout)?;
-        Ok(self.forward(elements(x, x_layout)?, elements(weight, weight_layout)?, Some(bias)))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let dy = Elements::of(&dy)?;
-        let (dx, dw) = self.backward(x, weight, &dy)?;
-        let db = match bias.track_op() {
-            true => Some(tensor(bias_gradient(self.convolution.level, &dy, self.convolution.g.c_out), bias)?),
-            false => None,
-        };
-        Ok((dx, dw, db))
+    #[cfg(feature = "cuda")]
+    fn cuda(self, operands: [&Tensor; N]) -> Result<Tensor> {
+        let kept = self.packed.as_ref().map(|packed| &packed.cuda);
+        let stride = self.convolution.g.stride;
+        let out = super::cuda::conv::conv2d(operands[0], operands[1], stride, self.padding, kept)?;
+        match operands.get(2) {
+            Some(bias) => super::add_channels::add_channels(&out, bias),
+            None => Ok(out),
+        }
     }
 }
 
@@ -449,14 +372,14 @@ mod tests {
 
     use super::{super::testing::*, *};
 
-    /// Both algorithms at each level: `check` calls this with one after the other.
     fn at(
         how: (CpuLevel, ConvAlgorithm),
-        operands: &[Tensor],
+        [x, weight]: [&Tensor; 2],
         stride: usize,
-        padding: (usize, usize),
-    ) -> Result<Tensor> {
-        conv2d_at(how, &operands[0], &operands[1], operands.get(2), stride, padding, None)
+        packed: Option<&Arc<PackedWeights>>,
+    ) -> Tensor {
+        let op = Conv2d::new(how, x, weight, stride, (1, 1), packed).unwrap();
+        shell::apply(op, [x, weight]).unwrap()
     }
 
     const ALGORITHMS: [ConvAlgorithm; 2] = [ConvAlgorithm::Direct, ConvAlgorithm::Winograd];
@@ -503,14 +426,11 @@ mod tests {
         for (i, case) in CASES.into_iter().enumerate() {
             let (.., stride, padding) = case;
             let operands = operands(i as u64, case);
+            let [x, weight, _] = operands.clone();
             for algorithm in ALGORITHMS {
-                for operands in [&operands[..], &operands[..2]] {
-                    check(
-                        operands,
-                        |level, t| at((level, algorithm), t, stride, padding),
-                        |t| reference::conv2d(&t[0], &t[1], t.get(2), stride, padding),
-                    );
-                }
+                let op = |level| Conv2d::new((level, algorithm), &x, &weight, stride, padding, None).unwrap();
+                check(&operands, op);
+                check(&[x.clone(), weight.clone()], op);
             }
         }
     }
@@ -539,8 +459,7 @@ mod tests {
             let (x, weight) = (random(key, (images, h, w, c_in)), random(key + 1, (c_out, c_in, 3, 3)));
             let double = |t: &Tensor| Var::from_tensor(&t.to_dtype(DType::F64).unwrap()).unwrap();
             let exact = (double(&x), double(&weight));
-            let exact_out =
-                reference::conv2d(exact.0.as_tensor(), exact.1.as_tensor(), None, stride, (1, 1)).unwrap();
+            let exact_out = conv2d(&exact.0, &exact.1, None, stride, (1, 1)).unwrap();
             let dy = random(key + 2, exact_out.shape());
             let gradients =
                 |out: &Tensor, dy: Tensor| (out * dy).unwrap().sum_all().unwrap().backward().unwrap();
@@ -548,8 +467,7 @@ mod tests {
             for (algorithm, bound) in [(ConvAlgorithm::Direct, 1e-6), (ConvAlgorithm::Winograd, 2e-5)] {
                 for level in LEVELS {
                     let vars = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&weight).unwrap());
-                    let operands = [vars.0.as_tensor().clone(), vars.1.as_tensor().clone()];
-                    let out = at((level, algorithm), &operands, stride, (1, 1)).unwrap();
+                    let out = at((level, algorithm), [&vars.0, &vars.1], stride, None);
                     let found = gradients(&out, dy.clone());
                     let errors = [
                         relative(&out.detach(), &exact_out.detach()),
@@ -627,7 +545,7 @@ mod tests {
             let x = Var::from_tensor(&random(10 + key as u64, (2, h, w, 8))).unwrap();
             let outcome = |packed: Option<&Arc<PackedWeights>>| {
                 let how = (CpuLevel::get(), ConvAlgorithm::Winograd);
-                let out = conv2d_at(how, x.as_tensor(), &weight, None, stride, (1, 1), packed).unwrap();
+                let out = at(how, [&x, &weight], stride, packed);
                 let grads = out.sqr().unwrap().sum_all().unwrap().backward().unwrap();
                 (values(&out), values(grads.get(&x).unwrap()))
             };
@@ -640,8 +558,7 @@ mod tests {
         for algorithm in ALGORITHMS {
             let x = Var::zeros((0, 8, 8, 8), DType::F32, &candle_core::Device::Cpu).unwrap();
             let weight = Var::from_tensor(&random(1, (8, 8, 3, 3))).unwrap();
-            let operands = [x.as_tensor().clone(), weight.as_tensor().clone()];
-            let out = at((CpuLevel::get(), algorithm), &operands, 1, (1, 1)).unwrap();
+            let out = at((CpuLevel::get(), algorithm), [&x, &weight], 1, None);
             assert_eq!(out.dims(), [0, 8, 8, 8]);
             let grads = out.sum_all().unwrap().backward().unwrap();
             assert_eq!(values(grads.get(&weight).unwrap()), [0.0; 9 * 64]);

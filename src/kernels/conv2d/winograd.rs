@@ -7,15 +7,15 @@
 
 use std::{cell::Cell, ops::Range};
 
-use super::{Bias, geometry::Geometry};
+use super::geometry::{Bias, Geometry};
 use crate::{
     device::CpuLevel,
     kernels::{
-        PARALLEL_WORK, for_each,
         microkernel::{
             INPUT, NR, OUTPUT, Place, Product, Segments, Start, TAPS, Transformed, Window, gradient_tile,
             input_tile, kernel_gradient, output_tile, product, transform_kernel, zeros,
         },
+        parallel::{PARALLEL_WORK, for_each},
     },
 };
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Device, Layout, Shape, Tensor,
+    CudaDevice, CudaStorage, DType, Device, Layout, Shape, Tensor,
     cuda_backend::{
         DeviceId, WrapErr,
         cudarc::{
@@ -25,19 +25,22 @@ use candle_core::{
 };
 
 use super::{
-    super::algorithms, Element, add_channels, not_here, tensor, uninitialized, view, with_element, with_views,
+    super::{
+        algorithms,
+        shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput, apply_cuda},
+    },
+    Element, tensor, uninitialized, view, with_element, with_views,
 };
 use crate::{
     Result,
     device::{Precision, device_class},
 };
 
-/// Convolution: see [`fn@super::super::conv2d`], which has checked the shapes. `weight`: `(c_out, c_in, kh, kw)` f32.
+/// Convolution without a bias: see [`fn@super::super::conv2d::conv2d`], which has checked the shapes. `weight`: `(c_out, c_in, kh, kw)` f32.
 /// `kept`: the weights as cuDNN takes them, if they stay the same.
 pub(in crate::kernels) fn conv2d(
     x: &Tensor,
     weight: &Tensor,
-    bias: Option<&Tensor>,
     stride: usize,
     (before, after): (usize, usize),
     kept: Option<&CudaWeights>,
@@ -55,11 +58,7 @@ pub(in crate::kernels) fn conv2d(
     };
     let convolution =
         Convolution { image: x.dims4()?, filter: filter.dims4()?, stride, padding, pass: Pass::Forward };
-    let out = x.apply_op2(&filter, convolution)?;
-    Ok(match bias {
-        Some(bias) => add_channels(&out, bias)?,
-        None => out,
-    })
+    apply_cuda(convolution, [&x, &filter])
 }
 
 /// A copy if the elements do not begin at a multiple of 16 bytes, which cuDNN's fastest kernels ask for.
@@ -164,28 +163,13 @@ impl Convolution {
     }
 }
 
-impl CustomOp2 for Convolution {
-    fn name(&self) -> &'static str {
-        "conv2d"
-    }
+impl CudaNode<2> for Convolution {
+    const NAME: &'static str = "conv2d";
 
-    fn cpu_fwd(
+    fn forward(
         &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        not_here()
-    }
-
-    fn cuda_fwd(
-        &self,
-        image: &CudaStorage,
-        image_layout: &Layout,
-        filter: &CudaStorage,
-        filter_layout: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        [(image, image_layout), (filter, filter_layout)]: [(&CudaStorage, &Layout); 2],
+    ) -> CudaOutput {
         let device = &image.device;
         let out = with_element!(image, T => {
             let operands = (view::<T>(image, image_layout)?, view::<T>(filter, filter_layout)?);
@@ -194,17 +178,10 @@ impl CustomOp2 for Convolution {
         Ok((out, Shape::from(self.result())))
     }
 
-    fn bwd(
-        &self,
-        image: &Tensor,
-        filter: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let of_image = image.track_op().then(|| self.gradient(Pass::Image, filter, &dy)).transpose()?;
-        let of_filter = filter.track_op().then(|| self.gradient(Pass::Filter, image, &dy)).transpose()?;
-        Ok((of_image, of_filter))
+    fn backward(&self, [image, filter]: [&Tensor; 2], back: CudaBackward<2>) -> CudaGradients<2> {
+        let CudaBackward { dy, wanted, .. } = back;
+        let of_image = wanted[0].then(|| self.gradient(Pass::Image, filter, dy)).transpose()?;
+        Ok([of_image, wanted[1].then(|| self.gradient(Pass::Filter, image, dy)).transpose()?])
     }
 }
 

@@ -1,13 +1,11 @@
-//! The CUDA versions: convolutions by cuDNN ([`conv`]), the rest by the kernels of `kernels.cu`, which the build turns into
-//! PTX. Images are f32 or bf16, statistics and parameters f32.
+//! What the ops need on a GPU: convolutions by cuDNN ([`conv`]), and the launch of the kernels of `kernels.cu`, which the build
+//! turns into PTX. Images are f32 or bf16, statistics and parameters f32.
 //!
 //! Everything runs on the device's one stream, in the order in which it is asked for.
 
-mod add_channels;
-mod conv;
-mod norm;
-mod pointwise;
-mod product;
+pub(super) mod conv;
+pub(super) mod norm;
+pub(super) mod product;
 
 use std::sync::Arc;
 
@@ -26,26 +24,13 @@ use candle_core::{
 };
 use half::bf16;
 
-pub(super) use add_channels::add_channels;
-pub(super) use conv::{CudaWeights, conv2d};
-pub(super) use norm::{batch_norm_eval, batch_norm_train, group_norm};
-pub(super) use pointwise::{Function, activation, softmax, upsample_nearest2x};
-pub(super) use pointwise::{adam_step, average_step, crop_images, normal_images, pgd_step, sgd_step};
-pub(super) use product::linear_in_full;
-
 /// The kernels, compiled by build.rs.
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
-/// Whether the CUDA versions take these operands: the first may be bf16, the others are f32.
-pub(super) fn on_cuda(images: &Tensor, parameters: &[&Tensor]) -> bool {
-    let here = |t: &Tensor| t.device().same_device(images.device());
-    images.device().is_cuda()
-        && matches!(images.dtype(), DType::F32 | DType::BF16)
-        && parameters.iter().all(|t| here(t) && t.dtype() == DType::F32)
-}
-
 /// What the elements of an image can be.
-trait Element: CudaDType + DeviceRepr + CudnnDataType + ValidAsZeroBits + candle_core::WithDType {
+pub(super) trait Element:
+    CudaDType + DeviceRepr + CudnnDataType + ValidAsZeroBits + candle_core::WithDType
+{
     /// The end of the kernels' names.
     const SUFFIX: &'static str;
 }
@@ -79,7 +64,7 @@ macro_rules! with_element {
         }
     }};
 }
-use with_element;
+pub(super) use with_element;
 
 /// Launches a kernel with these arguments, all of them references.
 macro_rules! launch {
@@ -92,32 +77,32 @@ macro_rules! launch {
         unsafe { builder.launch($config) }.w()?;
     }};
 }
-use launch;
+pub(super) use launch;
 
 /// A kernel, and the stream that it runs on.
-struct Kernel {
-    function: CudaFunction,
-    stream: Arc<CudaStream>,
+pub(super) struct Kernel {
+    pub(super) function: CudaFunction,
+    pub(super) stream: Arc<CudaStream>,
 }
 
 /// The kernel of this name.
-fn kernel(device: &CudaDevice, name: &str) -> candle_core::Result<Kernel> {
+pub(super) fn kernel(device: &CudaDevice, name: &str) -> candle_core::Result<Kernel> {
     let function = device.get_or_load_custom_func(name, "proxyset", PTX)?.into_cuda_function();
     Ok(Kernel { function, stream: device.cuda_stream() })
 }
 
 /// The kernel of this name for elements of this type.
-fn kernel_of<T: Element>(device: &CudaDevice, name: &str) -> candle_core::Result<Kernel> {
+pub(super) fn kernel_of<T: Element>(device: &CudaDevice, name: &str) -> candle_core::Result<Kernel> {
     kernel(device, &format!("{name}_{}", T::SUFFIX))
 }
 
 /// Threads for `n` elements, in loops: several blocks for each multiprocessor of a large GPU.
-fn elementwise(n: usize) -> LaunchConfig {
+pub(super) fn elementwise(n: usize) -> LaunchConfig {
     per_segment(n, 1)
 }
 
 /// Threads for `n` elements of each of `segments`, the second dimension of the grid.
-fn per_segment(n: usize, segments: usize) -> LaunchConfig {
+pub(super) fn per_segment(n: usize, segments: usize) -> LaunchConfig {
     const THREADS: usize = 256;
     const BLOCKS: usize = 132 * 16;
     let blocks = n.div_ceil(THREADS).clamp(1, (BLOCKS / segments.max(1)).max(1));
@@ -130,7 +115,7 @@ fn rows_of_grid(segments: usize) -> usize {
 }
 
 /// A number of elements that a kernel counts in 32 bits.
-fn count32(n: usize) -> candle_core::Result<u32> {
+pub(super) fn count32(n: usize) -> candle_core::Result<u32> {
     match u32::try_from(n) {
         Ok(count) if count <= i32::MAX as u32 => Ok(count),
         _ => candle_core::bail!(
@@ -139,13 +124,16 @@ fn count32(n: usize) -> candle_core::Result<u32> {
     }
 }
 
-fn config(grid: (usize, usize, usize), block: (usize, usize, usize)) -> LaunchConfig {
+pub(super) fn config(grid: (usize, usize, usize), block: (usize, usize, usize)) -> LaunchConfig {
     let dims = |(x, y, z): (usize, usize, usize)| (x as u32, y as u32, z as u32);
     LaunchConfig { grid_dim: dims(grid), block_dim: dims(block), shared_mem_bytes: 0 }
 }
 
 /// The elements of a contiguous operand.
-fn view<'a, T: Element>(storage: &'a CudaStorage, layout: &Layout) -> candle_core::Result<CudaView<'a, T>> {
+pub(super) fn view<'a, T: Element>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> candle_core::Result<CudaView<'a, T>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
         None => {
@@ -155,19 +143,23 @@ fn view<'a, T: Element>(storage: &'a CudaStorage, layout: &Layout) -> candle_cor
 }
 
 /// Memory that is not cleared: a kernel writes all of it.
-fn uninitialized<T: Element>(device: &CudaDevice, n: usize) -> candle_core::Result<CudaSlice<T>> {
+pub(super) fn uninitialized<T: Element>(device: &CudaDevice, n: usize) -> candle_core::Result<CudaSlice<T>> {
     // SAFETY: every kernel writes the whole of its outputs.
     unsafe { device.alloc::<T>(n) }
 }
 
 /// A tensor outside of any graph.
-fn tensor<T: Element>(device: &CudaDevice, slice: CudaSlice<T>, shape: impl Into<Shape>) -> Tensor {
+pub(super) fn tensor<T: Element>(
+    device: &CudaDevice,
+    slice: CudaSlice<T>,
+    shape: impl Into<Shape>,
+) -> Tensor {
     let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
 /// Calls `f` with the device and the elements of contiguous tensors of one type.
-fn with_views<T: Element, const N: usize, R>(
+pub(super) fn with_views<T: Element, const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce(&CudaDevice, [CudaView<'_, T>; N]) -> candle_core::Result<R>,
 ) -> candle_core::Result<R> {
@@ -186,9 +178,4 @@ fn with_views<T: Element, const N: usize, R>(
         Ok(views) => f(device, views),
         Err(_) => candle_core::bail!("a CUDA kernel lost an operand"),
     }
-}
-
-/// What an op says of a tensor that is not on CUDA: it is only made for those that are.
-fn not_here<T>() -> candle_core::Result<T> {
-    candle_core::bail!("a CUDA op got a tensor on the CPU")
 }

@@ -2,13 +2,14 @@
 //! batch, with a group for each channel.
 
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp3, D, Layout, Shape, Tensor,
+    CudaDevice, CudaStorage, D, Layout, Shape, Tensor,
     cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig},
 };
 
 use super::{
-    super::BatchStatistics, Element, Function, config, count32, kernel, kernel_of, launch, not_here,
-    per_segment, rows_of_grid, tensor, uninitialized, view, with_element, with_views,
+    super::shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput, apply_cuda},
+    Element, config, count32, kernel, kernel_of, launch, per_segment, rows_of_grid, tensor, uninitialized,
+    view, with_element, with_views,
 };
 use crate::Result;
 
@@ -16,7 +17,15 @@ use crate::Result;
 const LANES: usize = 32;
 const ROWS: usize = 8;
 
-/// Group normalisation: see [`fn@super::super::group_norm`], which has checked the shapes.
+/// The activation behind a norm, numbered as in kernels.cu.
+#[derive(Clone, Copy)]
+enum After {
+    Nothing = 0,
+    Silu = 1,
+    Relu = 2,
+}
+
+/// Group normalisation: see [`fn@super::super::group_norm::group_norm`], which has checked the shapes.
 pub(in crate::kernels) fn group_norm(
     x: &Tensor,
     groups: usize,
@@ -30,64 +39,37 @@ pub(in crate::kernels) fn group_norm(
     // Of each sample its own, or of all: one rule for both.
     let own = weight.rank() == 2 || bias.rank() == 2;
     let spread = |t: &Tensor| if own { t.broadcast_as((b, c))?.contiguous() } else { t.contiguous() };
-    normalize(x, &spread(weight)?, &spread(bias)?, sizes, None, epsilon, silu.then_some(Function::Silu))
-        .map(|(out, _)| out)
+    let after = if silu { After::Silu } else { After::Nothing };
+    normalize(x, &spread(weight)?, &spread(bias)?, sizes, None, epsilon, after).map(|(out, _)| out)
 }
 
-/// Batch normalisation by the statistics of `x`: see [`fn@super::super::batch_norm_train`].
-pub(in crate::kernels) fn batch_norm_train(
+/// Batch normalisation, by `given` means and variances or by those of `x`, and these, the variance biased: see
+/// [`fn@super::super::batch_norm::batch_norm_train`], which has checked the shapes.
+pub(in crate::kernels) fn batch_norm(
     x: &Tensor,
+    given: Option<[&Tensor; 2]>,
     weight: &Tensor,
     bias: &Tensor,
     epsilon: f64,
     relu: bool,
-) -> Result<(Tensor, BatchStatistics)> {
-    let sizes = Sizes::of_batch(x)?;
-    let (out, moments) = normalize(
-        x,
-        &weight.contiguous()?,
-        &bias.contiguous()?,
-        sizes,
-        None,
-        epsilon,
-        relu.then_some(Function::Relu),
-    )?;
-    let rows = sizes.rows as f64;
-    let mean = moments.mean.flatten_all()?;
-    let variance = (moments.variance.flatten_all()? * (rows / (rows - 1.0)))?;
-    Ok((out, BatchStatistics { mean, variance }))
-}
-
-/// Batch normalisation by given statistics: see [`fn@super::super::batch_norm_eval`].
-pub(in crate::kernels) fn batch_norm_eval(
-    x: &Tensor,
-    statistics: &BatchStatistics,
-    weight: &Tensor,
-    bias: &Tensor,
-    epsilon: f64,
-    relu: bool,
-) -> Result<Tensor> {
-    let sizes = Sizes::of_batch(x)?;
-    let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
-    let activation = relu.then_some(Function::Relu);
-    normalize(x, &weight, &bias, sizes, Some(statistics), epsilon, activation).map(|(out, _)| out)
+) -> Result<(Tensor, [Tensor; 2])> {
+    let c = x.dim(D::Minus1)?;
+    let sizes = Sizes { segments: 1, rows: x.elem_count() / c, c, groups: c };
+    let after = if relu { After::Relu } else { After::Nothing };
+    let (out, moments) = normalize(x, weight, bias, sizes, given, epsilon, after)?;
+    Ok((out, [moments.mean.flatten_all()?, moments.variance.flatten_all()?]))
 }
 
 /// `segments` of `rows` rows of `c` channels, each segment normalised in `groups`.
 #[derive(Clone, Copy)]
-pub(super) struct Sizes {
-    pub(super) segments: usize,
-    pub(super) rows: usize,
-    pub(super) c: usize,
-    pub(super) groups: usize,
+pub(in crate::kernels) struct Sizes {
+    pub segments: usize,
+    pub rows: usize,
+    pub c: usize,
+    pub groups: usize,
 }
 
 impl Sizes {
-    fn of_batch(x: &Tensor) -> Result<Self> {
-        let c = x.dim(D::Minus1)?;
-        Ok(Self { segments: 1, rows: x.elem_count() / c, c, groups: c })
-    }
-
     /// How the rows are cut for the sums: enough blocks for a large GPU, a multiple of [`ROWS`] rows each.
     fn chunks(&self) -> (usize, usize) {
         const BLOCKS: usize = 1024;
@@ -110,8 +92,8 @@ impl Sizes {
 
 /// Of each segment and group, f32, `(segments, groups)`.
 #[derive(Clone)]
-pub(super) struct Moments {
-    pub(super) mean: Tensor,
+pub(in crate::kernels) struct Moments {
+    pub mean: Tensor,
     /// 1 / √(variance + ε).
     inverse: Tensor,
     variance: Tensor,
@@ -122,13 +104,13 @@ fn normalize(
     weight: &Tensor,
     bias: &Tensor,
     sizes: Sizes,
-    given: Option<&BatchStatistics>,
+    given: Option<[&Tensor; 2]>,
     epsilon: f64,
-    activation: Option<Function>,
+    after: After,
 ) -> Result<(Tensor, Moments)> {
     let x = x.contiguous()?;
     let moments = match given {
-        Some(BatchStatistics { mean, variance }) => {
+        Some([mean, variance]) => {
             let (mean, variance) = (mean.detach().contiguous()?, variance.detach().contiguous()?);
             let inverse = (&variance + epsilon)?.sqrt()?.recip()?;
             Moments { mean, inverse, variance }
@@ -136,13 +118,12 @@ fn normalize(
         None => moments_of(&x, sizes, epsilon)?,
     };
     let own = if weight.rank() == 2 { sizes.c as i32 } else { 0 };
-    // kernels.cu has 0 for none.
-    let activation = activation.map_or(0, |function| function as i32);
-    let op = Normalize { sizes, moments: moments.clone(), given: given.is_some(), own, activation };
-    Ok((x.apply_op3(weight, bias, op)?, moments))
+    let op =
+        Normalize { sizes, moments: moments.clone(), given: given.is_some(), own, activation: after as i32 };
+    Ok((apply_cuda(op, [&x, weight, bias])?, moments))
 }
 
-pub(super) fn moments_of(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::Result<Moments> {
+pub(in crate::kernels) fn moments_of(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::Result<Moments> {
     with_element!(x, T => moments::<T>(x, sizes, epsilon))
 }
 
@@ -194,7 +175,7 @@ struct Normalize {
 }
 
 impl Normalize {
-    fn forward<T: Element>(
+    fn forward_of<T: Element>(
         &self,
         x: (&CudaStorage, &Layout),
         weight: (&CudaStorage, &Layout),
@@ -240,7 +221,7 @@ impl Normalize {
     }
 
     /// The gradients of `x`, and of weight and bias, `(segments, c)` each.
-    fn backward<T: Element>(
+    fn backward_of<T: Element>(
         &self,
         x: &Tensor,
         dy: &Tensor,
@@ -323,52 +304,22 @@ impl Normalize {
     }
 }
 
-impl CustomOp3 for Normalize {
-    fn name(&self) -> &'static str {
-        "normalize"
+impl CudaNode<3> for Normalize {
+    const NAME: &'static str = "normalize";
+
+    fn forward(&self, [x, weight, bias]: [(&CudaStorage, &Layout); 3]) -> CudaOutput {
+        let out = with_element!(x.0, T => self.forward_of::<T>(x, weight, bias))?;
+        Ok((out, x.1.shape().clone()))
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        not_here()
-    }
-
-    fn cuda_fwd(
-        &self,
-        x: &CudaStorage,
-        x_layout: &Layout,
-        weight: &CudaStorage,
-        weight_layout: &Layout,
-        bias: &CudaStorage,
-        bias_layout: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let operands = ((x, x_layout), (weight, weight_layout), (bias, bias_layout));
-        let out = with_element!(x, T => self.forward::<T>(operands.0, operands.1, operands.2))?;
-        Ok((out, x_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let (dx, dw, db) = with_element!(x, T => self.backward::<T>(x, &dy, weight, bias))?;
+    fn backward(&self, [x, weight, bias]: [&Tensor; 3], back: CudaBackward<3>) -> CudaGradients<3> {
+        let CudaBackward { dy, wanted, .. } = back;
+        let (dx, dw, db) = with_element!(x, T => self.backward_of::<T>(x, dy, weight, bias))?;
         // One row for all segments is their sum.
         let like = |gradient: Tensor, t: &Tensor| {
             if t.rank() == 2 { gradient.contiguous() } else { gradient.sum(0) }
         };
-        let tracked = |t: &Tensor, gradient: Tensor| t.track_op().then(|| like(gradient, t)).transpose();
-        Ok((x.track_op().then_some(dx), tracked(weight, dw)?, tracked(bias, db)?))
+        let dw = wanted[1].then(|| like(dw, weight)).transpose()?;
+        Ok([Some(dx), dw, wanted[2].then(|| like(db, bias)).transpose()?])
     }
 }

@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::{Arithmetic, dispatch, vector::Vector};
+use super::{arithmetic::Arithmetic, level::dispatch, vector::Vector};
 use crate::device::CpuLevel;
 
 /// Columns of a panel: two registers of AVX2, one of AVX-512.
@@ -276,7 +276,7 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize>(
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{Apart, vector::Plain},
+        super::{arithmetic::Apart, vector::Plain},
         *,
     };
     use crate::kernels::testing::{LEVELS, random, values};

@@ -8,7 +8,9 @@
 use std::ops::Range;
 
 use super::{
-    Arithmetic, NR, dispatch,
+    arithmetic::Arithmetic,
+    level::dispatch,
+    product::NR,
     vector::{Lane, Vector},
 };
 use crate::device::CpuLevel;

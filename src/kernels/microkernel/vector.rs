@@ -1,6 +1,6 @@
 //! Registers of f32 lanes: what the micro-kernels are written with, once for all levels.
 
-use super::{Apart, Arithmetic};
+use super::arithmetic::{Apart, Arithmetic};
 
 /// A register of `LANES` floats.
 ///

@@ -1,0 +1,32 @@
+//! What blocks have in common: parameters that lie in one vector, and weights that the kernels keep packed.
+
+use std::{collections::HashMap, ops::Range, sync::Arc};
+
+use candle_core::{Shape, Tensor};
+
+use super::conv2d::PackedWeights;
+use crate::Result;
+
+/// What the kernels made of the weights of a block's convolutions: the first, the second, that of the shortcut.
+pub type BlockWeights = [Arc<PackedWeights>; 3];
+
+/// Where each of the parameters lies in a vector that has them one behind another.
+pub(super) fn ranges(parameters: &[(&str, Shape)]) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let next = |(_, shape): &(&str, Shape)| {
+        end += shape.elem_count();
+        end - shape.elem_count()..end
+    };
+    parameters.iter().map(next).collect()
+}
+
+/// The parameters that lie in a vector one behind another.
+pub(super) fn split(
+    theta: &Tensor,
+    parameters: &[(&'static str, Shape)],
+) -> Result<HashMap<&'static str, Tensor>> {
+    let part = |((name, shape), range): (&(&'static str, Shape), Range<usize>)| {
+        Ok((*name, theta.narrow(0, range.start, range.len())?.reshape(shape)?))
+    };
+    parameters.iter().zip(ranges(parameters)).map(part).collect()
+}
