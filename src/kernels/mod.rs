@@ -33,7 +33,10 @@ mod resnet_block;
 #[cfg(test)]
 mod testing;
 
-use std::ops::{Deref, Range};
+use std::{
+    ops::{Deref, Range},
+    path::Path,
+};
 
 use candle_core::{CpuStorage, DType, Device, Layout, Shape, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
@@ -50,6 +53,19 @@ pub use loss::{cross_entropy, kl_divergence, smoothed_cross_entropy};
 pub use matmul::{linear, linear_in_full, matmul};
 pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};
 pub use resnet_block::{BlockWeights, ResnetBlock, resnet_block};
+
+/// Does `work` by the algorithms that are written down in `folder`, in `algorithms-CLASS.json`, and writes down there those that
+/// it is the first to need: so what machines of one class make for a folder has the same bits. For the whole process. On the CPU
+/// nothing is chosen.
+pub fn with_algorithms_of<T>(folder: &Path, work: impl FnOnce() -> T) -> T {
+    #[cfg(feature = "cuda")]
+    cuda::keep_algorithms_in(Some(folder));
+    let done = work();
+    #[cfg(feature = "cuda")]
+    cuda::keep_algorithms_in(None);
+    let _ = folder;
+    done
+}
 
 /// Whether the fast paths of the CPU take these operands.
 fn on_cpu(operands: &[&Tensor]) -> bool {

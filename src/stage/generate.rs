@@ -30,6 +30,7 @@ use crate::{
         sampler::{Plan, SamplerConfig, SamplerKind, Spacing, Start, Trajectory, sample},
     },
     fs::{self, Parts},
+    kernels,
     progress::{Progress, check_stop},
     rng::stream,
 };
@@ -381,7 +382,7 @@ impl Stage for Generate {
         let left = Mutex::new(share);
         let run =
             Run { config: self, job, sampler, plan, info, null_class, initial_noise, dir, floats, left, bar };
-        run.make(models)?;
+        kernels::with_algorithms_of(out, || run.make(models))?;
         let mut missing = Vec::new();
         for shard in 0..all {
             // Those that others made at the same time.

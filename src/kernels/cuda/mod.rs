@@ -27,7 +27,7 @@ use candle_core::{
 use half::bf16;
 
 pub(super) use add_channels::add_channels;
-pub(super) use conv::{CudaWeights, conv2d};
+pub(super) use conv::{CudaWeights, conv2d, keep_algorithms_in};
 pub(super) use norm::{batch_norm_eval, batch_norm_train, group_norm};
 pub(super) use pointwise::{Function, activation, softmax, upsample_nearest2x};
 pub(super) use pointwise::{adam_step, average_step, crop_images, normal_images, pgd_step, sgd_step};
