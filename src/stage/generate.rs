@@ -565,7 +565,8 @@ impl Worker<'_> {
         let firsts: Vec<u64> = config.micro_batches(shard).collect();
         let samples = |first: u64| first..(first + micro).min(rows.end);
         let in_flight = config.in_flight(self.device.is_cpu(), self.run.info.shape);
-        let (mut pixels, mut before) = (Vec::new(), Vec::new());
+        let bytes = (rows.end - rows.start) as usize * self.run.info.shape.size();
+        let (mut pixels, mut before) = (Vec::with_capacity(bytes), Vec::new());
         for group in firsts.chunks(in_flight).chain([&[][..]]) {
             let sample = |&first: &u64| Ok((samples(first), self.sample(samples(first), &parts)?));
             // While a group is computed, the images of the one before come from the device and are kept.
