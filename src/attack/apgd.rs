@@ -1,24 +1,24 @@
 //! Auto-PGD: projected gradient ascent with momentum that chooses its step sizes itself (Croce & Hein 2020, Alg. 1).
 
 use super::{
-    Attack, Example, Loss, Method, Norm, Search, Threat, autoattack,
+    Attack, Example, Loss, Method, Norm, Search, Threat, method,
     search::{Targeted, length},
 };
 use crate::{Result, rng};
 
 /// APGD on the cross-entropy.
 pub const APGD_CE: Method = Method::new("apgd-ce", 0, |threat, seed| {
-    Box::new(Apgd { threat, steps: autoattack::STEPS, loss: Loss::CrossEntropy, seed })
+    Box::new(Apgd { threat, steps: method::STEPS, loss: Loss::CrossEntropy, seed })
 });
 
 /// APGD on the difference of logits ratio.
 pub const APGD_DLR: Method = Method::new("apgd-dlr", 1, |threat, seed| {
-    Box::new(Apgd { threat, steps: autoattack::STEPS, loss: Loss::Dlr, seed })
+    Box::new(Apgd { threat, steps: method::STEPS, loss: Loss::Dlr, seed })
 });
 
 /// APGD on the targeted difference of logits ratio.
 pub const APGD_T: Method = Method::new("apgd-t", 2, |threat, seed| {
-    Box::new(ApgdT { threat, steps: autoattack::STEPS, targets: autoattack::TARGETS, seed })
+    Box::new(ApgdT { threat, steps: method::STEPS, targets: method::TARGETS, seed })
 });
 
 /// The share of the new step in a step with momentum, α of the paper.

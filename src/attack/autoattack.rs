@@ -1,15 +1,10 @@
-//! AutoAttack (Croce & Hein 2020): four attacks without parameters to choose, each on what the others left standing.
+//! The attacks by their names, and AutoAttack (Croce & Hein 2020): four of them without parameters to choose, each on what the
+//! others left standing.
 
-use super::{APGD_CE, APGD_T, FAB_T, Method, SQUARE};
+use super::{APGD_CE, APGD_DLR, APGD_T, FAB_T, Method, SQUARE};
 
-/// Gradient steps of APGD and FAB.
-pub const STEPS: usize = 100;
-/// Random starts of APGD.
-pub const RESTARTS: usize = 1;
-/// Classes that the targeted attacks try.
-pub const TARGETS: usize = 9;
-/// Questions that Square asks about an image.
-pub const QUERIES: usize = 5000;
+/// All attacks that go by a name.
+pub const METHODS: [Method; 5] = [APGD_CE, APGD_DLR, APGD_T, FAB_T, SQUARE];
 
-/// The version `standard`, in its order.
+/// AutoAttack's version `standard`, in its order.
 pub const STANDARD: [Method; 4] = [APGD_CE, APGD_T, FAB_T, SQUARE];

@@ -2,14 +2,14 @@
 //! (Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
 
 use super::{
-    Attack, Example, Loss, Method, Norm, Search, Threat, autoattack,
+    Attack, Example, Loss, Method, Norm, Search, Threat, method,
     search::{Targeted, distance, length},
 };
 use crate::Result;
 
 /// FAB towards each target.
 pub const FAB_T: Method = Method::new("fab-t", 3, |threat, _| {
-    Box::new(Fab { threat, steps: autoattack::STEPS, targets: autoattack::TARGETS })
+    Box::new(Fab { threat, steps: method::STEPS, targets: method::TARGETS })
 });
 
 /// The largest pull towards the original image, α_max.

@@ -1,12 +1,21 @@
-//! The attacks by their names.
+//! What an attack that goes by a name is.
 
 use std::fmt;
 
-use super::{APGD_CE, APGD_DLR, APGD_T, Attack, FAB_T, SQUARE, Threat};
+use super::{Attack, Threat};
 use crate::rng;
 
-/// An attack that goes by a name, with the settings that it has in AutoAttack: 100 steps, one start, nine targets, 5,000
-/// queries.
+/// Gradient steps of APGD and FAB.
+pub const STEPS: usize = 100;
+/// Random starts of APGD.
+pub const RESTARTS: usize = 1;
+/// Classes that the targeted attacks try.
+pub const TARGETS: usize = 9;
+/// Questions that Square asks about an image.
+pub const QUERIES: usize = 5000;
+
+/// An attack that goes by a name, with the settings that it has in AutoAttack: [`STEPS`], [`RESTARTS`], [`TARGETS`],
+/// [`QUERIES`].
 #[derive(Clone, Copy)]
 pub struct Method {
     name: &'static str,
@@ -15,9 +24,6 @@ pub struct Method {
 }
 
 impl Method {
-    /// All of them.
-    pub const ALL: [Self; 5] = [APGD_CE, APGD_DLR, APGD_T, FAB_T, SQUARE];
-
     /// `key`: that of its draws, which no other method has; `make`: the attack within a ball, by the seed of its draws.
     pub(super) const fn new(name: &'static str, key: u64, make: fn(Threat, u64) -> Box<dyn Attack>) -> Self {
         Self { name, key, make }

@@ -5,10 +5,10 @@
 //! that is done with makes place for the next. The [`Method`]s are those that go by a name.
 
 mod apgd;
-pub mod autoattack;
+mod autoattack;
 mod fab;
 mod loss;
-mod method;
+pub mod method;
 mod pgd;
 pub mod search;
 mod square;
@@ -17,6 +17,7 @@ mod tests;
 mod threat;
 
 pub use apgd::{APGD_CE, APGD_DLR, APGD_T, Apgd, ApgdT};
+pub use autoattack::{METHODS, STANDARD};
 pub use fab::{FAB_T, Fab};
 pub use loss::Loss;
 pub use method::Method;

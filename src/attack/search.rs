@@ -128,14 +128,14 @@ pub trait Search {
     fn found(&self) -> Option<&[f32]>;
 }
 
-/// Runs the searches that `next` returns, each with a number of its own, at most `size` at a time: one that is over makes
-/// place for the next. `over` receives the number of each and what it found.
-pub fn run(
-    victim: &Victim,
-    size: usize,
-    next: &mut dyn FnMut() -> Result<Option<(usize, Box<dyn Search>)>>,
-    over: &mut dyn FnMut(usize, Option<&[f32]>) -> Result<()>,
-) -> Result<()> {
+/// Gives searches, each with a number of its own, until there are no more.
+pub type Next<'a> = &'a mut dyn FnMut() -> Result<Option<(usize, Box<dyn Search>)>>;
+
+/// Takes the number of a search that is over, and what it found.
+pub type Over<'a> = &'a mut dyn FnMut(usize, Option<&[f32]>) -> Result<()>;
+
+/// Runs the searches that `next` gives, at most `size` at a time: one that is over makes place for the next.
+pub fn run(victim: &Victim, size: usize, next: Next, over: Over) -> Result<()> {
     let mut window = Vec::new();
     loop {
         while window.len() < size.max(1)

@@ -1,6 +1,6 @@
 //! Square: random search with squares, by the logits alone (Andriushchenko et al. 2020, Alg. 1 to 3).
 
-use super::{Attack, Example, Method, Norm, Search, Threat, autoattack, loss::best_wrong, search::length};
+use super::{Attack, Example, Method, Norm, Search, Threat, loss::best_wrong, method, search::length};
 use crate::{
     Result,
     rng::{self, Stream},
@@ -8,7 +8,7 @@ use crate::{
 
 /// Square.
 pub const SQUARE: Method =
-    Method::new("square", 4, |threat, seed| Box::new(Square { threat, queries: autoattack::QUERIES, seed }));
+    Method::new("square", 4, |threat, seed| Box::new(Square { threat, queries: method::QUERIES, seed }));
 
 /// The share of pixels that a square covers at first.
 const P_INIT: f64 = 0.8;

@@ -110,8 +110,8 @@ impl Case {
 
 #[test]
 fn no_two_methods_have_a_name_or_draws_in_common() {
-    for (i, a) in Method::ALL.iter().enumerate() {
-        assert!(Method::ALL[..i].iter().all(|b| a.name() != b.name() && a.key != b.key), "{a:?}");
+    for (i, a) in METHODS.iter().enumerate() {
+        assert!(METHODS[..i].iter().all(|b| a.name() != b.name() && a.key != b.key), "{a:?}");
     }
 }
 
@@ -119,7 +119,7 @@ fn no_two_methods_have_a_name_or_draws_in_common() {
 fn what_is_found_is_adversarial_and_in_ball_and_box_and_what_cannot_be_found_is_not() {
     for norm in [Norm::Linf, Norm::L2] {
         let case = case(norm);
-        for attack in Method::ALL {
+        for attack in METHODS {
             let found = case.run(attack, &(0..40).collect::<Vec<_>>(), 64);
             for (i, found) in found.iter().enumerate() {
                 let Some(x) = found else { continue };
@@ -140,7 +140,7 @@ fn what_is_found_is_adversarial_and_in_ball_and_box_and_what_cannot_be_found_is_
 fn what_can_be_found_is_found() {
     for norm in [Norm::Linf, Norm::L2] {
         let case = case(norm);
-        for attack in Method::ALL {
+        for attack in METHODS {
             let reach = if attack == SQUARE { 0.7 } else { 0.99 };
             let within: Vec<usize> = (0..40).filter(|&i| case.radii[i] < reach * case.epsilon).collect();
             let found = case.run(attack, &within, 16).iter().flatten().count();
@@ -155,7 +155,7 @@ fn an_image_is_attacked_alike_whatever_is_beside_it() {
     for norm in [Norm::Linf, Norm::L2] {
         let case = case(norm);
         let weak: Vec<usize> = (0..40).filter(|&i| case.radii[i] < 0.4 * case.epsilon).collect();
-        for attack in Method::ALL {
+        for attack in METHODS {
             let together = case.run(attack, &[3, weak[0], 21, weak[1]], 64);
             let alone = case.run(attack, &[weak[1]], 64);
             assert!(alone[0].is_some(), "{attack:?} {norm}");
@@ -177,7 +177,7 @@ fn adversarial_images_of_black_and_white_ones_stay_in_the_box() {
         victim().logits(&points).unwrap().iter().map(|z| search::choice(z).unwrap()).collect();
     for (norm, epsilon) in [(Norm::Linf, 0.5), (Norm::L2, 4.0)] {
         let threat = Threat::new(norm, Epsilon::try_from(epsilon).unwrap()).unwrap();
-        for attack in Method::ALL {
+        for attack in METHODS {
             let found = find(&victim(), 8, &*attack.attack(threat, 0), &examples(&x, &labels));
             assert!(found.iter().any(Option::is_some), "{attack:?} {norm}");
             for (found, x) in found.iter().zip(&x) {
@@ -202,7 +202,7 @@ fn with_two_and_three_classes_the_attacks_have_losses_that_are_defined() {
         let labels: Vec<usize> =
             victim.logits(&points).unwrap().iter().map(|z| search::choice(z).unwrap()).collect();
         let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.4).unwrap()).unwrap();
-        for attack in Method::ALL {
+        for attack in METHODS {
             let found = find(&victim, 8, &*attack.attack(threat, 0), &examples(&x, &labels));
             assert!(found.iter().all(Option::is_some), "{attack:?} with {classes} classes");
         }
@@ -217,7 +217,7 @@ fn a_model_that_sees_nothing_is_not_fooled() {
     let victim = Victim { logits_of: &constant, ..victim() };
     let x = images(3);
     let threat = Threat::new(Norm::L2, Epsilon::try_from(2.0).unwrap()).unwrap();
-    for attack in Method::ALL {
+    for attack in METHODS {
         let found = find(&victim, 8, &*attack.attack(threat, 0), &examples(&x, &[4; 3]));
         assert!(found.iter().all(Option::is_none), "{attack:?}");
     }

@@ -214,7 +214,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        attack::{Counted, Epsilon, Method, Pgd, PgdSearch, Threat},
+        attack::{Counted, Epsilon, METHODS, Pgd, PgdSearch, Threat},
         data::{Source, Split},
         kernels, rng,
     };
@@ -246,7 +246,7 @@ mod tests {
         let epsilon = Epsilon::try_from(0.05).unwrap();
         let threat = Threat::new(Norm::Linf, epsilon).unwrap();
         let mut attacks: Vec<(String, Box<dyn Attack>)> =
-            Method::ALL.map(|method| (method.name().to_owned(), method.attack(threat, 3))).into();
+            METHODS.map(|method| (method.name().to_owned(), method.attack(threat, 3))).into();
         for counted in [Counted::Last, Counted::Every] {
             let pgd = Pgd::new(Norm::Linf, epsilon, 7, 2.5, 4).unwrap();
             let attack = PgdSearch::new(pgd, 2, counted).unwrap();
@@ -292,7 +292,7 @@ mod tests {
             begun.store(0, Ordering::Relaxed);
             assert_eq!(evaluation.find(&name, &rows, &halting).unwrap(), expected, "{name} after a stop");
             let again = begun.load(Ordering::Relaxed);
-            assert!(N / 2 <= again && again < N, "{name}: {again} images were attacked again");
+            assert!((N / 2..N).contains(&again), "{name}: {again} images were attacked again");
             assert_eq!(
                 evaluation.find(&name, &rows, &halting).unwrap(),
                 expected,

@@ -1,51 +1,110 @@
-//! Which of cuDNN's algorithms a convolution goes by: measured once on a machine, and written down, since another one gives
-//! other bits.
+//! Which of cuDNN's algorithms a convolution goes by: measured once, and written down, since another one gives other bits.
+//!
+//! A machine's choices are in the user's folder of caches. Work that several machines may share has its own in its folder:
+//! whoever goes on with it takes those.
 
+#[cfg(feature = "cuda")]
+use std::sync::{Mutex, PoisonError};
 use std::{
     collections::BTreeMap,
-    path::Path,
-    sync::{Mutex, PoisonError},
+    path::{Path, PathBuf},
 };
 
-use crate::fs;
+use crate::{Result, fs};
 
 /// By the name of a convolution cuDNN's number of the algorithm.
 type Choices = BTreeMap<String, u32>;
 
-/// By the class of the device.
-static CHOICES: Mutex<BTreeMap<String, Choices>> = Mutex::new(BTreeMap::new());
+/// The choices that this process knows, by the class of the device.
+struct Known {
+    machine: BTreeMap<String, Choices>,
+    /// Those of the work that is being done, if it keeps them in its folder.
+    work: Option<(PathBuf, BTreeMap<String, Choices>)>,
+}
+
+#[cfg(feature = "cuda")]
+static KNOWN: Mutex<Known> = Mutex::new(Known { machine: BTreeMap::new(), work: None });
+
+/// From now on choices are those of `folder`, in `algorithms-CLASS.json`, and new ones are written down there; with `None` those
+/// of the machine.
+#[cfg(feature = "cuda")]
+pub(super) fn keep_in(folder: Option<&Path>) {
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    known.work = folder.map(|folder| (folder.to_path_buf(), BTreeMap::new()));
+}
 
 /// The algorithm of the convolution `name` on devices of this class: what was chosen before, by whichever process, or what
 /// `measure` says now.
 ///
-/// Choices are in `algorithms-CLASS.json` in the user's folder of caches; without such a folder they are the process's.
+/// Without a folder of caches the machine's choices are the process's. Fails if the folder of the work cannot be read or written.
 #[cfg(feature = "cuda")]
 pub(super) fn choose(
     class: &str,
     name: &str,
     measure: impl FnOnce() -> candle_core::Result<u32>,
 ) -> candle_core::Result<u32> {
-    choose_in(cache().as_deref(), class, name, measure)
+    // Held while it is measured: another thread must not come to another choice.
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    known.choose(cache().as_deref(), class, name, measure).map_err(|e| match e {
+        crate::Error::Tensor(e) => e,
+        e => candle_core::Error::wrap(e),
+    })
 }
 
-fn choose_in(
-    folder: Option<&Path>,
+impl Known {
+    fn choose(
+        &mut self,
+        cache: Option<&Path>,
+        class: &str,
+        name: &str,
+        measure: impl FnOnce() -> candle_core::Result<u32>,
+    ) -> Result<u32> {
+        let Some((folder, choices)) = &mut self.work else {
+            return of_machine(&mut self.machine, cache, class, name, measure);
+        };
+        let choices = choices.entry(class.to_owned()).or_default();
+        if let Some(&algorithm) = choices.get(name) {
+            return Ok(algorithm);
+        }
+        // Held while it is measured: another process must not come to another choice.
+        let _lock = fs::Lock::wait(folder, LOCK)?;
+        let file = file_in(folder, class);
+        if file.is_file() {
+            choices.extend(fs::read_json::<Choices>(&file)?);
+        }
+        if let Some(&algorithm) = choices.get(name) {
+            return Ok(algorithm);
+        }
+        let algorithm = of_machine(&mut self.machine, cache, class, name, measure)?;
+        choices.insert(name.to_owned(), algorithm);
+        fs::publish_json(&file, choices)?;
+        Ok(algorithm)
+    }
+}
+
+const LOCK: &str = "algorithms";
+
+fn file_in(folder: &Path, class: &str) -> PathBuf {
+    folder.join(format!("algorithms-{class}.json"))
+}
+
+/// What this machine chose before, or chooses now.
+fn of_machine(
+    known: &mut BTreeMap<String, Choices>,
+    cache: Option<&Path>,
     class: &str,
     name: &str,
     measure: impl FnOnce() -> candle_core::Result<u32>,
-) -> candle_core::Result<u32> {
-    // Held while it is measured: another thread must not come to another choice, nor another process.
-    let mut all = CHOICES.lock().unwrap_or_else(PoisonError::into_inner);
-    let choices = all.entry(class.to_owned()).or_default();
+) -> Result<u32> {
+    let choices = known.entry(class.to_owned()).or_default();
     if let Some(&algorithm) = choices.get(name) {
         return Ok(algorithm);
     }
-    let lock = folder.and_then(|folder| {
+    let lock = cache.and_then(|folder| {
         fs::create_dir_all(folder).ok()?;
-        fs::Lock::wait(folder, "algorithms").ok()
+        fs::Lock::wait(folder, LOCK).ok()
     });
-    let file =
-        folder.filter(|_| lock.is_some()).map(|folder| folder.join(format!("algorithms-{class}.json")));
+    let file = cache.filter(|_| lock.is_some()).map(|folder| file_in(folder, class));
     if let Some(file) = &file {
         // One that cannot be read is made anew.
         choices.extend(fs::read_json::<Choices>(file).unwrap_or_default());
@@ -64,8 +123,7 @@ fn choose_in(
 
 /// The user's folder of caches (XDG Base Directory Specification).
 #[cfg(feature = "cuda")]
-fn cache() -> Option<std::path::PathBuf> {
-    use std::path::PathBuf;
+fn cache() -> Option<PathBuf> {
     let named = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     Some(named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")))?.join("proxyset"))
 }
@@ -74,19 +132,51 @@ fn cache() -> Option<std::path::PathBuf> {
 mod tests {
     use super::*;
 
+    fn alone() -> Known {
+        Known { machine: BTreeMap::new(), work: None }
+    }
+
     #[test]
     fn a_choice_is_made_once_and_outlives_the_process() {
         let dir = tempfile::tempdir().unwrap();
-        let choose =
-            |class: &str, measured: u32| choose_in(Some(dir.path()), class, "a", || Ok(measured)).unwrap();
-        assert_eq!((choose("test-one", 3), choose("test-one", 4)), (3, 3));
-        assert_eq!(choose("test-two", 5), 5, "another class has its own");
-        // What another process chose.
-        fs::publish_json(&dir.path().join("algorithms-test-three.json"), &Choices::from([("a".into(), 7)]))
-            .unwrap();
-        assert_eq!(choose("test-three", 1), 7);
-        let failed = choose_in(None, "test-four", "a", || candle_core::bail!("nothing fits"));
-        assert!(failed.is_err());
-        assert_eq!(choose_in(None, "test-four", "a", || Ok(2)).unwrap(), 2);
+        let choose = |known: &mut Known, class: &str, measured: u32| {
+            known.choose(Some(dir.path()), class, "a", || Ok(measured)).unwrap()
+        };
+        let mut known = alone();
+        assert_eq!((choose(&mut known, "one", 3), choose(&mut known, "one", 4)), (3, 3));
+        assert_eq!(choose(&mut known, "two", 5), 5, "another class has its own");
+        assert_eq!(choose(&mut alone(), "one", 7), 3, "what another process chose");
+        let mut known = alone();
+        assert!(known.choose(None, "one", "a", || candle_core::bail!("nothing fits")).is_err());
+        assert_eq!(known.choose(None, "one", "a", || Ok(2)).unwrap(), 2);
+    }
+
+    #[test]
+    fn machines_that_work_in_one_folder_take_its_choices_and_keep_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = |name: &str| {
+            let folder = dir.path().join(name);
+            fs::create_dir_all(&folder).unwrap();
+            folder
+        };
+        let pool = folder("pool");
+        let choose = |known: &mut Known, machine: &str, name: &str, measured: u32| {
+            known.choose(Some(&folder(machine)), "class", name, || Ok(measured)).unwrap()
+        };
+        let at_work = || Known { work: Some((pool.clone(), BTreeMap::new())), ..alone() };
+        let (mut first, mut second) = (at_work(), at_work());
+        assert_eq!(choose(&mut alone(), "second", "a", 5), 5);
+        assert_eq!(choose(&mut first, "first", "a", 3), 3);
+        assert_eq!(choose(&mut second, "second", "a", 6), 3, "those of the folder come first");
+        assert_eq!(choose(&mut second, "second", "b", 7), 7);
+        assert_eq!(choose(&mut first, "first", "b", 8), 7, "whichever machine made them");
+        assert_eq!(choose(&mut alone(), "second", "a", 6), 5, "elsewhere the machine has its own");
+        assert_eq!(
+            fs::read_json::<Choices>(&pool.join("algorithms-class.json")).unwrap(),
+            Choices::from([("a".into(), 3), ("b".into(), 7)])
+        );
+        fs::publish(&pool.join("algorithms-class.json"), b"{").unwrap();
+        let damaged = at_work().choose(None, "class", "a", || Ok(1));
+        assert_eq!(damaged.unwrap_err().exit_code(), 65, "never measured again");
     }
 }

@@ -258,7 +258,7 @@ fn cuda_gradients<const N: usize, O: CudaNode<N>>(
 }
 
 macro_rules! custom_op {
-    ($n:literal, $custom:ident, $apply:ident, $gradients:ty, $x:ident $x_layout:ident $(, $y:ident $y_layout:ident)*) => {
+    ($n:literal, $custom:ident, $apply:ident, $gradients:ty, $tuple:expr, $x:ident $x_layout:ident $(, $y:ident $y_layout:ident)*) => {
         impl<O: Node<$n>> $custom for Shell<O> {
             fn name(&self) -> &'static str {
                 O::NAME
@@ -285,8 +285,7 @@ macro_rules! custom_op {
                 out: &Tensor,
                 dy: &Tensor,
             ) -> candle_core::Result<$gradients> {
-                let [$x, $($y),*] = gradients(&self.0, [$x, $($y),*], out, dy)?;
-                Ok(($x $(, $y)*))
+                gradients(&self.0, [$x, $($y),*], out, dy).map($tuple)
             }
         }
 
@@ -329,8 +328,7 @@ macro_rules! custom_op {
                 out: &Tensor,
                 dy: &Tensor,
             ) -> candle_core::Result<$gradients> {
-                let [$x, $($y),*] = cuda_gradients(&self.0, [$x, $($y),*], out, dy)?;
-                Ok(($x $(, $y)*))
+                cuda_gradients(&self.0, [$x, $($y),*], out, dy).map($tuple)
             }
         }
 
@@ -343,10 +341,11 @@ macro_rules! custom_op {
     };
 }
 
-custom_op!(1, CustomOp1, apply_op1, Option<Tensor>, x x_layout);
-custom_op!(2, CustomOp2, apply_op2, (Option<Tensor>, Option<Tensor>), x x_layout, y y_layout);
+custom_op!(1, CustomOp1, apply_op1, Option<Tensor>, |[x]| x, x x_layout);
+custom_op!(2, CustomOp2, apply_op2, (Option<Tensor>, Option<Tensor>), |[x, y]| (x, y), x x_layout, y y_layout);
 custom_op!(
-    3, CustomOp3, apply_op3, (Option<Tensor>, Option<Tensor>, Option<Tensor>), x x_layout, y y_layout, z z_layout
+    3, CustomOp3, apply_op3, (Option<Tensor>, Option<Tensor>, Option<Tensor>), |[x, y, z]| (x, y, z),
+    x x_layout, y y_layout, z z_layout
 );
 
 /// A step in place: it overwrites `N` tensors, reads one, all of one shape, and is in no graph.

@@ -6,6 +6,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     fmt,
+    path::Path,
     rc::Rc,
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
 };
@@ -201,8 +202,21 @@ struct State {
 // and never leaves it, and a state is behind a lock.
 unsafe impl Send for State {}
 
-/// The states of the devices, each made when it is first asked for.
-static STATES: LazyLock<Mutex<HashMap<DeviceId, Arc<Mutex<Option<State>>>>>> = LazyLock::new(Mutex::default);
+/// A device's state, made when it is first asked for.
+type OfDevice = Arc<Mutex<Option<State>>>;
+
+static STATES: LazyLock<Mutex<HashMap<DeviceId, OfDevice>>> = LazyLock::new(Mutex::default);
+
+/// See [`algorithms::keep_in`]. What was chosen until now is forgotten.
+pub(in crate::kernels) fn keep_algorithms_in(folder: Option<&Path>) {
+    algorithms::keep_in(folder);
+    for state in lock(&STATES).values() {
+        if let Some(state) = &*lock(state) {
+            state.plans.borrow_mut().clear();
+            *state.workspace.borrow_mut() = None;
+        }
+    }
+}
 
 fn with_state<R>(
     device: &CudaDevice,

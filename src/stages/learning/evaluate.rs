@@ -15,8 +15,8 @@ use serde_json::json;
 use crate::{
     Error, Result,
     attack::{
-        Attack, Counted, Epsilon, Method, Norm, Pgd, PgdConfig, PgdLoss, PgdSearch, SQUARE, Threat,
-        autoattack,
+        Attack, Counted, Epsilon, METHODS, Method, Norm, Pgd, PgdConfig, PgdLoss, PgdSearch, SQUARE,
+        STANDARD, Threat, method,
         search::{choice, distance},
     },
     data::{self, Source},
@@ -49,7 +49,7 @@ pub enum AttackKind {
 
 impl AttackKind {
     fn all() -> impl Iterator<Item = Self> {
-        [Self::None, Self::Pgd, Self::AutoAttack].into_iter().chain(Method::ALL.map(Self::Method))
+        [Self::None, Self::Pgd, Self::AutoAttack].into_iter().chain(METHODS.map(Self::Method))
     }
 
     fn name(self) -> &'static str {
@@ -149,7 +149,7 @@ impl Evaluate {
         Ok(match self.attack {
             AttackKind::None => Vec::new(),
             AttackKind::Pgd => vec![(self.attack.name(), Box::new(self.pgd()?))],
-            AttackKind::AutoAttack => autoattack::STANDARD.map(named).into(),
+            AttackKind::AutoAttack => STANDARD.map(named).into(),
             AttackKind::Method(method) => vec![named(method)],
         })
     }
@@ -169,10 +169,10 @@ impl Evaluate {
             settings["restarts"] = self.restarts.into();
         } else if self.attack != AttackKind::None {
             settings["settings"] = json!({
-                "steps": autoattack::STEPS,
-                "restarts": autoattack::RESTARTS,
-                "targets": autoattack::TARGETS,
-                "queries": autoattack::QUERIES,
+                "steps": method::STEPS,
+                "restarts": method::RESTARTS,
+                "targets": method::TARGETS,
+                "queries": method::QUERIES,
             });
         }
         settings

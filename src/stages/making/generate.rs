@@ -25,6 +25,7 @@ use crate::{
     },
     error::expect_within as expect,
     fs::{self, Parts, bytes_of, floats_of},
+    kernels,
     progress::{Progress, check_stop, checkpoint_interval},
     rng::stream,
     stage::{Input, Job, Outcome, Stage},
@@ -383,7 +384,7 @@ impl Stage for Generate {
         let left = Mutex::new(share);
         let run =
             Run { config: self, job, sampler, plan, info, null_class, initial_noise, dir, floats, left, bar };
-        run.make(models)?;
+        kernels::with_algorithms_of(out, || run.make(models))?;
         let mut missing = Vec::new();
         for shard in 0..all {
             // Those that others made at the same time.
@@ -560,7 +561,8 @@ impl Worker<'_> {
         let firsts: Vec<u64> = config.micro_batches(shard).collect();
         let samples = |first: u64| first..(first + micro).min(rows.end);
         let in_flight = config.in_flight(self.device.is_cpu(), self.run.info.shape);
-        let (mut pixels, mut before) = (Vec::new(), Vec::new());
+        let bytes = (rows.end - rows.start) as usize * self.run.info.shape.size();
+        let (mut pixels, mut before) = (Vec::with_capacity(bytes), Vec::new());
         for group in firsts.chunks(in_flight).chain([&[][..]]) {
             let sample = |&first: &u64| Ok((samples(first), self.sample(samples(first), &parts)?));
             // While a group is computed, the images of the one before come from the device and are kept.
