@@ -6,7 +6,7 @@ PROXYSET = $(CARGO) run --release --quiet --
 INTEROP = target/interop
 PEERS = target/peers
 
-.PHONY: build curate experiment test test-extractors ci format lint docs smoke bench bench-peers bench-cuda bench-curate test-interop test-robustbench test-autoattack cuda check-cuda \
+.PHONY: build curate experiment test test-extractors commands ci format lint docs smoke bench bench-peers bench-cuda bench-curate test-interop test-robustbench test-autoattack cuda check-cuda \
 	test-cuda test-cuda-emulated clean
 
 build:
@@ -27,6 +27,10 @@ test:
 # Networks of the Hub as extractors of features, against their Python originals.
 test-extractors:
 	$(CARGO) test --release --features extractors -- pretrained extractors
+
+# docs/commands.md, which a test holds against the command line.
+commands:
+	PROXYSET_WRITE_DOCUMENTS=1 $(CARGO) test --release --test integration -- the_command_reference
 
 ci: format lint docs test test-extractors check-cuda smoke
 

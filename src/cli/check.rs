@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Global, print, print_json};
+use super::global::{Global, print, print_json};
 use crate::{Error, Result, data::check::check_dataset, pipeline, progress::note, stage};
 
 #[derive(clap::Args, Clone, Debug)]

@@ -2,22 +2,21 @@
 
 mod arc;
 mod check;
+mod global;
 mod plan;
 mod publish;
+mod reference;
 mod run;
 mod stage;
 mod status;
 mod table;
 
-use std::{io::Write, process::ExitCode};
+use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{
-    Error, Result,
-    device::{CpuLevel, DeviceChoice, Precision},
-    progress,
-};
+use self::global::Global;
+use crate::{Error, Result, device::CpuLevel, progress};
 
 /// Makes synthetic image data sets that make classifiers more robust, and proves that they do.
 ///
@@ -30,26 +29,6 @@ struct Cli {
     verb: Verb,
     #[command(flatten)]
     global: Global,
-}
-
-/// Flags of every verb.
-#[derive(clap::Args, Clone, Debug)]
-struct Global {
-    /// Print results as one JSON object on stdout.
-    #[arg(long, global = true)]
-    json: bool,
-    /// No progress and no notes on stderr.
-    #[arg(long, global = true)]
-    quiet: bool,
-    /// Where tensors live: auto, cpu or cuda:N.
-    #[arg(long, global = true, default_value_t = DeviceChoice::Auto)]
-    device: DeviceChoice,
-    /// What a GPU computes with; of no effect on the CPU.
-    #[arg(long, global = true, value_enum, default_value_t = Precision::F32)]
-    precision: Precision,
-    /// CPU threads; 0 for all cores. No result depends on it.
-    #[arg(long, global = true, default_value_t = 0)]
-    threads: usize,
 }
 
 #[derive(Subcommand)]
@@ -88,6 +67,11 @@ fn expect_text() -> Result<()> {
     }
 }
 
+/// All verbs with their flags, as Markdown: `docs/commands.md`.
+pub fn reference() -> String {
+    reference::render(Cli::command())
+}
+
 fn dispatch(cli: &Cli) -> Result<()> {
     let global = &cli.global;
     if global.quiet {
@@ -116,19 +100,4 @@ fn perform(verb: &Verb, global: &Global) -> Result<()> {
         Verb::Stage(verb) => verb.main(global),
         Verb::Publish(args) => publish::main(args, global),
     }
-}
-
-/// Prints results. A reader that went away (`| head`) is no error.
-fn print(text: &str) -> Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("stdout")(e)),
-        _ => Ok(()),
-    }
-}
-
-fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::Alarm(format!("result cannot be written as JSON: {e}")))?;
-    print(&text)
 }

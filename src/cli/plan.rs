@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::{Global, print, print_json, table};
+use super::{
+    global::{Global, print, print_json},
+    table,
+};
 use crate::{
     Result,
     pipeline::{self, PipelineFile},

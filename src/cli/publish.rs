@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Global, print, print_json, table};
+use super::{
+    global::{Global, print, print_json},
+    table,
+};
 use crate::{
     Error, Result,
     data::publish::{publish, tree},

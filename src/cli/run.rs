@@ -1,6 +1,9 @@
 //! `proxyset run FILE`.
 
-use super::{Global, plan, print, print_json, table};
+use super::{
+    global::{Global, print, print_json},
+    plan, table,
+};
 use crate::{Result, pipeline, progress::note};
 
 pub(super) fn main(args: &plan::Args, global: &Global) -> Result<()> {

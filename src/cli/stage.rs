@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
 use serde_json::json;
 
-use super::{Global, arc::Ranking, print, print_json, table};
+use super::{
+    arc::Ranking,
+    global::{Global, print, print_json},
+    table,
+};
 use crate::{
     Result,
     progress::note,

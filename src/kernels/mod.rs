@@ -50,15 +50,13 @@ mod shell;
 #[cfg(test)]
 mod testing;
 
-use std::path::Path;
-
 pub use activation::{relu, silu};
 pub use add_channels::add_channels;
 pub use attention::{attention, softmax};
 pub use basic_block::{BasicBlock, basic_block};
 pub use batch_norm::{BatchStatistics, batch_norm_eval, batch_norm_train};
 pub use block::BlockWeights;
-pub use conv2d::{PackedWeights, conv2d, conv2d_packed};
+pub use conv2d::{PackedWeights, conv2d, conv2d_packed, with_algorithms_of};
 pub use group_norm::group_norm;
 pub use images::{crop_images, crop_pixels, normal_images};
 pub use loss::{cross_entropy, kl_divergence, smoothed_cross_entropy};
@@ -68,16 +66,3 @@ pub use pgd_step::{pgd_step, project, steepest};
 pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};
 pub use resnet_block::{ResnetBlock, resnet_block};
 pub(crate) use shell::Elements;
-
-/// Does `work` by the algorithms that are written down in `folder`, in `algorithms-CLASS.json`, and writes down there those that
-/// it is the first to need: so what machines of one class make for a folder has the same bits. For the whole process. On the CPU
-/// nothing is chosen.
-pub fn with_algorithms_of<T>(folder: &Path, work: impl FnOnce() -> T) -> T {
-    #[cfg(feature = "cuda")]
-    cuda::conv::keep_algorithms_in(Some(folder));
-    let done = work();
-    #[cfg(feature = "cuda")]
-    cuda::conv::keep_algorithms_in(None);
-    let _ = folder;
-    done
-}

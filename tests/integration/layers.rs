@@ -125,37 +125,48 @@ impl Source {
         Some(at)
     }
 
-    /// Which modules each one imports, `super::` and paths in the code included.
+    /// Which modules each one imports, `super::` and paths in the code included. What it exports of its own is no import.
     fn imports(&self) -> BTreeMap<Module, BTreeSet<Module>> {
         let of = |(module, text): (&Module, &String)| {
             let trees = uses(text).into_iter().filter(|(public, _)| !public);
             let used = trees.flat_map(|(_, tree)| names(&tree));
-            let found = used.chain(paths(text)).filter_map(|name| self.home(module, &name));
+            let children =
+                self.code.keys().filter(|child| child.len() == module.len() + 1 && child.starts_with(module));
+            let children: Vec<&str> = children.map(|child| child[module.len()].as_str()).collect();
+            let found = used.chain(paths(text, &children)).filter_map(|name| self.home(module, &name));
             (module.clone(), found.filter(|home| home != module && !home.is_empty()).collect())
         };
         self.code.iter().map(of).collect()
     }
 }
 
-/// The `use` trees of a text, and whether they export.
-fn uses(text: &str) -> Vec<(bool, String)> {
+/// Where the `use` trees of a text are, and whether they export.
+fn use_spans(text: &str) -> Vec<(bool, std::ops::Range<usize>)> {
     let mut found = Vec::new();
     for (at, _) in text.match_indices("use ") {
         let line = text[..at].rsplit('\n').next().unwrap().trim();
         if line.is_empty() || line.starts_with("pub") {
-            found.push((!line.is_empty(), text[at + 4..].split(';').next().unwrap().to_owned()));
+            let start = at + "use ".len();
+            found.push((!line.is_empty(), start..start + text[start..].find(';').unwrap()));
         }
     }
     found
 }
 
-/// The paths from `crate`, `super` and `self` that stand in the code, outside of `use`.
-fn paths(text: &str) -> Vec<Name> {
+/// The `use` trees of a text, and whether they export.
+fn uses(text: &str) -> Vec<(bool, String)> {
+    use_spans(text).into_iter().map(|(exports, span)| (exports, text[span].to_owned())).collect()
+}
+
+/// The paths from `crate`, `super`, `self` and child modules that stand in the code outside of `use`.
+fn paths(text: &str, children: &[&str]) -> Vec<Name> {
     let mut found = Vec::new();
+    let spans = use_spans(text);
+    let is_used = |at: usize| spans.iter().any(|(_, span)| span.contains(&at));
     let is_word = |c: char| c.is_alphanumeric() || c == '_';
-    for start in ["crate::", "super::", "self::"] {
-        for (at, _) in text.match_indices(start) {
-            if text[..at].ends_with(|c| is_word(c) || c == ':') {
+    for start in ["crate", "super", "self"].iter().chain(children) {
+        for (at, _) in text.match_indices(&format!("{start}::")) {
+            if is_used(at) || text[..at].ends_with(|c| is_word(c) || c == ':') {
                 continue;
             }
             let path: String = text[at..].chars().take_while(|&c| is_word(c) || c == ':').collect();
@@ -172,7 +183,7 @@ fn use_trees_and_paths_are_read_rightly() {
     assert_eq!((read.len(), read[0].0, read[1].0), (2, false, true));
     let joined: Vec<String> = names(&read[0].1).iter().map(|name| name.join("::")).collect();
     assert_eq!(joined, ["crate::Error", "crate::data::self", "crate::data::table", "crate::nn::Params"]);
-    assert!(paths(text).contains(&vec!["crate".into(), "rng".into(), "uint".into()]));
+    assert!(paths(text, &[]).contains(&vec!["crate".into(), "rng".into(), "uint".into()]));
 }
 
 #[test]

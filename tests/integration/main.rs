@@ -5,6 +5,7 @@ mod bad_input;
 mod cuda;
 mod curate;
 mod discriminators;
+mod documents;
 #[cfg(feature = "extractors")]
 mod extractors;
 mod generate;

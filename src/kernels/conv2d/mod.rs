@@ -4,7 +4,10 @@ mod direct;
 mod geometry;
 mod winograd;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use candle_core::{Shape, Tensor};
 pub(super) use geometry::Bias;
@@ -364,6 +367,19 @@ impl<const N: usize> Op<N> for Conv2d {
             None => Ok(out),
         }
     }
+}
+
+/// Does `work` by the algorithms that are written down in `folder`, in `algorithms-CLASS.json`, and writes down there those that
+/// it is the first to need: so what machines of one class make for a folder has the same bits. For the whole process. On the CPU
+/// nothing is chosen.
+pub fn with_algorithms_of<T>(folder: &Path, work: impl FnOnce() -> T) -> T {
+    #[cfg(feature = "cuda")]
+    super::cuda::conv::keep_algorithms_in(Some(folder));
+    let done = work();
+    #[cfg(feature = "cuda")]
+    super::cuda::conv::keep_algorithms_in(None);
+    let _ = folder;
+    done
 }
 
 #[cfg(test)]
