@@ -145,18 +145,19 @@ pub fn remove_dir_all(dir: &Path) -> Result<()> {
     }
 }
 
-/// The BLAKE3 of a file's bytes, in hexadecimal, and their number.
+/// The BLAKE3 of a file's bytes, in hexadecimal, and their number; large files on all threads.
 pub fn hash_file(path: &Path) -> Result<(String, u64)> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; 1 << 20];
+    let size = file.metadata().map_err(Error::io(path))?.len();
+    let mut buffer = vec![0; size.clamp(1 << 16, 1 << 24) as usize];
     let mut total = 0;
     loop {
         let n = file.read(&mut buffer).map_err(Error::io(path))?;
         if n == 0 {
             return Ok((hasher.finalize().to_hex().to_string(), total));
         }
-        hasher.update(&buffer[..n]);
+        hasher.update_rayon(&buffer[..n]);
         total += n as u64;
     }
 }

@@ -487,7 +487,7 @@ impl FitGenerator {
             version = env!("CARGO_PKG_VERSION"),
             n = summary["trained_on"],
             source = info.trained_on,
-            hash = &info.trained_on_fingerprint[..16],
+            hash = fs::short(&info.trained_on_fingerprint, 16),
             classes = info.class_names.len(),
             names = info.class_names.join(", "),
             class = network.tag(),
