@@ -47,6 +47,9 @@ mod error;
 #[macro_use]
 mod text;
 
+#[macro_use]
+pub mod settings;
+
 pub mod attack;
 pub mod certify;
 pub mod cli;

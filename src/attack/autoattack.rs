@@ -17,7 +17,7 @@ pub const TARGETS: usize = 9;
 pub const QUERIES: usize = 5000;
 
 /// The attacks that AutoAttack is made of, with its settings: 100 steps, one start, nine targets, 5,000 queries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AutoAttack {
     /// APGD on the cross-entropy.

@@ -15,7 +15,7 @@ use clap::{Parser, Subcommand};
 use crate::{
     Error, Result,
     device::{CpuLevel, DeviceChoice, Precision},
-    progress,
+    progress, settings,
     stage::{
         Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Import, Label, Materialize,
         Publish, Quality, Rank, Report, Score, Split, Train,
@@ -48,7 +48,7 @@ struct Global {
     #[arg(long, global = true, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
     /// What a GPU computes with; of no effect on the CPU.
-    #[arg(long, global = true, value_enum, default_value_t = Precision::F32)]
+    #[arg(long, global = true, value_parser = settings::named::<Precision>(), default_value_t = Precision::F32)]
     precision: Precision,
     /// CPU threads; 0 for all cores. No result depends on it.
     #[arg(long, global = true, default_value_t = 0)]

@@ -46,7 +46,7 @@ pub struct Certify {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to measure on. Test is for measuring, never to choose anything.
-    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
     pub split: data::Split,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]

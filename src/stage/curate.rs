@@ -29,7 +29,7 @@ pub struct Curate {
     #[arg(long)]
     pub scores: Option<PathBuf>,
     /// What ranks.
-    #[arg(long, value_enum, default_value_t = Arm::Arc)]
+    #[arg(long, value_parser = settings::named::<Arm>(), default_value_t = Arm::Arc)]
     pub arm: Arm,
     /// How many of each class are kept; 0 to use keep_total or keep_fraction.
     #[arg(long, default_value_t = 0)]

@@ -70,13 +70,13 @@ pub struct Evaluate {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to measure on. Test is for measuring, never to choose anything.
-    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
     pub split: data::Split,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
     /// The norm of the attack.
-    #[arg(long, value_enum, default_value_t = Norm::Linf)]
+    #[arg(long, value_parser = settings::named::<Norm>(), default_value_t = Norm::Linf)]
     pub norm: Norm,
     /// The radius of the attack, for pixels in [0, 1].
     #[arg(long, default_value = "8/255")]
@@ -91,7 +91,7 @@ pub struct Evaluate {
     #[arg(long, default_value_t = 2.5)]
     pub attack_step_ratio: f64,
     /// What pgd makes large.
-    #[arg(long, value_enum, default_value_t = PgdLoss::Ce)]
+    #[arg(long, value_parser = settings::named::<PgdLoss>(), default_value_t = PgdLoss::Ce)]
     pub attack_loss: PgdLoss,
     /// Random starts of pgd. (APGD has one in AutoAttack, and here.)
     #[arg(long, default_value_t = 2)]

@@ -58,7 +58,7 @@ pub struct FitDiscriminator {
     #[arg(long, default_value_t = 2)]
     pub folds: usize,
     /// The norm of the attack.
-    #[arg(long, value_enum, default_value_t = Norm::Linf)]
+    #[arg(long, value_parser = settings::named::<Norm>(), default_value_t = Norm::Linf)]
     pub norm: Norm,
     /// The grid of radii, ascending, at least four, the first 0; for pixels in [0, 1].
     #[arg(long, value_delimiter = ',', default_values = ["0", "4/255", "8/255", "16/255"])]

@@ -25,7 +25,7 @@ pub struct Import {
     #[arg(long)]
     pub source: Option<Source>,
     /// Which official split of it.
-    #[arg(long, value_enum, default_value_t = data::Split::Train)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Train)]
     pub part: data::Split,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]

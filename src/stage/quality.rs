@@ -45,7 +45,7 @@ pub struct Quality {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to compare with.
-    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
     pub split: data::Split,
     /// Use only the first N real images; 0 for all.
     #[arg(long, default_value_t = 0)]

@@ -137,7 +137,7 @@ pub struct Train {
     #[arg(long, default_value_t = 0.0)]
     pub label_smoothing: f64,
     /// The norm of the attack.
-    #[arg(long, value_enum, default_value_t = Norm::Linf)]
+    #[arg(long, value_parser = settings::named::<Norm>(), default_value_t = Norm::Linf)]
     pub norm: Norm,
     /// The radius of the attack, for pixels in [0, 1].
     #[arg(long, default_value = "8/255")]
@@ -178,7 +178,7 @@ pub struct Train {
     pub width: usize,
     /// The function between the layers of wide-resnet; with silu the parameters have the names of RobustBench's
     /// DMWideResNet, with relu those of its WideResNet.
-    #[arg(long, value_enum, default_value_t = Activation::Relu)]
+    #[arg(long, value_parser = settings::named::<Activation>(), default_value_t = Activation::Relu)]
     pub activation: Activation,
     /// Have resnet and wide-resnet standardise their images by mean and deviation of the real training images.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
