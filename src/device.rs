@@ -8,6 +8,7 @@ use std::{
 use std::{fmt, str::FromStr, sync::OnceLock};
 
 use candle_core::{DType, Device};
+use rayon::prelude::*;
 
 use crate::{Error, Result};
 
@@ -209,16 +210,6 @@ impl Precision {
     }
 }
 
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Tf32 => "tf32",
-            Self::Bf16 => "bf16",
-        })
-    }
-}
-
 /// The instruction set that the CPU kernels use. Ordered from plain to wide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CpuLevel {
@@ -339,6 +330,20 @@ fn gpu_class(device: &Device) -> String {
 #[cfg(not(feature = "cuda"))]
 fn gpu_class(_: &Device) -> String {
     "unknown".into()
+}
+
+/// Does `one` for each of the items, in their order: side by side on the CPU, one after the other on a GPU, of which
+/// each has all.
+pub(crate) fn side_by_side<I: Sync, T: Send>(
+    device: &Device,
+    items: &[I],
+    one: impl Fn(&I) -> Result<T> + Sync + Send,
+) -> Result<Vec<T>> {
+    if device.is_cpu() {
+        items.par_iter().with_max_len(1).map(one).collect()
+    } else {
+        items.iter().map(one).collect()
+    }
 }
 
 #[cfg(test)]

@@ -52,6 +52,15 @@ impl Error {
         move |source| Self::Io { path, source }
     }
 
+    /// Whether the system says that a file or folder is not there.
+    pub fn is_not_found(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            Self::Context { source, .. } => source.is_not_found(),
+            _ => false,
+        }
+    }
+
     /// The process exit code for this error (1 gate, 2 usage, 65 data, 70 alarm, 74 I/O, 75 stopped).
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -101,4 +110,12 @@ macro_rules! bail {
     ($kind:ident, $($arg:tt)+) => {
         return Err($crate::Error::$kind(format!($($arg)+)))
     };
+}
+
+/// Refuses a setting outside a range with [`Error::Usage`], naming key, value and range.
+pub fn expect_within<T: PartialOrd + std::fmt::Display>(key: &str, value: T, min: T, max: T) -> Result<()> {
+    if value >= min && value <= max {
+        return Ok(());
+    }
+    bail!(Usage, "{key} is {value}, expected {min} to {max}")
 }

@@ -108,6 +108,30 @@ fn final_name(aside: &str) -> Option<&str> {
     Some(name)
 }
 
+/// All files below `dir`, relative to it, sorted; without hidden ones.
+pub fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
+    fn walk(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+        let dir = root.join(below);
+        for entry in fs::read_dir(&dir).map_err(Error::io(&dir))? {
+            let entry = entry.map_err(Error::io(&dir))?;
+            let relative = below.join(entry.file_name());
+            if entry.file_name().to_string_lossy().starts_with('.') {
+                continue;
+            }
+            if entry.file_type().map_err(Error::io(&dir))?.is_dir() {
+                walk(root, &relative, files)?;
+            } else {
+                files.push(relative);
+            }
+        }
+        Ok(())
+    }
+    let mut files = Vec::new();
+    walk(dir, Path::new(""), &mut files)?;
+    files.sort();
+    Ok(files)
+}
+
 /// Removes a folder and all in it; a folder that is not there is removed already.
 pub fn remove_dir_all(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
@@ -130,6 +154,21 @@ pub fn hash_file(path: &Path) -> Result<(String, u64)> {
         hasher.update(&buffer[..n]);
         total += n as u64;
     }
+}
+
+/// The first `n` characters of a hash, for people. What is shorter is given whole: a damaged file may say anything.
+pub fn short(hash: &str, n: usize) -> String {
+    hash.chars().take(n).collect()
+}
+
+/// The bytes of numbers, little-endian, for [`Parts`].
+pub fn bytes_of(floats: &[f32]) -> Vec<u8> {
+    floats.iter().flat_map(|f| f.to_le_bytes()).collect()
+}
+
+/// The numbers of [`bytes_of`].
+pub fn floats_of(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }
 
 /// An exclusive lock on a folder, freed when the process ends, however it ends.
@@ -280,6 +319,19 @@ mod tests {
         assert_eq!(Lock::acquire(dir.path(), "run").unwrap_err().exit_code(), 75);
         drop(first);
         Lock::acquire(dir.path(), "run").unwrap();
+    }
+
+    #[test]
+    fn floats_survive_as_bytes() {
+        assert_eq!(floats_of(&bytes_of(&[1.5, -0.0, f32::MAX])), [1.5, -0.0, f32::MAX]);
+    }
+
+    #[test]
+    fn short_hashes_of_damaged_files_are_no_panic() {
+        assert_eq!(
+            ["0123456789", "01", "", "äöü0123456"].map(|hash| short(hash, 8)),
+            ["01234567", "01", "", "äöü01234"]
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //!   2010.02502): `x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) noise`, trained on `‖noise − eps_θ(x_t, t)‖²`. See [`diffusion`].
 //! - **Robust discrimination.** For each radius ε of a grid a binary network learns to tell real from synthetic
 //!   under PGD attack at radius ε (Madry et al. 2018, arXiv 1706.06083). `acc(ε)` is its accuracy under attack
-//!   on images that it has not seen. See [`attack`], [`stage::FitDiscriminator`].
+//!   on images that it has not seen. See [`attack`], [`stages::judging::FitDiscriminator`].
 //! - **ARC**, the area under that curve: `ARC = ∫ (acc(ε) − ½) dε`. Low means hard to tell apart: a good proxy.
 //!   `4 · ARC` estimates a lower bound on the Wasserstein distance. See [`proxy::arc`].
 //! - **Score** of a synthetic image, low is close to real: `s(x) = Σ_j w_j p_j(synthetic | x)`, with trapezoid
@@ -31,7 +31,10 @@
 //! ```text
 //! cli                                 one verb a file: arguments, one library call, print
 //! pipeline                            the TOML file, the graph of stages, what is done, the rest of it
-//! stage                               the unit of composition, one stage a file
+//! stages                              one stage a file, in folders: making, judging, choosing, learning, telling
+//! training | tables                   the training loop | what stages exchange on disk, one table a module
+//! stage                               what a stage is: trait, job and folder, fingerprint, registry
+//! evaluation                          what a classifier gets right, as images are and under attack
 //! objective | certify | proxy | curate   losses | smoothing | ARC, calibration, folds, weights | gates, arms, selector
 //! diffusion | attack                  schedule, loss, samplers, model folder | balls, PGD, AutoAttack
 //! nn | data                           networks, optimisers, checkpoints | sources, shards, cards, checks
@@ -57,6 +60,7 @@ pub mod curate;
 pub mod data;
 pub mod device;
 pub mod diffusion;
+mod evaluation;
 pub mod fs;
 pub mod kernels;
 pub mod nn;
@@ -67,7 +71,11 @@ pub mod process;
 pub mod progress;
 pub mod proxy;
 pub mod rng;
+#[macro_use]
 pub mod stage;
+pub mod stages;
 pub mod stats;
+pub mod tables;
+mod training;
 
 pub use error::{Error, Result, ResultExt};

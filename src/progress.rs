@@ -4,7 +4,7 @@
 use std::{
     io::IsTerminal,
     sync::{
-        Mutex,
+        Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -19,6 +19,7 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(15);
 
 static STOP: AtomicBool = AtomicBool::new(false);
 static QUIET: AtomicBool = AtomicBool::new(false);
+static CHECKPOINT_INTERVAL: OnceLock<Duration> = OnceLock::new();
 
 /// Turns SIGINT and SIGTERM into a clean stop: the first lets work reach a safe point, the second ends at once
 /// (safe by design: what is not published does not exist).
@@ -38,6 +39,26 @@ pub fn check_stop() -> Result<()> {
         bail!(Stopped, "stopped; run the same command again to go on");
     }
     Ok(())
+}
+
+/// How old the last saved state of long work may be: what a kill can lose. 20 s, or `PROXYSET_CHECKPOINT_SECONDS`, see
+/// [`read_checkpoint_interval`].
+pub fn checkpoint_interval() -> Duration {
+    *CHECKPOINT_INTERVAL.get().unwrap_or(&Duration::from_secs(20))
+}
+
+/// Reads `PROXYSET_CHECKPOINT_SECONDS`. Fails with [`crate::Error::Usage`] if it is no number of seconds.
+pub fn read_checkpoint_interval() -> Result<()> {
+    const NAME: &str = "PROXYSET_CHECKPOINT_SECONDS";
+    let Some(set) = std::env::var_os(NAME) else { return Ok(()) };
+    let text = set.to_string_lossy();
+    match text.parse() {
+        Ok(seconds) => {
+            CHECKPOINT_INTERVAL.get_or_init(|| Duration::from_secs(seconds));
+            Ok(())
+        }
+        Err(_) => bail!(Usage, "{NAME} is '{text}', expected a whole number of seconds"),
+    }
 }
 
 /// Silences progress and notes (`--quiet`).

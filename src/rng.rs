@@ -331,6 +331,19 @@ impl Stream {
     }
 }
 
+/// `n` of `len` indices, drawn by a keyed order, ascending.
+pub fn some_of(len: usize, n: usize, seed: u64) -> Vec<usize> {
+    let mut chosen = spread(len, n, seed);
+    chosen.sort_unstable();
+    chosen
+}
+
+/// `n` of `len` indices, spread by a keyed order.
+pub fn spread(len: usize, n: usize, seed: u64) -> Vec<usize> {
+    let order = Permutation::new(seed, u64::from(stream::SUBSET), len as u64);
+    (0..n).map(|i| order.at(i as u64) as usize).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,8 @@
 //! Settings that are written as text wherever they stand: flags, TOML, JSON.
 
-use serde::Deserialize;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer};
 
 /// As a file may have it: `workers = 2` is `workers = "2"`.
 #[derive(Deserialize)]
@@ -23,6 +25,20 @@ impl Written {
             Self::Text(text) => Ok(text),
         }
     }
+}
+
+/// A list of paths, or one path that stands for a list of it: what a TOML key or a flag may give.
+pub fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Given {
+        One(PathBuf),
+        Many(Vec<PathBuf>),
+    }
+    Ok(match Given::deserialize(deserializer)? {
+        Given::One(one) => vec![one],
+        Given::Many(many) => many,
+    })
 }
 
 /// Makes a type with `FromStr<Err = String>` and `Display` fit for

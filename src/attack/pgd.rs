@@ -1,7 +1,6 @@
 //! Projected gradient ascent (Madry et al. 2018, §2.1).
 
 use candle_core::{D, Device, Tensor, Var};
-use serde::{Deserialize, Serialize};
 
 use super::{Epsilon, Norm, Threat, search::choice};
 use crate::{Result, kernels, rng};

@@ -1,22 +1,21 @@
-//! `proxyset arc`: of one pool, or of several sample sets that are ranked.
+//! `proxyset arc --real SRC --synthetic SRC …`: sample sets that are ranked by ARC.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::{Global, StageArgs, print, print_json, stage, table};
+use super::{Global, print, print_json, table};
 use crate::{
     Result,
     data::Source,
     pipeline::{self, PipelineFile},
     progress::note,
-    stage::{AnyStage, Arc, Rank, Split, Stage, read_done},
+    stage::{AnyStage, read_done},
 };
 
+/// Flags of the verb arc beside the stage's.
 #[derive(clap::Args, Clone, Debug)]
-pub(super) struct Args {
-    #[command(flatten)]
-    one: StageArgs<Arc>,
+pub(super) struct Ranking {
     /// Rank sample sets against this real data: it is split, discriminators are trained for each set, then measured.
     /// Name images that no generator has seen, else one that memorises looks perfect.
     #[arg(long, requires = "synthetic", conflicts_with_all = ["split", "pool", "discriminators"])]
@@ -33,24 +32,30 @@ pub(super) struct Args {
     set: Vec<String>,
 }
 
-pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
-    let Some(real) = &args.real else { return stage::main(&args.one, global) };
-    let Some(out) = &args.one.out else {
-        bail!(Usage, "--out is not set, expected the folder for the ranking")
-    };
-    Stage::validate(&args.one.stage)?;
-    let given = [(Split::NAME, json!({ "source": real })), (Arc::NAME, AnyStage::settings(&args.one.stage))];
-    let file = PipelineFile::of("arc", &given, &args.set)?;
-    let nodes = pipeline::ranking_nodes(&file, out, &args.synthetic, args.labeller.as_deref())?;
-    pipeline::run_nodes(&nodes, out, global.device)?;
-    let Some(rank) = nodes.iter().find(|node| node.stage.name() == Rank::NAME) else {
-        bail!(Alarm, "a ranking has no stage that ranks")
-    };
-    let summary = read_done(&rank.folder)?.map(|done| done.summary).unwrap_or_default();
-    if global.json {
-        return print_json(&summary);
+impl Ranking {
+    /// The verb that has these flags.
+    pub(super) const VERB: &'static str = "arc";
+
+    pub(super) fn is_asked_for(&self) -> bool {
+        self.real.is_some()
     }
-    print(&table::summary(&summary))?;
-    note(&format!("curves: {}", rank.folder.join("rank.svg").display()));
-    Ok(())
+
+    /// Ranks into `out`, with the attack of the stage `arc`.
+    pub(super) fn main(&self, arc: &dyn AnyStage, out: Option<&Path>, global: &Global) -> Result<()> {
+        let Some(out) = out else { bail!(Usage, "--out is not set, expected the folder for the ranking") };
+        let given = [("split", json!({ "source": self.real })), (arc.name(), arc.settings())];
+        let file = PipelineFile::of("arc", &given, &self.set)?;
+        let nodes = pipeline::ranking_nodes(&file, out, &self.synthetic, self.labeller.as_deref())?;
+        pipeline::run_nodes(&nodes, out, global.device)?;
+        let Some(rank) = nodes.iter().find(|node| node.stage.name() == "rank") else {
+            bail!(Alarm, "a ranking has no stage that ranks")
+        };
+        let summary = read_done(&rank.folder)?.map(|done| done.summary).unwrap_or_default();
+        if global.json {
+            return print_json(&summary);
+        }
+        print(&table::summary(&summary))?;
+        note(&format!("curves: {}", rank.folder.join("rank.svg").display()));
+        Ok(())
+    }
 }

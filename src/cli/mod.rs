@@ -3,12 +3,13 @@
 mod arc;
 mod check;
 mod plan;
+mod publish;
 mod run;
 mod stage;
 mod status;
 mod table;
 
-use std::{io::Write, path::PathBuf, process::ExitCode};
+use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -16,17 +17,13 @@ use crate::{
     Error, Result,
     device::{CpuLevel, DeviceChoice, Precision},
     progress, settings,
-    stage::{
-        Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Import, Label, Materialize,
-        Publish, Quality, Rank, Report, Score, Split, Train,
-    },
 };
 
 /// Makes synthetic image data sets that make classifiers more robust, and proves that they do.
 ///
 /// Exit codes: 0 done; 1 a stated gate was not met; 2 usage or configuration; 65 bad input data; 70 alarm;
 /// 74 input/output; 75 stopped or locked, run again to resume.
-#[derive(Parser, Debug)]
+#[derive(Parser)]
 #[command(name = "proxyset", version, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
@@ -55,17 +52,7 @@ struct Global {
     threads: usize,
 }
 
-/// A stage's flags, and where its output goes.
-#[derive(clap::Args, Clone, Debug)]
-struct StageArgs<S: clap::Args> {
-    /// The output folder. It may hold this very work, unfinished: then the work goes on.
-    #[arg(long)]
-    out: Option<PathBuf>,
-    #[command(flatten)]
-    stage: S,
-}
-
-#[derive(Subcommand, Debug)]
+#[derive(Subcommand)]
 enum Verb {
     /// Run a pipeline file: what is not done yet, in order.
     Run(plan::Args),
@@ -75,51 +62,29 @@ enum Verb {
     Status(status::Args),
     /// Verify a run folder, a stage's folder or a data set down to the last byte.
     Check(check::Args),
-    /// Divide the real data into what is learned from and what is measured on.
-    Split(StageArgs<Split>),
-    /// Train a diffusion model.
-    FitGenerator(StageArgs<FitGenerator>),
-    /// Sample a pool of images from a diffusion model.
-    Generate(StageArgs<Generate>),
-    /// Make a pool of images made elsewhere.
-    Import(StageArgs<Import>),
-    /// Give pool images labels, or confidence in the labels they have.
-    Label(StageArgs<Label>),
-    /// Measure a pool against real images: Fréchet distance, precision, recall, class accuracy.
-    Quality(StageArgs<Quality>),
-    /// Train robust real/synthetic discriminators.
-    FitDiscriminator(StageArgs<FitDiscriminator>),
-    /// Score every pool image: how far from real.
-    Score(StageArgs<Score>),
-    /// Estimate ARC, the area under the robust discrimination curve, or rank sample sets by it.
-    Arc(arc::Args),
-    /// Rank generators whose ARC is estimated.
-    Rank(StageArgs<Rank>),
-    /// Select from a pool by its scores.
-    Curate(StageArgs<Curate>),
-    /// Write a selection as a Hugging Face data set.
-    Materialize(StageArgs<Materialize>),
-    /// Train a classifier, plainly or adversarially, on real and synthetic data.
-    Train(StageArgs<Train>),
-    /// Evaluate a classifier, clean and under attack.
-    Evaluate(StageArgs<Evaluate>),
-    /// Smooth a classifier with noise and certify radii within which its answers stay.
-    Certify(StageArgs<Certify>),
-    /// Tables, comparisons and contact sheets of what was made.
-    Report(StageArgs<Report>),
+    #[command(flatten)]
+    Stage(stage::Verb),
     /// Verify a data set and copy it to where it is published from.
-    Publish(StageArgs<Publish>),
+    Publish(publish::Args),
 }
 
 /// Parses the command line, does what it says, prints, and returns the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match dispatch(&cli) {
+    let done = expect_text().and_then(|()| dispatch(&Cli::parse()));
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(error.exit_code())
         }
+    }
+}
+
+/// Paths go into records, which are text.
+fn expect_text() -> Result<()> {
+    match std::env::args_os().find(|arg| arg.to_str().is_none()) {
+        Some(arg) => bail!(Usage, "an argument is {}, expected text in UTF-8", arg.display()),
+        None => Ok(()),
     }
 }
 
@@ -129,6 +94,7 @@ fn dispatch(cli: &Cli) -> Result<()> {
         progress::set_quiet();
     }
     CpuLevel::check_env()?;
+    progress::read_checkpoint_interval()?;
     global.precision.set();
     if global.threads > 0 {
         rayon::ThreadPoolBuilder::new()
@@ -147,23 +113,8 @@ fn perform(verb: &Verb, global: &Global) -> Result<()> {
         Verb::Plan(args) => plan::main(args, global),
         Verb::Status(args) => status::main(args, global),
         Verb::Check(args) => check::main(args, global),
-        Verb::Split(args) => stage::main(args, global),
-        Verb::FitGenerator(args) => stage::main(args, global),
-        Verb::Generate(args) => stage::main(args, global),
-        Verb::Import(args) => stage::main(args, global),
-        Verb::Label(args) => stage::main(args, global),
-        Verb::Quality(args) => stage::main(args, global),
-        Verb::FitDiscriminator(args) => stage::main(args, global),
-        Verb::Score(args) => stage::main(args, global),
-        Verb::Arc(args) => arc::main(args, global),
-        Verb::Rank(args) => stage::main(args, global),
-        Verb::Curate(args) => stage::main(args, global),
-        Verb::Materialize(args) => stage::main(args, global),
-        Verb::Train(args) => stage::main(args, global),
-        Verb::Evaluate(args) => stage::main(args, global),
-        Verb::Certify(args) => stage::main(args, global),
-        Verb::Report(args) => stage::main(args, global),
-        Verb::Publish(args) => stage::publish(args, global),
+        Verb::Stage(verb) => verb.main(global),
+        Verb::Publish(args) => publish::main(args, global),
     }
 }
 

@@ -1,70 +1,110 @@
 //! One verb per stage: `proxyset generate --model DIR --count N --out DIR`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
 use serde_json::json;
 
-use super::{Global, StageArgs, print, print_json, table};
+use super::{Global, arc::Ranking, print, print_json, table};
 use crate::{
     Result,
     progress::note,
-    stage::{self, AnyStage, Publish, Stage},
+    stage::{self, AnyStage},
+    stages,
 };
 
-pub(super) fn main<S: Stage>(args: &StageArgs<S>, global: &Global) -> Result<()> {
-    let stage = &args.stage;
-    Stage::validate(stage)?;
+/// A stage with its settings, and where its output goes.
+pub(super) struct Verb {
+    output: Output,
+    stage: Box<dyn AnyStage>,
+    /// Of the verb arc: what is ranked, if it is.
+    ranking: Option<Ranking>,
+}
+
+#[derive(clap::Args)]
+struct Output {
+    /// The output folder. It may hold this very work, unfinished: then the work goes on.
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+impl Subcommand for Verb {
+    fn augment_subcommands(command: Command) -> Command {
+        stages::all().fold(command, |command, kind| {
+            let mut verb = kind.add_flags(Output::augment_args(Command::new(kind.name)));
+            if kind.name == Ranking::VERB {
+                verb = Ranking::augment_args(verb);
+            }
+            command.subcommand(verb.about(kind.about).long_about(None))
+        })
+    }
+
+    fn augment_subcommands_for_update(command: Command) -> Command {
+        Self::augment_subcommands(command)
+    }
+
+    fn has_subcommand(name: &str) -> bool {
+        stages::find(name).is_some()
+    }
+}
+
+impl FromArgMatches for Verb {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let found = matches.subcommand().and_then(|(name, flags)| Some((stages::find(name)?.1, flags)));
+        let Some((kind, flags)) = found else {
+            return Err(clap::Error::new(clap::error::ErrorKind::MissingSubcommand));
+        };
+        let ranking = (kind.name == Ranking::VERB).then(|| Ranking::from_arg_matches(flags)).transpose()?;
+        Ok(Self {
+            output: Output::from_arg_matches(flags)?,
+            stage: kind.of_flags(flags)?,
+            ranking: ranking.filter(Ranking::is_asked_for),
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Verb {
+    pub(super) fn main(&self, global: &Global) -> Result<()> {
+        let stage = self.stage.as_ref();
+        stage.validate()?;
+        if let Some(ranking) = &self.ranking {
+            return ranking.main(stage, self.output.out.as_deref(), global);
+        }
+        match &self.output.out {
+            Some(out) => perform(stage, out, global),
+            // Results that nobody asked to keep: in a folder that nobody else can have filled.
+            None if stage.name() == "evaluate" => {
+                let scratch = tempfile::tempdir().map_err(crate::Error::io(std::env::temp_dir()))?;
+                perform(stage, scratch.path(), global)
+            }
+            None => bail!(Usage, "--out is not set, expected the folder for what {} makes", stage.name()),
+        }
+    }
+}
+
+fn perform(stage: &dyn AnyStage, out: &Path, global: &Global) -> Result<()> {
     let mut inputs = Vec::new();
-    for (key, input) in AnyStage::inputs(stage) {
+    for (key, input) in stage.inputs() {
         inputs.push((key, stage::input_fingerprint(&input)?));
     }
     let fingerprint = stage::fingerprint(stage, &inputs);
-    let out = match &args.out {
-        Some(out) => out.clone(),
-        None if S::NAME == "evaluate" => scratch(&fingerprint),
-        None => bail!(Usage, "--out is not set, expected the folder for what {} makes", S::NAME),
-    };
-    let done_before = stage::state(&out, &fingerprint)? == stage::State::Done;
-    let summary = stage::execute(stage, &inputs, &out, global.device)?;
+    let done_before = stage::state(out, &fingerprint)? == stage::State::Done;
+    let summary = stage::execute(stage, &inputs, out, global.device)?;
     if done_before {
-        note(&format!("{}: done already in {}", S::NAME, out.display()));
+        note(&format!("{}: done already in {}", stage.name(), out.display()));
     }
     if global.json {
         return print_json(&json!({
-            "schema": format!("proxyset.{}/1", S::NAME),
+            "schema": format!("proxyset.{}/1", stage.name()),
             "out": out,
             "fingerprint": fingerprint,
             "summary": summary,
         }));
     }
     print(&table::summary(&summary))
-}
-
-/// `publish` writes to `--to`; its record is kept only with `--out`.
-pub(super) fn publish(args: &StageArgs<Publish>, global: &Global) -> Result<()> {
-    if args.stage.dry_run {
-        Stage::validate(&args.stage)?;
-        let tree = args.stage.tree()?;
-        return if global.json {
-            print_json(&json!({ "schema": "proxyset.tree/1", "tree": tree }))
-        } else {
-            print(&tree)
-        };
-    }
-    let mut args = args.clone();
-    if args.out.is_some() {
-        return main(&args, global);
-    }
-    // Nobody asked to keep the record, so it must not say later that all is done: what is there is checked anew.
-    let record = scratch(&blake3::hash(format!("{:?}", args.stage).as_bytes()).to_hex());
-    crate::fs::remove_dir_all(&record)?;
-    args.out = Some(record.clone());
-    let result = main(&args, global);
-    crate::fs::remove_dir_all(&record)?;
-    result
-}
-
-/// Results that nobody asked to keep: a folder that the system may clear.
-fn scratch(fingerprint: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("proxyset-{}", &fingerprint[..16]))
 }

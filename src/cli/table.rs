@@ -29,7 +29,7 @@ pub(super) fn steps(steps: &[Step]) -> String {
         .map(|s| {
             vec![
                 s.name.clone(),
-                s.fingerprint.as_deref().map_or_else(|| "-".into(), |f| f[..8].to_owned()),
+                s.fingerprint.as_deref().map_or_else(|| "-".into(), |f| crate::fs::short(f, 8)),
                 s.state.to_owned(),
                 s.seconds.map(human_seconds).unwrap_or_default(),
                 s.amount.clone(),

@@ -1,6 +1,5 @@
 //! Arms: what ranks the samples that pass the gates.
 
-use serde::{Deserialize, Serialize};
 
 use crate::{
     rng::{self, stream},

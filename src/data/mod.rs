@@ -10,6 +10,7 @@ pub mod check;
 pub mod hub;
 pub mod image;
 pub mod manifest;
+pub mod publish;
 pub mod source;
 pub mod table;
 

@@ -1,7 +1,6 @@
 //! What a network says about an image, given what it was trained to predict.
 
 use candle_core::Tensor;
-use serde::{Deserialize, Serialize};
 
 use crate::Result;
 

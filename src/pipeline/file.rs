@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use crate::{Error, Result, curate::Arm, stage};
+use super::graph::LABELLER;
+use crate::{Error, Result, curate::Arm, stages};
 
 /// Keys of a pipeline file that are not stages.
-const OTHER_KEYS: [&str; 4] = ["name", "seed", "labeller", "experiment"];
+const OTHER_KEYS: [&str; 5] = ["name", "seed", LABELLER, "experiment", "publish"];
 
 /// A pipeline file, read and checked for unknown tables. The stages' own keys are checked when the graph is made.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub struct PipelineFile {
     pub seed: u64,
     /// What is compared, if anything.
     pub experiment: Option<Experiment>,
+    /// Where a data set is copied to at the end of each run, if anywhere.
+    pub publish: Option<PublishTable>,
     path: PathBuf,
     tables: Table,
 }
@@ -34,6 +37,16 @@ pub struct Experiment {
     pub real_only: bool,
     /// Training seeds: initial weights, order, attack, and the subset of the arms that draw.
     pub seeds: Vec<u64>,
+}
+
+/// `[publish]`: at the end of each run the data set is copied to a folder, unless it is there.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PublishTable {
+    /// The folder to publish to.
+    pub to: PathBuf,
+    /// A data set, or the folder of a finished materialize; that of the run if not given.
+    pub dataset: Option<PathBuf>,
 }
 
 fn yes() -> bool {
@@ -55,14 +68,8 @@ impl PipelineFile {
         let mut tables = Table::new();
         tables.insert("name".into(), Value::String(name.into()));
         for (stage, table) in given {
-            let mut settings = Table::new();
-            for (key, value) in table.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null())
-            {
-                let value = Value::try_from(value)
-                    .map_err(|e| Error::Usage(format!("{stage}: {key} is {value}, which is no TOML: {e}")))?;
-                settings.insert(key.clone(), value);
-            }
-            tables.insert((*stage).into(), Value::Table(settings));
+            let table = table_of(table).map_err(|e| Error::Usage(format!("{stage}: {e}")))?;
+            tables.insert((*stage).into(), table);
         }
         Self::parse(Path::new(name), &tables.to_string(), set)
     }
@@ -73,13 +80,13 @@ impl PipelineFile {
         for assignment in set {
             apply(&mut tables, assignment)?;
         }
-        let stages = stage::NAMES;
+        let stages = stages::names();
         for (key, value) in &tables {
             if !stages.contains(&key.as_str()) && !OTHER_KEYS.contains(&key.as_str()) {
-                let expected = [&OTHER_KEYS[..], stages].concat().join(", ");
+                let expected = [&OTHER_KEYS[..], &stages].concat().join(", ");
                 return Err(usage(&format!("unknown key '{key}', expected one of: {expected}")));
             }
-            let is_table = stages.contains(&key.as_str()) || key == "labeller" || key == "experiment";
+            let is_table = !["name", "seed"].contains(&key.as_str());
             if is_table && !value.is_table() {
                 return Err(usage(&format!("'{key}' is a {}, expected a table [{key}]", value.type_str())));
             }
@@ -94,16 +101,14 @@ impl PipelineFile {
             Some(Value::Integer(seed)) if *seed >= 0 => *seed as u64,
             Some(other) => return Err(usage(&format!("seed is {other}, expected an integer from 0"))),
         };
-        let experiment: Option<Experiment> = match tables.get("experiment") {
-            None => None,
-            Some(table) => Some(table.clone().try_into().map_err(|e| usage(&format!("[experiment]: {e}")))?),
-        };
+        let experiment: Option<Experiment> = of_table(&tables, "experiment").map_err(|e| usage(&e))?;
+        let publish = of_table(&tables, "publish").map_err(|e| usage(&e))?;
         if let Some(experiment) = &experiment
             && (experiment.seeds.is_empty() || (experiment.arms.is_empty() && !experiment.real_only))
         {
             return Err(usage(&"[experiment]: nothing to train, expected at least one seed and one arm"));
         }
-        Ok(Self { name, seed, experiment, path: path.to_path_buf(), tables })
+        Ok(Self { name, seed, experiment, publish, path: path.to_path_buf(), tables })
     }
 
     /// The table of stage or labeller `name`; empty if there is none.
@@ -118,27 +123,53 @@ impl PipelineFile {
 
     /// An error about one table of this file.
     pub(super) fn error(&self, table: &str, problem: &dyn std::fmt::Display) -> Error {
-        Error::Usage(format!("{}: [{table}]: {problem}", self.path.display()))
+        self.problem(&format!("[{table}]: {problem}"))
     }
+
+    /// An error of this file.
+    pub(super) fn problem(&self, problem: &str) -> Error {
+        Error::Usage(format!("{}: {problem}", self.path.display()))
+    }
+}
+
+/// A table that is no stage's, if it is there.
+fn of_table<T: serde::de::DeserializeOwned>(tables: &Table, name: &str) -> Result<Option<T>, String> {
+    let parse = |table: &Value| {
+        table.clone().try_into().map_err(|e: toml::de::Error| format!("[{name}]: {}", e.message()))
+    };
+    tables.get(name).map(parse).transpose()
 }
 
 fn is_plain(name: &str) -> bool {
     !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
 }
 
-/// `table.key=value` or `key=value`.
+/// What is not null, as TOML.
+fn table_of(value: &serde_json::Value) -> Result<Value, toml::ser::Error> {
+    match value.as_object() {
+        None => Value::try_from(value),
+        Some(table) => {
+            let set = table.iter().filter(|(_, value)| !value.is_null());
+            set.map(|(key, value)| Ok((key.clone(), table_of(value)?))).collect::<Result<_, _>>().map(Value::Table)
+        }
+    }
+}
+
+/// `key=value`, `table.key=value`, or deeper.
 fn apply(tables: &mut Table, assignment: &str) -> Result<()> {
     let wrong = || Error::Usage(format!("--set is '{assignment}', expected TABLE.KEY=VALUE"));
     let (key, text) = assignment.split_once('=').ok_or_else(wrong)?;
     let parsed: Option<Table> = toml::from_str(&format!("value = {text}")).ok();
     let value = parsed.and_then(|mut t| t.remove("value")).unwrap_or_else(|| Value::String(text.into()));
-    let (table, key) = match key.trim().split_once('.') {
-        Some((table, key)) => {
-            let entry = tables.entry(table).or_insert_with(|| Value::Table(Table::new()));
-            (entry.as_table_mut().ok_or_else(wrong)?, key)
-        }
-        None => (tables, key.trim()),
-    };
+    let mut table = tables;
+    let mut path: Vec<&str> = key.trim().split('.').collect();
+    let Some(key) = path.pop() else { return Err(wrong()) };
+    for name in path {
+        let below = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
+        let found = below.type_str();
+        let not_a_table = || Error::Usage(format!("--set is '{assignment}', but {name} is a {found}, expected a table"));
+        table = below.as_table_mut().ok_or_else(not_a_table)?;
+    }
     table.insert(key.to_owned(), value);
     Ok(())
 }

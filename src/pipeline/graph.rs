@@ -1,21 +1,24 @@
 //! From a pipeline file to its stages, in order, each with its inputs, fingerprint and folder.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
-use toml::Value;
+use toml::{Table, Value};
 
 use super::PipelineFile;
 use crate::{
     Error, Result,
     curate::Arm,
-    stage::{
-        self, AnyStage, Arc, Certify, Curate, Evaluate, FitDiscriminator, FitGenerator, Generate, Import,
-        Label, Materialize, NAMES, Publish, Quality, Rank, Report, Score, Split, Stage, Train,
-    },
+    fs,
+    stage::{self, AnyStage, Input, Origin, StageKind},
+    stages,
+    tables::records::CLASSIFIER,
 };
 
-/// Inputs that may be several folders.
-const SEVERAL: [&str; 3] = ["metrics", "arcs", "labelled"];
+/// The table of the classifier that labels the pool: a second table of train.
+pub(super) const LABELLER: &str = "labeller";
 
 /// One stage of a run.
 pub struct Node {
@@ -36,111 +39,46 @@ pub struct Node {
 /// The stages of `file` in the run folder `run`, in the order in which they run; with `until`, up to the
 /// last of that stage, and then the report of what there is.
 ///
-/// A stage whose table is missing runs with its defaults, except those that have to be asked for: train and
-/// evaluate (`[train]`), certify (`[certify]`), quality (`[quality]`), import (`[import]`, in place of generate), and
-/// publish (`[publish]`). Settings that cannot be are [`Error::Usage`].
+/// A stage whose table is missing runs with its defaults if the way from data to data set leads through it; others
+/// have to be asked for by a table: import (in place of generate), train and evaluate (also by `[experiment]`), and all that
+/// only look, such as quality and certify. Settings that cannot be are [`Error::Usage`].
 pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Node>> {
     let last = match until {
         None => usize::MAX,
-        Some(name) => NAMES.iter().position(|&n| n == name).ok_or_else(|| {
-            Error::Usage(format!("--until is '{name}', expected one of: {}", NAMES.join(", ")))
+        Some(name) => stages::find(name).map(|(place, _)| place).ok_or_else(|| {
+            Error::Usage(format!("--until is '{name}', expected one of: {}", stages::names().join(", ")))
         })?,
     };
-    let mut graph = Graph { file, run, nodes: Vec::new(), last };
-    if file.experiment.is_some() && file.table("train").contains_key("data") {
-        return Err(file
-            .error("train", &"data is set, but [experiment] gives each arm its own; expected one of them"));
-    }
-    if file.has(Certify::NAME) && !file.has(Train::NAME) && file.experiment.is_none() {
-        return Err(
-            file.error("certify", &"there is no classifier to certify, expected [train] or [experiment]")
-        );
-    }
-    if file.has(Rank::NAME) {
-        return Err(file
-            .error(Rank::NAME, &"a pipeline has one pool, expected `proxyset arc --real … --synthetic …`"));
-    }
-    let split = graph.add::<Split>("split", &[])?;
-    let real = [("split", split.clone())];
-
-    if file.table("generate").contains_key("shards") {
-        let problem =
-            "shards is for one process of several: use `proxyset generate --shards`, then run the pipeline";
-        return Err(file.error("generate", &problem));
-    }
-    let pool = if file.has(Import::NAME) {
-        if let Some(other) = [Generate::NAME, FitGenerator::NAME].into_iter().find(|&name| file.has(name)) {
-            return Err(
-                file.error("import", &format!("there is [{other}] too, expected one source of the pool"))
-            );
-        }
-        graph.add::<Import>("import", &[])?
-    } else if file.table("generate").contains_key("model") {
-        graph.add::<Generate>("generate", &[])?
+    refuse_contradictions(file)?;
+    let mut graph = Graph::new(file, run, last);
+    graph.add("split")?;
+    if file.has("import") {
+        graph.add("import")?;
     } else {
-        let model = graph.add::<FitGenerator>("fit-generator", &real)?;
-        graph.add::<Generate>("generate", &[("model", model)])?
-    };
-    let classifier = match file.table("label").get("classifier") {
-        Some(Value::String(other)) => PathBuf::from(other),
-        _ => graph.add_as::<Train>("train labeller", "labeller", &real, Label::NAME)?,
-    };
-    let classifier = ("classifier", classifier);
-    let inputs = [("pool", pool.clone()), classifier.clone()];
-    if file.has(Quality::NAME) {
-        let source = graph.resolve::<Split>("split", &[], &[])?.source.to_string();
-        let [pool, classifier] = inputs.clone();
-        graph.add::<Quality>("quality", &[pool, classifier, ("data", PathBuf::from(source))])?;
-    }
-    let labels = graph.add::<Label>("label", &inputs)?;
-
-    let proxy = [("split", split.clone()), ("pool", pool.clone())];
-    let discriminators = graph.add::<FitDiscriminator>("fit-discriminator", &proxy)?;
-    let discriminators = ("discriminators", discriminators);
-    let judged = [
-        ("split", split.clone()),
-        ("pool", pool.clone()),
-        ("labels", labels.clone()),
-        discriminators.clone(),
-        classifier,
-    ];
-    let scores = graph.add::<Score>("score", &judged)?;
-    let attacked = [("split", split.clone()), ("pool", pool.clone()), discriminators];
-    let arc = graph.add::<Arc>("arc", &attacked)?;
-
-    let curated = |graph: &mut Graph, arm: Option<Arm>, seed: Option<u64>| -> Result<(PathBuf, PathBuf)> {
-        let suffix = arm.map(|a| format!(" {a}")).unwrap_or_default()
-            + &seed.map(|s| format!(" seed {s}")).unwrap_or_default();
-        let arm = arm.map(|a| ("arm", Value::String(a.to_string())));
-        let seed = seed.map(|s| ("seed", Value::Integer(s as i64)));
-        let extra: Vec<_> = arm.into_iter().chain(seed).collect();
-        let inputs = [("scores", scores.clone())];
-        let selection =
-            graph.add_with::<Curate>(&format!("curate{suffix}"), "curate", &inputs, &extra, None)?;
-        let mut inputs = vec![("split", split.clone()), ("pool", pool.clone())];
-        inputs.push(("selection", selection.clone()));
-        // Once is enough: the arms of an experiment go without the pool.
-        let mut alone = Vec::new();
-        if file.table(Materialize::NAME).get("with_pool") == Some(&Value::Boolean(true)) {
-            if extra.is_empty() {
-                inputs.push(("scores", scores.clone()));
-            } else {
-                alone.push(("with_pool", Value::Boolean(false)));
-            }
+        if !file.table("generate").contains_key("model") {
+            graph.add("fit-generator")?;
         }
-        let dataset = graph.add_with::<Materialize>(
-            &format!("materialize{suffix}"),
-            "materialize",
-            &inputs,
-            &alone,
-            None,
-        )?;
-        Ok((selection, dataset))
-    };
-    let (selection, dataset) = curated(&mut graph, None, None)?;
+        graph.add("generate")?;
+    }
+    graph.classifier = Some(match file.table("label").get("classifier") {
+        Some(Value::String(other)) => PathBuf::from(other),
+        _ => graph.add_as(Call {
+            name: Some("train labeller".into()),
+            table: Some(LABELLER),
+            wanted_by: Some("label"),
+            ..Call::of("train")
+        })?,
+    });
+    graph.add("label")?;
+    graph.add_asked_for("fit-discriminator")?;
+    for stage in ["fit-discriminator", "score", "arc"] {
+        graph.add(stage)?;
+    }
+    graph.add_asked_for("curate")?;
+    let (selection, dataset) = graph.add_curated(None, None)?;
 
     let mut metrics = Vec::new();
-    if let Some(experiment) = file.experiment.as_ref().filter(|_| graph.wants(Train::NAME)) {
+    if let Some(experiment) = file.experiment.as_ref().filter(|_| graph.wants("train")) {
         for &seed in &experiment.seeds {
             let baseline = experiment.real_only.then_some(None);
             for arm in baseline.into_iter().chain(experiment.arms.iter().copied().map(Some)) {
@@ -149,27 +87,51 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
                     Some(arm) => {
                         // Arms that draw have a fresh subset for each seed.
                         let fresh = matches!(arm, Arm::Random | Arm::Rejection).then_some(seed);
-                        Some(curated(&mut graph, Some(arm), fresh)?.1)
+                        Some(graph.add_curated(Some(arm), fresh)?.1)
                     }
                 };
                 let name = format!("{} seed {seed}", arm.map_or("real".into(), |a| a.to_string()));
-                metrics.extend(graph.train_and_evaluate(&name, &split, data.as_deref(), Some(seed))?);
+                metrics.extend(graph.train_and_evaluate(&name, data, Some(seed))?);
             }
         }
-    } else if file.has(Train::NAME) {
-        metrics.extend(graph.train_and_evaluate("", &split, Some(&dataset), None)?);
+    } else if file.has("train") {
+        metrics.extend(graph.train_and_evaluate("", Some(dataset), None)?);
     }
-
-    let mut inputs = vec![("pool", pool), ("labels", labels), ("scores", scores), ("arc", arc)];
-    inputs.push(("selection", selection));
-    inputs.extend(metrics.into_iter().map(|m| ("metrics", m)));
-    graph.add_report(&inputs)?;
-    if file.has(Publish::NAME) {
-        graph.add::<Publish>("publish", &[("dataset", dataset)])?;
-    }
+    graph.add_asked_for("report")?;
+    graph.add_report(selection, metrics)?;
     let mut seen = std::collections::HashSet::new();
     graph.nodes.retain(|n| seen.insert(n.folder.clone()));
     Ok(graph.nodes)
+}
+
+/// Refuses tables of one file that cannot stand together.
+fn refuse_contradictions(file: &PipelineFile) -> Result<()> {
+    let makes_classifiers = file.has("train") || file.experiment.is_some();
+    if file.experiment.is_some() && file.table("train").contains_key("data") {
+        return Err(file
+            .error("train", &"data is set, but [experiment] gives each arm its own; expected one of them"));
+    }
+    if file.has("certify") && !makes_classifiers {
+        return Err(
+            file.error("certify", &"there is no classifier to certify, expected [train] or [experiment]")
+        );
+    }
+    if file.has("rank") {
+        return Err(
+            file.error("rank", &"a pipeline has one pool, expected `proxyset arc --real … --synthetic …`")
+        );
+    }
+    if file.table("generate").contains_key("shards") {
+        let problem =
+            "shards is for one process of several: use `proxyset generate --shards`, then run the pipeline";
+        return Err(file.error("generate", &problem));
+    }
+    match ["generate", "fit-generator"].into_iter().find(|&name| file.has(name)) {
+        Some(other) if file.has("import") => {
+            Err(file.error("import", &format!("there is [{other}] too, expected one source of the pool")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The stages that rank sample sets by ARC against the real data of `[split]`, in the order in which they run.
@@ -182,8 +144,8 @@ pub fn ranking_nodes(
     sets: &[String],
     labeller: Option<&Path>,
 ) -> Result<Vec<Node>> {
-    let mut graph = Graph { file, run, nodes: Vec::new(), last: usize::MAX };
-    let split = graph.add::<Split>("split", &[])?;
+    let mut graph = Graph::new(file, run, usize::MAX);
+    graph.add("split")?;
     // What is wrong with any of the sets or its labels is found before hours of training for another.
     let (mut ranked, mut pools) = (Vec::new(), Vec::new());
     let mut names: Vec<String> = Vec::new();
@@ -193,173 +155,250 @@ pub fn ranking_nodes(
         if names.contains(&name) {
             bail!(Usage, "--synthetic {name} is given twice, expected every set once");
         }
-        let named = |what: &str| format!("{what} {name}");
+        let call = |stage: &'static str, inputs| Call {
+            name: Some(format!("{stage} {name}")),
+            inputs,
+            ..Call::of(stage)
+        };
         let pool = if stage::is_stage_folder(Path::new(set)) {
             PathBuf::from(set)
         } else {
-            let source = [("source", PathBuf::from(set))];
-            graph.add_with::<Import>(&named("import"), Import::NAME, &source, &[], None)?
+            graph.add_as(call("import", vec![("source", PathBuf::from(set))]))?
         };
         if let Some(labeller) = labeller {
-            let inputs = [("pool", pool.clone()), ("classifier", labeller.to_path_buf())];
-            let labels = graph.add_with::<Label>(&named("label"), Label::NAME, &inputs, &[], None)?;
-            ranked.push(("labelled", labels));
+            let inputs = vec![("pool", pool.clone()), ("classifier", labeller.to_path_buf())];
+            ranked.push(("labelled", graph.add_as(call("label", inputs))?));
         }
         pools.push(pool);
         names.push(name);
     }
     for (pool, name) in pools.into_iter().zip(&names) {
-        let named = |what: &str| format!("{what} {name}");
-        let inputs = [("split", split.clone()), ("pool", pool)];
-        let table = FitDiscriminator::NAME;
-        let settings = [("judges", Value::Boolean(false))];
-        let discriminators =
-            graph.add_with::<FitDiscriminator>(&named(table), table, &inputs, &settings, None)?;
-        let inputs = [inputs[0].clone(), inputs[1].clone(), ("discriminators", discriminators)];
-        ranked.push(("arcs", graph.add_with::<Arc>(&named("arc"), Arc::NAME, &inputs, &[], None)?));
+        let call = |stage: &'static str, settings| Call {
+            name: Some(format!("{stage} {name}")),
+            inputs: vec![("pool", pool.clone())],
+            settings,
+            ..Call::of(stage)
+        };
+        graph.add_as(call("fit-discriminator", vec![("judges", Value::Boolean(false))]))?;
+        ranked.push(("arcs", graph.add_as(call("arc", Vec::new()))?));
     }
-    graph.add_with::<Rank>(Rank::NAME, Rank::NAME, &ranked, &[("names", Value::from(names))], None)?;
+    graph.add_as(Call {
+        inputs: ranked,
+        settings: vec![("names", Value::from(names))],
+        ..Call::of("rank")
+    })?;
     Ok(graph.nodes)
 }
 
 /// The name of a stage as the program spells it.
 pub(super) fn stage_name(name: &str) -> &'static str {
-    NAMES.iter().find(|&&n| n == name).copied().unwrap_or("unknown")
+    stages::find(name).map_or("unknown", |(_, kind)| kind.name)
+}
+
+/// A stage that is to be added.
+struct Call {
+    stage: &'static str,
+    /// What the node is called, if not as the stage.
+    name: Option<String>,
+    /// The table of its settings, if not its own.
+    table: Option<&'static str>,
+    /// Inputs that are not what the run made last.
+    inputs: Vec<(&'static str, PathBuf)>,
+    /// Settings that rule over the table.
+    settings: Vec<(&'static str, Value)>,
+    /// The stage with which it is wanted, if not with itself.
+    wanted_by: Option<&'static str>,
+}
+
+impl Call {
+    fn of(stage: &'static str) -> Self {
+        Self { stage, name: None, table: None, inputs: Vec::new(), settings: Vec::new(), wanted_by: None }
+    }
 }
 
 struct Graph<'a> {
     file: &'a PipelineFile,
     run: &'a Path,
     nodes: Vec<Node>,
-    /// Index in [`NAMES`] of the last stage that is wanted.
+    /// Place in the order of the last stage that is wanted.
     last: usize,
+    /// The folder of the last of each stage.
+    made: HashMap<&'static str, PathBuf>,
+    /// What labels the pool.
+    classifier: Option<PathBuf>,
+    /// Of what comes from outside: hashed once, however many stages read it.
+    outside: HashMap<String, Result<String, String>>,
 }
 
-impl Graph<'_> {
+impl<'a> Graph<'a> {
+    fn new(file: &'a PipelineFile, run: &'a Path, last: usize) -> Self {
+        let (made, outside) = (HashMap::new(), HashMap::new());
+        Self { file, run, nodes: Vec::new(), last, made, classifier: None, outside }
+    }
+
     fn wants(&self, stage: &str) -> bool {
-        NAMES.iter().position(|&n| n == stage).is_some_and(|i| i <= self.last)
+        stages::find(stage).is_some_and(|(place, _)| place <= self.last)
     }
 
-    fn add<S: Stage>(&mut self, table: &str, inputs: &[(&'static str, PathBuf)]) -> Result<PathBuf> {
-        self.add_with::<S>(table, table, inputs, &[], None)
+    /// A stage with its own table, on what the run has made.
+    fn add(&mut self, stage: &'static str) -> Result<PathBuf> {
+        self.add_as(Call::of(stage))
     }
 
-    /// A stage under another table than its own, wanted whenever stage `wanted_by` is.
-    fn add_as<S: Stage>(
-        &mut self,
-        name: &str,
-        table: &str,
-        inputs: &[(&'static str, PathBuf)],
-        wanted_by: &str,
-    ) -> Result<PathBuf> {
-        self.add_with::<S>(name, table, inputs, &[], Some(wanted_by))
+    /// The stages before `stage` that are not there yet and have a table.
+    fn add_asked_for(&mut self, stage: &str) -> Result<()> {
+        for kind in stages::all().take_while(|kind| kind.name != stage) {
+            if self.file.has(kind.name) && !self.made.contains_key(kind.name) {
+                self.add(kind.name)?;
+            }
+        }
+        Ok(())
     }
 
-    /// The report comes last and tells of what there is, whatever `--until` says, once there are scores.
-    fn add_report(&mut self, inputs: &[(&'static str, PathBuf)]) -> Result<PathBuf> {
-        let made: Vec<_> = inputs
-            .iter()
-            .filter(|(_, folder)| self.nodes.iter().any(|n| n.folder == *folder))
-            .cloned()
-            .collect();
-        let enough = made.iter().any(|(key, _)| *key == "selection");
-        let wanted_by = if enough { Split::NAME } else { Report::NAME };
-        self.add_with::<Report>("report", "report", &made, &[], Some(wanted_by))
+    /// A selection and the data set of it: those of an arm, or what the tables say. Returns their folders.
+    fn add_curated(&mut self, arm: Option<Arm>, seed: Option<u64>) -> Result<(PathBuf, PathBuf)> {
+        let suffix = arm.map(|a| format!(" {a}")).unwrap_or_default()
+            + &seed.map(|s| format!(" seed {s}")).unwrap_or_default();
+        let name = |stage: &str| Some(format!("{stage}{suffix}"));
+        let arm_setting = arm.map(|a| ("arm", Value::String(a.to_string())));
+        let seed = seed.map(|s| ("seed", Value::Integer(s as i64)));
+        let settings: Vec<_> = arm_setting.into_iter().chain(seed).collect();
+        let selection = self.add_as(Call { name: name("curate"), settings, ..Call::of("curate") })?;
+        let (mut inputs, mut settings) = (Vec::new(), Vec::new());
+        // Once is enough: the arms of an experiment go without the pool.
+        if self.file.table("materialize").get("with_pool") == Some(&Value::Boolean(true)) {
+            match arm {
+                None => inputs.extend(self.made.get("score").map(|scores| ("scores", scores.clone()))),
+                Some(_) => settings.push(("with_pool", Value::Boolean(false))),
+            }
+        }
+        let call = Call { name: name("materialize"), inputs, settings, ..Call::of("materialize") };
+        Ok((selection, self.add_as(call)?))
     }
 
+    /// A classifier and what is measured of it. Returns the evaluation, if it is wanted.
     fn train_and_evaluate(
         &mut self,
         suffix: &str,
-        split: &Path,
-        data: Option<&Path>,
+        data: Option<PathBuf>,
         seed: Option<u64>,
-    ) -> Result<Vec<PathBuf>> {
-        let mut inputs = vec![("split", split.to_path_buf())];
-        inputs.extend(data.map(|d| ("data", d.to_path_buf())));
-        let seed: Vec<_> = seed.map(|s| ("seed", Value::Integer(s as i64))).into_iter().collect();
-        let name = |verb: &str| format!("{verb} {suffix}").trim_end().to_owned();
-        let model = self.add_with::<Train>(&name("train"), "train", &inputs, &seed, None)?;
-        let source = self.resolve::<Split>("split", &[], &[])?.source.to_string();
-        let inputs = [("model", model), ("data", PathBuf::from(source))];
-        let metrics = self.add_with::<Evaluate>(&name("evaluate"), "evaluate", &inputs, &[], None)?;
-        if self.file.has(Certify::NAME) {
-            self.add_with::<Certify>(&name("certify"), "certify", &inputs, &[], None)?;
+    ) -> Result<Option<PathBuf>> {
+        let name = |stage: &str| Some(format!("{stage} {suffix}").trim_end().to_owned());
+        self.add_as(Call {
+            name: name("train"),
+            inputs: data.map(|data| ("data", data)).into_iter().collect(),
+            settings: seed.map(|seed| ("seed", Value::Integer(seed as i64))).into_iter().collect(),
+            ..Call::of("train")
+        })?;
+        let metrics = self.add_as(Call { name: name("evaluate"), ..Call::of("evaluate") })?;
+        if self.file.has("certify") {
+            self.add_as(Call { name: name("certify"), ..Call::of("certify") })?;
         }
-        Ok(if self.wants(Evaluate::NAME) { vec![metrics] } else { Vec::new() })
+        Ok(self.wants("evaluate").then_some(metrics))
     }
 
-    /// The stage's settings: its table, then the graph's inputs and values for keys that the table leaves open.
-    fn resolve<S: Stage>(
-        &self,
-        table_name: &str,
-        inputs: &[(&'static str, PathBuf)],
-        extra: &[(&'static str, Value)],
-    ) -> Result<S> {
-        let mut table = self.file.table(table_name);
-        if table_name == "labeller" && !table.contains_key("objective") {
-            table.insert("objective".into(), Value::String("plain".into()));
+    /// The report comes last and tells of what there is, whatever `--until` says, once there is a selection.
+    fn add_report(&mut self, selection: PathBuf, metrics: Vec<PathBuf>) -> Result<()> {
+        let is_made = |nodes: &[Node], folder: &Path| nodes.iter().any(|n| n.folder == folder);
+        let nodes = std::mem::take(&mut self.nodes);
+        self.made.retain(|_, folder| is_made(&nodes, folder));
+        let enough = is_made(&nodes, &selection);
+        self.nodes = nodes;
+        self.made.remove("curate");
+        let selection = enough.then_some(("selection", selection));
+        let inputs = selection.into_iter().chain(metrics.into_iter().map(|m| ("metrics", m))).collect();
+        let wanted_by = enough.then_some("split");
+        self.add_as(Call { inputs, wanted_by, ..Call::of("report") }).map(drop)
+    }
+
+    /// The stage's settings: the call's, then its table's, then what the run has made for inputs that are left open.
+    fn resolve(&self, kind: &StageKind, call: &Call) -> Result<Box<dyn AnyStage>> {
+        let name = call.table.unwrap_or(kind.name);
+        let mut table = self.file.table(name);
+        if name == LABELLER
+            && let Value::Table(objective) = table.entry("objective").or_insert_with(|| Table::new().into())
+        {
+            objective.entry("kind").or_insert_with(|| "plain".into());
         }
-        for (key, value) in extra {
+        for (key, value) in &call.settings {
             table.insert((*key).into(), value.clone());
         }
-        for (key, folder) in inputs {
-            let value = Value::String(folder.to_string_lossy().into_owned());
-            match table.get_mut(*key) {
-                Some(Value::Array(several)) if SEVERAL.contains(key) => several.push(value),
-                // What the table names itself stands.
-                Some(_) => {}
-                None if SEVERAL.contains(key) => drop(table.insert((*key).into(), Value::Array(vec![value]))),
-                None => drop(table.insert((*key).into(), value)),
+        for input in kind.inputs {
+            let mut given = call.inputs.iter().filter(|(key, _)| *key == input.key).map(|(_, p)| p.clone());
+            let path = |path: PathBuf| Value::String(path.to_string_lossy().into_owned());
+            if input.several {
+                let folders: Vec<Value> = given.map(path).collect();
+                match table.get_mut(input.key) {
+                    Some(Value::Array(several)) => several.extend(folders),
+                    // What the table names itself stands.
+                    Some(_) => {}
+                    None if folders.is_empty() => {}
+                    None => drop(table.insert(input.key.into(), Value::Array(folders))),
+                }
+            } else if !table.contains_key(input.key)
+                && let Some(folder) = given.next().map_or_else(|| self.default_of(input), |p| Ok(Some(p)))?
+            {
+                table.insert(input.key.into(), path(folder));
             }
         }
-        let has_seed = S::default().settings().get("seed").is_some();
+        let of_table = |table: &Table| kind.of_table(name, table).map_err(|e| self.file.problem(&e));
+        let has_seed = of_table(&Table::new())?.settings().get("seed").is_some();
         if has_seed && !table.contains_key("seed") {
             table.insert("seed".into(), Value::Integer(self.file.seed as i64));
         }
-        let config: S = Value::Table(table)
-            .try_into()
-            .map_err(|e: toml::de::Error| self.file.error(table_name, &e.message()))?;
-        Stage::validate(&config).map_err(|e| self.file.error(table_name, &e))?;
-        Ok(config)
+        let stage = of_table(&table)?;
+        stage.validate().map_err(|e| self.file.error(name, &e))?;
+        Ok(stage)
     }
 
-    fn add_with<S: Stage>(
-        &mut self,
-        name: &str,
-        table: &str,
-        inputs: &[(&'static str, PathBuf)],
-        extra: &[(&'static str, Value)],
-        wanted_by: Option<&str>,
-    ) -> Result<PathBuf> {
-        let config: S = self.resolve(table, inputs, extra)?;
+    /// What the run has made that an input may be.
+    fn default_of(&self, input: &Input) -> Result<Option<PathBuf>> {
+        Ok(match input.from {
+            Origin::Given => None,
+            Origin::RealData => {
+                let (_, split) = stages::find("split").ok_or_else(|| Error::Alarm("no split".into()))?;
+                let settings = self.resolve(split, &Call::of("split"))?.settings();
+                settings["source"].as_str().map(PathBuf::from)
+            }
+            Origin::Stages(_) if input.key == CLASSIFIER.key => self.classifier.clone(),
+            Origin::Stages(stages) => stages.iter().find_map(|stage| self.made.get(stage).cloned()),
+        })
+    }
+
+    fn add_as(&mut self, call: Call) -> Result<PathBuf> {
+        let (_, kind) = stages::find(call.stage)
+            .ok_or_else(|| Error::Alarm(format!("there is no stage '{}'", call.stage)))?;
+        let stage = self.resolve(kind, &call)?;
+        let table = call.table.unwrap_or(kind.name);
+        let name = call.name.unwrap_or_else(|| kind.name.into());
         let mut fingerprints = Vec::new();
         let mut problem = None;
-        for (key, input) in AnyStage::inputs(&config) {
-            let folder = Path::new(&input);
-            let fingerprint = match self.nodes.iter().find(|n| n.folder == folder) {
+        let inputs = stage.inputs();
+        let complete = inputs.len();
+        for (key, input) in inputs {
+            let fingerprint = match self.nodes.iter().find(|n| n.folder == Path::new(&input)) {
                 Some(node) => node.fingerprint.clone(),
-                None => stage::input_fingerprint(&input)
+                None => self
+                    .outside
+                    .entry(input.clone())
+                    .or_insert_with(|| stage::input_fingerprint(&input).map_err(|e| e.to_string()))
+                    .clone()
                     .map_err(|e| problem = Some(format!("[{table}] {key} = '{input}': {e}")))
                     .ok(),
             };
             fingerprints.extend(fingerprint.map(|f| (key, f)));
         }
-        let complete = fingerprints.len() == AnyStage::inputs(&config).len();
-        let fingerprint = complete.then(|| stage::fingerprint(&config, &fingerprints));
+        let complete = fingerprints.len() == complete;
+        let fingerprint = complete.then(|| stage::fingerprint(stage.as_ref(), &fingerprints));
         // Without a fingerprint the folder has no name yet; the node's name keeps its users apart.
-        let mark = fingerprint.as_deref().map_or_else(|| name.replace(' ', "-"), |f| f[..8].to_owned());
-        let folder = self.run.join(format!("{}-{mark}", S::NAME));
-        if self.wants(wanted_by.unwrap_or(S::NAME)) {
-            let stage = Box::new(config);
+        let mark = fingerprint.as_deref().map_or_else(|| name.replace(' ', "-"), |f| fs::short(f, 8));
+        let folder = self.run.join(format!("{}-{mark}", kind.name));
+        if call.table.is_none() {
+            self.made.insert(kind.name, folder.clone());
+        }
+        if self.wants(call.wanted_by.unwrap_or(kind.name)) {
             let inputs = fingerprints;
-            self.nodes.push(Node {
-                name: name.into(),
-                stage,
-                inputs,
-                fingerprint,
-                folder: folder.clone(),
-                problem,
-            });
+            self.nodes.push(Node { name, stage, inputs, fingerprint, folder: folder.clone(), problem });
         }
         Ok(folder)
     }

@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-pub use file::{Experiment, PipelineFile};
+pub use file::{Experiment, PipelineFile, PublishTable};
 pub use graph::{Node, nodes, ranking_nodes};
 
 use crate::{
     Error, Result, ResultExt,
+    data::publish::publish,
     device::DeviceChoice,
     fs, progress,
     stage::{self, State},
+    tables::dataset::dataset_folder,
 };
 
 /// One stage of a run, resolved: where it is, and what state it is in.
@@ -29,7 +31,7 @@ pub struct Step {
     pub folder: PathBuf,
     /// Fingerprint of the work; none if an input is not there to be hashed.
     pub fingerprint: Option<String>,
-    /// `done`, `partial`, `missing`.
+    /// `done`, `partial`, `missing`; of publishing, which is looked after anew each time, `each run`.
     pub state: &'static str,
     /// How much work it is.
     pub amount: String,
@@ -43,8 +45,36 @@ pub struct Step {
 
 /// What would be done, how much, and what is done already. Reads; writes nothing.
 pub fn plan(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Step>> {
+    steps(file, nodes(file, run, until)?, until, "each run")
+}
+
+/// Does what is not done yet, in order, and publishes the data set if the file says where to, unless the run ends before with
+/// `until`. Returns every step as it stands at the end.
+///
+/// Two processes may not drive one run folder: the second fails with [`Error::Stopped`].
+pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceChoice) -> Result<Vec<Step>> {
+    let nodes = nodes(file, run, until)?;
+    run_nodes(&nodes, run, device)?;
+    if let Some(table) = file.publish.as_ref().filter(|_| until.is_none()) {
+        let made = nodes.iter().find(|node| node.name == "materialize").map(|node| &node.folder);
+        let Some(dataset) = table.dataset.as_ref().or(made) else {
+            return Err(file.error("publish", &"there is no data set, expected dataset"));
+        };
+        let published = publish(&dataset_folder(dataset), &table.to).context(|| "in publish")?;
+        progress::note(&format!("publish: {} files are in {}", published.files, table.to.display()));
+    }
+    steps(file, nodes, until, "done")
+}
+
+/// The stages as they are, and the publishing, which has no state of its own: `publishing` stands for it.
+fn steps(
+    file: &PipelineFile,
+    nodes: Vec<Node>,
+    until: Option<&str>,
+    publishing: &'static str,
+) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
-    for node in nodes(file, run, until)? {
+    for node in nodes {
         let (state, done) = match &node.fingerprint {
             None => (State::Missing, None),
             Some(fingerprint) => (stage::state(&node.folder, fingerprint)?, stage::read_done(&node.folder)?),
@@ -65,15 +95,20 @@ pub fn plan(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<
             problem: node.problem,
         });
     }
+    if let Some(table) = file.publish.as_ref().filter(|_| until.is_none()) {
+        steps.push(Step {
+            name: "publish".into(),
+            stage: "publish",
+            folder: table.to.clone(),
+            fingerprint: None,
+            state: publishing,
+            amount: format!("a checked copy in {}", table.to.display()),
+            seconds: None,
+            summary: None,
+            problem: None,
+        });
+    }
     Ok(steps)
-}
-
-/// Does what is not done yet, in order. Returns every step as it stands at the end.
-///
-/// Two processes may not drive one run folder: the second fails with [`Error::Stopped`].
-pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceChoice) -> Result<Vec<Step>> {
-    run_nodes(&nodes(file, run, until)?, run, device)?;
-    plan(file, run, until)
 }
 
 /// Does what is not done yet of some stages of a run folder, in order; see [`run`].
@@ -136,7 +171,7 @@ pub fn status(run: &Path) -> Result<Vec<Step>> {
 
 /// What an unfinished folder holds: its finished shards.
 fn partial_amount(folder: &Path) -> Result<String> {
-    let shards = stage::files_below(folder)?
+    let shards = fs::files_below(folder)?
         .iter()
         .filter(|f| f.file_name().is_some_and(|n| n.to_string_lossy().starts_with("shard-")))
         .filter(|f| f.extension().is_some_and(|e| e == "json"))

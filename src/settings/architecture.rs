@@ -2,13 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    flags::named,
-    range::{expect, expect_channels},
-};
+use super::flags::named;
 use crate::{
     Result,
     data::Shape,
+    error::expect_within,
     nn::{
         Activation, Architecture, ResNetConfig, SmallCnnConfig, Standardization, WideResNetConfig, WideResNetLayout,
     },
@@ -55,6 +53,15 @@ pub struct WideResNetSettings {
     /// Standardise images by mean and deviation of the real training images.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub standardize: bool,
+}
+
+/// Refuses channels of a network's stages that its norms cannot divide into `groups`.
+fn expect_channels(channels: &[usize], groups: usize) -> Result<()> {
+    expect_within("groups", groups, 1, 4096)?;
+    if channels.is_empty() || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(groups)) {
+        bail!(Usage, "channels is {channels:?}, expected multiples of groups = {groups}");
+    }
+    Ok(())
 }
 
 tagged! {
@@ -138,7 +145,7 @@ impl ArchitectureSettings {
                 if *depth < 10 || !(depth - 4).is_multiple_of(6) {
                     bail!(Usage, "depth is {depth}, expected 10, 16, 22, 28, 34, …");
                 }
-                expect("width", *width, 1, 1024)
+                expect_within("width", *width, 1, 1024)
             }
         }
     }

@@ -127,4 +127,23 @@ impl EvaluationAttackSettings {
             | Self::Square(ball) => Some(ball),
         }
     }
+
+    /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them cannot be.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::Pgd(pgd) => pgd.pgd(0).map(drop),
+            _ => self.ball().map_or(Ok(()), |ball| ball.threat().map(drop)),
+        }
+    }
+
+    /// What it is, in a few words.
+    pub fn summary(&self) -> String {
+        let Some(BallSettings { norm, epsilon }) = self.ball() else { return "clean".into() };
+        match self {
+            Self::Pgd(PgdSettings { attack, restarts, .. }) => {
+                format!("PGD-{} with {restarts} restarts at {norm} {epsilon}", attack.steps.steps)
+            }
+            _ => format!("{} at {norm} {epsilon}", self.kind()),
+        }
+    }
 }

@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::range::expect;
 use crate::{
     Result,
+    error::expect_within,
     data::Shape,
     nn::{SampleSize, UNetConfig},
 };
@@ -73,17 +73,17 @@ impl UNetSettings {
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
     pub fn validate(&self) -> Result<()> {
         let Self { block_out_channels, attention_levels, norm_num_groups, .. } = self;
-        expect("levels of block_out_channels", block_out_channels.len(), 1, 6)?;
-        expect("layers_per_block", self.layers_per_block, 1, 16)?;
-        expect("norm_num_groups", *norm_num_groups, 1, 1024)?;
-        expect("attention_head_dim", self.attention_head_dim, 1, 4096)?;
+        expect_within("levels of block_out_channels", block_out_channels.len(), 1, 6)?;
+        expect_within("layers_per_block", self.layers_per_block, 1, 16)?;
+        expect_within("norm_num_groups", *norm_num_groups, 1, 1024)?;
+        expect_within("attention_head_dim", self.attention_head_dim, 1, 4096)?;
         if let Some(c) = block_out_channels.iter().find(|c| **c == 0 || !c.is_multiple_of(*norm_num_groups)) {
             bail!(Usage, "block_out_channels has {c}, expected multiples of norm_num_groups = {norm_num_groups}");
         }
         if let Some(level) = attention_levels.iter().find(|level| **level >= block_out_channels.len()) {
             bail!(Usage, "attention_levels has {level}, expected 0 to {}", block_out_channels.len() - 1);
         }
-        expect("dropout", self.dropout, 0.0, 0.999)
+        expect_within("dropout", self.dropout, 0.0, 0.999)
     }
 }
 
@@ -92,5 +92,28 @@ tagged! {
     pub enum DenoiserSettings("architecture", default "unet") {
         /// The U-Net of Ho et al. 2020, `diffusers`' UNet2DModel.
         UNet(UNetSettings) = "unet",
+    }
+}
+
+impl DenoiserSettings {
+    /// The network for square images of a shape; see [`UNetSettings::config`].
+    pub fn config(&self, shape: Shape, num_class_embeds: Option<usize>, num_train_timesteps: usize) -> Result<UNetConfig> {
+        match self {
+            Self::UNet(unet) => unet.config(shape, num_class_embeds, num_train_timesteps),
+        }
+    }
+
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::UNet(unet) => unet.validate(),
+        }
+    }
+
+    /// What it is, in a few words.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::UNet(unet) => format!("U-Net {:?}", unet.block_out_channels),
+        }
     }
 }

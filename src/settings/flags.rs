@@ -33,7 +33,7 @@ pub fn named<T: Named>() -> impl TypedValueParser<Value = T> {
 /// Each is a key as the flags have it, with `_`, and its value; for the flag of a kind also defaults that hold with this
 /// kind alone: `("optimizer", "adam", &[("learning_rate", "2e-4")])`.
 pub fn defaults(all: &'static [(&str, &str, &[(&str, &str)])]) -> impl Fn(Arg) -> Arg {
-    |mut arg| {
+    move |mut arg| {
         for &(flag, value, of_kind) in all {
             if arg.get_id() == flag {
                 arg = arg.default_value(value);

@@ -15,7 +15,6 @@ mod flags;
 mod objective;
 mod optimizer;
 mod process;
-mod range;
 mod sampler;
 mod schedule;
 mod table;
@@ -29,7 +28,6 @@ pub use self::{
     objective::{AttackBatchNorm, AttackedSettings, NoiseSettings, ObjectiveSettings, StabilitySettings, TradesSettings},
     optimizer::{AdamSettings, OptimizerSettings, SgdSettings},
     process::{DiscreteSettings, ProcessSettings},
-    range::{expect, expect_channels},
     sampler::{DdimSettings, SamplerSettings, SigmaSettings, StepsSettings},
     schedule::{CosineSettings, ScheduleSettings, WarmupSettings},
     table::from_table,

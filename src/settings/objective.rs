@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{NoSettings, attack::AttackSettings, flags::named, range::expect};
-use crate::{Result, attack::Pgd, nn::BatchNormMode};
+use super::{NoSettings, attack::AttackSettings, flags::named};
+use crate::{Result, attack::Pgd, error::expect_within, nn::BatchNormMode};
 
 named! {
     /// By which statistics batch norms go while the training attack runs.
@@ -129,11 +129,11 @@ impl ObjectiveSettings {
             attacked.attack.pgd(0)?;
         }
         if let Some(noise) = self.noise() {
-            expect("sigma", noise.sigma, 0.0, 1e3)?;
+            expect_within("sigma", noise.sigma, 0.0, 1e3)?;
         }
         match self {
             Self::Trades(TradesSettings { beta, .. }) | Self::Stability(StabilitySettings { beta, .. }) => {
-                expect("beta", *beta, 0.0, 1e6)
+                expect_within("beta", *beta, 0.0, 1e6)
             }
             _ => Ok(()),
         }

@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::range::expect;
 use crate::{
     Result,
+    error::expect_within,
     nn::optim::{Adam, AdamConfig, Optimizer, Sgd, SgdConfig},
 };
 
@@ -62,6 +62,14 @@ impl OptimizerSettings {
         }
     }
 
+    /// Its name for people.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Sgd(_) => "SGD",
+            Self::Adam(_) => "Adam",
+        }
+    }
+
     /// The highest learning rate.
     pub fn learning_rate(&self) -> f64 {
         match self {
@@ -81,11 +89,11 @@ impl OptimizerSettings {
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
     pub fn validate(&self) -> Result<()> {
         let (Self::Sgd(SgdSettings { weight_decay, .. }) | Self::Adam(AdamSettings { weight_decay, .. })) = self;
-        expect("learning_rate", self.learning_rate(), 1e-12, 1e3)?;
-        expect("weight_decay", *weight_decay, 0.0, 1.0)?;
-        expect("grad_clip", self.grad_clip(), 1e-6, 1e9)?;
+        expect_within("learning_rate", self.learning_rate(), 1e-12, 1e3)?;
+        expect_within("weight_decay", *weight_decay, 0.0, 1.0)?;
+        expect_within("grad_clip", self.grad_clip(), 1e-6, 1e9)?;
         match self {
-            Self::Sgd(sgd) => expect("momentum", sgd.momentum, 0.0, 1.0),
+            Self::Sgd(sgd) => expect_within("momentum", sgd.momentum, 0.0, 1.0),
             Self::Adam(_) => Ok(()),
         }
     }

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{NoSettings, flags::named, range::expect};
+use super::{NoSettings, flags::named};
 use crate::{
     Result,
+    error::expect_within,
     diffusion::{BetaSchedule, PredictionType, SchedulerClass, SchedulerConfig, VarianceType},
 };
 
@@ -53,10 +54,25 @@ impl ProcessSettings {
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
     pub fn validate(&self) -> Result<()> {
         let steps = self.scheduler().num_train_timesteps;
-        expect("num_train_timesteps", steps, 2, 100_000)?;
+        expect_within("num_train_timesteps", steps, 2, 100_000)?;
         if let Err(error) = self.scheduler().process() {
             bail!(Usage, "num_train_timesteps is {steps}: {error}");
         }
         Ok(())
+    }
+
+    /// What it is, in a few words.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Discrete(DiscreteSettings { prediction, num_train_timesteps, beta_schedule, .. }) => {
+                let what = match prediction {
+                    PredictionType::Epsilon => "ε",
+                    PredictionType::Sample => "x₀",
+                    PredictionType::VPrediction => "v",
+                };
+                format!("T = {num_train_timesteps}, {beta_schedule:?} β, {what}-prediction")
+            }
+            Self::Edm(_) => "EDM, any σ from 0.002 to 80".into(),
+        }
     }
 }

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{flags::named, range::expect};
+use super::flags::named;
 use crate::{
     Result,
+    error::expect_within,
     diffusion::{
         SchedulerConfig,
         sampler::{SamplerConfig, SamplerKind, Spacing},
@@ -105,10 +106,10 @@ impl SamplerSettings {
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
     pub fn validate(&self) -> Result<()> {
         if let Some(steps) = self.steps().steps {
-            expect("steps", steps, 1, 100_000)?;
+            expect_within("steps", steps, 1, 100_000)?;
         }
         match self {
-            Self::Ddim(ddim) => expect("eta", ddim.eta, 0.0, 1.0),
+            Self::Ddim(ddim) => expect_within("eta", ddim.eta, 0.0, 1.0),
             _ => Ok(()),
         }
     }

@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::range::expect;
 use crate::{
     Result,
+    error::expect_within,
     nn::{LrDecay, LrSchedule},
 };
 
@@ -55,7 +55,7 @@ impl ScheduleSettings {
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
     pub fn validate(&self) -> Result<()> {
         match self {
-            Self::Cosine(cosine) => expect("final_fraction", cosine.final_fraction, 0.0, 1.0),
+            Self::Cosine(cosine) => expect_within("final_fraction", cosine.final_fraction, 0.0, 1.0),
             Self::OneCycle(_) | Self::Constant(_) => Ok(()),
         }
     }

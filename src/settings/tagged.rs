@@ -153,6 +153,13 @@ macro_rules! tagged {
         }
 
         impl $name {
+            /// The name of the kind.
+            pub fn kind(&self) -> &'static str {
+                match self {
+                    $($(#[cfg($cfg)])? Self::$variant(_) => $kind),+
+                }
+            }
+
             fn kinds() -> Vec<$crate::settings::tagged::Kind> {
                 Vec::from([$($(#[cfg($cfg)])? $crate::settings::tagged::Kind::of::<$settings>($kind, concat!($($doc),+))),+])
             }
@@ -187,4 +194,185 @@ macro_rules! tagged {
             }
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::settings::{NoSettings, Settings, defaults, from_flags, from_table};
+
+    #[derive(clap::Args, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    pub struct Round {
+        /// Half of its width.
+        #[arg(long, default_value_t = 1.5)]
+        pub radius: f64,
+        /// How many.
+        #[arg(long, default_value_t = 3)]
+        pub number: usize,
+    }
+
+    #[derive(clap::Args, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    pub struct Brush {
+        /// Its hairs.
+        #[arg(id = "brush_hairs", long = "brush-hairs", value_delimiter = ',', default_values_t = [7, 8])]
+        pub hairs: Vec<usize>,
+    }
+
+    #[derive(clap::Args, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    pub struct Angular {
+        /// Sides.
+        #[arg(long, default_value_t = 4)]
+        pub sides: usize,
+        /// How many.
+        #[arg(long, default_value_t = 5)]
+        pub number: usize,
+        /// How thick the lines are.
+        #[arg(long)]
+        pub line: Option<f64>,
+        /// The brush.
+        #[command(flatten)]
+        pub brush: Brush,
+    }
+
+    tagged! {
+        /// What is drawn.
+        pub enum Shape("shape", default "round") {
+            /// A disc.
+            Round(Round) = "round",
+            /// A polygon.
+            Angular(Angular) = "angular",
+            /// Nothing.
+            #[cfg(test)]
+            Nothing(NoSettings) = "nothing",
+        }
+    }
+
+    /// A stage whose defaults are those of its groups.
+    #[derive(clap::Args, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    pub struct Drawing {
+        /// What is drawn.
+        #[command(flatten)]
+        shape: Shape,
+        /// Its colour.
+        #[arg(long, default_value = "red")]
+        colour: String,
+        /// Its size.
+        #[arg(long)]
+        size: Option<usize>,
+    }
+
+    /// A stage with defaults of its own.
+    #[derive(clap::Args, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    #[command(mut_args(defaults(&[
+        ("shape", "angular", &[("number", "9"), ("brush_hairs", "1,2")]),
+        ("colour", "blue", &[]),
+    ])))]
+    pub struct Painting {
+        /// What is drawn.
+        #[command(flatten)]
+        shape: Shape,
+        /// Its colour.
+        #[arg(long, default_value = "red")]
+        colour: String,
+    }
+
+    fn flags<S: Settings>(flags: &str) -> serde_json::Value {
+        let flags: Vec<String> = flags.split_whitespace().map(str::to_owned).collect();
+        serde_json::to_value(from_flags::<S>(&flags).unwrap()).unwrap()
+    }
+
+    fn refused<S: Settings>(flags: &str) -> String {
+        let flags: Vec<String> = flags.split_whitespace().map(str::to_owned).collect();
+        let error = from_flags::<S>(&flags).err().unwrap();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    }
+
+    fn table<S: Settings>(text: &str) -> Result<serde_json::Value, String> {
+        let settings = from_table::<S>("drawing", &toml::from_str(text).unwrap())?;
+        Ok(serde_json::to_value(settings).unwrap())
+    }
+
+    #[test]
+    fn a_kind_has_its_own_settings_with_their_own_defaults_and_no_others() {
+        let round = json!({"kind": "round", "radius": 1.5, "number": 3});
+        let drawing = |shape| json!({"shape": shape, "colour": "red", "size": null});
+        assert_eq!(flags::<Drawing>(""), drawing(round.clone()));
+        assert_eq!(table::<Drawing>("").unwrap(), drawing(round));
+        let angular = json!({"kind": "angular", "sides": 4, "number": 5, "line": null, "brush": {"hairs": [7, 8]}});
+        assert_eq!(flags::<Drawing>("--shape angular"), drawing(angular.clone()));
+        assert_eq!(table::<Drawing>("shape.kind = 'angular'").unwrap(), drawing(angular));
+        assert_eq!(flags::<Drawing>("--shape nothing"), drawing(json!({"kind": "nothing"})));
+
+        let angular = json!({"kind": "angular", "sides": 6, "number": 5, "line": -0.5, "brush": {"hairs": [3]}});
+        let given = "--shape angular --sides 6 --line=-0.5 --brush-hairs 3";
+        assert_eq!(flags::<Drawing>(given), drawing(angular.clone()));
+        let given = "[shape]\nkind = 'angular'\nsides = 6\nline = -0.5\nbrush.hairs = [3]";
+        assert_eq!(table::<Drawing>(given).unwrap(), drawing(angular));
+    }
+
+    #[test]
+    fn a_stage_has_its_own_defaults_for_its_own_kind_alone() {
+        let painting = |shape| json!({"shape": shape, "colour": "blue"});
+        let angular = json!({"kind": "angular", "sides": 4, "number": 9, "line": null, "brush": {"hairs": [1, 2]}});
+        for (given, text) in [("", ""), ("--shape angular", "shape.kind = 'angular'")] {
+            assert_eq!(flags::<Painting>(given), painting(angular.clone()), "{given}");
+            assert_eq!(table::<Painting>(text).unwrap(), painting(angular.clone()), "{given}");
+        }
+        let round = json!({"kind": "round", "radius": 1.5, "number": 3});
+        assert_eq!(flags::<Painting>("--shape round"), painting(round.clone()));
+        assert_eq!(table::<Painting>("shape.kind = 'round'").unwrap(), painting(round));
+        assert_eq!(flags::<Painting>("--number 2")["shape"]["number"], 2);
+        assert_eq!(table::<Painting>("shape.number = 2").unwrap()["shape"]["number"], 2);
+    }
+
+    #[test]
+    fn a_setting_of_another_kind_is_refused() {
+        let said = "--sides has no effect with --shape round; it belongs to angular";
+        assert!(refused::<Drawing>("--sides 3").contains(said), "{}", refused::<Drawing>("--sides 3"));
+        assert!(refused::<Painting>("--shape nothing --radius 2").contains("--radius has no effect"));
+        assert!(refused::<Drawing>("--shape square").contains("[possible values: round, angular, nothing]"));
+        assert!(refused::<Drawing>("--shape angular --sides many").contains("invalid value 'many' for '--sides"));
+
+        let cases = [
+            (
+                "[shape]\nsides = 3\nbrush.hairs = [1]",
+                "[drawing.shape] sides has no effect with kind = \"round\"; it belongs to angular",
+            ),
+            ("shape.kind = 'square'", "[drawing.shape] kind is \"square\", expected one of round, angular, nothing"),
+            ("shape = 'angular'", "[drawing] shape is now a table: [drawing.shape] kind = \"angular\""),
+            ("shape.radius = 'wide'", "[drawing.shape] radius: invalid type: string \"wide\""),
+            ("colur = 'red'", "[drawing] unknown key 'colur', expected one of colour, shape, size"),
+            ("size = -1", "[drawing] size: invalid value: integer `-1`"),
+            // As they were called before there were groups.
+            ("radius = 2", "[drawing] radius is now [drawing.shape] radius, of kind round"),
+            ("number = 2", "[drawing] number is now [drawing.shape] number, of kind round or angular"),
+            ("brush_hairs = [2]", "[drawing] brush_hairs is now [drawing.shape.brush] hairs, of kind angular"),
+        ];
+        for (text, said) in cases {
+            let error = table::<Drawing>(text).unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+        let all = table::<Drawing>("shape.sides = 3\nshape.line = 0.5\nshape.brush.hairs = [1]").unwrap_err();
+        assert!(["sides", "line", "brush"].iter().all(|key| all.contains(&format!("{key} has no"))), "{all}");
+    }
+
+    #[test]
+    fn help_names_the_kinds_that_have_a_flag_and_their_defaults() {
+        let help = |command: clap::Command| command.term_width(300).render_long_help().to_string();
+        let help_of = |text: &str, flag: &str| -> String {
+            let from = text.find(&format!("--{flag} ")).unwrap_or_else(|| panic!("no {flag} in {text}"));
+            text[from..].lines().skip(1).take_while(|line| !line.trim().starts_with("--")).collect()
+        };
+        let drawing = help(<Drawing as clap::Args>::augment_args(clap::Command::new("draw")));
+        assert!(help_of(&drawing, "number").contains("How many (round: 3; angular: 5)"), "{drawing}");
+        assert!(help_of(&drawing, "sides").contains("Sides (angular)"), "{drawing}");
+        assert!(help_of(&drawing, "sides").contains("[default: 4]"), "{drawing}");
+        assert!(help_of(&drawing, "shape").contains("angular: A polygon"), "{drawing}");
+        let painting = help(<Painting as clap::Args>::augment_args(clap::Command::new("paint")));
+        assert!(help_of(&painting, "number").contains("How many (round: 3; angular: 9)"), "{painting}");
+        assert!(!help_of(&painting, "number").contains("[default"), "{painting}");
+        assert!(help_of(&painting, "shape").contains("[default: angular]"), "{painting}");
+    }
 }

@@ -5,10 +5,14 @@ use std::path::Path;
 use crate::run::files;
 
 /// From top to bottom; modules of one row may use one another.
-const LAYERS: [&[&str]; 8] = [
+const LAYERS: [&[&str]; 12] = [
     &["cli"],
     &["pipeline"],
+    &["stages"],
+    &["training", "tables"],
     &["stage"],
+    &["settings"],
+    &["evaluation"],
     &["objective", "certify", "proxy", "curate"],
     &["diffusion", "attack"],
     &["nn", "data"],

@@ -1,0 +1,47 @@
+//! `proxyset publish --dataset DIR --to DIR`.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::{Global, print, print_json, table};
+use crate::{
+    Error, Result,
+    data::publish::{publish, tree},
+    tables::dataset::dataset_folder,
+};
+
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct Args {
+    /// A data set, or the folder of a finished materialize.
+    #[arg(long)]
+    dataset: PathBuf,
+    /// The folder to publish to. It must be new, or hold an earlier part of this very copy.
+    #[arg(long, required_unless_present = "dry_run")]
+    to: Option<PathBuf>,
+    /// Check and print what would be published; write nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
+    let dataset = dataset_folder(&args.dataset);
+    let to = match &args.to {
+        Some(to) if !args.dry_run => to,
+        to => {
+            let tree = tree(&dataset, to.as_deref())?;
+            return if global.json {
+                print_json(&json!({ "schema": "proxyset.tree/1", "tree": tree }))
+            } else {
+                print(&tree)
+            };
+        }
+    };
+    let published = publish(&dataset, to)?;
+    let summary = serde_json::to_value(&published)
+        .map_err(|e| Error::Alarm(format!("what was published cannot be written as JSON: {e}")))?;
+    if global.json {
+        return print_json(&json!({ "schema": "proxyset.publish/1", "summary": summary }));
+    }
+    print(&table::summary(&summary))
+}

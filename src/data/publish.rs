@@ -1,0 +1,95 @@
+//! Publishing: a verified copy of a data set, where others take it from.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::check::check_dataset;
+use crate::{
+    Error, Result, fs,
+    progress::{Progress, check_stop},
+};
+
+/// What was published.
+#[derive(Clone, Debug, Serialize)]
+pub struct Published {
+    /// Where to.
+    pub to: PathBuf,
+    /// Files, of this time or of earlier ones.
+    pub files: usize,
+    /// Their size.
+    pub bytes: u64,
+    /// Rows of the data set.
+    pub rows: u64,
+}
+
+/// The files of a data set, the manifest last.
+fn files(dataset: &Path) -> Result<Vec<PathBuf>> {
+    if !dataset.join("manifest.json").is_file() {
+        bail!(Usage, "dataset is '{}', expected a folder with manifest.json", dataset.display());
+    }
+    let mut files = fs::files_below(dataset)?;
+    files.sort_by_key(|f| (f == Path::new("manifest.json"), f.clone()));
+    Ok(files)
+}
+
+/// What would be published: the tree with sizes. Checks the data set, writes nothing.
+pub fn tree(dataset: &Path, to: Option<&Path>) -> Result<String> {
+    let files = files(dataset)?;
+    let report = check_dataset(dataset)?;
+    let to = to.map_or_else(|| "(--to is not set)".into(), |t| t.display().to_string());
+    let mut text = format!("{to}\n");
+    let mut total = 0;
+    for file in &files {
+        let path = dataset.join(file);
+        let bytes = std::fs::metadata(&path).map_err(Error::io(&path))?.len();
+        total += bytes;
+        text += &format!("  {:<48} {bytes:>12}\n", file.display());
+    }
+    text += &format!("{} files, {total} bytes, {} rows; nothing was written\n", files.len(), report.rows);
+    Ok(text)
+}
+
+/// Copies a data set to a folder, byte for byte, after it was checked; its manifest, which names every file's
+/// hash, comes last: a folder with `manifest.json` is whole.
+///
+/// `to` must be new, or hold an earlier part of this very copy, else [`Error::Usage`].
+pub fn publish(dataset: &Path, to: &Path) -> Result<Published> {
+    let files = files(dataset)?;
+    let report = check_dataset(dataset)?;
+    let present = if to.is_dir() { fs::files_below(to)? } else { Vec::new() };
+    for file in &present {
+        let same =
+            files.contains(file) && fs::hash_file(&to.join(file))? == fs::hash_file(&dataset.join(file))?;
+        if !same {
+            bail!(
+                Usage,
+                "{} holds {}, which is not of this data set; choose another folder",
+                to.display(),
+                file.display()
+            );
+        }
+    }
+    let bar = Progress::new("publish", files.len() as u64, "files");
+    let mut bytes = 0;
+    for file in &files {
+        check_stop()?;
+        let from = dataset.join(file);
+        if present.contains(file) {
+            bar.skip(1);
+        } else {
+            fs::publish_with(&to.join(file), |target| {
+                let mut source = std::fs::File::open(&from).map_err(Error::io(&from))?;
+                std::io::copy(&mut source, target).map(drop).map_err(Error::io(to.join(file)))
+            })?;
+            bar.add(1);
+        }
+        let (hash, size) = fs::hash_file(&to.join(file))?;
+        if hash != fs::hash_file(&from)?.0 {
+            bail!(Alarm, "{} is not what was copied from {}", to.join(file).display(), from.display());
+        }
+        bytes += size;
+    }
+    check_dataset(to)?;
+    Ok(Published { to: to.to_path_buf(), files: files.len(), bytes, rows: report.rows })
+}

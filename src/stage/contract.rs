@@ -1,0 +1,126 @@
+//! The trait of a stage, and the same with its type forgotten.
+
+use serde_json::Value;
+
+use super::{Input, Job};
+use crate::{Result, progress, settings::Settings};
+
+/// A stage; see the module.
+pub trait Stage: Settings + Default + Clone + Send + Sync + 'static {
+    /// The verb, and the name of the pipeline's table.
+    const NAME: &'static str;
+    /// What it is for, in one line.
+    const ABOUT: &'static str;
+    /// The keys that name inputs. In the fingerprint each is replaced by the fingerprint of what it names.
+    const INPUTS: &'static [Input];
+    /// The keys that change no byte of the output, and so are no part of the fingerprint.
+    const RUNTIME: &'static [&'static str] = &[];
+    /// How often this stage alone came to write other bytes: added to the format version, so that its work is redone and
+    /// that of the stages before it is not.
+    const REVISION: u32 = 0;
+
+    /// Whether the output holds the inputs' names, so that they decide what is made as much as what they name.
+    const KEEPS_NAMES: bool = false;
+
+    /// The keys that have no effect beside the other settings, and so are no part of the fingerprint: for tables that several
+    /// pieces of work share.
+    fn unused(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    /// Refuses impossible settings with [`Error::Usage`], before anything is read or written.
+    fn validate(&self) -> Result<()>;
+    /// Refuses finished inputs that do not belong together, as [`Self::run`] would: so a run finds it before it does long work
+    /// for other stages. Cheap; says nothing of inputs that are not finished.
+    fn check_inputs(&self) -> Result<()> {
+        Ok(())
+    }
+    /// How much work this is, for `plan`: `5000 steps of 64 images`.
+    fn amount(&self) -> String;
+    /// Does the work. Everything that can be wrong with the inputs is found before [`Job::open`] is called.
+    ///
+    /// Returns the summary that goes into `done.json` and, with `--json`, to stdout.
+    fn run(&self, job: &Job) -> Result<Outcome>;
+}
+
+/// What a stage reports when it returns.
+pub enum Outcome {
+    /// All is made; the summary is kept in `done.json`.
+    Done(Value),
+    /// This process's share is made, others' is not yet (`generate --shards`).
+    Partial(Value),
+}
+
+/// A stage with its type forgotten.
+pub trait AnyStage: Send + Sync {
+    /// [`Stage::NAME`].
+    fn name(&self) -> &'static str;
+    /// [`Stage::REVISION`].
+    fn revision(&self) -> u32;
+    /// [`Stage::validate`].
+    fn validate(&self) -> Result<()>;
+    /// [`Stage::check_inputs`].
+    fn check_inputs(&self) -> Result<()>;
+    /// [`Stage::amount`].
+    fn amount(&self) -> String;
+    /// [`Stage::run`].
+    fn run(&self, job: &Job) -> Result<Outcome>;
+    /// The settings, as JSON with all keys.
+    fn settings(&self) -> Value;
+    /// The inputs that are set: key and what it names.
+    fn inputs(&self) -> Vec<(&'static str, String)>;
+    /// The settings that decide what is made: without inputs and run-time keys.
+    fn identity(&self) -> Value;
+}
+
+impl<S: Stage> AnyStage for S {
+    fn name(&self) -> &'static str {
+        S::NAME
+    }
+    fn revision(&self) -> u32 {
+        S::REVISION
+    }
+    fn validate(&self) -> Result<()> {
+        Stage::validate(self)
+    }
+    fn check_inputs(&self) -> Result<()> {
+        Stage::check_inputs(self)
+    }
+    fn amount(&self) -> String {
+        Stage::amount(self)
+    }
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        Stage::run(self, job)
+    }
+    fn settings(&self) -> Value {
+        serde_json::to_value(self).unwrap_or(Value::Null)
+    }
+    fn inputs(&self) -> Vec<(&'static str, String)> {
+        let settings = self.settings();
+        let mut inputs = Vec::new();
+        for &Input { key, .. } in S::INPUTS {
+            match &settings[key] {
+                Value::String(s) => inputs.push((key, s.clone())),
+                Value::Array(all) => {
+                    inputs.extend(all.iter().filter_map(Value::as_str).map(|s| (key, s.to_owned())));
+                }
+                _ => {}
+            }
+        }
+        inputs
+    }
+    fn identity(&self) -> Value {
+        let mut settings = self.settings();
+        if let Value::Object(map) = &mut settings {
+            let input = |key: &str| S::INPUTS.iter().any(|input| input.key == key) && !S::KEEPS_NAMES;
+            let without_effect = [S::RUNTIME, &self.unused()].concat();
+            map.retain(|k, v| !v.is_null() && !input(k) && !without_effect.contains(&&**k));
+        }
+        settings
+    }
+}
+
+/// A note on stderr, prefixed with the stage's name.
+pub fn note<S: Stage>(_: &S, line: &str) {
+    progress::note(&format!("{}: {line}", S::NAME));
+}

@@ -1,0 +1,171 @@
+//! A stage's folder: what is computed there, what was made, and whether it is still as it was made.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{Error, Result, fs};
+
+pub(super) const CONFIG: &str = "config.toml";
+pub(super) const DONE: &str = "done.json";
+
+/// Whether `dir` is the folder of a stage, finished or not.
+pub fn is_stage_folder(dir: &Path) -> bool {
+    dir.join(CONFIG).is_file() && read_config(dir).is_ok()
+}
+
+/// `config.toml` of a stage's folder: what is computed there.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FolderConfig {
+    /// `proxyset.config/1`.
+    pub schema: String,
+    /// [`Stage::NAME`].
+    pub stage: String,
+    /// See [`fingerprint`].
+    pub fingerprint: String,
+    /// What the stage reads: key, name and fingerprint.
+    #[serde(default)]
+    pub inputs: Vec<InputRecord>,
+    /// All settings, defaults included.
+    pub settings: toml::Table,
+}
+
+/// One input of a stage.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InputRecord {
+    /// The configuration key.
+    pub key: String,
+    /// The folder or source.
+    pub name: String,
+    /// Its fingerprint.
+    pub fingerprint: String,
+}
+
+/// `done.json` of a stage's folder: what was made there.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Done {
+    /// `proxyset.done/1`.
+    pub schema: String,
+    /// [`Stage::NAME`].
+    pub stage: String,
+    /// See [`fingerprint`].
+    pub fingerprint: String,
+    /// The class of machine that finished it.
+    pub device_class: String,
+    /// The program's version.
+    pub version: String,
+    /// Seconds of the run that finished it; earlier, interrupted runs are not in it.
+    pub seconds: f64,
+    /// The stage's own figures.
+    pub summary: Value,
+    /// Every file of the folder.
+    pub files: Vec<FileRecord>,
+    /// The BLAKE3 of this file with an empty seal: it vouches for the others, this vouches for it.
+    #[serde(default)]
+    pub seal: String,
+}
+
+/// [`Done::seal`] of a record's `text`, in which `found` is the seal.
+pub(super) fn seal(text: &str, found: &str) -> String {
+    let unsealed = text.replacen(&format!(r#""seal": "{found}""#), r#""seal": """#, 1);
+    blake3::hash(unsealed.as_bytes()).to_hex().to_string()
+}
+
+/// One file, as it was written.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Relative to the folder, with `/`.
+    pub path: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Its hash.
+    pub blake3: String,
+}
+
+/// Reads a stage folder's `config.toml`.
+pub fn read_config(dir: &Path) -> Result<FolderConfig> {
+    let path = dir.join(CONFIG);
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    toml::from_slice(&bytes)
+        .map_err(|e| Error::Data(format!("{}: not a stage's configuration: {e}", path.display())))
+}
+
+/// A stage folder's `done.json`, if the stage is finished.
+pub fn read_done(dir: &Path) -> Result<Option<Done>> {
+    let path = dir.join(DONE);
+    if path.is_file() { fs::read_json(&path).map(Some) } else { Ok(None) }
+}
+
+/// What became of a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Nothing is there.
+    Missing,
+    /// Begun, not finished.
+    Partial,
+    /// Finished.
+    Done,
+}
+
+/// The state of the folder `dir` for work with `fingerprint`.
+///
+/// Fails with [`Error::Usage`] if the folder holds anything else.
+pub fn state(dir: &Path, fingerprint: &str) -> Result<State> {
+    if dir.join(CONFIG).is_file() {
+        let config = read_config(dir)?;
+        if config.fingerprint != fingerprint {
+            bail!(
+                Usage,
+                "{} holds another run: {} with fingerprint {}, expected {}; choose another folder",
+                dir.display(),
+                config.stage,
+                fs::short(&config.fingerprint, 8),
+                fs::short(fingerprint, 8)
+            );
+        }
+        return Ok(if dir.join(DONE).is_file() { State::Done } else { State::Partial });
+    }
+    let foreign = dir.is_dir() && !fs::files_below(dir)?.is_empty();
+    if foreign || (dir.exists() && !dir.is_dir()) {
+        bail!(
+            Usage,
+            "{} holds something that is not a run of this program; choose another folder",
+            dir.display()
+        );
+    }
+    Ok(State::Missing)
+}
+
+/// Verifies every file of a finished stage's folder against `done.json`. Returns the problems found.
+pub fn verify_files(dir: &Path, done: &Done) -> Result<Vec<String>> {
+    let mut problems = Vec::new();
+    let record = dir.join(DONE);
+    let text = std::fs::read_to_string(&record).map_err(Error::io(&record))?;
+    if seal(&text, &done.seal) != done.seal {
+        problems.push(format!("{}: its bytes are not those that its seal is of", record.display()));
+    }
+    for file in &done.files {
+        let path = dir.join(&file.path);
+        match fs::hash_file(&path) {
+            Err(e) if e.is_not_found() => problems.push(format!("{}: missing", path.display())),
+            Err(e) => problems.push(format!("cannot be read: {e}")),
+            Ok((hash, bytes)) if hash != file.blake3 => problems.push(format!(
+                "{}: {bytes} bytes with BLAKE3 {}, expected {} bytes with {}",
+                path.display(),
+                fs::short(&hash, 16),
+                file.bytes,
+                fs::short(&file.blake3, 16),
+            )),
+            Ok(_) => {}
+        }
+    }
+    let listed: std::collections::BTreeSet<&str> = done.files.iter().map(|f| &*f.path).collect();
+    for file in fs::files_below(dir)? {
+        let name = file.to_string_lossy();
+        if name != DONE && !listed.contains(&*name) {
+            problems.push(format!("{}: not in {DONE}", dir.join(&file).display()));
+        }
+    }
+    Ok(problems)
+}

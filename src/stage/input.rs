@@ -1,0 +1,126 @@
+//! What a stage reads: finished folders of other stages, or something from elsewhere.
+
+use std::path::{Path, PathBuf};
+
+use super::folder::{CONFIG, read_config, read_done};
+use crate::{Result, fs};
+
+/// A key of a stage's settings that names what it reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Input {
+    /// The key.
+    pub key: &'static str,
+    /// Where a run takes it from, if the stage's table does not say.
+    pub from: Origin,
+    /// Whether the key is a list of such things.
+    pub several: bool,
+}
+
+/// Where a run takes an input from.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin {
+    /// The folder of the first of these stages that the run has.
+    Stages(&'static [&'static str]),
+    /// The real data that split divides.
+    RealData,
+    /// Nowhere: only a table or a flag can name it.
+    Given,
+}
+
+impl Input {
+    /// The folder of one of these finished stages.
+    pub const fn of(key: &'static str, stages: &'static [&'static str]) -> Self {
+        Self { key, from: Origin::Stages(stages), several: false }
+    }
+
+    /// The folders of these finished stages.
+    pub const fn several(key: &'static str, stages: &'static [&'static str]) -> Self {
+        Self { key, from: Origin::Stages(stages), several: true }
+    }
+
+    /// The real data.
+    pub const fn real_data(key: &'static str) -> Self {
+        Self { key, from: Origin::RealData, several: false }
+    }
+
+    /// Something that no stage makes.
+    pub const fn given(key: &'static str) -> Self {
+        Self { key, from: Origin::Given, several: false }
+    }
+
+    /// Whether it is the folder of a stage of this name.
+    pub fn is_of(&self, stage: &str) -> bool {
+        matches!(self.from, Origin::Stages(stages) if stages.contains(&stage))
+    }
+
+    /// `dir`, which must be the finished work of one of the stages that make this input.
+    ///
+    /// Fails with [`crate::Error::Usage`] if it is missing, of another stage, or not finished.
+    pub fn finished(&self, dir: Option<&Path>) -> Result<PathBuf> {
+        let key = self.key;
+        let stages = match self.from {
+            Origin::Stages(stages) => stages,
+            Origin::RealData | Origin::Given => &[],
+        };
+        let expected = stages.join(" or ");
+        let Some(dir) = dir else {
+            bail!(Usage, "{key} is not set, expected the folder of a finished {expected}")
+        };
+        if !dir.join(CONFIG).is_file() {
+            bail!(Usage, "{key} is '{}', expected the folder of a finished {expected}", dir.display());
+        }
+        let config = read_config(dir)?;
+        if !stages.contains(&&*config.stage) {
+            bail!(
+                Usage,
+                "{key} is '{}', a folder of {}; expected one of {expected}",
+                dir.display(),
+                config.stage
+            );
+        }
+        if read_done(dir)?.is_none() {
+            bail!(
+                Usage,
+                "{key} is '{}', which is not finished; run its {} again first",
+                dir.display(),
+                config.stage
+            );
+        }
+        Ok(dir.to_path_buf())
+    }
+
+    /// The fingerprint of what the stage in `dir` was given as this input.
+    pub fn fingerprint_in(&self, dir: &Path) -> Result<Option<String>> {
+        let inputs = read_config(dir)?.inputs;
+        Ok(inputs.into_iter().find(|input| input.key == self.key).map(|input| input.fingerprint))
+    }
+
+    /// Fails with [`crate::Error::Usage`] unless the stage in `dir`, which is the input `name`, was itself made with
+    /// `input` as this one.
+    pub fn expect_in(&self, name: &str, dir: &Path, input: &Path) -> Result<()> {
+        expect_same_input(name, dir, self.key, self.fingerprint_in(dir)?.as_deref(), input)
+    }
+}
+
+/// Fails with [`crate::Error::Usage`] unless what `dir`, the input `name`, was made with as its `key` is `input`, by
+/// fingerprint.
+pub(crate) fn expect_same_input(
+    name: &str,
+    dir: &Path,
+    key: &str,
+    found: Option<&str>,
+    input: &Path,
+) -> Result<()> {
+    let given = read_config(input)?.fingerprint;
+    if found != Some(&given) {
+        bail!(
+            Usage,
+            "{name} is '{}', which was made with {key} {}, expected {}, that of '{}': give that one, or make {name} again",
+            dir.display(),
+            found.map_or_else(|| "unknown".into(), |found| fs::short(found, 8)),
+            fs::short(&given, 8),
+            input.display()
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! What the program knows of a stage before there is one.
+
+use clap::{ArgMatches, Command, Error};
+use toml::Table;
+
+use super::{AnyStage, Input, Stage};
+use crate::settings;
+
+/// A kind of stage: what verbs and pipelines need to make one.
+#[derive(Clone, Copy, Debug)]
+pub struct StageKind {
+    /// [`Stage::NAME`].
+    pub name: &'static str,
+    /// [`Stage::ABOUT`].
+    pub about: &'static str,
+    /// [`Stage::INPUTS`].
+    pub inputs: &'static [Input],
+    /// [`Stage::RUNTIME`].
+    pub runtime: &'static [&'static str],
+    flags: fn(Command) -> Command,
+    from_flags: fn(&ArgMatches) -> Result<Box<dyn AnyStage>, Error>,
+    from_table: fn(&str, &Table) -> Result<Box<dyn AnyStage>, String>,
+}
+
+impl StageKind {
+    /// The kind of stage `S`.
+    pub const fn of<S: Stage>() -> Self {
+        Self {
+            name: S::NAME,
+            about: S::ABOUT,
+            inputs: S::INPUTS,
+            runtime: S::RUNTIME,
+            flags: S::augment_args,
+            from_flags: |matches| Ok(Box::new(S::from_arg_matches(matches)?)),
+            from_table: |name, table| Ok(Box::new(settings::from_table::<S>(name, table)?)),
+        }
+    }
+
+    /// Adds its flags to a verb.
+    pub fn add_flags(&self, verb: Command) -> Command {
+        (self.flags)(verb)
+    }
+
+    /// The stage of these flags.
+    pub fn of_flags(&self, matches: &ArgMatches) -> Result<Box<dyn AnyStage>, Error> {
+        (self.from_flags)(matches)
+    }
+
+    /// The stage of the table called `name`; what it does not say has its default. See [`settings::from_table`].
+    pub fn of_table(&self, name: &str, table: &Table) -> Result<Box<dyn AnyStage>, String> {
+        (self.from_table)(name, table)
+    }
+}
+
+/// Registers the stages of a folder, in the order in which a run meets them: each with its verb, its table, and its
+/// defaults, which are those of its flags.
+macro_rules! register_stages {
+    ($($module:ident::$stage:ident),+ $(,)?) => {
+        $(
+            pub use $module::$stage;
+
+            impl Default for $stage {
+                fn default() -> Self {
+                    $crate::settings::from_flags(&[]).expect("every flag has a default")
+                }
+            }
+        )+
+
+        /// The stages of this folder, in the order in which a run meets them.
+        pub const STAGES: &[$crate::stage::StageKind] = &[$($crate::stage::StageKind::of::<$stage>()),+];
+    };
+}

@@ -1,0 +1,341 @@
+//! Arc: the area under the robust discrimination curve of a pool.
+
+use std::path::PathBuf;
+
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Result,
+    attack::{Apgd, Epsilon, Norm, Pgd},
+    data::Dataset,
+    error::expect_within as expect,
+    evaluation::{correct_after_apgd, correct_throughout},
+    fs,
+    plot::lines,
+    progress::Progress,
+    proxy::{
+        REAL, SYNTHETIC,
+        arc::{Estimate, Point, SetResult, estimate, signed_area},
+        discriminator::Discriminator,
+        fold::{HeldOut, held_out, uid_order},
+    },
+    rng::{some_of, spread},
+    settings::{self, StepSettings},
+    stage::{Input, Job, Outcome, Stage, note},
+    tables::{
+        discriminators::{DISCRIMINATORS, Discriminators, SetsRecord, relabel},
+        division::{Real, SPLIT},
+        pool::{POOL, Pool},
+        records::{ArcRecord, AttackRecord},
+    },
+};
+
+/// PGD at the radii of the discriminators, then APGD.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct ArcAttackSettings {
+    /// The steps of PGD.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub steps: StepSettings,
+    /// Random starts of PGD; an image has to withstand all of them, at every point on the way. APGD brings one more.
+    #[arg(long, default_value_t = 1)]
+    pub restarts: usize,
+    /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then tries what PGD left standing; 0 for none.
+    #[arg(long, default_value_t = 50)]
+    pub apgd_steps: usize,
+}
+
+/// Estimates ARC: each ranking set's accuracy under attack on images that it has seen in no way before.
+///
+/// Real images: the proxy folds on which the set was not stopped. Synthetic images: held-out pool images of
+/// other folds. Both sides in equal numbers. A network that the same attack leaves right on at most half of its stopping
+/// images is worse than an answer that is always the same, and is replaced by it: its accuracy is then 1/2, a real image's 0
+/// and a synthetic one's 1. ARC is blind to labels: see the agreement that label reports.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[command(mut_args(settings::defaults(&[("attack_steps", "20", &[])])))]
+pub struct Arc {
+    /// The folder of a finished split: the real data.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// The folder of a finished generate or import.
+    #[arg(long)]
+    pub pool: Option<PathBuf>,
+    /// The folder of a finished fit-discriminator.
+    #[arg(long)]
+    pub discriminators: Option<PathBuf>,
+    /// The attack.
+    #[command(flatten)]
+    pub attack: ArcAttackSettings,
+    /// Largest number of images of each source that measure a set.
+    #[arg(long, default_value_t = 5000)]
+    pub max_images: usize,
+    /// Largest number of stopping images of each source that decide whether a network is replaced.
+    #[arg(long, default_value_t = 500)]
+    pub max_stop: usize,
+    /// Bootstrap draws.
+    #[arg(long, default_value_t = 1000)]
+    pub bootstrap: usize,
+    /// Seed of the attack and the bootstrap.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl Arc {
+    /// The attack at one radius.
+    fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<Pgd> {
+        self.attack.steps.pgd(norm, epsilon, self.attack.restarts, self.seed)
+    }
+
+    /// How often an image is attacked, or looked at, at one radius.
+    fn passes(&self, epsilon: f64) -> usize {
+        1 + usize::from(epsilon > 0.0 && self.attack.apgd_steps > 0)
+    }
+
+    /// The images of each side that measure or stop a set, in equal numbers: real ones, then synthetic ones.
+    fn sides(&self, real: Dataset, synthetic: &Dataset, max: usize) -> Sides {
+        let n = real.len().min(synthetic.len()).min(max);
+        let real = real.subset(&spread(real.len(), n, self.seed));
+        let synthetic = synthetic.subset(&some_of(synthetic.len(), n, self.seed));
+        let class = real.labels.iter().chain(&synthetic.labels).copied().collect();
+        Sides { images: relabel(real, REAL).concat(&relabel(synthetic, SYNTHETIC)), class }
+    }
+}
+
+/// Images labelled [`REAL`] and [`SYNTHETIC`], and the classes that they show.
+struct Sides {
+    images: Dataset,
+    class: Vec<u32>,
+}
+
+/// The attack on one discriminator.
+struct Trial<'a> {
+    arc: &'a Arc,
+    net: &'a Discriminator,
+    pgd: Pgd,
+    job: &'a Job,
+    parts: &'a fs::Parts,
+    bar: &'a Progress,
+}
+
+impl Trial<'_> {
+    /// Which images PGD leaves standing. Finished parts are kept under `key`.
+    fn after_pgd(&self, images: &Dataset, key: &str) -> Result<Vec<bool>> {
+        let logits_of = |x: &Tensor| self.net.logits(x);
+        let parts = Some((self.parts, key));
+        correct_throughout(&logits_of, images, &self.pgd, &self.job.device, parts, self.bar)
+    }
+
+    /// Which of those that are `standing` after PGD APGD leaves standing, too.
+    fn after_apgd(&self, images: &Dataset, standing: Vec<bool>, key: &str) -> Result<Vec<bool>> {
+        let (arc, threat) = (self.arc, self.pgd.threat);
+        if arc.passes(threat.epsilon()) == 1 {
+            return Ok(standing);
+        }
+        let apgd = Apgd { threat, steps: arc.attack.apgd_steps, restarts: 1, seed: arc.seed };
+        let logits_of = |x: &Tensor| self.net.logits(x);
+        let parts = Some((self.parts, &*format!("{key}-apgd")));
+        correct_after_apgd(&logits_of, images, &standing, &apgd, &self.job.device, parts, self.bar)
+    }
+
+    /// The accuracy after both attacks; after PGD alone, if that leaves half of the images or less.
+    fn accuracy(&self, images: &Dataset, key: &str) -> Result<f64> {
+        let share = |right: &[bool]| right.iter().filter(|&&right| right).count() as f64 / right.len() as f64;
+        let after_pgd = self.after_pgd(images, key)?;
+        let accuracy = share(&after_pgd);
+        if accuracy <= 0.5 {
+            let passes = self.arc.passes(self.pgd.threat.epsilon());
+            self.bar.skip(((passes - 1) * images.len()) as u64);
+            return Ok(accuracy);
+        }
+        Ok(share(&self.after_apgd(images, after_pgd, key)?))
+    }
+}
+
+impl Stage for Arc {
+    const NAME: &'static str = "arc";
+    const ABOUT: &'static str =
+        "Estimate ARC, the area under the robust discrimination curve, or rank sample sets by it.";
+    const INPUTS: &'static [Input] = &[SPLIT, POOL, DISCRIMINATORS];
+    const REVISION: u32 = 1;
+
+    fn validate(&self) -> Result<()> {
+        self.attack(Norm::Linf, Epsilon::default())?;
+        expect("apgd_steps", self.attack.apgd_steps, 0, 100_000)?;
+        expect("max_images", self.max_images, 2, usize::MAX)?;
+        expect("max_stop", self.max_stop, 2, usize::MAX)?;
+        expect("bootstrap", self.bootstrap, 10, 1_000_000)
+    }
+
+    fn amount(&self) -> String {
+        let starts = if self.attack.restarts == 1 { "start" } else { "starts" };
+        format!(
+            "PGD-{} from {} random {starts}, then APGD-{}, on the stopping and measuring images of every set",
+            self.attack.steps.steps, self.attack.restarts, self.attack.apgd_steps
+        )
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let split = SPLIT.finished(self.split.as_deref())?;
+        let real = Real::load(&split)?;
+        let pool = Pool::open(self.pool.as_deref())?;
+        let discriminators =
+            Discriminators::load(self.discriminators.as_deref(), &split, &pool, &job.device)?;
+        let folds = discriminators.record.folds;
+        let (measure, stop) = (0..folds)
+            .map(|set| (real.proxy_measure(set, folds), real.proxy_stop(set)))
+            .collect::<(Vec<Dataset>, Vec<Dataset>)>();
+        let sides_of = |real: Vec<Dataset>, synthetic: Vec<Dataset>, max: usize| -> Vec<Sides> {
+            real.into_iter()
+                .zip(&synthetic)
+                .map(|(real, synthetic)| self.sides(real, synthetic, max))
+                .collect()
+        };
+        let limits = [(&measure, self.max_images), (&stop, self.max_stop)];
+        let wanted = limits.map(|(real, max)| real.iter().map(|real| real.len().min(max)).collect());
+        let [synthetic, synthetic_stop] = held_out_images(&pool, &discriminators, wanted)?;
+        for (images, what, least) in [(&synthetic, "measure", 2), (&synthetic_stop, "stop", 1)] {
+            if let Some((set, found)) = images.iter().map(Dataset::len).enumerate().find(|(_, n)| *n < least)
+            {
+                bail!(Data, "the pool has {found} images to {what} set {set} on, expected at least {least}");
+            }
+        }
+        let measure = sides_of(measure, synthetic, self.max_images);
+        let stop = sides_of(stop, synthetic_stop, self.max_stop);
+        let out = job.open()?;
+        let parts = fs::Parts::new(job.hidden(out, "parts"));
+        let SetsRecord { epsilons, norm, .. } = &discriminators.record;
+        let radii: Vec<f64> = epsilons.iter().map(|e| e.get()).collect();
+        let passes: usize = radii.iter().map(|&radius| self.passes(radius)).sum();
+        let images: usize = measure.iter().chain(&stop).map(|sides| sides.class.len()).sum();
+        let bar = Progress::new(Self::NAME, (passes * images) as u64, "attacked images");
+        let (mut results, mut after_pgd, mut stop_accuracy) = (Vec::new(), Vec::new(), Vec::new());
+        for (set, Sides { images, class }) in measure.into_iter().enumerate() {
+            let synthetic: Vec<bool> = images.labels.iter().map(|&label| label == SYNTHETIC).collect();
+            let (mut rows, mut pgd_rows, mut accuracies) = (Vec::new(), Vec::new(), Vec::new());
+            for (radius, &epsilon) in epsilons.iter().enumerate() {
+                let trial = Trial {
+                    arc: self,
+                    net: &discriminators.nets[set][radius],
+                    pgd: self.attack(*norm, epsilon)?,
+                    job,
+                    parts: &parts,
+                    bar: &bar,
+                };
+                let key = format!("set{set}-radius{radius}");
+                let accuracy = trial.accuracy(&stop[set].images, &format!("{key}-stop"))?;
+                accuracies.push(accuracy);
+                if accuracy > 0.5 {
+                    let after_pgd = trial.after_pgd(&images, &key)?;
+                    rows.push(trial.after_apgd(&images, after_pgd.clone(), &key)?);
+                    pgd_rows.push(after_pgd);
+                } else {
+                    bar.skip((self.passes(epsilon.get()) * images.len()) as u64);
+                    rows.push(synthetic.clone());
+                    pgd_rows.push(synthetic.clone());
+                }
+            }
+            stop_accuracy.push(accuracies);
+            after_pgd.push(SetResult {
+                correct: pgd_rows,
+                synthetic: synthetic.clone(),
+                class: class.clone(),
+            });
+            results.push(SetResult { correct: rows, synthetic, class });
+        }
+        let estimate = estimate(&results, &radii, self.bootstrap, self.seed);
+        let record = ArcRecord {
+            schema: "proxyset.arc/1".into(),
+            wasserstein_lower_bound_estimate: 4.0 * estimate.arc,
+            signed_after_pgd: signed_area(&after_pgd, &radii),
+            epsilons: epsilons.clone(),
+            stop_accuracy,
+            attack: AttackRecord {
+                norm: *norm,
+                steps: self.attack.steps.steps,
+                step_size_times_steps_over_epsilon: self.attack.steps.step_ratio,
+                restarts: self.attack.restarts,
+                counts: "every point on the way".into(),
+                apgd_steps_on_what_stands: self.attack.apgd_steps,
+            },
+            estimate,
+        };
+        fs::publish(&out.join("arc.svg"), discrimination_svg(&curves(&record.estimate))?.as_bytes())?;
+        record.write(out)?;
+        let e = &record.estimate;
+        note(self, &format!("ARC {:.5}, 95 % interval {:.5} to {:.5}", e.arc, e.interval[0], e.interval[1]));
+        let summary = serde_json::to_value(&record)
+            .map_err(|e| crate::Error::Alarm(format!("ARC cannot be written as JSON: {e}")))?;
+        Ok(Outcome::Done(summary))
+    }
+}
+
+/// A plot of robust discrimination curves: a name and points (ε, accuracy) each.
+pub(super) fn discrimination_svg(curves: &[(String, Vec<(f64, f64)>)]) -> Result<String> {
+    lines("Robust discrimination of real and synthetic images", "ε", "accuracy under attack", curves)
+}
+
+/// The curve, and its two parts.
+fn curves(estimate: &Estimate) -> Vec<(String, Vec<(f64, f64)>)> {
+    let of = |name: &str, get: fn(&Point) -> f64| {
+        (name.to_owned(), estimate.curve.iter().map(|p| (p.epsilon, get(p))).collect())
+    };
+    vec![
+        of("both", |p| p.accuracy),
+        of("real", |p| p.accuracy_real),
+        of("synthetic", |p| p.accuracy_synthetic),
+    ]
+}
+
+/// Pool images that measure and that stop each ranking set, as many as `wanted`: of folds that it did not learn from, with
+/// their classes.
+fn held_out_images(
+    pool: &Pool,
+    discriminators: &Discriminators,
+    wanted: [Vec<usize>; 2],
+) -> Result<[Vec<Dataset>; 2]> {
+    let folds = discriminators.record.folds;
+    let slots = |uid: &str| slots(uid, discriminators.fold_of(uid), folds);
+    let mut measure = pool.draw(&wanted.concat(), slots)?;
+    let stop = measure.split_off(folds);
+    Ok([measure, stop])
+}
+
+/// What a pool image of `fold` is for: it measures set `i < folds`, and stops set `i - folds`.
+fn slots(uid: &str, fold: usize, folds: usize) -> Vec<usize> {
+    let sets: Vec<usize> = (0..folds).filter(|&set| set != fold).collect();
+    match held_out(uid) {
+        // Each image measures one set only, so that the sets' results are independent.
+        HeldOut::Measure => vec![sets[uid_order(uid) as usize % sets.len()]],
+        HeldOut::Stop => sets.into_iter().map(|set| folds + set).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy::fold::fold_of;
+
+    #[test]
+    fn a_pool_image_measures_one_set_or_stops_all_that_did_not_learn_from_it() {
+        let folds = 3;
+        let mut measured = [0; 3];
+        for i in 0..4000 {
+            let uid = format!("pool-{i}");
+            let fold = fold_of(&uid, folds + 1);
+            let found = slots(&uid, fold, folds);
+            match held_out(&uid) {
+                HeldOut::Measure => {
+                    assert!(found.len() == 1 && found[0] != fold, "{uid}: {found:?}");
+                    measured[found[0]] += 1;
+                }
+                HeldOut::Stop => {
+                    let others: Vec<usize> =
+                        (0..folds).filter(|&set| set != fold).map(|set| folds + set).collect();
+                    assert_eq!(found, others, "{uid}");
+                }
+            }
+        }
+        assert!(measured.iter().all(|n| (900..1250).contains(n)), "{measured:?}");
+    }
+}

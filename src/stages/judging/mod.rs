@@ -1,0 +1,17 @@
+//! Judging images: labels and confidence, distance from real ones, discriminators, scores, ARC.
+
+mod arc;
+mod fit_discriminator;
+mod label;
+mod quality;
+mod rank;
+mod score;
+
+register_stages!(
+    label::Label,
+    quality::Quality,
+    fit_discriminator::FitDiscriminator,
+    score::Score,
+    arc::Arc,
+    rank::Rank
+);

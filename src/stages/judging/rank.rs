@@ -1,0 +1,158 @@
+//! Rank: several generators by ARC.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::arc::discrimination_svg;
+use crate::{
+    Result, fs,
+    proxy::arc::{Estimate, Point, difference_interval},
+    stage::{Input, Job, Outcome, Stage, read_done},
+    tables::{division::SPLIT, pool::POOL, records::ArcRecord},
+};
+
+const ARCS: Input = Input::several("arcs", &["arc"]);
+const LABELLED: Input = Input::several("labelled", &["label"]);
+
+/// Ranks generators by their signed ARC, lowest first: `rank.json`, and the curves in `rank.svg`.
+///
+/// Each estimate must come from the same division of the real images and radii under the same attack. The intervals of differences take
+/// the estimates as independent; that they share real images makes them wider than need be.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct Rank {
+    /// The folders of finished arcs, one a generator.
+    #[arg(long, value_delimiter = ',')]
+    pub arcs: Vec<PathBuf>,
+    /// The folders of finished labels of the same pools, in the same order: the agreement, to which ARC is blind.
+    #[arg(long, value_delimiter = ',')]
+    pub labelled: Vec<PathBuf>,
+    /// The generators' names, in the same order.
+    #[arg(long, value_delimiter = ',')]
+    pub names: Vec<String>,
+}
+
+/// One generator.
+#[derive(Clone, Debug, Serialize)]
+struct Ranked {
+    name: String,
+    /// The signed area: what ranks.
+    signed_arc: f64,
+    interval: [f64; 2],
+    /// The same after PGD alone.
+    signed_after_pgd: f64,
+    truncated: bool,
+    /// See [`Estimate::largest_rise_se`].
+    largest_rise_se: f64,
+    /// Images measured, in all sets: real, synthetic.
+    images: [usize; 2],
+    /// How often a classifier sees the class that an image was made for; none without labels.
+    label_agreement: Option<f64>,
+    /// The signed area minus that of the one before, and its 95 % interval.
+    behind_the_last: Option<f64>,
+    behind_interval: Option<[f64; 2]>,
+}
+
+impl Stage for Rank {
+    const NAME: &'static str = "rank";
+    const ABOUT: &'static str = "Rank generators whose ARC is estimated.";
+    const INPUTS: &'static [Input] = &[ARCS, LABELLED];
+    const REVISION: u32 = 1;
+
+    fn validate(&self) -> Result<()> {
+        let (arcs, labelled, names) = (self.arcs.len(), self.labelled.len(), self.names.len());
+        if names != arcs || (labelled != 0 && labelled != arcs) {
+            bail!(
+                Usage,
+                "there are {arcs} arcs, {names} names and {labelled} labelled, expected as many names, and as many labelled \
+                 or none"
+            );
+        }
+        Ok(())
+    }
+
+    fn amount(&self) -> String {
+        format!("{} generators", self.arcs.len())
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        if self.arcs.is_empty() {
+            bail!(Usage, "arcs is empty, expected the folder of a finished arc for each generator");
+        }
+        let mut found: Vec<(String, ArcRecord, Option<f64>)> = Vec::new();
+        for (i, (dir, name)) in self.arcs.iter().zip(&self.names).enumerate() {
+            let dir = ARCS.finished(Some(dir))?;
+            let record = ArcRecord::read(&dir)?;
+            if let Some((_, first, _)) = found.first()
+                && (first.epsilons != record.epsilons || first.attack != record.attack)
+            {
+                bail!(
+                    Data,
+                    "{}: radii or attack are not those of {}, expected the same for all",
+                    dir.display(),
+                    self.arcs[0].display()
+                );
+            }
+            if SPLIT.fingerprint_in(&dir)? != SPLIT.fingerprint_in(&self.arcs[0])? {
+                bail!(
+                    Data,
+                    "{}: measured on other real images than {}, expected one split for all",
+                    dir.display(),
+                    self.arcs[0].display()
+                );
+            }
+            let agreement = match self.labelled.get(i) {
+                Some(labels) => {
+                    let labels = LABELLED.finished(Some(labels))?;
+                    if POOL.fingerprint_in(&dir)? != POOL.fingerprint_in(&labels)? {
+                        bail!(Data, "{}: not labels of the pool of {}", labels.display(), dir.display());
+                    }
+                    read_done(&labels)?.and_then(|done| done.summary["agreement"].as_f64())
+                }
+                None => None,
+            };
+            found.push((name.clone(), record, agreement));
+        }
+        found.sort_by(|a, b| a.1.estimate.signed.total_cmp(&b.1.estimate.signed));
+        let mut before: Option<&Estimate> = None;
+        let ranked: Vec<Ranked> = found
+            .iter()
+            .map(|(name, record, agreement)| {
+                let e = &record.estimate;
+                let ranked = Ranked {
+                    name: name.clone(),
+                    signed_arc: e.signed,
+                    interval: e.interval,
+                    signed_after_pgd: record.signed_after_pgd,
+                    truncated: e.truncated,
+                    largest_rise_se: e.largest_rise_se,
+                    images: [0, 1].map(|side| e.images.iter().map(|images| images[side]).sum()),
+                    label_agreement: *agreement,
+                    behind_the_last: before.map(|last| e.signed - last.signed),
+                    behind_interval: before.map(|last| difference_interval(e, last)),
+                };
+                before = Some(e);
+                ranked
+            })
+            .collect();
+        let curves: BTreeMap<&str, &[Point]> =
+            found.iter().map(|(name, record, _)| (&**name, &*record.estimate.curve)).collect();
+        let series: Vec<(String, Vec<(f64, f64)>)> = found
+            .iter()
+            .map(|(name, record, _)| {
+                (name.clone(), record.estimate.curve.iter().map(|p| (p.epsilon, p.accuracy)).collect())
+            })
+            .collect();
+        let out = job.open()?;
+        fs::publish(&out.join("rank.svg"), discrimination_svg(&series)?.as_bytes())?;
+        let summary = json!({
+            "schema": "proxyset.rank/1",
+            "attack": found[0].1.attack,
+            "generators": ranked,
+            "curves": curves,
+        });
+        fs::publish_json(&out.join("rank.json"), &summary)?;
+        Ok(Outcome::Done(summary))
+    }
+}

@@ -1,0 +1,270 @@
+//! Certify: the radii within which a smoothed classifier cannot be fooled.
+
+use std::{path::PathBuf, time::Instant};
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    Error, Result,
+    attack::search::choice,
+    certify::{Certificate, Smoothing},
+    data::{self, Dataset, Range, Source, gaussian_noise, to_tensor},
+    error::expect_within as expect,
+    evaluation::Examined,
+    fs,
+    nn::Classifier,
+    plot,
+    progress::{Progress, check_stop},
+    rng,
+    settings::{self, NoSettings},
+    stage::{Input, Job, Outcome, Stage, note},
+    stats::clopper_pearson,
+    tables::{images::write_certified, records::MODEL},
+};
+
+/// Certificates.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CertificateSettings {
+    /// Noisy copies that choose the class to certify.
+    #[arg(long, default_value_t = 100)]
+    pub n0: u64,
+}
+
+tagged! {
+    /// What is made.
+    pub enum Mode("mode", default "certify") {
+        /// Certificates: a class and the radius within which it stays (CERTIFY).
+        Certify(CertificateSettings) = "certify",
+        /// Predictions alone, which take far fewer copies (PREDICT).
+        Predict(NoSettings) = "predict",
+    }
+}
+
+/// Smooths a classifier with Gaussian noise and certifies it (Cohen et al. 2019): for each image the class and the ℓ2
+/// radius within which the smoothed classifier's answer stays, with probability 1 - alpha.
+///
+/// The classifier should have been trained on such noise: `train --objective gaussian` or `stability`.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct Certify {
+    /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
+    #[arg(long, default_value = "builtin:digits")]
+    pub data: Source,
+    /// The official split to measure on. Test is for measuring, never to choose anything.
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
+    pub split: data::Split,
+    /// Use only the first N images; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub limit: usize,
+    /// Of these only every N-th, from the first.
+    #[arg(long, default_value_t = 1)]
+    pub skip: usize,
+    /// Certificates, or predictions alone.
+    #[command(flatten)]
+    pub mode: Mode,
+    /// The standard deviation of the noise, for pixels in [0, 1].
+    #[arg(long, default_value_t = 0.25)]
+    pub sigma: f64,
+    /// Noisy copies that bound its probability, or that predict.
+    #[arg(long, default_value_t = 10_000)]
+    pub n: u64,
+    /// The probability that a certificate or prediction is wrong.
+    #[arg(long, default_value_t = 0.001)]
+    pub alpha: f64,
+    /// Noisy copies that go through the network together. No result depends on it.
+    #[arg(long, default_value_t = 128)]
+    pub batch: u64,
+    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    #[arg(long, default_value_t = 0)]
+    pub max_bad: usize,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// One row of `certify.json`: how many images are right, certain at this radius.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AtRadius {
+    /// The ℓ2 radius.
+    pub radius: f64,
+    /// Images whose class is right and certain within it.
+    pub certified: u64,
+    /// `certified` over all images.
+    pub accuracy: f64,
+    /// 95 % Clopper-Pearson interval.
+    pub interval: [f64; 2],
+}
+
+impl Certify {
+    /// With [`Mode::Predict`] no copies choose.
+    fn smoothing(&self) -> Smoothing {
+        Smoothing { sigma: self.sigma, n0: self.n0().unwrap_or(0), n: self.n, alpha: self.alpha }
+    }
+
+    fn n0(&self) -> Option<u64> {
+        match &self.mode {
+            Mode::Certify(certificate) => Some(certificate.n0),
+            Mode::Predict(_) => None,
+        }
+    }
+
+    /// The certificate of one image; with [`Mode::Predict`] its radius and bound are 0, which is always true.
+    fn one(
+        &self,
+        classifier: &Classifier,
+        data: &Dataset,
+        row: usize,
+        device: &Device,
+    ) -> Result<Certificate> {
+        let image = to_tensor(data.image(row), data.shape, Range::Unit, device)?;
+        let classes = classifier.config().class_names.len();
+        // Each copy of each image has a key of its own.
+        let seed = rng::uint(self.seed, row as u64, rng::stream::GAUSSIAN);
+        let counts = |first: u64, n: u64| -> Result<Vec<u64>> {
+            let mut counts = vec![0u64; classes];
+            for from in (first..first + n).step_by(self.batch as usize) {
+                check_stop()?;
+                let ids: Vec<u64> = (from..(from + self.batch).min(first + n)).collect();
+                let copies = image.repeat((ids.len(), 1, 1, 1))?;
+                let noise = gaussian_noise(seed, &ids, rng::stream::GAUSSIAN, data.shape, device)?;
+                let logits = classifier.logits(&(copies + (noise * self.sigma)?)?)?.to_vec2::<f32>()?;
+                for class in logits.iter().filter_map(|row| choice(row)) {
+                    counts[class] += 1;
+                }
+            }
+            Ok(counts)
+        };
+        match self.mode {
+            Mode::Certify(_) => self.smoothing().certify(&counts),
+            Mode::Predict(_) => {
+                let class = self.smoothing().predict(&counts)?;
+                Ok(Certificate { class, radius: 0.0, lower: 0.0 })
+            }
+        }
+    }
+}
+
+impl Stage for Certify {
+    const NAME: &'static str = "certify";
+    const ABOUT: &'static str =
+        "Smooth a classifier with noise and certify radii within which its answers stay.";
+    const INPUTS: &'static [Input] = &[MODEL, Input::real_data("data")];
+    const RUNTIME: &'static [&'static str] = &["batch"];
+
+    fn validate(&self) -> Result<()> {
+        expect("skip", self.skip, 1, usize::MAX)?;
+        expect("sigma", self.sigma, 1e-6, 1e3)?;
+        if let Some(n0) = self.n0() {
+            expect("n0", n0, 1, 1 << 40)?;
+        }
+        expect("n", self.n, 1, 1 << 40)?;
+        expect("alpha", self.alpha, 1e-12, 0.5)?;
+        expect("batch", self.batch, 1, 1 << 20)
+    }
+
+    fn amount(&self) -> String {
+        let images = match self.limit {
+            0 => "all images".into(),
+            limit => format!("{} images", limit.div_ceil(self.skip)),
+        };
+        let copies = self.n0().unwrap_or(0) + self.n;
+        format!("{images}, {copies} noisy copies each at sigma {}", self.sigma)
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let started = Instant::now();
+        let limit = (self.limit > 0).then_some(self.limit);
+        let model = self.model.as_deref();
+        let examined = Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
+        let Examined { classifier, data, .. } = &examined;
+
+        let out = job.open()?;
+        let parts = fs::Parts::new(job.hidden(out, "parts"));
+        let rows: Vec<usize> = (0..data.len()).step_by(self.skip).collect();
+        let bar = Progress::new(Self::NAME, rows.len() as u64, "images");
+        let mut certificates = Vec::with_capacity(rows.len());
+        // One image after the other: the network's kernels have work for all threads.
+        for &row in &rows {
+            let key = format!("{row:08}");
+            let kept = parts.get(&key)?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+            let certificate = match kept {
+                Some(kept) => {
+                    bar.skip(1);
+                    kept
+                }
+                None => {
+                    let found = self.one(classifier, data, row, &job.device)?;
+                    let kept = serde_json::to_vec(&found);
+                    let kept =
+                        kept.map_err(|e| Error::Alarm(format!("a certificate cannot be kept: {e}")))?;
+                    parts.put(&key, &kept)?;
+                    bar.add(1);
+                    found
+                }
+            };
+            certificates.push(certificate);
+        }
+        let right: Vec<bool> =
+            rows.iter().zip(&certificates).map(|(&row, c)| c.class == Some(data.labels[row])).collect();
+        let n = rows.len() as u64;
+        let certified_at = |radius: f64| {
+            let hold = certificates.iter().zip(&right).filter(|(c, right)| **right && c.radius >= radius);
+            hold.count() as u64
+        };
+        // At 0, 0.25, 0.5, … as in the paper's tables, up to the first radius at which nothing is certain.
+        let largest = certificates.iter().zip(&right).filter(|(_, right)| **right).map(|(c, _)| c.radius);
+        let rows_of_table = (largest.fold(0.0, f64::max) / 0.25).floor() as usize + 2;
+        let table: Vec<AtRadius> = (0..rows_of_table)
+            .filter(|_| self.n0().is_some())
+            .map(|i| {
+                let radius = 0.25 * i as f64;
+                let certified = certified_at(radius);
+                let accuracy = certified as f64 / n as f64;
+                AtRadius { radius, certified, accuracy, interval: clopper_pearson(certified, n, 0.05) }
+            })
+            .collect();
+        let correct = certified_at(0.0);
+        let abstained = certificates.iter().filter(|c| c.class.is_none()).count() as u64;
+        let average = certificates.iter().zip(&right).map(|(c, &right)| if right { c.radius } else { 0.0 });
+        let certify = self.n0().is_some();
+        let summary = json!({
+            "schema": "proxyset.certify/1",
+            "mode": self.mode.kind(),
+            "images": n,
+            "correct": correct,
+            "accuracy": correct as f64 / n as f64,
+            "interval": clopper_pearson(correct, n, 0.05),
+            "abstained": abstained,
+            "average_certified_radius": certify.then(|| average.sum::<f64>() / n as f64),
+            "certified": table,
+            "smoothing": { "sigma": self.sigma, "n0": self.n0(), "n": self.n, "alpha": self.alpha },
+            "seed": self.seed,
+            "data": examined.data_record(&self.data, self.split)?,
+            "model_blake3": examined.model_blake3()?,
+            "seconds": started.elapsed().as_secs_f64(),
+        });
+        write_certified(out, &rows, &data.labels, &certificates, certify)?;
+        if certify {
+            let mut radii: Vec<f64> =
+                certificates.iter().zip(&right).filter(|(_, r)| **r).map(|(c, _)| c.radius).collect();
+            radii.sort_by(f64::total_cmp);
+            // The curve steps down at each radius that ends.
+            let mut curve = vec![(0.0, correct as f64 / n as f64)];
+            for (i, &radius) in radii.iter().enumerate() {
+                let [before, after] =
+                    [correct - i as u64, correct - i as u64 - 1].map(|k| k as f64 / n as f64);
+                curve.extend([(radius, before), (radius, after)]);
+            }
+            let label = format!("sigma = {}", self.sigma);
+            let svg = plot::lines("Certified accuracy", "l2 radius", "accuracy", &[(label, curve)])?;
+            fs::publish(&out.join("certified.svg"), svg.as_bytes())?;
+        }
+        fs::publish_json(&out.join("certify.json"), &summary)?;
+        note(self, &format!("{correct} of {n} right, {abstained} abstained"));
+        Ok(Outcome::Done(summary))
+    }
+}

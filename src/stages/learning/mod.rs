@@ -1,0 +1,7 @@
+//! Learning from images: classifiers trained, attacked and certified. The attacks themselves are in `attack`.
+
+mod certify;
+mod evaluate;
+mod train;
+
+register_stages!(train::Train, evaluate::Evaluate, certify::Certify);

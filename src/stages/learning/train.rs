@@ -1,0 +1,433 @@
+//! Train: a classifier on real and synthetic data, plainly, adversarially, or to be smoothed.
+
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    Error, Result,
+    data::{self, Dataset, Range, Source, augmented},
+    error::expect_within as expect,
+    evaluation::{Perturb, correct_after},
+    fs,
+    nn::{Architecture, BatchNormMode, Classifier, ClassifierConfig, Standardization},
+    objective::{GammaMix, augment_gaussian, pgd_at, plain, stable, trades_perturb},
+    plot,
+    progress::Progress,
+    rng::{Permutation, stream},
+    settings::{
+        self, ArchitectureSettings, AugmentationSettings, NoiseSettings, ObjectiveSettings, OptimizerSettings,
+        ScheduleSettings,
+    },
+    stage::{Input, Job, Outcome, Stage, note},
+    tables::{
+        dataset::{DATA, dataset_folder},
+        division::{Real, SPLIT},
+        records::TrainRecord,
+    },
+    text::one_or_many,
+    training::{Mix, Part, Trainer},
+};
+
+/// Trains a classifier on the real `fit` images and, if given, synthetic data sets:
+/// `γ · L(real) + (1 − γ) · L(synthetic)` (PORT, Sehwag et al. 2022, §2.1).
+///
+/// The checkpoint that is kept is the best, in the moving average of its weights and statistics, on a part of the real
+/// training images that is held out from training; the test split is not touched.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[command(mut_args(settings::defaults(&[("warmup_steps", "100", &[]), ("final_fraction", "0.01", &[])])))]
+pub struct Train {
+    /// The folder of a finished split: the real data.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// Synthetic data: the folder of a finished materialize, or Hugging Face Parquet; several for a mixture. Without
+    /// it, real data alone.
+    #[arg(long)]
+    #[serde(deserialize_with = "one_or_many")]
+    pub data: Vec<PathBuf>,
+    /// How much of the synthetic part of a batch each of several sources gets; equal shares if left out.
+    #[arg(long, value_delimiter = ',')]
+    pub data_weights: Vec<f64>,
+    /// What is minimised.
+    #[command(flatten)]
+    pub objective: ObjectiveSettings,
+    /// γ, the weight of the real loss, when there is synthetic data. 0.4 as in the paper (Fig. 7).
+    #[arg(long, default_value_t = 0.4)]
+    pub gamma: f64,
+    /// The share of a batch that is synthetic, when there is synthetic data.
+    #[arg(long, default_value_t = 0.5)]
+    pub synthetic_fraction: f64,
+    /// The share of the target that all classes get.
+    #[arg(long, default_value_t = 0.0)]
+    pub label_smoothing: f64,
+    /// The network.
+    #[command(flatten)]
+    pub architecture: ArchitectureSettings,
+    /// Optimiser steps.
+    #[arg(long, default_value_t = 2000)]
+    pub steps: usize,
+    /// Instead of steps: an epoch is as many draws, real and synthetic together, as there are real images to learn
+    /// from.
+    #[arg(long)]
+    pub epochs: Option<f64>,
+    /// Images per step, real and synthetic together.
+    #[arg(long, default_value_t = 128)]
+    pub batch: usize,
+    /// What makes the steps.
+    #[command(flatten)]
+    pub optimizer: OptimizerSettings,
+    /// The learning rate over the steps.
+    #[command(flatten)]
+    pub schedule: ScheduleSettings,
+    /// Decay of the moving average of weights and batch statistics, at most (1 + n) / (10 + n) in step n.
+    #[arg(long, default_value_t = 0.995)]
+    pub ema_decay: f64,
+    /// What is done to the images at random.
+    #[command(flatten)]
+    pub augmentation: AugmentationSettings,
+    /// Use only this many of the real training images, drawn by the seed; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub real_images: usize,
+    /// The share of the real training images held out to choose the checkpoint.
+    #[arg(long, default_value_t = 0.15)]
+    pub held_out: f64,
+    /// Steps between looks at the held-out images.
+    #[arg(long, default_value_t = 200)]
+    pub eval_every: usize,
+    /// Seed of initial weights, order, augmentation and attack.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// A network as it is trained, and without gradients to its parameters, as attacks see it.
+struct Views<'a> {
+    tracked: &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync),
+    frozen: &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync),
+}
+
+impl Train {
+    /// The loss of each image of a batch.
+    fn losses(&self, views: &Views, x: &Tensor, labels: &Tensor, ids: &[u64], step: usize) -> Result<Tensor> {
+        let Views { tracked, frozen } = *views;
+        let smoothing = self.label_smoothing;
+        let attack = || {
+            let attack = self.objective.attack_at(step, self.seed)?;
+            attack.ok_or_else(|| Error::Alarm("an objective under attack has none".into()))
+        };
+        let noisy = |noise: &NoiseSettings| augment_gaussian(x, noise.sigma, self.seed, ids);
+        match &self.objective {
+            ObjectiveSettings::Plain(_) => plain(&tracked, x, labels, smoothing),
+            ObjectiveSettings::PgdAt(_) | ObjectiveSettings::FgsmRs(_) => {
+                pgd_at(&tracked, &frozen, x, labels, &attack()?, smoothing, ids)
+            }
+            ObjectiveSettings::Trades(trades) => {
+                let near = trades_perturb(&frozen, x, &attack()?, ids)?;
+                stable(&tracked, x, &near, labels, trades.beta, smoothing)
+            }
+            ObjectiveSettings::Stability(stability) => {
+                stable(&tracked, x, &noisy(&stability.noise)?, labels, stability.beta, smoothing)
+            }
+            ObjectiveSettings::Gaussian(noise) => plain(&tracked, &noisy(noise)?, labels, smoothing),
+        }
+    }
+
+    /// The accuracy on held-out images under what the objective guards against, and, if that is something, the
+    /// accuracy on the images as they are.
+    fn held_out_accuracies(
+        &self,
+        classifier: &Classifier,
+        held_out: &Dataset,
+        device: &Device,
+    ) -> Result<(f64, Option<f64>)> {
+        let logits_of = |x: &Tensor| classifier.logits(x);
+        let attack = self.objective.attacked().map(|attacked| attacked.attack.pgd(self.seed)).transpose()?;
+        let attacked = attack.map(|attack| {
+            move |x: &Tensor, y: &Tensor, ids: &[u64]| attack.perturb(&logits_of, x, y, ids)
+        });
+        let noisy = self.objective.noise().map(|noise| {
+            move |x: &Tensor, _: &Tensor, ids: &[u64]| augment_gaussian(x, noise.sigma, self.seed, ids)
+        });
+        let accuracy = |perturb: Option<Perturb>| -> Result<f64> {
+            let right = correct_after(&logits_of, held_out, perturb, device, None, &Progress::hidden())?;
+            Ok(right.iter().filter(|&&r| r).count() as f64 / right.len().max(1) as f64)
+        };
+        let clean = accuracy(None)?;
+        let perturb: Perturb = match (&attacked, &noisy) {
+            (Some(attacked), _) => attacked,
+            (_, Some(noisy)) => noisy,
+            (None, None) => return Ok((clean, None)),
+        };
+        Ok((accuracy(Some(perturb))?, Some(clean)))
+    }
+
+    /// Synthetic images in a batch, when there is synthetic data.
+    fn synthetic_in_batch(&self) -> usize {
+        (self.batch as f64 * self.synthetic_fraction).round() as usize
+    }
+
+    /// The synthetic data sets, each with the name of its arm. They must look like the real data.
+    fn synthetic(&self, real: &Dataset) -> Result<Vec<(Dataset, String)>> {
+        let one = |dir: &PathBuf| {
+            let folder = dataset_folder(dir);
+            let source: Source = folder.to_string_lossy().parse().map_err(Error::Usage)?;
+            let synthetic = source.load(data::Split::Train, None, 0)?;
+            if synthetic.shape != real.shape || synthetic.class_names != real.class_names {
+                bail!(
+                    Data,
+                    "{}: {} images of {} classes, expected {} images of {} classes named like the real ones",
+                    folder.display(),
+                    synthetic.shape,
+                    synthetic.class_names.len(),
+                    real.shape,
+                    real.class_names.len()
+                );
+            }
+            let arm = data::Manifest::read(&folder)
+                .ok()
+                .and_then(|m| Some(m.provenance.get("arm")?.as_str()?.to_owned()))
+                .unwrap_or_else(|| "synthetic".into());
+            Ok((synthetic, arm))
+        };
+        self.data.iter().map(one).collect()
+    }
+
+    /// The weight of each synthetic source.
+    fn weights(&self) -> Vec<f64> {
+        if self.data_weights.is_empty() { vec![1.0; self.data.len()] } else { self.data_weights.clone() }
+    }
+
+    /// The network for images like the real ones.
+    fn architecture(&self, real: &Dataset) -> Architecture {
+        let standardize = self.architecture.standardizes().then(|| standardization(real));
+        self.architecture.network(real.shape, real.class_names.len(), standardize)
+    }
+
+    /// Optimiser steps for so many real images.
+    fn steps_for(&self, real: usize) -> usize {
+        match self.epochs {
+            None => self.steps,
+            Some(epochs) => ((epochs * real as f64 / self.batch as f64).ceil() as usize).max(1),
+        }
+    }
+}
+
+/// Mean and standard deviation of each channel of all pixels, in [0, 1]. A channel that is the same everywhere is not
+/// scaled.
+fn standardization(data: &Dataset) -> Standardization {
+    let channels = data.shape.channels;
+    let (mut sums, mut squares) = (vec![0u64; channels], vec![0u64; channels]);
+    for pixel in data.pixels.chunks_exact(channels) {
+        for ((sum, square), &value) in sums.iter_mut().zip(&mut squares).zip(pixel) {
+            *sum += u64::from(value);
+            *square += u64::from(value).pow(2);
+        }
+    }
+    let n = (data.pixels.len() / channels) as f64;
+    let mean: Vec<f64> = sums.iter().map(|&sum| sum as f64 / n).collect();
+    let deviation = |(&square, mean): (&u64, &f64)| (square as f64 / n - mean * mean).max(0.0).sqrt() / 255.0;
+    let std = squares.iter().zip(&mean).map(deviation).map(|d| if d > 0.0 { d as f32 } else { 1.0 });
+    Standardization { std: std.collect(), mean: mean.iter().map(|m| (m / 255.0) as f32).collect() }
+}
+
+impl Stage for Train {
+    const NAME: &'static str = "train";
+    const ABOUT: &'static str = "Train a classifier, plainly or adversarially, on real and synthetic data.";
+    const INPUTS: &'static [Input] = &[SPLIT, DATA];
+
+    fn unused(&self) -> Vec<&'static str> {
+        let mut unused = Vec::new();
+        if self.data.is_empty() {
+            unused.extend(["data_weights", "gamma", "synthetic_fraction"]);
+        }
+        if self.epochs.is_some() {
+            unused.push("steps");
+        }
+        unused
+    }
+
+    fn validate(&self) -> Result<()> {
+        expect("gamma", self.gamma, 0.0, 1.0)?;
+        expect("synthetic_fraction", self.synthetic_fraction, 0.0, 1.0)?;
+        expect("label_smoothing", self.label_smoothing, 0.0, 0.999)?;
+        self.objective.validate()?;
+        self.architecture.validate()?;
+        if self.objective.attack_mode() == BatchNormMode::Train && !self.architecture.has_batch_norm() {
+            bail!(Usage, "attack_batch_norm is train, expected eval: the network has no batch norm");
+        }
+        expect("steps", self.steps, 1, 100_000_000)?;
+        if let Some(epochs) = self.epochs {
+            expect("epochs", epochs, 1e-6, 1e9)?;
+        }
+        expect("batch", self.batch, 2, 1 << 20)?;
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
+        expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;
+        expect("held_out", self.held_out, 0.001, 0.9)?;
+        expect("eval_every", self.eval_every, 1, usize::MAX)?;
+        let weights = &self.data_weights;
+        if !weights.is_empty()
+            && (weights.len() != self.data.len() || weights.iter().any(|&w| w.is_nan() || w <= 0.0))
+        {
+            bail!(
+                Usage,
+                "data_weights is {weights:?}, expected a number above 0 for each of {} sources",
+                self.data.len()
+            );
+        }
+        let n_syn = self.synthetic_in_batch();
+        if n_syn == 0 && !self.data.is_empty() {
+            bail!(
+                Usage,
+                "synthetic_fraction is {}, none of a batch of {}; expected at least one place for the synthetic data",
+                self.synthetic_fraction,
+                self.batch
+            );
+        }
+        GammaMix::new(self.gamma, self.batch - n_syn, n_syn).map(drop)
+    }
+
+    fn amount(&self) -> String {
+        let objective = self.objective.summary();
+        let data = if self.data.is_empty() { "real" } else { "real and synthetic" };
+        let length = self.epochs.map_or_else(|| format!("{} steps", self.steps), |e| format!("{e} epochs"));
+        format!("{length} of {} {data} images, {objective}", self.batch)
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let real = Real::load(&SPLIT.finished(self.split.as_deref())?)?;
+        let fit = real.fit();
+        if fit.len() < 2 {
+            bail!(Data, "the split has {} images to learn from, expected at least 2", fit.len());
+        }
+        let n_real = match self.real_images {
+            0 => fit.len(),
+            n if (2..=fit.len()).contains(&n) => n,
+            n => bail!(Usage, "real_images is {n}, expected 2 to {}, the images to learn from", fit.len()),
+        };
+        let (train, held_out) = hold_out(&fit, n_real, self.held_out, self.seed);
+        let synthetic = self.synthetic(&train)?;
+        let config = ClassifierConfig {
+            architecture: self.architecture(&train),
+            class_names: train.class_names.clone(),
+        };
+        let batch_norm = config.architecture.has_batch_norm();
+        let classifier = Classifier::init(config.clone(), self.seed, &job.device)?;
+        let averaged = Classifier::init(config, self.seed, &job.device)?;
+        let network = classifier.tracked()?;
+
+        let n_syn = if synthetic.is_empty() { 0 } else { self.synthetic_in_batch() };
+        let weight = GammaMix::new(self.gamma, self.batch - n_syn, n_syn)?;
+        let sources: Vec<_> = synthetic.iter().map(|(data, _)| data).zip(self.weights()).collect();
+        let mix = Mix::new(&train, &sources, self.batch, n_syn, self.seed)?;
+
+        let out = job.open()?;
+        let (checkpoint, optimizer) = (job.hidden(out, "checkpoint"), self.optimizer.optimizer());
+        let mut trainer = Trainer::resume(checkpoint, classifier.params(), optimizer, self.ema_decay)?;
+        if batch_norm {
+            trainer = trainer.whole();
+        }
+        let steps = self.steps_for(train.len());
+        let lr = self.schedule.schedule(self.optimizer.learning_rate(), steps);
+        let settings = self.augmentation.augment();
+        let attack_mode = self.objective.attack_mode();
+        let tracked = |x: &Tensor| network.logits_by(x, BatchNormMode::Train);
+        let frozen = |x: &Tensor| classifier.logits_by(x, attack_mode);
+        let views = Views { tracked: &tracked, frozen: &frozen };
+
+        let bar = Progress::new(Self::NAME, steps as u64, "steps");
+        bar.skip(trainer.step() as u64);
+        while trainer.step() < steps {
+            let step = trainer.step();
+            let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
+                let (mut pixels, mut labels, mut ids, mut weights) =
+                    (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+                for draw in slots.map(|slot| mix.at(step, slot)) {
+                    pixels.extend_from_slice(draw.pixels);
+                    labels.push(draw.label);
+                    ids.push(draw.id);
+                    weights.push(if draw.real { weight.real } else { weight.synthetic } as f32);
+                }
+                let range = Range::Unit;
+                let x = augmented(&pixels, train.shape, &ids, self.seed, settings, range, &job.device)?;
+                let y = Tensor::new(labels, &job.device)?;
+                let losses = self.losses(&views, &x, &y, &ids, step)?;
+                Ok(Part::from((losses * Tensor::new(weights, &job.device)?)?.sum_all()?))
+            };
+            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), self.batch, &contribution)?;
+            if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == steps {
+                let mut clean = None;
+                let accuracy = trainer.consider(averaged.params(), || {
+                    let (standing, unharmed) = self.held_out_accuracies(&averaged, &held_out, &job.device)?;
+                    clean = unharmed;
+                    Ok(standing)
+                })?;
+                let mut line = json!({ "held_out_accuracy": accuracy, "learning_rate": lr.at(step) });
+                if let Some(clean) = clean {
+                    line["held_out_clean_accuracy"] = clean.into();
+                }
+                trainer.log(line);
+            }
+            bar.add(1);
+            trainer.end_step()?;
+        }
+        let held_out_accuracy = trainer.load_best(averaged.params())?.unwrap_or(f64::NAN);
+        // The average has no counts of its own.
+        for ((_, count), (_, averaged)) in
+            classifier.params().buffers().iter().zip(averaged.params().buffers())
+        {
+            if !count.get().dtype().is_float() {
+                averaged.set(&count.get())?;
+            }
+        }
+        averaged.save(out)?;
+        fs::publish(&out.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
+        let curve = |name: &str, key: &str| {
+            let at = |line: &serde_json::Value| Some((line["step"].as_f64()?, line[key].as_f64()?));
+            (name.to_owned(), trainer.log_lines().iter().filter_map(at).collect::<Vec<_>>())
+        };
+        let curves = [
+            curve("held out, as trained against", "held_out_accuracy"),
+            curve("held out, clean", "held_out_clean_accuracy"),
+            curve("training loss", "loss"),
+        ];
+        let svg = plot::lines("Training", "step", "accuracy, loss in nats", &curves)?;
+        fs::publish(&out.join("curves.svg"), svg.as_bytes())?;
+        let record = TrainRecord {
+            schema: "proxyset.train/1".into(),
+            arm: if synthetic.is_empty() {
+                "real".into()
+            } else {
+                synthetic.iter().map(|(_, arm)| arm.as_str()).collect::<Vec<_>>().join("+")
+            },
+            seed: self.seed,
+            real: train.len(),
+            synthetic: synthetic.iter().map(|(data, _)| data.len()).sum(),
+            held_out_accuracy,
+        };
+        record.write(out)?;
+        note(
+            self,
+            &format!("{:.1} % of {} held-out images right", 100.0 * held_out_accuracy, held_out.len()),
+        );
+        let summary = json!({
+            "train": record,
+            "parameters": averaged.params().count(),
+            "macs": averaged.config().architecture.macs()?,
+            "last": trainer.log_lines().last(),
+        });
+        Ok(Outcome::Done(summary))
+    }
+}
+
+/// Divides `n` of the training images into those that are learned from and those that choose the checkpoint.
+fn hold_out(fit: &Dataset, n: usize, share: f64, seed: u64) -> (Dataset, Dataset) {
+    let order = Permutation::new(seed, u64::from(stream::SUBSET), fit.len() as u64);
+    let held = ((n as f64 * share).round() as usize).clamp(1, n - 1);
+    let mut shuffled: Vec<usize> = (0..n).map(|i| order.at(i as u64) as usize).collect();
+    let mut train = shuffled.split_off(held);
+    shuffled.sort_unstable();
+    train.sort_unstable();
+    (fit.subset(&train), fit.subset(&shuffled))
+}

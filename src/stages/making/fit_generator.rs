@@ -1,0 +1,381 @@
+//! Fit-generator: a diffusion model of the real images.
+
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    Result,
+    data::{Dataset, Range, Shape, augmented, encode_png, gaussian_noise, grid, to_tensor, to_u8},
+    diffusion::{
+        Conditioning, DiffusionModel, Level, Process, TrainingPair, denoising_loss,
+        sampler::{Plan, SamplerConfig, SamplerKind, Start, sample},
+    },
+    error::expect_within as expect,
+    fs,
+    progress::Progress,
+    rng::{self, Permutation, stream},
+    settings::{
+        self, AugmentationSettings, DenoiserSettings, OptimizerSettings, ProcessSettings, ScheduleSettings,
+    },
+    stage::{Input, Job, Outcome, Stage, note},
+    tables::{
+        division::{Real, SPLIT},
+        records::GeneratorInfo,
+    },
+    training::{Part, Trainer},
+};
+
+/// Trains a denoising diffusion model (Ho et al. 2020, Alg. 1) on the `fit` images.
+///
+/// The output folder is a `diffusers` model folder with the moving average of the weights.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+#[command(mut_args(settings::defaults(&[
+    ("optimizer", "adam", &[("learning_rate", "2e-4")]), // Ho et al. 2020, Appendix B
+    ("grad_clip", "1", &[]),
+    ("schedule", "constant", &[]),
+    ("warmup_steps", "500", &[]), // Ho et al.'s code: 5000
+])))]
+pub struct FitGenerator {
+    /// The folder of a finished split: the real data.
+    #[arg(long)]
+    pub split: Option<PathBuf>,
+    /// Condition on the class by an embedding.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub conditional: bool,
+    /// The part of the training images that is shown without its class, for guidance when sampling (Ho & Salimans
+    /// 2022 take 0.1 to 0.2).
+    #[arg(long, default_value_t = 0.0)]
+    pub null_class_probability: f64,
+    /// The network.
+    #[command(flatten)]
+    pub architecture: DenoiserSettings,
+    /// The noise that it learns to remove.
+    #[command(flatten)]
+    pub process: ProcessSettings,
+    /// Optimiser steps. Ho et al. (Appendix B) train 800,000 for CIFAR-10.
+    #[arg(long, default_value_t = 10_000)]
+    pub steps: usize,
+    /// Images per step.
+    #[arg(long, default_value_t = 128)]
+    pub batch: usize,
+    /// Rounds in which the gradients of a step are computed: more of them need less memory.
+    #[arg(long, default_value_t = 1)]
+    pub accumulate: usize,
+    /// What makes the steps.
+    #[command(flatten)]
+    pub optimizer: OptimizerSettings,
+    /// The learning rate over the steps. Short trainings gain by a cosine; Ho et al. keep it constant.
+    #[command(flatten)]
+    pub schedule: ScheduleSettings,
+    /// Decay of the moving average of the weights.
+    #[arg(long, default_value_t = 0.999)]
+    pub ema_decay: f64,
+    /// What is done to the images at random.
+    #[command(flatten)]
+    pub augmentation: AugmentationSettings,
+    /// Steps between validations: the loss of the moving average on images that are not learned from. 0 for none.
+    #[arg(long, default_value_t = 1000)]
+    pub validate_every: usize,
+    /// Steps between sheets of samples of the moving average, in `samples/`. 0 for none.
+    #[arg(long, default_value_t = 1000)]
+    pub sample_every: usize,
+    /// Seed of initial weights, order, timesteps and noise.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl FitGenerator {
+    /// The classes as the network is told them: of some draws none, `null`.
+    fn shown(&self, classes: &mut [u32], draws: &[u64], null: Option<u32>) {
+        let Some(null) = null else { return };
+        for (class, &draw) in classes.iter_mut().zip(draws) {
+            let mut uniform = [0f32];
+            rng::uniforms(self.seed, draw, stream::NULL_CLASS, &mut uniform);
+            if f64::from(uniform[0]) < self.null_class_probability {
+                *class = null;
+            }
+        }
+    }
+
+    /// The noise level and the noise of draws.
+    fn noise(
+        &self,
+        process: &Process,
+        draws: &[u64],
+        shape: Shape,
+        device: &Device,
+    ) -> Result<(Vec<Level>, Tensor)> {
+        let level = |&draw: &u64| {
+            let mut normal = [0f32];
+            rng::normals(self.seed, draw, stream::LEVEL, &mut normal);
+            process.training_level(rng::uint(self.seed, draw, stream::TIMESTEP), normal[0])
+        };
+        Ok((
+            draws.iter().map(level).collect(),
+            gaussian_noise(self.seed, draws, stream::TRAIN_NOISE, shape, device)?,
+        ))
+    }
+
+    /// The mean loss of a model on images that it did not learn from, at the same noise each time.
+    fn validate_on(
+        &self,
+        model: &DiffusionModel,
+        process: &Process,
+        unseen: &Dataset,
+        device: &Device,
+    ) -> Result<f64> {
+        let images: Vec<usize> = (0..unseen.len().min(VALIDATED)).collect();
+        let of_chunk = |chunk: &[usize]| -> Result<f64> {
+            let (mut pixels, mut classes) = (Vec::new(), Vec::new());
+            for &image in chunk {
+                pixels.extend_from_slice(unseen.image(image));
+                classes.push(unseen.labels[image]);
+            }
+            let x = to_tensor(&pixels, unseen.shape, Range::Signed, device)?;
+            let draws: Vec<u64> = chunk.iter().map(|&image| VALIDATION | image as u64).collect();
+            let (levels, noise) = self.noise(process, &draws, unseen.shape, device)?;
+            let classes = Tensor::from_vec(classes, chunk.len(), device)?;
+            let pair = TrainingPair::new(model.prediction(), &x, &levels, &noise)?;
+            let losses = denoising_loss(&pair, &|x, t| {
+                model.predict_each(x, t, self.conditional.then_some(&classes))
+            })?;
+            Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
+        };
+        let sums = images.par_chunks(64).map(of_chunk).collect::<Result<Vec<f64>>>()?;
+        Ok(sums.into_iter().sum::<f64>() / images.len().max(1) as f64)
+    }
+
+    /// A sheet of samples, a column for each of the first 20 classes; the same noise each time.
+    fn sheet(
+        &self,
+        model: &DiffusionModel,
+        process: &Process,
+        shape: Shape,
+        classes: u32,
+        device: &Device,
+    ) -> Result<Vec<u8>> {
+        let config = SamplerConfig {
+            kind: SamplerKind::Ddim,
+            steps: SHEET_STEPS.min(model.scheduler().num_train_timesteps),
+            ..model.scheduler().sampler()
+        };
+        let plan = Plan::new(&config, process)?;
+        let columns = if self.conditional { classes.clamp(1, 20) as usize } else { 8 };
+        let rows = 8;
+        let row = |row: usize| -> Result<Vec<u8>> {
+            let ids: Vec<u64> = (0..columns).map(|column| (row * columns + column) as u64).collect();
+            let noise = gaussian_noise(self.seed, &ids, stream::INITIAL, shape, device)?;
+            let conditioning = if self.conditional {
+                Conditioning::Classes(Tensor::new((0..columns as u32).collect::<Vec<_>>(), device)?)
+            } else {
+                Conditioning::None
+            };
+            let images = sample(
+                &config,
+                &plan,
+                Start::Noise(noise),
+                &mut |x, level| model.denoise(x, level, &conditioning),
+                &mut |_| bail!(Alarm, "a sampler without noise asked for some"),
+                &mut |_, _| Ok(()),
+            )?;
+            to_u8(&images, Range::Signed)
+        };
+        let pixels = (0..rows).into_par_iter().map(row).collect::<Result<Vec<_>>>()?.concat();
+        let images: Vec<Option<&[u8]>> = pixels.chunks_exact(shape.size()).map(Some).collect();
+        let scale = (64 / shape.width).max(1);
+        let (sheet, pixels) = grid(&images, columns, shape, scale, 2);
+        Ok(encode_png(&pixels, sheet))
+    }
+}
+
+/// Images of a validation.
+const VALIDATED: usize = 512;
+
+/// A bit that no draw in training has.
+const VALIDATION: u64 = 1 << 62;
+
+/// Steps of the samples on a sheet.
+const SHEET_STEPS: usize = 20;
+
+/// Into how many ranges of equally many draws the noise is cut for the log.
+const NOISE_RANGES: usize = 4;
+
+impl Stage for FitGenerator {
+    const NAME: &'static str = "fit-generator";
+    const ABOUT: &'static str = "Train a diffusion model.";
+    const INPUTS: &'static [Input] = &[SPLIT];
+
+    fn validate(&self) -> Result<()> {
+        self.architecture.validate()?;
+        expect("null_class_probability", self.null_class_probability, 0.0, 0.999)?;
+        if self.null_class_probability > 0.0 && !self.conditional {
+            bail!(
+                Usage,
+                "null_class_probability is {} for a model without classes, expected 0",
+                self.null_class_probability
+            );
+        }
+        self.process.validate()?;
+        expect("steps", self.steps, 1, 100_000_000)?;
+        expect("batch", self.batch, 1, 1 << 20)?;
+        expect("accumulate", self.accumulate, 1, self.batch)?;
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
+        expect("ema_decay", self.ema_decay, 0.0, 0.999_999)
+    }
+
+    fn amount(&self) -> String {
+        format!("{} steps of {} images, {}", self.steps, self.batch, self.architecture.summary())
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let real = Real::load(&SPLIT.finished(self.split.as_deref())?)?;
+        let fit = real.fit();
+        let shape = fit.shape;
+        let scheduler = self.process.scheduler();
+        let null = usize::from(self.null_class_probability > 0.0);
+        let told = self.conditional.then_some(fit.class_names.len() + null);
+        let config = self.architecture.config(shape, told, scheduler.num_train_timesteps)?;
+        config.validate()?;
+        let process = scheduler.process()?;
+        let classes = fit.class_names.len() as u32;
+        let null_class = (self.null_class_probability > 0.0).then_some(classes);
+        let unseen = real.proxy();
+        let model = DiffusionModel::init(config.clone(), scheduler.clone(), self.seed, &job.device)?;
+        let averaged = DiffusionModel::init(config, scheduler, self.seed, &job.device)?;
+        let network = model.tracked()?;
+
+        let out = job.open()?;
+        let optimizer = self.optimizer.optimizer();
+        let mut trainer =
+            Trainer::resume(job.hidden(out, "checkpoint"), model.params(), optimizer, self.ema_decay)?
+                .accumulating(self.accumulate);
+        let lr = self.schedule.schedule(self.optimizer.learning_rate(), self.steps);
+        let log_every = (self.steps / 100).max(1);
+        let settings = self.augmentation.augment();
+        let bar = Progress::new(Self::NAME, self.steps as u64, "steps");
+        bar.skip(trainer.step() as u64);
+        while trainer.step() < self.steps {
+            let step = trainer.step();
+            let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
+                let n = slots.len();
+                let (mut pixels, mut classes) = (Vec::new(), Vec::new());
+                let draws: Vec<u64> = slots.map(|slot| (step * self.batch + slot) as u64).collect();
+                for &draw in &draws {
+                    let len = fit.len() as u64;
+                    let image = Permutation::new(self.seed, draw / len, len).at(draw % len) as usize;
+                    pixels.extend_from_slice(fit.image(image));
+                    classes.push(fit.labels[image]);
+                }
+                self.shown(&mut classes, &draws, null_class);
+                let range = Range::Signed;
+                let x = augmented(&pixels, shape, &draws, self.seed, settings, range, &job.device)?;
+                let (levels, noise) = self.noise(&process, &draws, shape, &job.device)?;
+                let classes =
+                    if self.conditional { Some(Tensor::from_vec(classes, n, &job.device)?) } else { None };
+                let pair = TrainingPair::new(model.prediction(), &x, &levels, &noise)?;
+                let losses = denoising_loss(&pair, &|x, t| {
+                    network.forward_in_training(x, t, classes.as_ref(), (self.seed, &draws))
+                })?;
+                let mut by_noise = vec![(0.0, 0); NOISE_RANGES];
+                for (&level, loss) in levels.iter().zip(losses.to_vec1::<f32>()?) {
+                    let range = (process.rank(level) * NOISE_RANGES as f64) as usize;
+                    let (sum, n) = &mut by_noise[range.min(NOISE_RANGES - 1)];
+                    (*sum, *n) = (*sum + f64::from(loss), *n + 1);
+                }
+                Ok(Part { loss: (losses.sum_all()? / self.batch as f64)?, by_noise })
+            };
+            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), self.batch, &contribution)?;
+            let done = trainer.step();
+            let due = |every: usize| every > 0 && (done.is_multiple_of(every) || done == self.steps);
+            let (validate, sheet) = (due(self.validate_every), due(self.sample_every));
+            if validate || sheet {
+                trainer.load_average(averaged.params())?;
+            }
+            if sheet {
+                let png = self.sheet(&averaged, &process, shape, classes, &job.device)?;
+                fs::publish(&out.join(format!("samples/step-{done:07}.png")), &png)?;
+            }
+            if validate || done.is_multiple_of(log_every) {
+                let mut line = json!({ "learning_rate": lr.at(step) });
+                if validate {
+                    line["validation_loss"] =
+                        self.validate_on(&averaged, &process, &unseen, &job.device)?.into();
+                }
+                trainer.log(line);
+            }
+            bar.add(1);
+            trainer.end_step()?;
+        }
+        trainer.load_average(averaged.params())?;
+        let info = GeneratorInfo {
+            schema: "proxyset.generator/1".into(),
+            class_names: fit.class_names.clone(),
+            null_class,
+            shape,
+            trained_on: real.division.source.to_string(),
+            trained_on_fingerprint: real.division.source_fingerprint.clone(),
+            steps: self.steps,
+            batch: self.batch,
+        };
+        let summary = json!({
+            "parameters": averaged.params().count(),
+            "macs": averaged.config().macs(shape.height, shape.width)?,
+            "trained_on": fit.len(),
+            "last": trainer.log_lines().last(),
+        });
+        fs::publish(&out.join("README.md"), self.card(&info, &summary).as_bytes())?;
+        fs::publish(&out.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
+        fs::publish_json(&out.join(GeneratorInfo::FILE), &info)?;
+        averaged.save(out)?;
+        note(self, &format!("last loss {}", summary["last"]["loss"]));
+        Ok(Outcome::Done(summary))
+    }
+}
+
+impl FitGenerator {
+    /// The model card.
+    fn card(&self, info: &GeneratorInfo, summary: &serde_json::Value) -> String {
+        let conditional = if self.conditional { "class-conditional " } else { "" };
+        format!(
+            "---\nlicense: other\nlibrary_name: diffusers\ntags: [diffusion, ddpm, proxyset]\n---\n\n\
+             # A {conditional}diffusion model of {shape} images\n\n\
+             Trained by `proxyset fit-generator` (version {version}) on {n} images of `{source}` \
+             (BLAKE3 `{hash}`), {classes} classes: {names}.\n\n\
+             | | |\n|---|---|\n\
+             | network | `UNet2DModel`, {architecture}, {parameters} parameters, {macs} multiply-adds per image and step |\n\
+             | process | {process} |\n\
+             | training | {steps} steps of {batch} images, {optimizer} {lr}, moving average {ema}, seed {seed} |\n\
+             | last loss | {loss} |\n\n\
+             {opens}; `proxyset generate --model` samples it. Pixels are in [-1, 1].{null}\n\
+             The licence of the training data applies to what is made from it.\n",
+            opens = match self.process {
+                ProcessSettings::Edm(_) => "`unet` and `scheduler` open in `diffusers` one by one",
+                ProcessSettings::Discrete(_) => "The folder opens in `diffusers`",
+            },
+            null = info.null_class.map_or(String::new(), |null| format!(" Class {null} stands for none.")),
+            shape = info.shape,
+            version = env!("CARGO_PKG_VERSION"),
+            n = summary["trained_on"],
+            source = info.trained_on,
+            hash = &info.trained_on_fingerprint[..16],
+            classes = info.class_names.len(),
+            names = info.class_names.join(", "),
+            architecture = self.architecture.summary(),
+            parameters = summary["parameters"],
+            macs = summary["macs"],
+            process = self.process.summary(),
+            steps = self.steps,
+            batch = self.batch,
+            optimizer = self.optimizer.name(),
+            lr = self.optimizer.learning_rate(),
+            ema = self.ema_decay,
+            seed = self.seed,
+            loss = summary["last"]["loss"],
+        )
+    }
+}

@@ -1,0 +1,720 @@
+//! Generate: a pool of images from a diffusion model, in shards that several machines can share.
+
+use std::{
+    io::Write,
+    num::NonZeroUsize,
+    ops::Range as Span,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::{Mutex, PoisonError},
+    time::Instant,
+};
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    Error, Result,
+    data::{Range, Shape, from_chw, gaussian_noise, to_u8},
+    device::all_of_class,
+    diffusion::{
+        Conditioning, DiffusionModel,
+        sampler::{Plan, SamplerConfig, Start, Trajectory, sample},
+    },
+    error::expect_within as expect,
+    fs::{self, Parts, bytes_of, floats_of},
+    progress::{Progress, check_stop, checkpoint_interval},
+    rng::stream,
+    settings::SamplerSettings,
+    stage::{Input, Job, Outcome, Stage},
+    tables::{
+        pool::PoolInfo,
+        records::GeneratorInfo,
+        shards::{ShardRecord, pool_hash, read_record, record_file, shard_file, shard_number},
+    },
+};
+
+/// Shards `A..B`: from A up to, but not including, B.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "crate::text::Written", into = "String")]
+pub struct ShardRange(Span<usize>);
+
+impl FromStr for ShardRange {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        let parsed = s.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+        match parsed {
+            Some(range) if range.start < range.end => Ok(Self(range)),
+            _ => Err(format!("shards is '{s}', expected A..B with A less than B, such as 0..4")),
+        }
+    }
+}
+
+impl std::fmt::Display for ShardRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}..{}", self.0.start, self.0.end)
+    }
+}
+
+serde_as_text!(ShardRange);
+
+/// How many shards are made at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "crate::text::Written", into = "String")]
+pub enum Workers {
+    /// One on each GPU of the device's class; one on the CPU.
+    Auto,
+    /// So many, on as many GPUs.
+    Count(NonZeroUsize),
+}
+
+impl FromStr for Workers {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            _ => s
+                .parse()
+                .map(Self::Count)
+                .map_err(|_| format!("workers is '{s}', expected auto or a number from 1")),
+        }
+    }
+}
+
+impl std::fmt::Display for Workers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Count(n) => n.fmt(f),
+        }
+    }
+}
+
+serde_as_text!(Workers);
+
+impl Workers {
+    /// The devices to work on, no more than there are shards. Fails with [`Error::Usage`] if there are too few GPUs like
+    /// `device`.
+    fn devices(self, device: &Device, shards: usize) -> Result<Vec<Device>> {
+        let wanted = match self {
+            Self::Count(n) => n.get().min(shards),
+            Self::Auto if device.is_cpu() => 1,
+            Self::Auto => shards,
+        };
+        if device.is_cpu() {
+            return Ok(vec![device.clone(); wanted]);
+        }
+        let devices = all_of_class(device, wanted)?;
+        if devices.len() < wanted && self != Self::Auto {
+            bail!(Usage, "workers is {wanted}, expected at most {}: the GPUs of one class", devices.len());
+        }
+        Ok(devices)
+    }
+}
+
+/// Samples a pool of images.
+///
+/// Image `i` is a function of model, sampler and (seed, i) alone: no batch, thread, kill or machine of the same
+/// device class changes a bit. A conditional model is asked for class `i mod classes`. Without sampler flags the
+/// model folder's scheduler rules.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct Generate {
+    /// The model's folder, in the layout of `diffusers`.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// Images in the pool.
+    #[arg(long, default_value_t = 10_000)]
+    pub count: u64,
+    /// Make only shards A..B of the pool (B excluded); other processes make the rest, into the same folder.
+    #[arg(long)]
+    pub shards: Option<ShardRange>,
+    /// The sampler.
+    #[command(flatten)]
+    pub sampler: SamplerSettings,
+    /// Classifier-free guidance: 1 is none, more is more of the class. For a model that was trained with a null class.
+    #[arg(long, default_value_t = 1.0)]
+    pub guidance: f64,
+    /// Begin with the noise in this file, tensor `noise` of shape (count, channels, height, width), instead of the
+    /// seed's.
+    #[arg(long)]
+    pub initial_noise: Option<PathBuf>,
+    /// Also write the images before they are rounded, tensor `images` of shape (count, channels, height, width) in
+    /// about [-1, 1], to this safetensors file. Part of what is made: with another file, another pool.
+    #[arg(long)]
+    pub save_float: Option<PathBuf>,
+    /// Images in a shard: a multiple of micro_batch.
+    #[arg(long, default_value_t = 16_384)]
+    pub shard_rows: usize,
+    /// Images that go through the network together. Part of what is made: on some devices it changes last bits.
+    #[arg(long, default_value_t = 64)]
+    pub micro_batch: usize,
+    /// Images in flight, for memory and speed only; 0 for one micro-batch per thread.
+    #[arg(long, default_value_t = 0)]
+    pub batch: usize,
+    /// Shards that are made at a time: auto for one on each GPU like the device, or a number of GPUs.
+    #[arg(long, default_value_t = Workers::Count(NonZeroUsize::MIN))]
+    pub workers: Workers,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// What all shards of one run share.
+struct Run<'a> {
+    config: &'a Generate,
+    job: &'a Job,
+    sampler: SamplerConfig,
+    plan: Plan,
+    info: PoolInfo,
+    null_class: Option<u32>,
+    /// In the order of the file, (c, h, w).
+    initial_noise: Option<Vec<f32>>,
+    dir: PathBuf,
+    /// Micro-batches before they were rounded.
+    floats: Parts,
+    /// The shards that no worker has taken.
+    left: Mutex<Span<usize>>,
+    bar: Progress,
+}
+
+/// A device, and the model on it.
+struct Worker<'a> {
+    run: &'a Run<'a>,
+    model: DiffusionModel,
+    device: Device,
+}
+
+/// A micro-batch.
+enum Sampled {
+    /// The pixels, which were kept before.
+    Kept(Vec<u8>),
+    /// Images on the device, with those that fill it up.
+    Images(Tensor),
+}
+
+/// A shard's images, and what waits until they are written.
+struct Made {
+    shard: usize,
+    pixels: Vec<u8>,
+    record: Option<ShardRecord>,
+    parts: Parts,
+    _lock: fs::Lock,
+}
+
+impl Generate {
+    /// The given noise. Fails with [`Error::Data`] if the file does not hold it for this pool.
+    fn read_noise(&self, path: &Path, shape: Shape) -> Result<Vec<f32>> {
+        let of_file = |e: candle_core::Error| Error::Data(format!("{}: {e}", path.display()));
+        let mut tensors = candle_core::safetensors::load(path, &Device::Cpu).map_err(of_file)?;
+        let expected = [self.count as usize, shape.channels, shape.height, shape.width];
+        match tensors.remove("noise") {
+            Some(noise) if noise.dims() == expected => {
+                let values: Vec<f32> =
+                    noise.to_dtype(DType::F32).and_then(|n| n.flatten_all()?.to_vec1()).map_err(of_file)?;
+                if let Some(value) = values.iter().find(|v| !v.is_finite()) {
+                    bail!(Data, "{}: 'noise' has {value}, expected finite numbers", path.display());
+                }
+                Ok(values)
+            }
+            Some(noise) => bail!(
+                Data,
+                "{}: 'noise' has shape {:?}, expected {expected:?}: count images of the model's",
+                path.display(),
+                noise.dims()
+            ),
+            None => bail!(Data, "{}: there is no tensor 'noise'", path.display()),
+        }
+    }
+
+    fn shard_count(&self) -> usize {
+        self.count.div_ceil(self.shard_rows as u64) as usize
+    }
+}
+
+impl Stage for Generate {
+    const NAME: &'static str = "generate";
+    const ABOUT: &'static str = "Sample a pool of images from a diffusion model.";
+    const INPUTS: &'static [Input] = &[Input::of("model", &["fit-generator"]), Input::given("initial_noise")];
+    const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers"];
+
+    fn validate(&self) -> Result<()> {
+        expect("count", self.count, 1, 1 << 40)?;
+        self.sampler.validate()?;
+        expect("guidance", self.guidance, 0.0, 1e3)?;
+        if self.save_float.is_some() && self.shards.is_some() {
+            bail!(Usage, "save_float is set with shards, expected the whole pool in one process");
+        }
+        expect("micro_batch", self.micro_batch, 1, 1 << 16)?;
+        if self.shard_rows == 0 || !self.shard_rows.is_multiple_of(self.micro_batch) {
+            bail!(
+                Usage,
+                "shard_rows is {}, expected a multiple of micro_batch = {}",
+                self.shard_rows,
+                self.micro_batch
+            );
+        }
+        match &self.shards {
+            Some(ShardRange(range)) if range.end > self.shard_count() => bail!(
+                Usage,
+                "shards is {}..{}, expected at most 0..{}: {} images in shards of {}",
+                range.start,
+                range.end,
+                self.shard_count(),
+                self.count,
+                self.shard_rows
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    fn amount(&self) -> String {
+        let steps = self.sampler.steps().steps.map_or("the model's".into(), |s| s.to_string());
+        format!("{} images in {} shards, {steps} steps", self.count, self.shard_count())
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let Some(dir) = &self.model else {
+            bail!(Usage, "model is not set, expected a model's folder in the layout of diffusers")
+        };
+        let all = self.shard_count();
+        let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
+        let devices = self.workers.devices(&job.device, share.len())?;
+        let models = devices.into_iter().map(|device| Ok((DiffusionModel::load(dir, &device)?, device)));
+        let models = models.collect::<Result<Vec<_>>>()?;
+        let (model, _) = &models[0];
+        let sampler = self.sampler.sampler(model.scheduler());
+        let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
+        let (info, null_class) = self.info(job, dir, model, &sampler)?;
+        let initial_noise =
+            self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
+        // Machines with different shares work side by side, so the lock is the share's.
+        let out = job.open_share(&format!("shards-{}-{}", share.start, share.end))?;
+        fs::publish_json(&out.join("pool.json"), &info)?;
+        let dir = out.join("pool");
+        fs::create_dir_all(&dir)?;
+        let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
+        fs::remove_leftovers(&dir, &ours)?;
+        let rows = |shard: usize| self.rows(shard).end - self.rows(shard).start;
+        let bar = Progress::new(Self::NAME, share.clone().map(rows).sum(), "images");
+        // Gone when the stage is done, and not before.
+        let floats = Parts::new(job.hidden(out, "floats"));
+        let left = Mutex::new(share);
+        let run =
+            Run { config: self, job, sampler, plan, info, null_class, initial_noise, dir, floats, left, bar };
+        run.make(models)?;
+        let missing: Vec<usize> = (0..all).filter(|&shard| !record_file(&run.dir, shard).is_file()).collect();
+        if !missing.is_empty() {
+            return Ok(Outcome::Partial(json!({ "shards": all, "missing": missing })));
+        }
+        if let Some(path) = &self.save_float {
+            run.write_floats(path)?;
+        }
+        Ok(Outcome::Done(json!({
+            "images": self.count,
+            "shards": all,
+            "sampler": run.info.sampler,
+            "pool_blake3": pool_hash(&run.dir, all)?,
+        })))
+    }
+}
+
+impl Generate {
+    /// The first samples of the micro-batches of a shard.
+    fn micro_batches(&self, shard: usize) -> impl Iterator<Item = u64> + use<> {
+        self.rows(shard).step_by(self.micro_batch)
+    }
+
+    /// The samples of a shard.
+    fn rows(&self, shard: usize) -> Span<u64> {
+        let first = (shard * self.shard_rows) as u64;
+        first..(first + self.shard_rows as u64).min(self.count)
+    }
+
+    fn info(
+        &self,
+        job: &Job,
+        dir: &Path,
+        model: &DiffusionModel,
+        sampler: &SamplerConfig,
+    ) -> Result<(PoolInfo, Option<u32>)> {
+        let unet = model.config();
+        let path = dir.join(GeneratorInfo::FILE);
+        let known = GeneratorInfo::read_if_there(dir)?;
+        let Some((height, width)) = unet.sample_size.map(crate::nn::SampleSize::height_width) else {
+            bail!(
+                Data,
+                "{}: the U-Net's sample_size is not set, expected the side of its images",
+                dir.display()
+            )
+        };
+        let shape = Shape { height, width, channels: unet.in_channels };
+        if let Some(known) = known.as_ref().filter(|k| k.shape != shape) {
+            bail!(Data, "{}: images are {}, expected the U-Net's {shape}", path.display(), known.shape);
+        }
+        let null_class = known.as_ref().and_then(|k| k.null_class);
+        if let (Some(known), Some(null)) = (&known, null_class)
+            && (null as usize != known.class_names.len() || unet.num_class_embeds.is_none())
+        {
+            bail!(
+                Data,
+                "{}: null_class is {null}, expected {} behind the class names of a conditional model",
+                path.display(),
+                known.class_names.len()
+            );
+        }
+        let class_names = match (&known, unet.num_class_embeds) {
+            (Some(known), None) => known.class_names.clone(),
+            (Some(known), Some(n)) if known.class_names.len() + usize::from(null_class.is_some()) == n => {
+                known.class_names.clone()
+            }
+            (Some(known), Some(n)) => {
+                bail!(Data, "{}: {} class names, expected {n}", path.display(), known.class_names.len())
+            }
+            (None, n) => (0..n.unwrap_or(0)).map(|c| c.to_string()).collect(),
+        };
+        if self.guidance != 1.0 && null_class.is_none() {
+            bail!(
+                Usage,
+                "guidance is {}, expected 1: {} was not trained with a null class, as its {} would say",
+                self.guidance,
+                dir.display(),
+                GeneratorInfo::FILE
+            );
+        }
+        let noise_hash = self.initial_noise.as_deref().map(fs::hash_file).transpose()?.map(|(hash, _)| hash);
+        let info = PoolInfo {
+            named: known.is_some(),
+            schema: "proxyset.pool/1".into(),
+            count: self.count,
+            shards: self.shard_count(),
+            shape,
+            class_names,
+            conditional: unet.num_class_embeds.is_some(),
+            generator: job.fingerprint.clone(),
+            sampler: json!({
+                "kind": sampler.kind, "steps": sampler.steps, "eta": sampler.eta, "clip": sampler.clip,
+                "spacing": sampler.spacing, "karras_sigmas": sampler.karras_sigmas, "guidance": self.guidance,
+                "initial_noise_blake3": noise_hash,
+            }),
+            seed: self.seed,
+        };
+        Ok((info, null_class))
+    }
+}
+
+impl Run<'_> {
+    /// Makes what is left, one worker for each of the models.
+    fn make(&self, models: Vec<(DiffusionModel, Device)>) -> Result<()> {
+        let work = |(model, device)| {
+            let worker = Worker { run: self, model, device };
+            worker.make_all().inspect_err(|_| self.give_up())
+        };
+        models.into_par_iter().with_max_len(1).map(work).collect()
+    }
+
+    fn next(&self) -> Option<usize> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).next()
+    }
+
+    /// Leaves nothing to the other workers.
+    fn give_up(&self) {
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = 0..0;
+    }
+}
+
+impl Worker<'_> {
+    /// Makes shards until none is left. A shard is written while the next one is computed.
+    fn make_all(&self) -> Result<()> {
+        let mut made = None;
+        loop {
+            check_stop()?;
+            let shard = self.run.next();
+            if shard.is_none() && made.is_none() {
+                return Ok(());
+            }
+            let (next, written) = rayon::join(
+                || shard.map_or(Ok(None), |shard| self.make(shard)),
+                || made.map_or(Ok(()), |made| self.run.write(made)),
+            );
+            written?;
+            made = next?;
+        }
+    }
+
+    /// The images of a shard; `None` if it was made before.
+    fn make(&self, shard: usize) -> Result<Option<Made>> {
+        let Run { config, dir, job, bar, .. } = self.run;
+        // Ranges may overlap: a shard and its record must come from one machine.
+        let lock = fs::Lock::acquire(dir, &format!("shard-{shard:05}"))?;
+        let rows = config.rows(shard);
+        let record = read_record(dir, shard)?;
+        let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
+        if let Some(record) = &record
+            && record.has_file(dir)
+        {
+            bar.skip(record.rows);
+            parts.clear()?;
+            return Ok(None);
+        }
+        let micro = config.micro_batch as u64;
+        let firsts: Vec<u64> = config.micro_batches(shard).collect();
+        let samples = |first: u64| first..(first + micro).min(rows.end);
+        let in_flight = match config.batch {
+            0 if self.device.is_cpu() => rayon::current_num_threads(),
+            batch => (batch / config.micro_batch).max(1),
+        };
+        let (mut pixels, mut before) = (Vec::new(), Vec::new());
+        for group in firsts.chunks(in_flight).chain([&[][..]]) {
+            let sample = |&first: &u64| Ok((samples(first), self.sample(samples(first), &parts)?));
+            // While a group is computed, the images of the one before come from the device and are kept.
+            let (sampled, kept) = rayon::join(
+                || group.par_iter().map(sample).collect::<Result<Vec<_>>>(),
+                || {
+                    let keep = |(span, sampled)| self.keep(span, sampled, &parts);
+                    before.into_iter().map(keep).collect::<Result<Vec<_>>>()
+                },
+            );
+            pixels.extend(kept?.concat());
+            before = sampled?;
+        }
+        Ok(Some(Made { shard, pixels, record, parts, _lock: lock }))
+    }
+
+    /// A micro-batch; found if it was made before.
+    fn sample(&self, span: Span<u64>, parts: &Parts) -> Result<Sampled> {
+        let Run { config, sampler, plan, info, initial_noise, bar, .. } = self.run;
+        let (shape, first) = (info.shape, span.start);
+        if let Some(pixels) = parts.get(&pixels_key(first))?
+            && pixels.len() == (span.end - first) as usize * shape.size()
+        {
+            bar.skip(span.end - first);
+            return Ok(Sampled::Kept(pixels));
+        }
+        let state_key = format!("{first:012}.state");
+        // Padded to its full size, so that a sample's slot and its neighbours' number never change.
+        let samples: Vec<u64> = (first..first + config.micro_batch as u64).collect();
+        let (seed, device) = (config.seed, &self.device);
+        let noise_at = |step: u32| gaussian_noise(seed, &samples, step, shape, device);
+        let images_shape = (samples.len(), shape.height, shape.width, shape.channels);
+        let start = match parts
+            .get(&state_key)?
+            .and_then(|bytes| read_state(&bytes, samples.len() * shape.size()))
+        {
+            Some((done, mut tensors)) => {
+                let mut tensors =
+                    tensors.drain(..).map(|values| Tensor::from_vec(values, images_shape, device));
+                let x = tensors.next().ok_or_else(|| Error::Alarm("a state without an image".into()))??;
+                Start::Saved(done, Trajectory { x, history: tensors.collect::<candle_core::Result<_>>()? })
+            }
+            None => Start::Noise(match initial_noise {
+                Some(noise) => given_noise(noise, &samples, shape, device)?,
+                None => noise_at(stream::INITIAL)?,
+            }),
+        };
+        let conditioning = if info.conditional {
+            let n = info.class_names.len() as u64;
+            let classes = Tensor::new(samples.iter().map(|s| (s % n) as u32).collect::<Vec<_>>(), device)?;
+            match self.run.null_class {
+                Some(null) if config.guidance != 1.0 => {
+                    Conditioning::Guided { classes, null, scale: config.guidance }
+                }
+                _ => Conditioning::Classes(classes),
+            }
+        } else {
+            Conditioning::None
+        };
+        let mut saved = Instant::now();
+        let images = sample(
+            sampler,
+            plan,
+            start,
+            &mut |x, level| self.model.denoise(x, level, &conditioning),
+            &mut |step| noise_at(step),
+            &mut |done, at| {
+                let stop = check_stop();
+                if stop.is_err() || saved.elapsed() >= checkpoint_interval() {
+                    parts.put(&state_key, &write_state(done, at)?)?;
+                    saved = Instant::now();
+                }
+                stop
+            },
+        )?;
+        Ok(Sampled::Images(images))
+    }
+
+    /// The pixels of a micro-batch, which are kept.
+    fn keep(&self, span: Span<u64>, sampled: Sampled, parts: &Parts) -> Result<Vec<u8>> {
+        let images = match sampled {
+            Sampled::Kept(pixels) => return Ok(pixels),
+            Sampled::Images(images) => images,
+        };
+        let Run { config, info, floats, bar, .. } = self.run;
+        let wanted = (span.end - span.start) as usize * info.shape.size();
+        // Before the pixels, which say that all of it was kept.
+        if config.save_float.is_some() {
+            let chw = images.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?;
+            floats.put(&floats_key(span.start), &bytes_of(&chw[..wanted]))?;
+        }
+        let mut pixels = to_u8(&images, Range::Signed)?;
+        pixels.truncate(wanted);
+        parts.put(&pixels_key(span.start), &pixels)?;
+        bar.add(span.end - span.start);
+        Ok(pixels)
+    }
+}
+
+impl Run<'_> {
+    /// Writes the images of the whole pool as they were before they were rounded.
+    fn write_floats(&self, path: &Path) -> Result<()> {
+        let Shape { height, width, channels } = self.info.shape;
+        let bytes = 4 * self.info.count * self.info.shape.size() as u64;
+        let header = json!({"images": {
+            "dtype": "F32",
+            "shape": [self.info.count, channels as u64, height as u64, width as u64],
+            "data_offsets": [0, bytes],
+        }});
+        // The numbers are aligned, as safetensors wants it.
+        let mut header = header.to_string();
+        header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+        fs::publish_with(path, |file| {
+            let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io(path));
+            write(&(header.len() as u64).to_le_bytes())?;
+            write(header.as_bytes())?;
+            for first in (0..self.config.shard_count()).flat_map(|shard| self.config.micro_batches(shard)) {
+                match self.floats.get(&floats_key(first))? {
+                    Some(part) => write(&part)?,
+                    None => bail!(
+                        Data,
+                        "the images from {first} on were made on another class of machine, and what they were before \
+                         rounding is there: remove {} to make them here",
+                        self.dir.display()
+                    ),
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Publishes the shard, then its record. Then its parts are not needed any more.
+    fn write(&self, made: Made) -> Result<()> {
+        self.publish(&made)?;
+        made.parts.clear()
+    }
+
+    fn publish(&self, Made { shard, pixels, record, .. }: &Made) -> Result<()> {
+        let shard = *shard;
+        let classes = self.info.class_names.len() as u64;
+        // Not `then_some`: an unconditional model may know no classes.
+        let label = |i: u64| self.info.conditional.then(|| (i % classes) as i64);
+        let writer = self.info.shard(self.config.rows(shard), pixels, label)?;
+        let name = |suffix: &str| format!("shard-{shard:05}{suffix}.parquet");
+        let Some(record) = record.as_ref().filter(|r| r.device_class == self.job.device_class) else {
+            let entry = writer.finish(&self.dir, &name(""))?;
+            let record = ShardRecord::of(self.job, shard, entry.rows, entry.blake3, entry.bytes);
+            return fs::publish_json(&record_file(&self.dir, shard), &record);
+        };
+        // The record says what these bytes were on this class of machine: they must come out again.
+        let again = writer.finish(&self.dir, &name(".again"))?;
+        if again.blake3 != record.blake3 {
+            bail!(
+                Alarm,
+                "shard {shard} came out as {}, but its record says {}: a disk, a program or a file is wrong; the new one is kept \
+                 as {}, and is taken if the record is deleted",
+                fs::short(&again.blake3, 16),
+                fs::short(&record.blake3, 16),
+                name(".again")
+            );
+        }
+        let (from, to) = (self.dir.join(name(".again")), shard_file(&self.dir, shard));
+        std::fs::rename(&from, &to).map_err(Error::io(&to))
+    }
+}
+
+/// The given noise of some samples, `(samples, h, w, c)`; a sample past the last has the last one's.
+fn given_noise(noise: &[f32], samples: &[u64], shape: Shape, device: &Device) -> Result<Tensor> {
+    let last = noise.len() / shape.size() - 1;
+    let of = |sample: &u64| &noise[(*sample as usize).min(last) * shape.size()..][..shape.size()];
+    let chw: Vec<f32> = samples.iter().flat_map(|sample| of(sample).iter().copied()).collect();
+    from_chw(chw, &[samples.len(), shape.height, shape.width, shape.channels], device)
+}
+
+fn pixels_key(first: u64) -> String {
+    format!("{first:012}.u8")
+}
+
+fn floats_key(first: u64) -> String {
+    format!("{first:012}.f32")
+}
+
+/// The state of a trajectory: steps done, then the image and what the sampler remembers.
+fn write_state(done: usize, at: &Trajectory) -> Result<Vec<u8>> {
+    let mut bytes = (done as u64).to_le_bytes().to_vec();
+    for tensor in std::iter::once(&at.x).chain(&at.history) {
+        bytes.extend(bytes_of(&tensor.flatten_all()?.to_vec1()?));
+    }
+    Ok(bytes)
+}
+
+/// Steps done, and tensors of `len` elements each; `None` if these are no such bytes.
+fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<Vec<f32>>)> {
+    let (done, tensors) = bytes.split_first_chunk::<8>()?;
+    let whole = !tensors.is_empty() && tensors.len().is_multiple_of(4 * len);
+    whole.then(|| (u64::from_le_bytes(*done) as usize, tensors.chunks(4 * len).map(floats_of).collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shard_ranges_say_what_they_expect() {
+        assert_eq!("2..5".parse::<ShardRange>().unwrap().0, 2..5);
+        for bad in ["5", "5..5", "a..3", "3..1", "..2"] {
+            assert!(bad.parse::<ShardRange>().unwrap_err().contains("expected A..B"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn workers_are_one_a_gpu_or_a_number() {
+        for text in ["auto", "1", "8"] {
+            assert_eq!(text.parse::<Workers>().unwrap().to_string(), text);
+        }
+        for bad in ["0", "-1", "all", ""] {
+            let error = bad.parse::<Workers>().unwrap_err();
+            assert_eq!(error, format!("workers is '{bad}', expected auto or a number from 1"));
+        }
+        let on_cpu = |text: &str| text.parse::<Workers>().unwrap().devices(&Device::Cpu, 5).unwrap().len();
+        assert_eq!([on_cpu("auto"), on_cpu("3"), on_cpu("18446744073709551615")], [1, 3, 5]);
+        let config: Generate = toml::from_str("workers = 2").unwrap();
+        assert_eq!(config.workers, "2".parse().unwrap());
+        assert_eq!(
+            toml::from_str::<Generate>(&toml::to_string(&config).unwrap()).unwrap().workers,
+            config.workers
+        );
+        assert!(
+            toml::from_str::<Generate>("workers = 0").unwrap_err().to_string().contains("workers is '0'")
+        );
+    }
+
+    #[test]
+    fn states_round_trip_and_short_ones_are_no_states() {
+        let tensor = |values: [f32; 2]| Tensor::new(&values, &Device::Cpu).unwrap();
+        let at = Trajectory { x: tensor([0.5, -2.0]), history: vec![tensor([3.0, 4.0])] };
+        let bytes = write_state(17, &at).unwrap();
+        assert_eq!(read_state(&bytes, 2), Some((17, vec![vec![0.5, -2.0], vec![3.0, 4.0]])));
+        assert_eq!(read_state(&bytes, 3), None);
+        assert_eq!(read_state(&bytes[..8], 2), None);
+        assert_eq!(read_state(&bytes[..5], 2), None);
+    }
+
+    #[test]
+    fn given_noise_is_read_channel_by_channel_and_padded() {
+        let shape = Shape { height: 1, width: 2, channels: 2 };
+        let noise: Vec<f32> = (0..8).map(|i| i as f32).collect();
+        let found = given_noise(&noise, &[1, 2], shape, &Device::Cpu).unwrap();
+        assert_eq!(found.dims(), [2, 1, 2, 2]);
+        assert_eq!(found.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [4., 6., 5., 7., 4., 6., 5., 7.]);
+    }
+}

@@ -1,0 +1,105 @@
+//! Import: images made elsewhere, as a pool.
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    Result,
+    data::{self, Source, UNLABELLED},
+    error::expect_within as expect,
+    fs,
+    progress::{Progress, check_stop},
+    settings,
+    stage::{Input, Job, Outcome, Stage},
+    tables::{
+        pool::{IMPORTED, PoolInfo},
+        shards::{ShardRecord, pool_hash, read_record, record_file},
+    },
+};
+
+/// Makes a pool of images that were made elsewhere: decoded once, written like generated ones.
+///
+/// Everything that works on a pool then works on them: labels, scores, ARC, curation. Images keep their order.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct Import {
+    /// The images: Hugging Face Parquet (file or folder), a folder of PNG or JPEG files (flat, or a folder a class), or an
+    /// .npz file with `image`, (n, h, w, c) u8, and `label`, (n,).
+    #[arg(long)]
+    pub source: Option<Source>,
+    /// Which official split of it.
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Train)]
+    pub part: data::Split,
+    /// Use only the first N images; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub limit: usize,
+    /// Unreadable images that are tolerated, skipped and counted.
+    #[arg(long, default_value_t = 0)]
+    pub max_bad: usize,
+    /// Images in a shard.
+    #[arg(long, default_value_t = 16_384)]
+    pub shard_rows: usize,
+}
+
+impl Stage for Import {
+    const NAME: &'static str = "import";
+    const ABOUT: &'static str = "Make a pool of images made elsewhere.";
+    const INPUTS: &'static [Input] = &[Input::given("source")];
+
+    fn validate(&self) -> Result<()> {
+        expect("shard_rows", self.shard_rows, 1, 1 << 24)
+    }
+
+    fn amount(&self) -> String {
+        let source = self.source.as_ref().map_or("(source is not set)".into(), Source::to_string);
+        format!("the {} images of {source}", self.part)
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let Some(source) = &self.source else {
+            bail!(Usage, "source is not set, expected images: Parquet, a folder or an .npz file")
+        };
+        let images = source.load(self.part, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        let labelled = images.class_names != [UNLABELLED];
+        let info = PoolInfo {
+            schema: "proxyset.pool/1".into(),
+            count: images.len() as u64,
+            shards: images.len().div_ceil(self.shard_rows),
+            shape: images.shape,
+            class_names: if labelled { images.class_names.clone() } else { Vec::new() },
+            named: labelled && images.class_names.iter().enumerate().any(|(i, name)| *name != i.to_string()),
+            conditional: labelled,
+            generator: job.fingerprint.clone(),
+            sampler: json!({ IMPORTED: source.fingerprint(self.part)? }),
+            seed: 0,
+        };
+        let out = job.open()?;
+        fs::publish_json(&out.join("pool.json"), &info)?;
+        let dir = out.join("pool");
+        let bar = Progress::new(Self::NAME, info.count, "images");
+        for shard in 0..info.shards {
+            check_stop()?;
+            let first = shard * self.shard_rows;
+            let rows = first..(first + self.shard_rows).min(images.len());
+            if let Some(record) = read_record(&dir, shard)?.filter(|record| record.has_file(&dir)) {
+                bar.skip(record.rows);
+                continue;
+            }
+            let size = images.shape.size();
+            let pixels = &images.pixels[rows.start * size..rows.end * size];
+            let label = |i: u64| labelled.then(|| i64::from(images.labels[i as usize]));
+            let writer = info.shard(rows.start as u64..rows.end as u64, pixels, label)?;
+            let entry = writer.finish(&dir, &format!("shard-{shard:05}.parquet"))?;
+            let record = ShardRecord::of(job, shard, entry.rows, entry.blake3, entry.bytes);
+            fs::publish_json(&record_file(&dir, shard), &record)?;
+            bar.add(record.rows);
+        }
+        Ok(Outcome::Done(json!({
+            "images": info.count,
+            "bad_images": images.bad_rows,
+            "shards": info.shards,
+            "shape": info.shape,
+            "classes": info.class_names.len(),
+            "pool_blake3": pool_hash(&dir, info.shards)?,
+        })))
+    }
+}

@@ -1,0 +1,170 @@
+//! Split: which real image serves what. Made once, obeyed by every stage.
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    Result,
+    data::{self, Dataset, Source},
+    error::expect_within as expect,
+    rng::{Permutation, stream},
+    stage::{Input, Job, Outcome, Stage},
+    tables::division::{Division, load_train, test_fingerprint},
+};
+
+/// Divides the training images of a data set, class by class, into `fit` and the proxy folds.
+///
+/// `fit` is what generators, classifiers and discriminators learn from. The proxy images are seen by no
+/// generator: with `k` folds, the discriminators of set `f` are stopped on fold `f mod k` (proxy-stop) and measured on
+/// the others (proxy-measure), so that a small set wastes none. The test split is not touched here.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct Split {
+    /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
+    #[arg(long, default_value = "builtin:digits")]
+    pub source: Source,
+    /// Use only the first N training images; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub limit: usize,
+    /// The share of the training images that no generator sees.
+    #[arg(long, default_value_t = 0.3)]
+    pub proxy_fraction: f64,
+    /// Folds of the proxy images, at least 2.
+    #[arg(long, default_value_t = 2)]
+    pub proxy_folds: usize,
+    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    #[arg(long, default_value_t = 0)]
+    pub max_bad: usize,
+    /// Seed of the division.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl Stage for Split {
+    const NAME: &'static str = "split";
+    const ABOUT: &'static str = "Divide the real data into what is learned from and what is measured on.";
+    const INPUTS: &'static [Input] = &[Input::given("source")];
+    const KEEPS_NAMES: bool = true;
+
+    fn validate(&self) -> Result<()> {
+        expect("proxy_fraction", self.proxy_fraction, 0.01, 0.9)?;
+        expect("proxy_folds", self.proxy_folds, 2, 100)
+    }
+
+    fn amount(&self) -> String {
+        let images =
+            if self.limit > 0 { format!("the first {} images", self.limit) } else { "all images".into() };
+        format!("{images} of {}, {:.0} % of them proxy", self.source, 100.0 * self.proxy_fraction)
+    }
+
+    fn run(&self, job: &Job) -> Result<Outcome> {
+        let train = load_train(&self.source, self.limit, self.max_bad)?;
+        let (fit, proxy) = divide(&train, self)?;
+        let out = job.open()?;
+        let summary = json!({
+            "images": train.len(),
+            "bad_rows": train.bad_rows,
+            "classes": train.class_names.len(),
+            "shape": train.shape,
+            "fit": fit.len(),
+            "proxy": proxy.iter().map(Vec::len).collect::<Vec<_>>(),
+        });
+        let division = Division {
+            schema: "proxyset.split/1".into(),
+            source: self.source.clone(),
+            limit: self.limit,
+            max_bad: self.max_bad,
+            source_fingerprint: self.source.fingerprint(data::Split::Train)?,
+            test_fingerprint: test_fingerprint(&self.source)?,
+            class_names: train.class_names.clone(),
+            fit,
+            proxy,
+        };
+        division.write(out)?;
+        Ok(Outcome::Done(summary))
+    }
+}
+
+/// Deals the images of each class, in a keyed order, first to the proxy folds in turn, then to `fit`.
+fn divide(train: &Dataset, config: &Split) -> Result<(Vec<usize>, Vec<Vec<usize>>)> {
+    let mut fit = Vec::new();
+    let mut proxy = vec![Vec::new(); config.proxy_folds];
+    for class in 0..train.class_names.len() {
+        let members: Vec<usize> = (0..train.len()).filter(|&i| train.labels[i] as usize == class).collect();
+        let n_proxy = (members.len() as f64 * config.proxy_fraction).round() as usize;
+        if n_proxy < config.proxy_folds || n_proxy == members.len() {
+            bail!(
+                Data,
+                "class {class} ('{}') of {} has {} images: too few for {} proxy folds of {:.0} % together",
+                train.class_names[class],
+                config.source,
+                members.len(),
+                config.proxy_folds,
+                100.0 * config.proxy_fraction
+            );
+        }
+        let order = Permutation::new(
+            config.seed,
+            (u64::from(stream::ORDER) << 32) | class as u64,
+            members.len() as u64,
+        );
+        for position in 0..members.len() {
+            let image = members[order.at(position as u64) as usize];
+            if position < n_proxy {
+                proxy[position % config.proxy_folds].push(image);
+            } else {
+                fit.push(image);
+            }
+        }
+    }
+    fit.sort_unstable();
+    proxy.iter_mut().for_each(|fold| fold.sort_unstable());
+    Ok((fit, proxy))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tables::division::Real;
+
+    #[test]
+    fn parts_are_disjoint_complete_and_stratified() -> Result<()> {
+        let config = Split::default();
+        let train = load_train(&config.source, 0, 0)?;
+        let (fit, proxy) = divide(&train, &config)?;
+        let mut all: Vec<usize> = fit.iter().chain(proxy.iter().flatten()).copied().collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..train.len()).collect::<Vec<_>>());
+        for class in 0..10 {
+            let of = |part: &[usize]| part.iter().filter(|&&i| train.labels[i] == class).count() as f64;
+            let share = of(&proxy.concat()) / (of(&fit) + of(&proxy.concat()));
+            assert!((share - 0.3).abs() < 0.01, "class {class}: {share}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_set_is_stopped_and_measured_on_different_images() -> Result<()> {
+        let config = Split::default();
+        let train = load_train(&config.source, 0, 0)?;
+        let (fit, proxy) = divide(&train, &config)?;
+        let division = Division {
+            schema: String::new(),
+            source: config.source.clone(),
+            limit: 0,
+            max_bad: 0,
+            source_fingerprint: String::new(),
+            test_fingerprint: None,
+            class_names: Vec::new(),
+            fit,
+            proxy,
+        };
+        let real = Real { train, division };
+        assert_eq!(real.proxy_stop(0).pixels, real.proxy_measure(1, 2).pixels);
+        assert_eq!(real.proxy_stop(1).pixels, real.proxy_measure(0, 2).pixels);
+        // Three sets on two folds: sets 0 and 2 are stopped on fold 0 and share fold 1.
+        let measured: Vec<Dataset> = (0..3).map(|f| real.proxy_measure(f, 3)).collect();
+        assert_eq!(measured.iter().map(Dataset::len).sum::<usize>(), real.proxy().len());
+        assert!(measured.iter().all(|part| part.len() > 100));
+        Ok(())
+    }
+}

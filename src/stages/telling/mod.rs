@@ -1,0 +1,5 @@
+//! Telling people what was made.
+
+mod report;
+
+register_stages!(report::Report);

@@ -1,0 +1,218 @@
+//! The features of images: score keeps those of a keyed sample of the pool and of real images, with which curate measures
+//! precision and recall of what is kept, and hashes of all images' features, by which it finds near-duplicates.
+
+use std::{collections::HashMap, path::Path};
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{pool::PoolShard, scores::ScoreTables};
+use crate::{
+    Error, Result,
+    data::{Dataset, Range, Shape, to_tensor},
+    device::side_by_side,
+    fs,
+    proxy::{
+        extractor::Extractor,
+        feature_hash::FeatureHash,
+        fold::in_sample,
+        quality::{Features, precision_recall},
+    },
+    rng::spread,
+};
+
+/// Images that go through the classifier together. Results do not depend on it.
+const CHUNK: usize = 256;
+/// The neighbour whose distance is the radius of a ball (Kynkäänniemi et al. 2019).
+const NEIGHBOURS: usize = 3;
+
+const FOLDER: &str = "features";
+const REAL: &str = "real";
+
+/// Precision and recall, against proxy images, which no generator saw, of the kept and of as many images of the whole pool.
+/// Both depend on the classifier and on the numbers of images.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Coverage {
+    /// Images compared: real, and of each of the other two.
+    pub images: [usize; 2],
+    /// The neighbour whose distance is the radius of a ball.
+    pub neighbours: usize,
+    /// Precision and recall of a part of the pool.
+    pub before: [f64; 2],
+    /// Precision and recall of the kept.
+    pub after: [f64; 2],
+}
+
+/// Makes the features.
+pub(crate) struct Sampler {
+    network: Extractor,
+    /// The share of the pool in the sample.
+    share: f64,
+}
+
+impl Sampler {
+    /// For about `sample` of `pool` images of this shape. Fails with [`Error::Data`] if the classifier does not take them.
+    pub(crate) fn new(
+        classifier: &Path,
+        (pool, shape): (u64, Shape),
+        sample: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let network = Extractor::load(classifier, device)?;
+        network.expect_shape(classifier, &"the pool", shape)?;
+        Ok(Self { network, share: sample as f64 / pool as f64 })
+    }
+
+    /// Keeps in `out`, the stage's folder, the features of those of a shard's images, decoded, that are in the sample.
+    pub(crate) fn shard(
+        &self,
+        out: &Path,
+        shard: usize,
+        rows: &PoolShard,
+        pixels: &[u8],
+        shape: Shape,
+        device: &Device,
+    ) -> Result<()> {
+        let chosen: Vec<u32> =
+            (0..).zip(&rows.uids).filter(|(_, uid)| in_sample(uid, self.share)).map(|(row, _)| row).collect();
+        let size = shape.size();
+        let images: Vec<u8> = chosen
+            .iter()
+            .flat_map(|&row| &pixels[row as usize * size..(row as usize + 1) * size])
+            .copied()
+            .collect();
+        self.keep(out, &file_name(shard), &images, &chosen, shape, device)
+    }
+
+    /// The hash of features whose bits split the real images that were kept.
+    pub(crate) fn hash(&self, out: &Path) -> Result<FeatureHash> {
+        let (_, dim, real) = read(&out.join(FOLDER).join(REAL))?;
+        Ok(FeatureHash::new(&Features::new(dim, real)?))
+    }
+
+    /// The hashes of images' features.
+    pub(crate) fn hashes(
+        &self,
+        hash: &FeatureHash,
+        pixels: &[u8],
+        shape: Shape,
+        device: &Device,
+    ) -> Result<Vec<u64>> {
+        let features = self.features(pixels, shape, device)?.to_vec2()?;
+        Ok(features.par_iter().map(|features| hash.of(features)).collect())
+    }
+
+    /// Keeps the features of at most `sample` real images, unless they are there.
+    pub(crate) fn real(&self, out: &Path, images: &Dataset, sample: usize, device: &Device) -> Result<()> {
+        if out.join(FOLDER).join(REAL).is_file() {
+            return Ok(());
+        }
+        let chosen = images.subset(&spread(images.len(), sample.min(images.len()), 0));
+        let rows: Vec<u32> = (0..chosen.len() as u32).collect();
+        self.keep(out, REAL, &chosen.pixels, &rows, images.shape, device)
+    }
+
+    fn keep(
+        &self,
+        out: &Path,
+        name: &str,
+        pixels: &[u8],
+        rows: &[u32],
+        shape: Shape,
+        device: &Device,
+    ) -> Result<()> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let features = self.features(pixels, shape, device)?;
+        let tensors = [("rows", Tensor::new(rows, &Device::Cpu)?), ("features", features)];
+        let bytes = safetensors::serialize(tensors, None)
+            .map_err(|e| Error::Alarm(format!("features cannot be written: {e}")))?;
+        fs::publish(&out.join(FOLDER).join(name), &bytes)
+    }
+
+    /// The features of images, a row each, on the CPU.
+    fn features(&self, pixels: &[u8], shape: Shape, device: &Device) -> Result<Tensor> {
+        let chunks: Vec<&[u8]> = pixels.chunks(CHUNK * shape.size()).collect();
+        let one = |pixels: &&[u8]| -> Result<Tensor> {
+            let x = to_tensor(pixels, shape, Range::Unit, device)?;
+            Ok(self.network.features(&x)?.0.to_device(&Device::Cpu)?)
+        };
+        Ok(Tensor::cat(&side_by_side(device, &chunks, one)?, 0)?.contiguous()?)
+    }
+}
+
+fn file_name(shard: usize) -> String {
+    format!("shard-{shard:05}.safetensors")
+}
+
+fn read(path: &Path) -> Result<(Vec<u32>, usize, Vec<f32>)> {
+    let damaged = |e: candle_core::Error| Error::Data(format!("{}: {e}", path.display()));
+    let mut tensors: HashMap<String, Tensor> =
+        candle_core::safetensors::load(path, &Device::Cpu).map_err(damaged)?;
+    let mut take = |name: &str| {
+        tensors.remove(name).ok_or_else(|| Error::Data(format!("{}: no tensor '{name}'", path.display())))
+    };
+    let (rows, features) = (take("rows")?, take("features")?);
+    let dim = features.dims().last().copied().unwrap_or(0);
+    let values = || Ok::<_, candle_core::Error>((rows.to_vec1()?, features.flatten_all()?.to_vec1()?));
+    let (rows, features): (Vec<u32>, Vec<f32>) = values().map_err(damaged)?;
+    if features.len() != rows.len() * dim {
+        bail!(Data, "{}: {} features of {} images", path.display(), features.len(), rows.len());
+    }
+    Ok((rows, dim, features))
+}
+
+/// Compares those of the sample that are kept, and as many of all of it, with the real images. None if score kept no
+/// features, or too few images of the sample are kept.
+pub(crate) fn measure(
+    scores: &Path,
+    tables: &ScoreTables,
+    kept: impl Fn(usize) -> bool,
+) -> Result<Option<Coverage>> {
+    let dir = scores.join(FOLDER);
+    if !dir.join(REAL).is_file() {
+        return Ok(None);
+    }
+    let (_, dim, real) = read(&dir.join(REAL))?;
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    for shard in 0..tables.shards() {
+        let path = dir.join(file_name(shard));
+        if !path.is_file() {
+            continue;
+        }
+        let (rows, found, features) = read(&path)?;
+        if found != dim {
+            bail!(Data, "{}: features of {found} numbers, expected {dim}", path.display());
+        }
+        let range = tables.rows_of(shard);
+        for (&row, features) in rows.iter().zip(features.chunks_exact(dim)) {
+            let row = range.start + row as usize;
+            if row >= range.end {
+                bail!(Data, "{}: row {row} is not in the shard", path.display());
+            }
+            before.push(features.to_vec());
+            if kept(row) {
+                after.push(features.to_vec());
+            }
+        }
+    }
+    if after.len() <= NEIGHBOURS || real.len() / dim <= NEIGHBOURS {
+        return Ok(None);
+    }
+    let chosen = spread(before.len(), after.len(), 0);
+    let before: Vec<f32> = chosen.into_iter().flat_map(|i| std::mem::take(&mut before[i])).collect();
+    let (real, before, after) =
+        (Features::new(dim, real)?, Features::new(dim, before)?, Features::new(dim, after.concat())?);
+    let of = |features: &Features| -> Result<[f64; 2]> {
+        let (precision, recall) = precision_recall(&real, features, NEIGHBOURS)?;
+        Ok([precision, recall])
+    };
+    Ok(Some(Coverage {
+        images: [real.len(), after.len()],
+        neighbours: NEIGHBOURS,
+        before: of(&before)?,
+        after: of(&after)?,
+    }))
+}

@@ -1,0 +1,115 @@
+//! What became of each image: `images.parquet` of evaluate and of certify.
+//!
+//! | column of evaluate | |
+//! |---|---|
+//! | `index`, `label` | the image's place in its split, its class |
+//! | `clean_logits`, `clean_correct` | what the network says of it, and whether its first choice is the label |
+//! | `robust_correct` | whether it is still so after the attacks; null without one |
+//! | `broken_by` | the first attack that found an image in the ball that is answered wrongly |
+//!
+//! Certify has `prediction`, `radius`, `probability_at_least` and `correct` beside `index` and `label`.
+
+use std::{path::Path, sync::Arc};
+
+use arrow_array::{
+    BooleanArray, Float64Array, Int64Array, StringArray,
+    builder::{Float32Builder, ListBuilder},
+};
+use arrow_schema::{DataType, Field};
+
+use super::shards::{self, read_whole};
+use crate::{Result, certify::Certificate, data::table};
+
+const FILE: &str = "images.parquet";
+const INDEX: &str = "index";
+const LABEL: &str = "label";
+const CLEAN_LOGITS: &str = "clean_logits";
+const CLEAN_CORRECT: &str = "clean_correct";
+const ROBUST_CORRECT: &str = "robust_correct";
+const BROKEN_BY: &str = "broken_by";
+
+/// What an evaluation found of each image of a split, in its order.
+pub(crate) struct Evaluated<'a> {
+    pub(crate) labels: &'a [u32],
+    pub(crate) logits: &'a [Vec<f32>],
+    pub(crate) clean: &'a [bool],
+    /// None without an attack.
+    pub(crate) robust: Option<Vec<bool>>,
+    pub(crate) broken_by: Vec<Option<String>>,
+}
+
+impl Evaluated<'_> {
+    /// Writes the table to the stage's folder.
+    pub(crate) fn write(self, dir: &Path) -> Result<()> {
+        let list = DataType::List(Arc::new(Field::new_list_field(DataType::Float32, false)));
+        let schema = shards::schema(&[
+            (INDEX, DataType::Int64, false),
+            (LABEL, DataType::Int64, false),
+            (CLEAN_LOGITS, list, false),
+            (CLEAN_CORRECT, DataType::Boolean, false),
+            (ROBUST_CORRECT, DataType::Boolean, true),
+            (BROKEN_BY, DataType::Utf8, true),
+        ]);
+        let mut logits = ListBuilder::new(Float32Builder::new())
+            .with_field(Field::new_list_field(DataType::Float32, false));
+        for row in self.logits {
+            logits.values().append_slice(row);
+            logits.append(true);
+        }
+        let n = self.labels.len();
+        let robust = self.robust.map_or_else(|| BooleanArray::new_null(n), BooleanArray::from);
+        let batch = shards::batch(
+            &schema,
+            vec![
+                Arc::new(Int64Array::from_iter_values(0..n as i64)),
+                Arc::new(Int64Array::from_iter_values(self.labels.iter().map(|&l| i64::from(l)))),
+                Arc::new(logits.finish()),
+                Arc::new(BooleanArray::from(self.clean.to_vec())),
+                Arc::new(robust),
+                Arc::new(StringArray::from(self.broken_by)),
+            ],
+        )?;
+        table::write(&dir.join(FILE), &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[]).map(drop)
+    }
+}
+
+/// Whether each image of a finished evaluate is right, as it is and, if there was an attack, after it.
+pub(crate) fn read_correct(dir: &Path) -> Result<(Vec<bool>, Option<Vec<bool>>)> {
+    let table = read_whole(&dir.join(FILE), &[CLEAN_CORRECT, ROBUST_CORRECT])?;
+    let clean = table.column(CLEAN_CORRECT, |a: &BooleanArray, i| a.value(i))?;
+    let robust = table.optional(ROBUST_CORRECT, |a: &BooleanArray, i| a.value(i))?;
+    Ok((clean, robust.into_iter().collect()))
+}
+
+/// Writes what certify found of some images: their places in the split, their labels, and their certificates, which are
+/// predictions alone without `radii`.
+pub(crate) fn write_certified(
+    dir: &Path,
+    rows: &[usize],
+    labels: &[u32],
+    certificates: &[Certificate],
+    radii: bool,
+) -> Result<()> {
+    let schema = shards::schema(&[
+        (INDEX, DataType::Int64, false),
+        (LABEL, DataType::Int64, false),
+        ("prediction", DataType::Int64, true),
+        ("radius", DataType::Float64, true),
+        ("probability_at_least", DataType::Float64, true),
+        ("correct", DataType::Boolean, false),
+    ]);
+    let only = |value: f64| radii.then_some(value);
+    let correct = rows.iter().zip(certificates).map(|(&row, c)| c.class == Some(labels[row]));
+    let batch = shards::batch(
+        &schema,
+        vec![
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(|&row| row as i64))),
+            Arc::new(Int64Array::from_iter_values(rows.iter().map(|&row| i64::from(labels[row])))),
+            Arc::new(Int64Array::from_iter(certificates.iter().map(|c| c.class.map(i64::from)))),
+            Arc::new(Float64Array::from_iter(certificates.iter().map(|c| only(c.radius)))),
+            Arc::new(Float64Array::from_iter(certificates.iter().map(|c| only(c.lower)))),
+            Arc::new(BooleanArray::from(correct.collect::<Vec<_>>())),
+        ],
+    )?;
+    table::write(&dir.join(FILE), &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[]).map(drop)
+}

@@ -1,0 +1,95 @@
+//! The label table beside a pool: what a classifier sees in each image.
+//!
+//! | column | |
+//! |---|---|
+//! | `uid` | the image |
+//! | `label` | its class, by its source |
+//! | `label_source` | `intended`: the image was made for the class; `pseudo`: it is the classifier's first choice |
+//! | `pseudo_label` | the classifier's first choice |
+//! | `label_confidence` | the classifier's probability of `label` |
+
+use std::{path::Path, sync::Arc};
+
+use arrow_array::{Float32Array, Int64Array, RecordBatch, StringArray};
+use arrow_schema::{DataType, SchemaRef};
+
+use super::{
+    pool::{PoolShard, UID, expect_same_rows},
+    shards::{self, read_table},
+};
+use crate::{Result, stage::Input};
+
+/// The input of stages that read labels.
+pub const LABELS: Input = Input::of("labels", &["label"]);
+
+/// The folder of the table in its stage's folder.
+pub const FOLDER: &str = "labels";
+
+/// The class of an image, here and in the tables that take it from here.
+pub(super) const LABEL: &str = "label";
+/// The classifier's probability of [`LABEL`], here and in the tables that take it from here.
+pub(crate) const CONFIDENCE: &str = "label_confidence";
+/// Where the label is from, here and in data sets.
+pub(super) const SOURCE: &str = "label_source";
+const PSEUDO: &str = "pseudo_label";
+
+/// Where an image's label is from, in the words of the column.
+pub(crate) fn source(intended: bool) -> &'static str {
+    if intended { "intended" } else { "pseudo" }
+}
+
+/// The columns of a shard, beside `uid`.
+#[derive(Default)]
+pub(crate) struct Labels {
+    pub(crate) labels: Vec<i64>,
+    /// Whether the image was made for its label.
+    pub(crate) intended: Vec<bool>,
+    pub(crate) pseudo: Vec<i64>,
+    pub(crate) confidence: Vec<f32>,
+}
+
+/// The schema of the table.
+pub(crate) fn schema() -> SchemaRef {
+    shards::schema(&[
+        (UID, DataType::Utf8, false),
+        (LABEL, DataType::Int64, false),
+        (SOURCE, DataType::Utf8, false),
+        (PSEUDO, DataType::Int64, false),
+        (CONFIDENCE, DataType::Float32, false),
+    ])
+}
+
+impl Labels {
+    /// The rows of the table, of the images of a pool's shard.
+    pub(crate) fn batch(self, schema: &SchemaRef, rows: &PoolShard) -> Result<RecordBatch> {
+        let sources = self.intended.iter().map(|&intended| source(intended));
+        shards::batch(
+            schema,
+            vec![
+                Arc::new(StringArray::from_iter_values(&rows.uids)),
+                Arc::new(Int64Array::from(self.labels)),
+                Arc::new(StringArray::from_iter_values(sources)),
+                Arc::new(Int64Array::from(self.pseudo)),
+                Arc::new(Float32Array::from(self.confidence)),
+            ],
+        )
+    }
+
+    /// Reads those of a shard.
+    pub(crate) fn read(dir: &Path, shard: usize) -> Result<Self> {
+        let table = read_table(dir, shard, &[LABEL, SOURCE, PSEUDO, CONFIDENCE])?;
+        Ok(Self {
+            labels: table.column(LABEL, |a: &Int64Array, i| a.value(i))?,
+            intended: table.column(SOURCE, |a: &StringArray, i| a.value(i) == source(true))?,
+            pseudo: table.column(PSEUDO, |a: &Int64Array, i| a.value(i))?,
+            confidence: table.column(CONFIDENCE, |a: &Float32Array, i| a.value(i))?,
+        })
+    }
+
+    /// Reads those of a shard. Fails with [`crate::Error::Data`] unless they are of the pool's images, in their order.
+    pub(crate) fn read_beside(dir: &Path, shard: usize, rows: &PoolShard) -> Result<Self> {
+        let uids = read_table(dir, shard, &[UID])?.column(UID, |a: &StringArray, i| a.value(i).to_owned())?;
+        expect_same_rows("label table", shard, &uids, rows)?;
+        Self::read(dir, shard)
+    }
+}

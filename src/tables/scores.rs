@@ -1,0 +1,471 @@
+//! The score table beside a pool, and what curation holds of it: some bytes an image, read shard by shard on all threads.
+//!
+//! | column | |
+//! |---|---|
+//! | `uid`, `label`, `label_confidence` | as in the pool and the label table |
+//! | `synthetic_score` | how far from real, low is close: by networks that were not trained on the image |
+//! | `judge_score` | the same by the judges, null on their own fold |
+//! | `label_agrees` | whether the classifier shares the label |
+//! | `fold` | the image's fold of the pool |
+//! | `pixel_hash`, `perceptual_hash`, `feature_hash` | hashes of 64 bits; the last only with `hash_features` |
+//! | `nearest_train`, `train_distance`, `nearest_test`, `test_distance` | the nearest real images, by pixels |
+//! | `train_copy`, `train_copy_distance`, `test_copy`, `test_copy_distance` | the same up to a shift by a pixel and mirroring |
+//! | `memorization_ratio` | the distance to the nearest training image over the mean of those to the nearest |
+//! | `p_synthetic_…` | the mean probability of "synthetic" at each radius |
+
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow_array::{
+    Array, ArrayRef, BooleanArray, Float32Array, Int32Array, Int64Array, RecordBatch, StringArray,
+    UInt64Array,
+};
+use arrow_schema::{DataType, SchemaRef};
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::{
+    division::SPLIT,
+    labels::{CONFIDENCE, LABEL},
+    pool::{Pool, PoolShard, UID},
+    shards::{self, read_record, read_table, shard_file},
+};
+use crate::{
+    Error, Result,
+    attack::Epsilon,
+    curate::{Arm, Gate, PASSED, verdicts},
+    data::table::{self, Table},
+    proxy::{fold::uid_order, neighbours::Nearest},
+    stage::{Input, read_done},
+    stats::order_statistics,
+};
+
+/// The input of stages that read scores.
+pub const SCORES: Input = Input::of("scores", &["score"]);
+
+/// The folder of the table in its stage's folder.
+pub(crate) const FOLDER: &str = "scores";
+
+/// How far from real the image is: what ranks.
+pub(crate) const SCORE: &str = "synthetic_score";
+/// The same by the judges; null on their own fold.
+const JUDGE: &str = "judge_score";
+/// Whether the classifier shares the label.
+pub(crate) const AGREES: &str = "label_agrees";
+const FOLD: &str = "fold";
+const PIXEL_HASH: &str = "pixel_hash";
+const PERCEPTUAL_HASH: &str = "perceptual_hash";
+const FEATURE_HASH: &str = "feature_hash";
+const NEAREST_TRAIN: &str = "nearest_train";
+const TRAIN_DISTANCE: &str = "train_distance";
+const TRAIN_COPY: &str = "train_copy";
+/// How near the image is to being a copy of a training image.
+pub(crate) const TRAIN_COPY_DISTANCE: &str = "train_copy_distance";
+/// Carlini et al.'s ratio of distances.
+pub(crate) const MEMORIZATION_RATIO: &str = "memorization_ratio";
+const NEAREST_TEST: &str = "nearest_test";
+const TEST_DISTANCE: &str = "test_distance";
+const TEST_COPY: &str = "test_copy";
+/// How near the image is to being a copy of a test image; null without a test split.
+pub(crate) const TEST_COPY_DISTANCE: &str = "test_copy_distance";
+
+/// A hash of each image.
+#[derive(Clone, Copy)]
+pub(crate) enum Hash {
+    /// Of its pixels.
+    Pixels,
+    /// Of what it looks like.
+    Looks,
+    /// Of its features.
+    Features,
+}
+
+impl Hash {
+    /// Its column.
+    pub(crate) fn column(self) -> &'static str {
+        match self {
+            Self::Pixels => PIXEL_HASH,
+            Self::Looks => PERCEPTUAL_HASH,
+            Self::Features => FEATURE_HASH,
+        }
+    }
+}
+
+/// The nearest training image, and the nearest test image if there are any.
+pub(crate) type NearestReal = (Nearest, Option<Nearest>);
+
+/// The columns of a shard, beside `uid`.
+pub(crate) struct Scores {
+    pub(crate) labels: Vec<i64>,
+    pub(crate) confidence: Vec<f32>,
+    pub(crate) agrees: Vec<bool>,
+    pub(crate) scores: Vec<f32>,
+    pub(crate) judges: Vec<Option<f32>>,
+    pub(crate) folds: Vec<usize>,
+    pub(crate) pixel_hashes: Vec<u64>,
+    pub(crate) perceptual_hashes: Vec<u64>,
+    /// None without `hash_features`.
+    pub(crate) feature_hashes: Option<Vec<u64>>,
+    pub(crate) nearest: Vec<NearestReal>,
+    /// By radius.
+    pub(crate) probabilities: Vec<Vec<f32>>,
+}
+
+impl Scores {
+    /// The rows of the table, of the images of a pool's shard.
+    pub(crate) fn batch(self, schema: &SchemaRef, rows: &PoolShard) -> Result<RecordBatch> {
+        let train = |get: fn(&Nearest) -> f32| -> ArrayRef {
+            Arc::new(Float32Array::from_iter_values(self.nearest.iter().map(|(train, _)| get(train))))
+        };
+        let train_image = |get: fn(&Nearest) -> u32| -> ArrayRef {
+            Arc::new(Int32Array::from_iter_values(self.nearest.iter().map(|(train, _)| get(train) as i32)))
+        };
+        let test = |get: fn(&Nearest) -> f32| -> ArrayRef {
+            Arc::new(Float32Array::from_iter(self.nearest.iter().map(|(_, test)| test.as_ref().map(get))))
+        };
+        let test_image = |get: fn(&Nearest) -> u32| -> ArrayRef {
+            let images = self.nearest.iter().map(|(_, test)| test.as_ref().map(|test| get(test) as i32));
+            Arc::new(Int32Array::from_iter(images))
+        };
+        let mut columns: Vec<ArrayRef> = vec![
+            Arc::new(StringArray::from_iter_values(&rows.uids)),
+            Arc::new(Int64Array::from(self.labels)),
+            Arc::new(Float32Array::from(self.scores)),
+            Arc::new(Float32Array::from(self.judges)),
+            Arc::new(Float32Array::from(self.confidence)),
+            Arc::new(BooleanArray::from(self.agrees)),
+            Arc::new(Int32Array::from_iter_values(self.folds.iter().map(|&fold| fold as i32))),
+            Arc::new(UInt64Array::from(self.pixel_hashes)),
+            Arc::new(UInt64Array::from(self.perceptual_hashes)),
+            train_image(|n| n.index),
+            train(|n| n.distance),
+            train_image(|n| n.copy),
+            train(|n| n.copy_distance),
+            train(|n| n.ratio),
+            test_image(|n| n.index),
+            test(|n| n.distance),
+            test_image(|n| n.copy),
+            test(|n| n.copy_distance),
+        ];
+        columns.extend(self.feature_hashes.map(|hashes| Arc::new(UInt64Array::from(hashes)) as ArrayRef));
+        columns.extend(self.probabilities.into_iter().map(|p| Arc::new(Float32Array::from(p)) as ArrayRef));
+        shards::batch(schema, columns)
+    }
+}
+
+/// The column with the mean probability at one radius: `p_synthetic_0`, `p_synthetic_8_255`.
+fn radius_column(epsilon: &Epsilon) -> String {
+    format!("p_synthetic_{}", epsilon.to_string().replace(['/', '.'], "_"))
+}
+
+/// The schema of the table for a grid of radii, with or without hashes of features.
+pub(crate) fn schema(epsilons: &[Epsilon], hash_features: bool) -> SchemaRef {
+    let radii: Vec<String> = epsilons.iter().map(radius_column).collect();
+    let mut fields = vec![
+        (UID, DataType::Utf8, false),
+        (LABEL, DataType::Int64, false),
+        (SCORE, DataType::Float32, false),
+        (JUDGE, DataType::Float32, true),
+        (CONFIDENCE, DataType::Float32, false),
+        (AGREES, DataType::Boolean, false),
+        (FOLD, DataType::Int32, false),
+        (PIXEL_HASH, DataType::UInt64, false),
+        (PERCEPTUAL_HASH, DataType::UInt64, false),
+        (NEAREST_TRAIN, DataType::Int32, false),
+        (TRAIN_DISTANCE, DataType::Float32, false),
+        (TRAIN_COPY, DataType::Int32, false),
+        (TRAIN_COPY_DISTANCE, DataType::Float32, false),
+        (MEMORIZATION_RATIO, DataType::Float32, false),
+        (NEAREST_TEST, DataType::Int32, true),
+        (TEST_DISTANCE, DataType::Float32, true),
+        (TEST_COPY, DataType::Int32, true),
+        (TEST_COPY_DISTANCE, DataType::Float32, true),
+    ];
+    if hash_features {
+        fields.push((FEATURE_HASH, DataType::UInt64, false));
+    }
+    fields.extend(radii.iter().map(|name| (name.as_str(), DataType::Float32, false)));
+    shards::schema(&fields)
+}
+
+/// What a finished score says of its tables in `dir`: with `test`, also whether images were equal to one of the test split.
+pub(crate) fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
+    let (mut images, mut in_train, mut in_test) = (0u64, 0u64, 0u64);
+    for shard in 0..pool.info.shards {
+        let table = read_table(dir, shard, &[TRAIN_DISTANCE, TEST_DISTANCE])?;
+        let distances = |name: &str| table.optional(name, |a: &Float32Array, i| a.value(i));
+        let zeros = |distances: &[Option<f32>]| distances.iter().filter(|d| **d == Some(0.0)).count() as u64;
+        let to_train = distances(TRAIN_DISTANCE)?;
+        images += to_train.len() as u64;
+        in_train += zeros(&to_train);
+        in_test += zeros(&distances(TEST_DISTANCE)?);
+    }
+    let score_quantiles = quantiles(images, |give| -> Result<()> {
+        for shard in 0..pool.info.shards {
+            let table = read_table(dir, shard, &[SCORE])?;
+            table.column(SCORE, |a: &Float32Array, i| a.value(i))?.into_iter().for_each(&mut *give);
+        }
+        Ok(())
+    })?;
+    Ok(json!({
+        "images": images,
+        "score_quantiles": score_quantiles,
+        "equal_to_a_training_image": in_train,
+        LOOKED_FOR_LEAKS: test,
+        "equal_to_a_test_image": test.then_some(in_test),
+    }))
+}
+
+/// The key of a finished score's summary that says whether there was a test split.
+const LOOKED_FOR_LEAKS: &str = "looked_for_leaks";
+
+/// The quantiles that are reported.
+const QUANTILES: [(&str, f64); 7] =
+    [("0", 0.0), ("0.05", 0.05), ("0.25", 0.25), ("0.5", 0.5), ("0.75", 0.75), ("0.95", 0.95), ("1", 1.0)];
+
+/// The [`QUANTILES`] of the `n` values that `all` gives, see [`order_statistics`]; null if there are none.
+pub(crate) fn quantiles<E>(
+    n: u64,
+    all: impl FnMut(&mut dyn FnMut(f32)) -> std::result::Result<(), E>,
+) -> std::result::Result<serde_json::Value, E> {
+    let rank = |(_, q): (&str, f64)| ((n - 1) as f64 * q).round() as u64;
+    let ranks = if n == 0 { Vec::new() } else { QUANTILES.map(rank).to_vec() };
+    let values = order_statistics(&ranks, all)?;
+    let named = QUANTILES.iter().enumerate().map(|(i, (name, _))| ((*name).to_owned(), json!(values.get(i))));
+    Ok(named.collect::<serde_json::Map<_, _>>().into())
+}
+
+/// Rows that are decoded together.
+const BATCH: usize = 16_384;
+
+/// The score tables of a pool.
+pub(crate) struct ScoreTables {
+    /// The stage's folder.
+    pub(crate) folder: PathBuf,
+    dir: PathBuf,
+    /// The number of the first row of each shard, then that of all rows.
+    first: Vec<usize>,
+    /// The classes' names.
+    pub(crate) classes: Vec<String>,
+    /// The fingerprint of the split that the pool was scored against.
+    pub(crate) split: Option<String>,
+    /// Whether it was held against test images.
+    pub(crate) looked_for_leaks: Option<bool>,
+}
+
+/// Columns of the score tables of a whole pool, in the pool's order: 15 bytes an image.
+pub(crate) struct ScoreRows {
+    /// The first gate that refuses it: see [`verdicts`].
+    pub(crate) verdicts: Vec<u8>,
+    pub(crate) labels: Vec<u16>,
+    pub(crate) scores: Vec<f32>,
+    /// Its place in the arm's order.
+    pub(crate) ranks: Vec<u32>,
+    /// Not a number on the judges' own fold.
+    pub(crate) judges: Vec<f32>,
+}
+
+impl ScoreRows {
+    /// The rows that no gate refused.
+    pub(crate) fn passed(&self) -> Vec<u32> {
+        (0..).zip(&self.verdicts).filter(|(_, verdict)| **verdict == PASSED).map(|(row, _)| row).collect()
+    }
+}
+
+impl ScoreTables {
+    /// Opens the tables of a finished score.
+    pub(crate) fn open(folder: Option<&Path>) -> Result<Self> {
+        let folder = SCORES.finished(folder)?;
+        let summary = read_done(&folder)?.map(|done| done.summary).unwrap_or_default();
+        let missing =
+            |key: &str| Error::Data(format!("{}: done.json does not say the {key}", folder.display()));
+        let classes: Vec<String> =
+            serde_json::from_value(summary["classes"].clone()).map_err(|_| missing("classes"))?;
+        let shards = summary["shards"].as_u64().ok_or_else(|| missing("number of shards"))? as usize;
+        let dir = folder.join(FOLDER);
+        let mut first = vec![0];
+        for shard in 0..shards {
+            let record = read_record(&dir, shard)?
+                .ok_or_else(|| Error::Data(format!("{}: no record of shard {shard}", dir.display())))?;
+            first.push(first[shard] + record.rows as usize);
+        }
+        if u32::try_from(first[shards]).is_err() || classes.len() > usize::from(u16::MAX) {
+            bail!(
+                Data,
+                "{}: {} images of {} classes, expected fewer than 2^32 and 2^16",
+                folder.display(),
+                first[shards],
+                classes.len()
+            );
+        }
+        let split = SPLIT.fingerprint_in(&folder)?;
+        let looked_for_leaks = summary[LOOKED_FOR_LEAKS].as_bool();
+        Ok(Self { folder, dir, first, classes, split, looked_for_leaks })
+    }
+
+    /// Images of the pool.
+    pub(crate) fn len(&self) -> usize {
+        self.first[self.shards()]
+    }
+
+    /// Shards of the pool.
+    pub(crate) fn shards(&self) -> usize {
+        self.first.len() - 1
+    }
+
+    /// The rows of a shard.
+    pub(crate) fn rows_of(&self, shard: usize) -> Range<usize> {
+        self.first[shard]..self.first[shard + 1]
+    }
+
+    /// The number of a row of a shard; that of none if there is no such row.
+    pub(crate) fn row(&self, shard: usize, row: usize) -> usize {
+        self.first.get(shard).map_or(usize::MAX, |first| first + row)
+    }
+
+    /// The shard of a row, and its place there.
+    pub(crate) fn place(&self, row: usize) -> (usize, usize) {
+        let shard = self.first.partition_point(|&first| first <= row) - 1;
+        (shard, row - self.first[shard])
+    }
+
+    /// The columns of all tables.
+    pub(crate) fn schema(&self) -> Result<arrow_schema::SchemaRef> {
+        Ok(Table::open(&shard_file(&self.dir, 0))?.schema().clone())
+    }
+
+    /// Some columns of one shard, batch by batch. Fails if they have not as many rows as the shard's record says.
+    pub(crate) fn batches(&self, shard: usize, columns: &[&str]) -> Result<Vec<RecordBatch>> {
+        let path = shard_file(&self.dir, shard);
+        let batches: Vec<RecordBatch> = Table::open(&path)?.read(columns, BATCH)?.collect::<Result<_>>()?;
+        let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
+        if found != self.rows_of(shard).len() {
+            bail!(
+                Data,
+                "{}: {found} rows, but its record says {}",
+                path.display(),
+                self.rows_of(shard).len()
+            );
+        }
+        Ok(batches)
+    }
+
+    /// The rows' verdicts, and their places in the order of an arm.
+    pub(crate) fn load(&self, gates: &[Gate], arm: Arm, seed: u64) -> Result<ScoreRows> {
+        let mut wanted = vec![LABEL, CONFIDENCE, SCORE, JUDGE];
+        for gate in gates {
+            if !wanted.contains(&&*gate.condition.column) {
+                wanted.push(&gate.condition.column);
+            }
+        }
+        let n = self.len();
+        let mut rows = ScoreRows {
+            verdicts: vec![0; n],
+            labels: vec![0; n],
+            scores: vec![0.0; n],
+            ranks: vec![0; n],
+            judges: vec![0.0; n],
+        };
+        let all = self.by_shard(&mut rows.verdicts).into_par_iter();
+        all.zip(self.by_shard(&mut rows.labels))
+            .zip(self.by_shard(&mut rows.scores))
+            .zip(self.by_shard(&mut rows.ranks))
+            .zip(self.by_shard(&mut rows.judges))
+            .enumerate()
+            .try_for_each(|(shard, ((((verdict, label), score), rank), judge))| -> Result<()> {
+                let path = shard_file(&self.dir, shard);
+                let mut at = 0;
+                for batch in self.batches(shard, &wanted)? {
+                    let here = at..at + batch.num_rows();
+                    let in_file = |e: Error| Error::Data(format!("{}: {e}", path.display()));
+                    verdict[here.clone()].copy_from_slice(&verdicts(gates, &batch).map_err(in_file)?);
+                    let labels: &Int64Array = table::required(&path, &batch, LABEL)?;
+                    let confidences: &Float32Array = table::required(&path, &batch, CONFIDENCE)?;
+                    let scores: &Float32Array = table::required(&path, &batch, SCORE)?;
+                    let judges: &Float32Array = table::column(&path, &batch, JUDGE)?;
+                    score[here.clone()].copy_from_slice(scores.values());
+                    for (i, row) in here.enumerate() {
+                        let class = u16::try_from(labels.value(i)).ok();
+                        label[row] =
+                            class.filter(|&c| usize::from(c) < self.classes.len()).ok_or_else(|| {
+                                Error::Data(format!(
+                                    "{}: row {row}: label is {}, expected 0 to {}",
+                                    path.display(),
+                                    labels.value(i),
+                                    self.classes.len() as i64 - 1
+                                ))
+                            })?;
+                        judge[row] = if judges.is_valid(i) { judges.value(i) } else { f32::NAN };
+                        let place = (self.first[shard] + row) as u64;
+                        rank[row] = arm.rank(seed, place, scores.value(i), confidences.value(i));
+                    }
+                    at += batch.num_rows();
+                }
+                Ok(())
+            })?;
+        Ok(rows)
+    }
+
+    /// Whether there are hashes of this kind.
+    pub(crate) fn has_hashes(&self, of: Hash) -> Result<bool> {
+        Ok(self.schema()?.column_with_name(of.column()).is_some())
+    }
+
+    /// The hashes of all rows.
+    pub(crate) fn hashes(&self, of: Hash) -> Result<Vec<u64>> {
+        let column = of.column();
+        let mut hashes = vec![0; self.len()];
+        self.by_shard(&mut hashes).into_par_iter().enumerate().try_for_each(
+            |(shard, hashes)| -> Result<()> {
+                let path = shard_file(&self.dir, shard);
+                let mut rest = hashes;
+                for batch in self.batches(shard, &[column])? {
+                    let (here, others) = rest.split_at_mut(batch.num_rows());
+                    here.copy_from_slice(table::required::<UInt64Array>(&path, &batch, column)?.values());
+                    rest = others;
+                }
+                Ok(())
+            },
+        )?;
+        Ok(hashes)
+    }
+
+    /// The order of equals for some rows: that of [`uid_order`].
+    pub(crate) fn uid_orders(&self, rows: &[u32]) -> Result<Vec<u128>> {
+        let mut by_shard: Vec<Vec<usize>> = vec![Vec::new(); self.shards()];
+        for (i, &row) in rows.iter().enumerate() {
+            by_shard[self.place(row as usize).0].push(i);
+        }
+        let found = by_shard.into_par_iter().enumerate().filter(|(_, asked)| !asked.is_empty()).map(
+            |(shard, asked)| -> Result<Vec<(usize, u128)>> {
+                let table = read_table(&self.dir, shard, &[UID])?;
+                let uids = table.column(UID, |a: &StringArray, i| a.value(i).to_owned())?;
+                let order = |i: usize| uids.get(rows[i] as usize - self.first[shard]).map(|u| uid_order(u));
+                asked
+                    .into_iter()
+                    .map(|i| order(i).map(|order| (i, order)))
+                    .collect::<Option<_>>()
+                    .ok_or_else(|| Error::Data(format!("shard {shard} has too few rows")))
+            },
+        );
+        let mut orders = vec![0; rows.len()];
+        for (i, order) in found.collect::<Result<Vec<_>>>()?.into_iter().flatten() {
+            orders[i] = order;
+        }
+        Ok(orders)
+    }
+
+    /// A column of all rows, cut into shards.
+    fn by_shard<'a, T>(&self, mut all: &'a mut [T]) -> Vec<&'a mut [T]> {
+        let mut parts = Vec::new();
+        for shard in 0..self.shards() {
+            let (part, rest) = all.split_at_mut(self.rows_of(shard).len());
+            parts.push(part);
+            all = rest;
+        }
+        parts
+    }
+}

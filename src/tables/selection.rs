@@ -1,0 +1,252 @@
+//! What curate writes and others read: `selection.parquet`, `rejected.parquet`, `select.json`.
+//!
+//! | column of `selection.parquet` | |
+//! |---|---|
+//! | `uid`, `label`, `synthetic_score`, `label_confidence` | as in the score table |
+//! | `shard`, `row` | where the image is in the pool |
+//!
+//! `rejected.parquet` has `uid` and `reason`.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, Int64Array, RecordBatch, StringArray};
+use arrow_schema::DataType;
+use arrow_select::filter::{filter, filter_record_batch};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    features::Coverage,
+    labels::{CONFIDENCE, LABEL},
+    pool::UID,
+    scores::{SCORE, ScoreTables},
+    shards,
+};
+use crate::{
+    Error, Result,
+    curate::{self, PASSED},
+    data::table,
+    fs,
+    stage::Input,
+};
+
+/// The input of stages that read a selection.
+pub const SELECTION: Input = Input::of("selection", &["curate"]);
+
+/// Counts by name, in name order.
+pub type Counts = BTreeMap<String, u64>;
+
+/// `select.json`: the rule and what it did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SelectRecord {
+    /// `proxyset.select/1`.
+    pub schema: String,
+    /// What ranked.
+    pub arm: curate::Arm,
+    /// All settings.
+    pub rule: Value,
+    /// The fingerprint of the split whose real images the scores hold the pool against.
+    #[serde(default)]
+    pub split: Option<String>,
+    /// Whether the scores held the pool against test images; if the source has none, no leak could be found.
+    #[serde(default)]
+    pub looked_for_leaks: Option<bool>,
+    /// Rows of the score table.
+    pub total: u64,
+    /// Rows kept.
+    pub kept: u64,
+    /// Rows rejected, by reason. `total = kept + Σ rejected`.
+    pub rejected: Counts,
+    /// The same for each class.
+    pub classes: Vec<ClassCounts>,
+    /// Quantiles of `synthetic_score` over the pool.
+    pub score_before: Value,
+    /// Quantiles of `synthetic_score` over the kept.
+    pub score_after: Value,
+    /// What selection does to precision and recall, if score kept features.
+    pub coverage: Option<Coverage>,
+    /// Whether judges find the kept closer to real than an equally large random part.
+    pub judged: Option<Judged>,
+}
+
+impl SelectRecord {
+    const FILE: &'static str = "select.json";
+
+    /// Reads that of a finished curate.
+    pub fn read(dir: &Path) -> Result<Self> {
+        fs::read_json(&dir.join(Self::FILE))
+    }
+
+    /// Writes it to the stage's folder.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        fs::publish_json(&dir.join(Self::FILE), self)
+    }
+
+    /// `6000 in = 3000 kept + 209 label-disagrees + 2791 over-quota`.
+    pub(crate) fn balance(&self) -> String {
+        let reasons: String = self.rejected.iter().map(|(reason, n)| format!(" + {n} {reason}")).collect();
+        format!("{} in = {} kept{reasons}", self.total, self.kept)
+    }
+
+    /// Rows kept, by class.
+    pub(crate) fn kept_by_class(&self) -> Vec<u64> {
+        self.classes.iter().map(|class| class.kept).collect()
+    }
+}
+
+/// What became of the rows of one class.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ClassCounts {
+    /// The class.
+    pub class: String,
+    /// Its rows.
+    pub total: u64,
+    /// Those kept.
+    pub kept: u64,
+    /// Those rejected, by reason.
+    pub rejected: Counts,
+}
+
+/// The kept against an equally large random part behind the same gates, class by class, judged by
+/// discriminators that share no training image and no seed with those that ranked. Lower is closer to real.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Judged {
+    /// Mean judge score of the kept.
+    pub kept: f64,
+    /// Mean judge score of the random part.
+    pub random: f64,
+    /// Kept minus random.
+    pub difference: f64,
+    /// 95 % interval of the difference, over images: Welch's. Images in both parts make it wider than need be.
+    pub interval: [f64; 2],
+    /// Judged images: kept, random. Those of the judges' own fold are left out.
+    pub images: [usize; 2],
+}
+
+/// Writes the rows that are kept, whose verdict is [`PASSED`], and those that are not with their reasons, the first of
+/// which belongs to verdict 1; on two threads.
+pub(crate) fn write(out: &Path, tables: &ScoreTables, verdicts: &[u8], reasons: &[String]) -> Result<()> {
+    let (selected, rejected) = rayon::join(
+        || write_selected(&out.join(KEPT), tables, verdicts),
+        || write_rejected(&out.join(REJECTED), tables, verdicts, reasons),
+    );
+    selected.and(rejected)
+}
+
+const KEPT: &str = "selection.parquet";
+const REJECTED: &str = "rejected.parquet";
+const SHARD: &str = "shard";
+const ROW: &str = "row";
+const REASON: &str = "reason";
+
+fn write_selected(path: &Path, tables: &ScoreTables, verdicts: &[u8]) -> Result<()> {
+    let schema = shards::schema(&[
+        (UID, DataType::Utf8, false),
+        (LABEL, DataType::Int64, false),
+        (SCORE, DataType::Float32, false),
+        (CONFIDENCE, DataType::Float32, false),
+        (SHARD, DataType::Int32, false),
+        (ROW, DataType::Int32, false),
+    ]);
+    let wanted = [UID, LABEL, SCORE, CONFIDENCE];
+    let kept = |row: usize| verdicts[row] == PASSED;
+    let batches = masked(tables, &wanted, kept, |batch, mask, shard, first| {
+        let rows = first..first + batch.num_rows() as i32;
+        let mut all: Vec<ArrayRef> = Vec::new();
+        for name in wanted {
+            all.push(batch.column_by_name(name).cloned().ok_or_else(|| {
+                Error::Data(format!("the score table of shard {shard} has no column '{name}'"))
+            })?);
+        }
+        all.push(Arc::new(Int32Array::from(vec![shard as i32; batch.num_rows()])));
+        all.push(Arc::new(Int32Array::from_iter_values(rows)));
+        filter_record_batch(&shards::batch(&schema, all)?, mask).map_err(unfiltered)
+    });
+    table::write(path, &schema, batches, table::ROW_GROUP_ROWS, &[]).map(drop)
+}
+
+fn write_rejected(path: &Path, tables: &ScoreTables, verdicts: &[u8], reasons: &[String]) -> Result<()> {
+    let schema = shards::schema(&[(UID, DataType::Utf8, false), (REASON, DataType::Utf8, false)]);
+    let refused = |row: usize| verdicts[row] != PASSED;
+    let batches = masked(tables, &[UID], refused, |batch, mask, shard, first| {
+        let uids = filter(batch.column(0), mask).map_err(unfiltered)?;
+        let start = tables.rows_of(shard).start + first as usize;
+        let rows = mask.values().set_indices().map(|i| start + i);
+        let reasons: Vec<&str> = rows.map(|row| &*reasons[usize::from(verdicts[row] - PASSED) - 1]).collect();
+        shards::batch(&schema, vec![uids, Arc::new(StringArray::from(reasons))])
+    });
+    table::write(path, &schema, batches, table::ROW_GROUP_ROWS, &[]).map(drop)
+}
+
+fn unfiltered(error: arrow_schema::ArrowError) -> Error {
+    Error::Alarm(format!("rows cannot be picked from a table: {error}"))
+}
+
+/// The tables' batches, through `make(batch, which of its rows are wanted, shard, first row in the shard)`. Shards without
+/// such rows are not read.
+fn masked<'a>(
+    tables: &'a ScoreTables,
+    columns: &'a [&'a str],
+    wanted: impl Fn(usize) -> bool + Copy + Sync + 'a,
+    make: impl Fn(&RecordBatch, &BooleanArray, usize, i32) -> Result<RecordBatch> + Sync + 'a,
+) -> impl Iterator<Item = Result<RecordBatch>> + 'a {
+    let of_shard = move |&shard: &usize| -> Vec<Result<RecordBatch>> {
+        let mut rows = tables.rows_of(shard);
+        let mut first = 0;
+        let batches = match tables.batches(shard, columns) {
+            Ok(batches) => batches,
+            Err(error) => return vec![Err(error)],
+        };
+        let made = batches.into_iter().map(|batch| {
+            let here = rows.by_ref().take(batch.num_rows());
+            let mask: BooleanArray = here.map(|row| Some(wanted(row))).collect();
+            let made = make(&batch, &mask, shard, first);
+            first += batch.num_rows() as i32;
+            made
+        });
+        made.collect()
+    };
+    let shards: Vec<usize> = (0..tables.shards()).filter(|&s| tables.rows_of(s).any(wanted)).collect();
+    // As many at a time as keep the threads busy.
+    let at_once = 2 * rayon::current_num_threads();
+    let windows: Vec<Vec<usize>> = shards.chunks(at_once).map(<[usize]>::to_vec).collect();
+    windows.into_iter().flat_map(move |shards| {
+        let made: Vec<Vec<Result<RecordBatch>>> = shards.par_iter().map(&of_shard).collect();
+        made.into_iter().flatten()
+    })
+}
+
+/// One kept row, as materialize reads it.
+pub(crate) struct Selected {
+    pub(crate) uid: String,
+    pub(crate) label: u32,
+    pub(crate) score: f32,
+    pub(crate) confidence: f32,
+    pub(crate) shard: usize,
+    pub(crate) row: usize,
+}
+
+/// Reads `selection.parquet` of a finished curate, with its record.
+pub(crate) fn read(dir: Option<&Path>) -> Result<(Vec<Selected>, SelectRecord)> {
+    let dir = SELECTION.finished(dir)?;
+    let record = SelectRecord::read(&dir)?;
+    let path = dir.join(KEPT);
+    let wanted = [UID, LABEL, SCORE, CONFIDENCE, SHARD, ROW];
+    let table = shards::read_whole(&path, &wanted)?;
+    let uid = table.column(UID, |a: &StringArray, i| a.value(i).to_owned())?;
+    let label = table.column(LABEL, |a: &Int64Array, i| a.value(i) as u32)?;
+    let score = table.column(SCORE, |a: &Float32Array, i| a.value(i))?;
+    let confidence = table.column(CONFIDENCE, |a: &Float32Array, i| a.value(i))?;
+    let shard = table.column(SHARD, |a: &Int32Array, i| a.value(i) as usize)?;
+    let row = table.column(ROW, |a: &Int32Array, i| a.value(i) as usize)?;
+    let selected = uid.into_iter().enumerate().map(|(i, uid)| Selected {
+        uid,
+        label: label[i],
+        score: score[i],
+        confidence: confidence[i],
+        shard: shard[i],
+        row: row[i],
+    });
+    Ok((selected.collect(), record))
+}

@@ -1,0 +1,154 @@
+//! Tables that lie in shards: `shard-00007.parquet` with its record `shard-00007.json`. A shard is there if, and only if,
+//! its record is.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arrow_array::RecordBatch;
+use arrow_schema::SchemaRef;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    data::table::{self, Table},
+    fs,
+    stage::Job,
+};
+
+/// The record of a shard, written last.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ShardRecord {
+    /// `proxyset.shard/1`.
+    pub schema: String,
+    /// The shard's number.
+    pub shard: usize,
+    /// Its rows.
+    pub rows: u64,
+    /// The size of its file.
+    pub bytes: u64,
+    /// The hash of its file.
+    pub blake3: String,
+    /// The fingerprint of the run that it belongs to.
+    pub fingerprint: String,
+    /// The class of the machine that made it.
+    pub device_class: String,
+    /// The program's version.
+    pub version: String,
+}
+
+impl ShardRecord {
+    /// Whether the shard's file is in `dir`, in its size.
+    pub(crate) fn has_file(&self, dir: &Path) -> bool {
+        std::fs::metadata(shard_file(dir, self.shard)).is_ok_and(|m| m.len() == self.bytes)
+    }
+
+    /// The record of a file just written for `job`.
+    pub(crate) fn of(job: &Job, shard: usize, rows: u64, blake3: String, bytes: u64) -> Self {
+        Self {
+            schema: "proxyset.shard/1".into(),
+            shard,
+            rows,
+            bytes,
+            blake3,
+            fingerprint: job.fingerprint.clone(),
+            device_class: job.device_class.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        }
+    }
+}
+
+/// `shard-00007.parquet` in `dir`.
+pub(crate) fn shard_file(dir: &Path, shard: usize) -> PathBuf {
+    dir.join(format!("shard-{shard:05}.parquet"))
+}
+
+/// `shard-00007.json` in `dir`.
+pub(crate) fn record_file(dir: &Path, shard: usize) -> PathBuf {
+    dir.join(format!("shard-{shard:05}.json"))
+}
+
+/// The shard that a file with this name is of.
+pub(crate) fn shard_number(file: &str) -> Option<usize> {
+    file.strip_prefix("shard-")?.split_once('.')?.0.parse().ok()
+}
+
+/// The record of a shard, if the shard is there.
+pub(crate) fn read_record(dir: &Path, shard: usize) -> Result<Option<ShardRecord>> {
+    let path = record_file(dir, shard);
+    if path.is_file() { fs::read_json(&path).map(Some) } else { Ok(None) }
+}
+
+/// The BLAKE3 of the hashes of a finished pool's shards, in hexadecimal.
+pub(crate) fn pool_hash(dir: &Path, shards: usize) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    for shard in 0..shards {
+        let record =
+            read_record(dir, shard)?.ok_or_else(|| Error::Alarm(format!("record {shard} vanished")))?;
+        hasher.update(record.blake3.as_bytes());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Reads some columns of the table beside shard `shard` in `dir`, whole.
+pub(crate) fn read_table(dir: &Path, shard: usize, columns: &[&str]) -> Result<TableRows> {
+    read_whole(&shard_file(dir, shard), columns)
+}
+
+/// Reads some columns of a table, whole.
+pub(crate) fn read_whole(path: &Path, columns: &[&str]) -> Result<TableRows> {
+    let batches: Vec<RecordBatch> = Table::open(path)?.read(columns, 65_536)?.collect::<Result<_>>()?;
+    Ok(TableRows { path: path.to_path_buf(), batches })
+}
+
+/// A table that was read whole.
+pub(crate) struct TableRows {
+    path: PathBuf,
+    batches: Vec<RecordBatch>,
+}
+
+impl TableRows {
+    /// All values of a column without nulls, through `get(array, row)`.
+    pub(crate) fn column<A: table::TypedArray, T>(
+        &self,
+        name: &str,
+        get: impl Fn(&A, usize) -> T,
+    ) -> Result<Vec<T>> {
+        let mut values = Vec::new();
+        for batch in &self.batches {
+            let array: &A = table::required(&self.path, batch, name)?;
+            values.extend((0..array.len()).map(|i| get(array, i)));
+        }
+        Ok(values)
+    }
+
+    /// All values of a column, none where null.
+    pub(crate) fn optional<A: table::TypedArray, T>(
+        &self,
+        name: &str,
+        get: impl Fn(&A, usize) -> T,
+    ) -> Result<Vec<Option<T>>> {
+        let mut values = Vec::new();
+        for batch in &self.batches {
+            let array: &A = table::column(&self.path, batch, name)?;
+            values.extend((0..array.len()).map(|i| array.is_valid(i).then(|| get(array, i))));
+        }
+        Ok(values)
+    }
+}
+
+/// A schema of named, typed columns; `true` allows nulls.
+pub(crate) fn schema(fields: &[(&str, arrow_schema::DataType, bool)]) -> SchemaRef {
+    let fields: Vec<_> = fields
+        .iter()
+        .map(|(name, kind, null)| arrow_schema::Field::new(*name, kind.clone(), *null))
+        .collect();
+    Arc::new(arrow_schema::Schema::new(fields))
+}
+
+/// A batch of `schema` from its columns.
+pub(crate) fn batch(schema: &SchemaRef, columns: Vec<arrow_array::ArrayRef>) -> Result<RecordBatch> {
+    RecordBatch::try_new(schema.clone(), columns)
+        .map_err(|e| Error::Alarm(format!("a table does not fit: {e}")))
+}
