@@ -34,6 +34,7 @@
 //! stages                              one stage a file, in folders: making, judging, choosing, learning, telling
 //! training | tables                   the training loop | what stages exchange on disk, one table a module
 //! stage                               what a stage is: trait, job and folder, fingerprint, registry
+//! settings                            groups of settings that stages share
 //! evaluation                          what a classifier gets right, as images are and under attack
 //! objective | certify | proxy | curate   losses | smoothing | ARC, calibration, folds, weights | gates, arms, selector
 //! diffusion | attack                  schedule, loss, samplers, model folder | balls, PGD, AutoAttack

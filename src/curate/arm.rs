@@ -1,6 +1,5 @@
 //! Arms: what ranks the samples that pass the gates.
 
-
 use crate::{
     rng::{self, stream},
     stats::ascending,

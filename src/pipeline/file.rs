@@ -150,7 +150,9 @@ fn table_of(value: &serde_json::Value) -> Result<Value, toml::ser::Error> {
         None => Value::try_from(value),
         Some(table) => {
             let set = table.iter().filter(|(_, value)| !value.is_null());
-            set.map(|(key, value)| Ok((key.clone(), table_of(value)?))).collect::<Result<_, _>>().map(Value::Table)
+            set.map(|(key, value)| Ok((key.clone(), table_of(value)?)))
+                .collect::<Result<_, _>>()
+                .map(Value::Table)
         }
     }
 }
@@ -166,8 +168,7 @@ fn apply(tables: &mut Table, assignment: &str) -> Result<()> {
     let Some(key) = path.pop() else { return Err(wrong()) };
     for name in path {
         let below = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
-        let found = below.type_str();
-        let not_a_table = || Error::Usage(format!("--set is '{assignment}', but {name} is a {found}, expected a table"));
+        let not_a_table = || Error::Usage(format!("--set is '{assignment}', but {name} is not a table"));
         table = below.as_table_mut().ok_or_else(not_a_table)?;
     }
     table.insert(key.to_owned(), value);
@@ -193,6 +194,12 @@ mod tests {
         assert_eq!(file.table("generate")["count"], Value::Integer(7));
         assert_eq!(file.table("split")["source"], Value::String("x/y".into()));
         assert_eq!(file.seed, 3);
+        let deep = parse(
+            "name = 'a'\n[train.optimizer]\nmomentum = 0.5",
+            &["train.optimizer.kind=adam", "train.objective.attack.epsilon=0.1"],
+        )?;
+        let expected = "optimizer = { momentum = 0.5, kind = 'adam' }\nobjective.attack.epsilon = 0.1";
+        assert_eq!(deep.table("train"), toml::from_str(expected).unwrap());
         Ok(())
     }
 
@@ -205,6 +212,7 @@ mod tests {
             ("name = 'a'\nsplit = 3", None, "expected a table [split]"),
             ("name = 'a'\nseed = -1", None, "expected an integer from 0"),
             ("name = 'a'", Some("nonsense"), "expected TABLE.KEY=VALUE"),
+            ("name = 'a'\n[train]\nbatch = 3", Some("train.batch.size=3"), "batch is not a table"),
             ("name = 'a'\n[experiment]\narms = ['best']\nseeds = [1]", None, "best"),
         ];
         for (text, set, expected) in cases {

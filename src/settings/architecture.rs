@@ -8,7 +8,8 @@ use crate::{
     data::Shape,
     error::expect_within,
     nn::{
-        Activation, Architecture, ResNetConfig, SmallCnnConfig, Standardization, WideResNetConfig, WideResNetLayout,
+        Activation, Architecture, ResNetConfig, SmallCnnConfig, Standardization, WideResNetConfig,
+        WideResNetLayout,
     },
 };
 
@@ -88,7 +89,12 @@ impl ArchitectureSettings {
 
     /// The network for square images of a shape and so many classes. `standardize` is what it does to its images first, if
     /// it [does](Self::standardizes).
-    pub fn network(&self, shape: Shape, num_classes: usize, standardize: Option<Standardization>) -> Architecture {
+    pub fn network(
+        &self,
+        shape: Shape,
+        num_classes: usize,
+        standardize: Option<Standardization>,
+    ) -> Architecture {
         let (in_channels, image_size) = (shape.channels, shape.height);
         match self {
             Self::SmallCnn(SmallCnnSettings { channels, groups }) => Architecture::SmallCnn(SmallCnnConfig {

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Result,
-    error::expect_within,
     data::Shape,
+    error::expect_within,
     nn::{SampleSize, UNetConfig},
 };
 
@@ -39,7 +39,12 @@ impl UNetSettings {
     /// The network for square images of a shape. `num_class_embeds`: the classes that it is told, if any.
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) for images that cannot be halved so often.
-    pub fn config(&self, shape: Shape, num_class_embeds: Option<usize>, num_train_timesteps: usize) -> Result<UNetConfig> {
+    pub fn config(
+        &self,
+        shape: Shape,
+        num_class_embeds: Option<usize>,
+        num_train_timesteps: usize,
+    ) -> Result<UNetConfig> {
         let levels = self.block_out_channels.len();
         if shape.height != shape.width || !shape.height.is_multiple_of(1 << (levels - 1)) {
             bail!(
@@ -78,7 +83,10 @@ impl UNetSettings {
         expect_within("norm_num_groups", *norm_num_groups, 1, 1024)?;
         expect_within("attention_head_dim", self.attention_head_dim, 1, 4096)?;
         if let Some(c) = block_out_channels.iter().find(|c| **c == 0 || !c.is_multiple_of(*norm_num_groups)) {
-            bail!(Usage, "block_out_channels has {c}, expected multiples of norm_num_groups = {norm_num_groups}");
+            bail!(
+                Usage,
+                "block_out_channels has {c}, expected multiples of norm_num_groups = {norm_num_groups}"
+            );
         }
         if let Some(level) = attention_levels.iter().find(|level| **level >= block_out_channels.len()) {
             bail!(Usage, "attention_levels has {level}, expected 0 to {}", block_out_channels.len() - 1);
@@ -97,7 +105,12 @@ tagged! {
 
 impl DenoiserSettings {
     /// The network for square images of a shape; see [`UNetSettings::config`].
-    pub fn config(&self, shape: Shape, num_class_embeds: Option<usize>, num_train_timesteps: usize) -> Result<UNetConfig> {
+    pub fn config(
+        &self,
+        shape: Shape,
+        num_class_embeds: Option<usize>,
+        num_train_timesteps: usize,
+    ) -> Result<UNetConfig> {
         match self {
             Self::UNet(unet) => unet.config(shape, num_class_embeds, num_train_timesteps),
         }

@@ -25,7 +25,10 @@ pub use self::{
     augmentation::AugmentationSettings,
     denoiser::{DenoiserSettings, UNetSettings},
     flags::{Settings, defaults, from_flags, named},
-    objective::{AttackBatchNorm, AttackedSettings, NoiseSettings, ObjectiveSettings, StabilitySettings, TradesSettings},
+    objective::{
+        AttackBatchNorm, AttackedSettings, NoiseSettings, ObjectiveSettings, StabilitySettings,
+        TradesSettings,
+    },
     optimizer::{AdamSettings, OptimizerSettings, SgdSettings},
     process::{DiscreteSettings, ProcessSettings},
     sampler::{DdimSettings, SamplerSettings, SigmaSettings, StepsSettings},

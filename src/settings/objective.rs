@@ -109,7 +109,9 @@ impl ObjectiveSettings {
 
     /// The attack of training step `step`, whose radius may still grow, if there is one.
     pub fn attack_at(&self, step: usize, seed: u64) -> Result<Option<Pgd>> {
-        let Some(AttackedSettings { attack, epsilon_warmup_steps, .. }) = self.attacked() else { return Ok(None) };
+        let Some(AttackedSettings { attack, epsilon_warmup_steps, .. }) = self.attacked() else {
+            return Ok(None);
+        };
         let mut attack = attack.clone();
         attack.ball.epsilon = attack.ball.epsilon.grown(step, *epsilon_warmup_steps);
         if matches!(self, Self::FgsmRs(_)) {

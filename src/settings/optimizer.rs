@@ -88,7 +88,8 @@ impl OptimizerSettings {
 
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
     pub fn validate(&self) -> Result<()> {
-        let (Self::Sgd(SgdSettings { weight_decay, .. }) | Self::Adam(AdamSettings { weight_decay, .. })) = self;
+        let (Self::Sgd(SgdSettings { weight_decay, .. }) | Self::Adam(AdamSettings { weight_decay, .. })) =
+            self;
         expect_within("learning_rate", self.learning_rate(), 1e-12, 1e3)?;
         expect_within("weight_decay", *weight_decay, 0.0, 1.0)?;
         expect_within("grad_clip", self.grad_clip(), 1e-6, 1e9)?;

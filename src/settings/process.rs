@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::{NoSettings, flags::named};
 use crate::{
     Result,
-    error::expect_within,
     diffusion::{BetaSchedule, PredictionType, SchedulerClass, SchedulerConfig, VarianceType},
+    error::expect_within,
 };
 
 /// A process in steps.

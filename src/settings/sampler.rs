@@ -5,11 +5,11 @@ use serde::{Deserialize, Serialize};
 use super::flags::named;
 use crate::{
     Result,
-    error::expect_within,
     diffusion::{
         SchedulerConfig,
         sampler::{SamplerConfig, SamplerKind, Spacing},
     },
+    error::expect_within,
 };
 
 /// The steps of a sampler.

@@ -113,10 +113,14 @@ impl Kinds {
         let mut found = Vec::new();
         let defaults = from_flags::<S>(&[]).map(|settings| json(&settings)).unwrap_or(Json::Null);
         walk(&defaults, &mut Vec::new(), &mut |path, value| {
-            let Some((KIND, group)) = path.split_last().map(|(key, group)| (key.as_str(), group)) else { return };
-            let flag = command.get_arguments().find(|arg| group.last().is_some_and(|last| arg.get_id() == last));
+            let Some((KIND, group)) = path.split_last().map(|(key, group)| (key.as_str(), group)) else {
+                return;
+            };
+            let flag =
+                command.get_arguments().find(|arg| group.last().is_some_and(|last| arg.get_id() == last));
             if let (Some(flag), Json::String(_)) = (flag, value) {
-                let kinds = flag.get_possible_values().iter().map(|kind| kind.get_name().to_owned()).collect();
+                let kinds =
+                    flag.get_possible_values().iter().map(|kind| kind.get_name().to_owned()).collect();
                 found.push((group.to_vec(), kinds));
             }
         });
@@ -160,7 +164,11 @@ impl Kinds {
                 }
                 match places.iter_mut().find(|place| place.path == path) {
                     Some(place) => place.kinds.push(kind.to_owned()),
-                    None => places.push(Place { path: path.to_vec(), kinds: vec![kind.to_owned()], of_all: false }),
+                    None => places.push(Place {
+                        path: path.to_vec(),
+                        kinds: vec![kind.to_owned()],
+                        of_all: false,
+                    }),
                 }
                 for place in places.iter_mut().filter(|place| place.path == path) {
                     place.of_all = place.kinds.len() == of;
@@ -192,7 +200,10 @@ impl Kinds {
         let keys = table.iter().try_fold(known, |known, key| known.get(key));
         if let Some(place) = places.iter().find(|place| place.path == path) {
             let kind = keys.and_then(|keys| keys[KIND].as_str()).unwrap_or_default();
-            return format!("{here} {key} has no effect with kind = \"{kind}\"; it belongs to {}", place.kinds.join(", "));
+            return format!(
+                "{here} {key} has no effect with kind = \"{kind}\"; it belongs to {}",
+                place.kinds.join(", ")
+            );
         }
         let renamed = RENAMED.iter().find(|(old, _)| old == key).map(|(_, new)| *new);
         let is_it = |place: &&Place| {
@@ -207,7 +218,8 @@ impl Kinds {
             let of = if *of_all { String::new() } else { format!(", of kind {}", kinds.join(" or ")) };
             return format!("{here} {key} is now {} {new_key}{of}", header(name, new_table));
         }
-        let expected: Vec<&str> = keys.and_then(Json::as_object).into_iter().flatten().map(|(key, _)| key.as_str()).collect();
+        let expected: Vec<&str> =
+            keys.and_then(Json::as_object).into_iter().flatten().map(|(key, _)| key.as_str()).collect();
         format!("{here} unknown key '{key}', expected one of {}", expected.join(", "))
     }
 }

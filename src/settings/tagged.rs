@@ -53,7 +53,13 @@ fn default_of(arg: &Arg) -> String {
 
 /// Adds the flag of the kind, and the flags of all kinds. Their help names the kinds that have them; defaults stay where
 /// they are the same for all of these, and stand in the help where they are not.
-pub(crate) fn augment(command: Command, flag: &'static str, about: &'static str, default: &'static str, kinds: &[Kind]) -> Command {
+pub(crate) fn augment(
+    command: Command,
+    flag: &'static str,
+    about: &'static str,
+    default: &'static str,
+    kinds: &[Kind],
+) -> Command {
     let values = kinds.iter().map(|kind| PossibleValue::new(kind.name).help(kind.about));
     let choice = Arg::new(flag)
         .long(flag)
@@ -70,7 +76,13 @@ pub(crate) fn augment(command: Command, flag: &'static str, about: &'static str,
         let named: Vec<String> = owners
             .iter()
             .zip(&defaults)
-            .map(|(kind, default)| if alike || default.is_empty() { kind.name.into() } else { format!("{}: {default}", kind.name) })
+            .map(|(kind, default)| {
+                if alike || default.is_empty() {
+                    kind.name.into()
+                } else {
+                    format!("{}: {default}", kind.name)
+                }
+            })
             .collect();
         if !alike {
             arg = arg.default_value(Resettable::Reset);
@@ -99,7 +111,11 @@ pub(crate) fn with_default_of(arg: Arg, kind: &str, default: &str) -> Arg {
 /// The kind that was chosen, and the values of its flags: those given, then the stage's defaults, then its own.
 ///
 /// Fails if a flag was given that this kind has not.
-pub(crate) fn chosen(flag: &str, kinds: &[Kind], matches: &ArgMatches) -> Result<(&'static str, ArgMatches), Error> {
+pub(crate) fn chosen(
+    flag: &str,
+    kinds: &[Kind],
+    matches: &ArgMatches,
+) -> Result<(&'static str, ArgMatches), Error> {
     let named = matches.get_one::<String>(flag);
     let Some(kind) = kinds.iter().find(|kind| named.is_some_and(|name| name == kind.name)) else {
         return Err(Error::raw(ErrorKind::MissingRequiredArgument, format!("--{flag} is not given\n")));
@@ -300,12 +316,16 @@ mod tests {
         let drawing = |shape| json!({"shape": shape, "colour": "red", "size": null});
         assert_eq!(flags::<Drawing>(""), drawing(round.clone()));
         assert_eq!(table::<Drawing>("").unwrap(), drawing(round));
-        let angular = json!({"kind": "angular", "sides": 4, "number": 5, "line": null, "brush": {"hairs": [7, 8]}});
+        let angular =
+            json!({"kind": "angular", "sides": 4, "number": 5, "line": null, "brush": {"hairs": [7, 8]}});
         assert_eq!(flags::<Drawing>("--shape angular"), drawing(angular.clone()));
         assert_eq!(table::<Drawing>("shape.kind = 'angular'").unwrap(), drawing(angular));
+        let drawn: Drawing = from_flags(&["--shape=nothing".to_owned()]).unwrap();
+        assert_eq!(drawn.shape.kind(), "nothing");
         assert_eq!(flags::<Drawing>("--shape nothing"), drawing(json!({"kind": "nothing"})));
 
-        let angular = json!({"kind": "angular", "sides": 6, "number": 5, "line": -0.5, "brush": {"hairs": [3]}});
+        let angular =
+            json!({"kind": "angular", "sides": 6, "number": 5, "line": -0.5, "brush": {"hairs": [3]}});
         let given = "--shape angular --sides 6 --line=-0.5 --brush-hairs 3";
         assert_eq!(flags::<Drawing>(given), drawing(angular.clone()));
         let given = "[shape]\nkind = 'angular'\nsides = 6\nline = -0.5\nbrush.hairs = [3]";
@@ -315,7 +335,8 @@ mod tests {
     #[test]
     fn a_stage_has_its_own_defaults_for_its_own_kind_alone() {
         let painting = |shape| json!({"shape": shape, "colour": "blue"});
-        let angular = json!({"kind": "angular", "sides": 4, "number": 9, "line": null, "brush": {"hairs": [1, 2]}});
+        let angular =
+            json!({"kind": "angular", "sides": 4, "number": 9, "line": null, "brush": {"hairs": [1, 2]}});
         for (given, text) in [("", ""), ("--shape angular", "shape.kind = 'angular'")] {
             assert_eq!(flags::<Painting>(given), painting(angular.clone()), "{given}");
             assert_eq!(table::<Painting>(text).unwrap(), painting(angular.clone()), "{given}");
@@ -333,14 +354,19 @@ mod tests {
         assert!(refused::<Drawing>("--sides 3").contains(said), "{}", refused::<Drawing>("--sides 3"));
         assert!(refused::<Painting>("--shape nothing --radius 2").contains("--radius has no effect"));
         assert!(refused::<Drawing>("--shape square").contains("[possible values: round, angular, nothing]"));
-        assert!(refused::<Drawing>("--shape angular --sides many").contains("invalid value 'many' for '--sides"));
+        assert!(
+            refused::<Drawing>("--shape angular --sides many").contains("invalid value 'many' for '--sides")
+        );
 
         let cases = [
             (
                 "[shape]\nsides = 3\nbrush.hairs = [1]",
                 "[drawing.shape] sides has no effect with kind = \"round\"; it belongs to angular",
             ),
-            ("shape.kind = 'square'", "[drawing.shape] kind is \"square\", expected one of round, angular, nothing"),
+            (
+                "shape.kind = 'square'",
+                "[drawing.shape] kind is \"square\", expected one of round, angular, nothing",
+            ),
             ("shape = 'angular'", "[drawing] shape is now a table: [drawing.shape] kind = \"angular\""),
             ("shape.radius = 'wide'", "[drawing.shape] radius: invalid type: string \"wide\""),
             ("colur = 'red'", "[drawing] unknown key 'colur', expected one of colour, shape, size"),
@@ -348,7 +374,10 @@ mod tests {
             // As they were called before there were groups.
             ("radius = 2", "[drawing] radius is now [drawing.shape] radius, of kind round"),
             ("number = 2", "[drawing] number is now [drawing.shape] number, of kind round or angular"),
-            ("brush_hairs = [2]", "[drawing] brush_hairs is now [drawing.shape.brush] hairs, of kind angular"),
+            (
+                "brush_hairs = [2]",
+                "[drawing] brush_hairs is now [drawing.shape.brush] hairs, of kind angular",
+            ),
         ];
         for (text, said) in cases {
             let error = table::<Drawing>(text).unwrap_err();

@@ -143,7 +143,14 @@ impl Stage for Curate {
     fn unused(&self) -> Vec<&'static str> {
         let mut unused = Vec::new();
         if self.arm == Arm::All {
-            unused.extend(["keep_per_class", "keep_total", "keep_fraction", "within", "quota", "allow_short"]);
+            unused.extend([
+                "keep_per_class",
+                "keep_total",
+                "keep_fraction",
+                "within",
+                "quota",
+                "allow_short",
+            ]);
         } else if self.keep_per_class > 0 || self.keep_total > 0 {
             unused.extend(["keep_fraction", "within"]);
         }

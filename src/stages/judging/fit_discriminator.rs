@@ -189,7 +189,8 @@ impl FitDiscriminator {
         // Another seed for every network: what they agree on is not an accident of their start.
         let seed = self.seed ^ (((set as u64 + 1) << 16 | (radii.start as u64 + 1)) << 32);
         let shape = data.real.shape;
-        let channels = shape.channels + condition(self.conditioned, &self.attack.epsilons, radii.start).channels();
+        let channels =
+            shape.channels + condition(self.conditioned, &self.attack.epsilons, radii.start).channels();
         let config = ClassifierConfig {
             architecture: self.architecture.network(Shape { channels, ..shape }, 2, None),
             class_names: vec!["real".into(), "synthetic".into()],
@@ -426,8 +427,8 @@ mod tests {
     use super::*;
     use crate::{
         data::{Source, Split, decode_as, encode_png, to_tensor, to_u8},
-        proxy::discriminator::Conditioning,
         nn::{Architecture, SmallCnnConfig},
+        proxy::discriminator::Conditioning,
         rng::Stream,
     };
 

@@ -65,7 +65,9 @@ impl Evaluate {
         Ok(match &self.attack {
             EvaluationAttackSettings::None(_) => Vec::new(),
             EvaluationAttackSettings::Pgd(pgd) => vec![Single::Pgd(pgd.pgd(self.seed)?)],
-            EvaluationAttackSettings::AutoAttack(_) => AutoAttack::STANDARD.into_iter().map(Single::Of).collect(),
+            EvaluationAttackSettings::AutoAttack(_) => {
+                AutoAttack::STANDARD.into_iter().map(Single::Of).collect()
+            }
             EvaluationAttackSettings::ApgdCe(_) => one(AutoAttack::ApgdCe),
             EvaluationAttackSettings::ApgdDlr(_) => one(AutoAttack::ApgdDlr),
             EvaluationAttackSettings::ApgdT(_) => one(AutoAttack::ApgdT),

@@ -18,8 +18,8 @@ use crate::{
     progress::Progress,
     rng::{Permutation, stream},
     settings::{
-        self, ArchitectureSettings, AugmentationSettings, NoiseSettings, ObjectiveSettings, OptimizerSettings,
-        ScheduleSettings,
+        self, ArchitectureSettings, AugmentationSettings, NoiseSettings, ObjectiveSettings,
+        OptimizerSettings, ScheduleSettings,
     },
     stage::{Input, Job, Outcome, Stage, note},
     tables::{
@@ -143,9 +143,8 @@ impl Train {
     ) -> Result<(f64, Option<f64>)> {
         let logits_of = |x: &Tensor| classifier.logits(x);
         let attack = self.objective.attacked().map(|attacked| attacked.attack.pgd(self.seed)).transpose()?;
-        let attacked = attack.map(|attack| {
-            move |x: &Tensor, y: &Tensor, ids: &[u64]| attack.perturb(&logits_of, x, y, ids)
-        });
+        let attacked = attack
+            .map(|attack| move |x: &Tensor, y: &Tensor, ids: &[u64]| attack.perturb(&logits_of, x, y, ids));
         let noisy = self.objective.noise().map(|noise| {
             move |x: &Tensor, _: &Tensor, ids: &[u64]| augment_gaussian(x, noise.sigma, self.seed, ids)
         });
