@@ -51,9 +51,6 @@ mod error;
 #[macro_use]
 mod text;
 
-#[macro_use]
-pub mod settings;
-
 pub mod attack;
 pub mod certify;
 pub mod cli;
@@ -72,6 +69,8 @@ pub mod process;
 pub mod progress;
 pub mod proxy;
 pub mod rng;
+#[macro_use]
+pub mod settings;
 #[macro_use]
 pub mod stage;
 pub mod stages;

@@ -28,11 +28,13 @@ pub fn named<T: Named>() -> impl TypedValueParser<Value = T> {
     PossibleValuesParser::new(T::NAMES.iter().map(value)).try_map(|name| name.parse::<T>())
 }
 
+/// A key, its default, and for the flag of a kind keys and their defaults that hold with this kind alone.
+pub type StageDefault = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
 /// Defaults of a stage where they are not those of its groups, for `#[command(mut_args(…))]`.
 ///
-/// Each is a key as the flags have it, with `_`, and its value; for the flag of a kind also defaults that hold with this
-/// kind alone: `("optimizer", "adam", &[("learning_rate", "2e-4")])`.
-pub fn defaults(all: &'static [(&str, &str, &[(&str, &str)])]) -> impl Fn(Arg) -> Arg {
+/// Keys are as the flags have them, with `_`: `("optimizer", "adam", &[("learning_rate", "2e-4")])`.
+pub fn defaults(all: &'static [StageDefault]) -> impl Fn(Arg) -> Arg {
     move |mut arg| {
         for &(flag, value, of_kind) in all {
             if arg.get_id() == flag {

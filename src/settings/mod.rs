@@ -24,7 +24,7 @@ pub use self::{
     attack::{AttackSettings, BallSettings, EvaluationAttackSettings, PgdSettings, StepSettings},
     augmentation::AugmentationSettings,
     denoiser::{DenoiserSettings, UNetSettings},
-    flags::{Settings, defaults, from_flags, named},
+    flags::{Settings, StageDefault, defaults, from_flags, named},
     objective::{
         AttackBatchNorm, AttackedSettings, NoiseSettings, ObjectiveSettings, StabilitySettings,
         TradesSettings,

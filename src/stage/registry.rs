@@ -6,6 +6,9 @@ use toml::Table;
 use super::{AnyStage, Input, Stage};
 use crate::settings;
 
+/// The stage of a table, or what is wrong with it.
+type OfTable = Result<Box<dyn AnyStage>, String>;
+
 /// A kind of stage: what verbs and pipelines need to make one.
 #[derive(Clone, Copy, Debug)]
 pub struct StageKind {
@@ -19,7 +22,7 @@ pub struct StageKind {
     pub runtime: &'static [&'static str],
     flags: fn(Command) -> Command,
     from_flags: fn(&ArgMatches) -> Result<Box<dyn AnyStage>, Error>,
-    from_table: fn(&str, &Table) -> Result<Box<dyn AnyStage>, String>,
+    from_table: fn(&str, &Table) -> OfTable,
 }
 
 impl StageKind {
@@ -47,7 +50,7 @@ impl StageKind {
     }
 
     /// The stage of the table called `name`; what it does not say has its default. See [`settings::from_table`].
-    pub fn of_table(&self, name: &str, table: &Table) -> Result<Box<dyn AnyStage>, String> {
+    pub fn of_table(&self, name: &str, table: &Table) -> OfTable {
         (self.from_table)(name, table)
     }
 }
