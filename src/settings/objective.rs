@@ -27,7 +27,7 @@ impl From<AttackBatchNorm> for BatchNormMode {
 /// An attack in training, and on the held-out images.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttackedSettings {
-    /// The attack. (fgsm-rs takes one step in training, these when it looks at the held-out images.)
+    /// The attack.
     #[command(flatten)]
     pub attack: AttackSettings,
     /// Steps over which the radius grows from 0 to epsilon.
@@ -77,7 +77,8 @@ tagged! {
         Plain(NoSettings) = "plain",
         /// Cross-entropy on PGD adversarial examples (Madry et al. 2018).
         PgdAt(AttackedSettings) = "pgd-at",
-        /// Cross-entropy on one step of 1.25 epsilon from a random start (Wong et al. 2020).
+        /// Cross-entropy on one step of 1.25 epsilon from a random start (Wong et al. 2020); the steps that are set are for
+        /// the held-out images.
         FgsmRs(AttackedSettings) = "fgsm-rs",
         /// Cross-entropy, and the divergence of the answers that an attack can reach (Zhang et al. 2019).
         Trades(TradesSettings) = "trades",

@@ -1,5 +1,6 @@
 //! Settings as a table of a pipeline file.
 
+use serde::Serialize;
 use serde_json::Value as Json;
 use toml::{Table, Value};
 
@@ -8,230 +9,176 @@ use super::flags::{Settings, from_flags};
 /// Old keys whose new place does not follow from their name.
 const RENAMED: [(&str, &str); 1] = [("cosine", "schedule.kind")];
 
-/// The key that names the kind of a tagged group.
-const KIND: &str = "kind";
-
 /// Settings as `given`, and as the flags have them where it says nothing. `name` is that of the table, for messages.
 ///
 /// Fails, naming each of them, at keys that have no effect: keys that there are not, that belong to another kind, or that
 /// have another place now; and at a value that cannot be.
 pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
-    let kinds = Kinds::of::<S>();
-    let flags = kinds.flags(name, given)?;
+    let groups = groups::<S>();
+    let mut flags = Vec::new();
+    for (group, kinds) in &groups {
+        let Some(kind) = at(given, &format!("{group}.kind")) else { continue };
+        match kind.as_str().filter(|kind| kinds.iter().any(|known| known == kind)) {
+            Some(kind) => flags.push(kind_flag(group, kind)),
+            None => {
+                let (key, expected) = (shown(name, &format!("{group}.kind")), kinds.join(", "));
+                return Err(format!("{key} is {kind}, expected one of {expected}"));
+            }
+        }
+    }
+    let (wanted, paths) = (json(given), keys(&json(given)));
     let settings = over::<S>(&flags, given).map_err(|problem| {
         // serde does not say at which key: try each of them alone.
-        let culprit = leaves(given, &[]).into_iter().find_map(|(path, value)| {
-            let problem = over::<S>(&flags, &nested(&path, value.clone())).err()?;
-            Some(kinds.misplaced(name, &path, &value).unwrap_or_else(|| {
-                let (key, table) = path.split_last().expect("a leaf has a key");
-                format!("{} {key}: {problem}", header(name, table))
-            }))
-        });
-        culprit.unwrap_or_else(|| format!("{} {problem}", header(name, &[])))
+        let alone = |path: &String| {
+            let value = at(given, path).filter(|value| !value.is_table())?.clone();
+            let table =
+                path.rsplit('.').fold(value, |value, key| Table::from_iter([(key.into(), value)]).into());
+            let problem = over::<S>(&flags, table.as_table()?).err()?;
+            Some(match groups.iter().find(|(group, _)| group == path) {
+                Some((group, kinds)) => {
+                    let kind = wanted.pointer(&pointer(path)).filter(|kind| kinds.iter().any(|k| *kind == k));
+                    let kind = kind.map_or_else(|| kinds.join(" or "), Json::to_string);
+                    format!(
+                        "{} is now a table: {} = {kind}",
+                        shown(name, path),
+                        shown(name, &format!("{group}.kind"))
+                    )
+                }
+                None => format!("{}: {problem}", shown(name, path)),
+            })
+        };
+        paths.iter().find_map(alone).unwrap_or(problem)
     })?;
     let known = json(&settings);
+    let is_known = |path: &str| known.pointer(&pointer(path)).is_some();
+    let unknown = paths
+        .iter()
+        .filter(|path| !is_known(path) && path.rsplit_once('.').is_none_or(|(table, _)| is_known(table)));
     let problems: Vec<String> =
-        unknown(given, &known, &[]).iter().map(|path| kinds.describe::<S>(name, path, &known)).collect();
+        unknown.map(|path| without_effect::<S>(name, path, &known, &groups)).collect();
     if problems.is_empty() { Ok(settings) } else { Err(problems.join("; ")) }
 }
 
 /// The settings of these flags, with a table laid over.
 fn over<S: Settings>(flags: &[String], given: &Table) -> Result<S, String> {
+    fn lay(table: &mut Table, over: &Table) {
+        for (key, value) in over {
+            match (table.get_mut(key), value) {
+                (Some(Value::Table(table)), Value::Table(over)) => lay(table, over),
+                _ => drop(table.insert(key.clone(), value.clone())),
+            }
+        }
+    }
     let base = from_flags::<S>(flags).map_err(|e| e.to_string())?;
     let mut merged = Table::try_from(base).map_err(|e| e.to_string())?;
     lay(&mut merged, given);
     Value::Table(merged).try_into().map_err(|e: toml::de::Error| e.message().trim_end().to_owned())
 }
 
-/// Lays one table over another.
-fn lay(table: &mut Table, over: &Table) {
-    for (key, value) in over {
-        match (table.get_mut(key), value) {
-            (Some(Value::Table(table)), Value::Table(over)) => lay(table, over),
-            _ => drop(table.insert(key.clone(), value.clone())),
+/// What is wrong with a key that has no place among the `known` ones.
+fn without_effect<S: Settings>(name: &str, path: &str, known: &Json, groups: &[Group]) -> String {
+    let (here, places) = (shown(name, path), places::<S>(groups));
+    let (table, key) = path.rsplit_once('.').unwrap_or(("", path));
+    let siblings =
+        if table.is_empty() { Some(known) } else { known.pointer(&pointer(table)) }.unwrap_or(known);
+    if let Some((_, kinds)) = places.iter().find(|(place, _)| place == path) {
+        return format!(
+            "{here} has no effect with kind = {}; it belongs to {}",
+            siblings["kind"],
+            kinds.join(", ")
+        );
+    }
+    let renamed = RENAMED.iter().find(|(old, _)| *old == key).map(|(_, new)| *new);
+    let moved = places.iter().find(|(place, _)| {
+        let parts: Vec<&str> = place.rsplitn(3, '.').collect();
+        parts[0] == key
+            || parts.len() > 1 && format!("{}_{}", parts[1], parts[0]) == key
+            || renamed == Some(place)
+    });
+    match moved {
+        Some((place, kinds)) if kinds.is_empty() => format!("{here} is now {}", shown(name, place)),
+        Some((place, kinds)) => {
+            format!("{here} is now {}, of kind {}", shown(name, place), kinds.join(" or "))
+        }
+        None => {
+            let expected: Vec<&str> =
+                siblings.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
+            format!("{here} is not known, expected one of {}", expected.join(", "))
         }
     }
 }
 
-/// The path of each value that is no table, and the value.
-fn leaves(table: &Table, path: &[&str]) -> Vec<(Vec<String>, Value)> {
-    let below = table.iter().flat_map(|(key, value)| {
-        let path: Vec<&str> = path.iter().copied().chain([key.as_str()]).collect();
-        match value {
-            Value::Table(table) => leaves(table, &path),
-            _ => vec![(path.into_iter().map(str::to_owned).collect(), value.clone())],
+/// The path of a group that has kinds, and these. The flag of the kind is called as the group.
+type Group = (String, Vec<String>);
+
+fn groups<S: Settings>() -> Vec<Group> {
+    let command = S::augment_args(clap::Command::new(""));
+    let group = |path: String| {
+        let group = path.strip_suffix(".kind")?;
+        let flag =
+            command.get_arguments().find(|arg| group.rsplit('.').next() == Some(arg.get_id().as_str()))?;
+        let kinds = flag.get_possible_values().iter().map(|kind| kind.get_name().to_owned()).collect();
+        Some((group.to_owned(), kinds))
+    };
+    with_flags::<S>(&[]).into_iter().filter_map(group).collect()
+}
+
+/// Every key of the settings, whatever the kinds, each with the kinds that have it; none if all do.
+fn places<S: Settings>(groups: &[Group]) -> Vec<(String, Vec<String>)> {
+    let mut places: Vec<_> = with_flags::<S>(&[]).into_iter().map(|path| (path, Vec::new())).collect();
+    for (group, kinds) in groups {
+        let mut within: Vec<(String, Vec<String>)> = Vec::new();
+        for kind in kinds {
+            for path in with_flags::<S>(&[kind_flag(group, kind)]) {
+                match within.iter_mut().find(|(known, _)| *known == path) {
+                    Some((_, owners)) => owners.push(kind.clone()),
+                    None => within.push((path, vec![kind.clone()])),
+                }
+            }
         }
+        within.retain(|(path, owners)| path.starts_with(&format!("{group}.")) && owners.len() < kinds.len());
+        places.retain(|(path, _)| within.iter().all(|(other, _)| other != path));
+        places.extend(within);
+    }
+    places
+}
+
+fn kind_flag(group: &str, kind: &str) -> String {
+    format!("--{}={kind}", group.rsplit('.').next().unwrap_or(group))
+}
+
+fn with_flags<S: Settings>(flags: &[String]) -> Vec<String> {
+    from_flags::<S>(flags).map_or_else(|_| Vec::new(), |settings| keys(&json(&settings)))
+}
+
+/// The paths of all keys, those of tables before those in them.
+fn keys(value: &Json) -> Vec<String> {
+    let below = value.as_object().into_iter().flatten().flat_map(|(key, value)| {
+        let inner = keys(value).into_iter().map(move |below| format!("{key}.{below}"));
+        std::iter::once(key.clone()).chain(inner)
     });
     below.collect()
 }
 
-/// A table with one value.
-fn nested(path: &[String], value: Value) -> Table {
-    let mut table = Table::new();
-    let [key, rest @ ..] = path else { return table };
-    let value = if rest.is_empty() { value } else { Value::Table(nested(rest, value)) };
-    table.insert(key.clone(), value);
-    table
-}
-
-/// The paths of keys that are not among the known ones, in which those that are not set are null.
-fn unknown(given: &Table, known: &Json, path: &[String]) -> Vec<Vec<String>> {
-    let below = given.iter().flat_map(|(key, value)| {
-        let path = [path, std::slice::from_ref(key)].concat();
-        match (known.get(key), value) {
-            (None, _) => vec![path],
-            (Some(known @ Json::Object(_)), Value::Table(given)) => unknown(given, known, &path),
-            _ => Vec::new(),
-        }
-    });
-    below.collect()
-}
-
-fn json(settings: &impl serde::Serialize) -> Json {
+fn json(settings: &impl Serialize) -> Json {
     serde_json::to_value(settings).unwrap_or(Json::Null)
 }
 
-/// `[train.optimizer]`.
-fn header(name: &str, path: &[String]) -> String {
-    let path: String = path.iter().map(|key| format!(".{key}")).collect();
-    format!("[{name}{path}]")
-}
-
-/// A key and, if not all kinds have it, the kinds that do.
-struct Place {
-    path: Vec<String>,
-    kinds: Vec<String>,
-    of_all: bool,
-}
-
-/// The tagged groups of some settings: the path of each, and its kinds. The flag of a kind is called as the last key.
-struct Kinds(Vec<(Vec<String>, Vec<String>)>);
-
-impl Kinds {
-    fn of<S: Settings>() -> Self {
-        let command = S::augment_args(clap::Command::new(""));
-        let mut found = Vec::new();
-        let defaults = from_flags::<S>(&[]).map(|settings| json(&settings)).unwrap_or(Json::Null);
-        walk(&defaults, &mut Vec::new(), &mut |path, value| {
-            let Some((KIND, group)) = path.split_last().map(|(key, group)| (key.as_str(), group)) else {
-                return;
-            };
-            let flag =
-                command.get_arguments().find(|arg| group.last().is_some_and(|last| arg.get_id() == last));
-            if let (Some(flag), Json::String(_)) = (flag, value) {
-                let kinds =
-                    flag.get_possible_values().iter().map(|kind| kind.get_name().to_owned()).collect();
-                found.push((group.to_vec(), kinds));
-            }
-        });
-        Self(found)
-    }
-
-    /// The flags of the kinds that a table chooses.
-    fn flags(&self, name: &str, given: &Table) -> Result<Vec<String>, String> {
-        let mut flags = Vec::new();
-        for (path, kinds) in &self.0 {
-            let group = path.iter().try_fold(given, |table, key| table.get(key)?.as_table());
-            let Some(kind) = group.and_then(|group| group.get(KIND)) else { continue };
-            match kind.as_str().filter(|kind| kinds.iter().any(|known| known == kind)) {
-                Some(kind) => flags.push(format!("--{}={kind}", path.last().expect("a group has a name"))),
-                None => {
-                    let expected = kinds.join(", ");
-                    return Err(format!("{} kind is {kind}, expected one of {expected}", header(name, path)));
-                }
-            }
-        }
-        Ok(flags)
-    }
-
-    /// What is wrong with a value that stands where there is a group now.
-    fn misplaced(&self, name: &str, path: &[String], value: &Value) -> Option<String> {
-        let (group, kinds) = self.0.iter().find(|(group, _)| group == path)?;
-        let (key, table) = group.split_last()?;
-        let of = value.as_str().filter(|kind| kinds.iter().any(|known| known == kind));
-        let kind = of.map_or_else(|| kinds.join(" or "), |kind| format!("\"{kind}\""));
-        Some(format!("{} {key} is now a table: {} kind = {kind}", header(name, table), header(name, group)))
-    }
-
-    /// All keys of the settings, of all kinds.
-    fn places<S: Settings>(&self) -> Vec<Place> {
-        let mut places: Vec<Place> = Vec::new();
-        let mut add = |flags: &[String], within: &[String], kind: &str, of: usize| {
-            let Ok(settings) = from_flags::<S>(flags) else { return };
-            walk(&json(&settings), &mut Vec::new(), &mut |path, _| {
-                if !path.starts_with(within) {
-                    return;
-                }
-                match places.iter_mut().find(|place| place.path == path) {
-                    Some(place) => place.kinds.push(kind.to_owned()),
-                    None => places.push(Place {
-                        path: path.to_vec(),
-                        kinds: vec![kind.to_owned()],
-                        of_all: false,
-                    }),
-                }
-                for place in places.iter_mut().filter(|place| place.path == path) {
-                    place.of_all = place.kinds.len() == of;
-                }
-            });
-        };
-        for (group, kinds) in &self.0 {
-            let flag = group.last().map(String::as_str).unwrap_or_default();
-            for kind in kinds {
-                add(&[format!("--{flag}={kind}")], group, kind, kinds.len());
-            }
-        }
-        let mut others = Vec::new();
-        if let Ok(settings) = from_flags::<S>(&[]) {
-            walk(&json(&settings), &mut Vec::new(), &mut |path, _| others.push(path.to_vec()));
-        }
-        for path in others {
-            if places.iter().all(|place| place.path != path) {
-                places.push(Place { path, kinds: Vec::new(), of_all: true });
-            }
-        }
-        places
-    }
-
-    /// What is wrong with a key that has no effect.
-    fn describe<S: Settings>(&self, name: &str, path: &[String], known: &Json) -> String {
-        let Some((key, table)) = path.split_last() else { return String::new() };
-        let (here, places) = (header(name, table), self.places::<S>());
-        let keys = table.iter().try_fold(known, |known, key| known.get(key));
-        if let Some(place) = places.iter().find(|place| place.path == path) {
-            let kind = keys.and_then(|keys| keys[KIND].as_str()).unwrap_or_default();
-            return format!(
-                "{here} {key} has no effect with kind = \"{kind}\"; it belongs to {}",
-                place.kinds.join(", ")
-            );
-        }
-        let renamed = RENAMED.iter().find(|(old, _)| old == key).map(|(_, new)| *new);
-        let is_it = |place: &&Place| {
-            let new = &place.path;
-            new.last() == Some(key)
-                || new.len() > 1 && new[new.len() - 2..].join("_") == *key
-                || renamed.is_some_and(|renamed| new.join(".") == renamed)
-        };
-        if let Some(Place { path: new, kinds, of_all }) = places.iter().find(is_it)
-            && let Some((new_key, new_table)) = new.split_last()
-        {
-            let of = if *of_all { String::new() } else { format!(", of kind {}", kinds.join(" or ")) };
-            return format!("{here} {key} is now {} {new_key}{of}", header(name, new_table));
-        }
-        let expected: Vec<&str> =
-            keys.and_then(Json::as_object).into_iter().flatten().map(|(key, _)| key.as_str()).collect();
-        format!("{here} unknown key '{key}', expected one of {}", expected.join(", "))
+fn at<'a>(table: &'a Table, path: &str) -> Option<&'a Value> {
+    match path.split_once('.') {
+        Some((key, below)) => at(table.get(key)?.as_table()?, below),
+        None => table.get(path),
     }
 }
 
-/// Visits every value with its path, tables before what is in them.
-fn walk(value: &Json, path: &mut Vec<String>, visit: &mut impl FnMut(&[String], &Json)) {
-    if !path.is_empty() {
-        visit(path, value);
-    }
-    for (key, value) in value.as_object().into_iter().flatten() {
-        path.push(key.clone());
-        walk(value, path, visit);
-        path.pop();
+fn pointer(path: &str) -> String {
+    format!("/{}", path.replace('.', "/"))
+}
+
+/// `[train.optimizer] momentum`.
+fn shown(name: &str, path: &str) -> String {
+    match path.rsplit_once('.') {
+        Some((table, key)) => format!("[{name}.{table}] {key}"),
+        None => format!("[{name}] {path}"),
     }
 }

@@ -369,7 +369,7 @@ mod tests {
             ),
             ("shape = 'angular'", "[drawing] shape is now a table: [drawing.shape] kind = \"angular\""),
             ("shape.radius = 'wide'", "[drawing.shape] radius: invalid type: string \"wide\""),
-            ("colur = 'red'", "[drawing] unknown key 'colur', expected one of colour, shape, size"),
+            ("colur = 'red'", "[drawing] colur is not known, expected one of colour, shape, size"),
             ("size = -1", "[drawing] size: invalid value: integer `-1`"),
             // As they were called before there were groups.
             ("radius = 2", "[drawing] radius is now [drawing.shape] radius, of kind round"),
