@@ -433,8 +433,8 @@ mod tests {
         for (json, expected) in [
             (json!({"thresholding": true}), "thresholding is true, expected false"),
             (json!({"rescale_betas_zero_snr": true}), "rescale_betas_zero_snr is true"),
-            (json!({"beta_schedule": "sigmoid"}), "unknown variant `sigmoid`"),
-            (json!({"variance_type": "learned_range"}), "unknown variant `learned_range`"),
+            (json!({"beta_schedule": "sigmoid"}), "found 'sigmoid', expected linear or"),
+            (json!({"variance_type": "learned_range"}), "found 'learned_range', expected fixed_small or"),
             (json!({"_class_name": "PNDMScheduler"}), "unknown variant `PNDMScheduler`"),
             (json!({"beta_end": 2.0}), "beta of step"),
             (

@@ -667,6 +667,7 @@ fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<Vec<f32>>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::from_table;
 
     #[test]
     fn shard_ranges_say_what_they_expect() {
@@ -687,15 +688,11 @@ mod tests {
         }
         let on_cpu = |text: &str| text.parse::<Workers>().unwrap().devices(&Device::Cpu, 5).unwrap().len();
         assert_eq!([on_cpu("auto"), on_cpu("3"), on_cpu("18446744073709551615")], [1, 3, 5]);
-        let config: Generate = toml::from_str("workers = 2").unwrap();
+        let read = |text: &str| from_table::<Generate>("generate", &toml::from_str(text).unwrap());
+        let config = read("workers = 2").unwrap();
         assert_eq!(config.workers, "2".parse().unwrap());
-        assert_eq!(
-            toml::from_str::<Generate>(&toml::to_string(&config).unwrap()).unwrap().workers,
-            config.workers
-        );
-        assert!(
-            toml::from_str::<Generate>("workers = 0").unwrap_err().to_string().contains("workers is '0'")
-        );
+        assert_eq!(read(&toml::to_string(&config).unwrap()).unwrap().workers, config.workers);
+        assert!(read("workers = 0").unwrap_err().contains("workers is '0'"));
     }
 
     #[test]
