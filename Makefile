@@ -48,7 +48,7 @@ docs:
 smoke: build
 	rm -rf target/smoke
 	$(PROXYSET) run pipelines/digits.toml --out target/smoke \
-	  --set fit-generator.steps=150 --set generate.count=1024 --set generate.steps=10 --set generate.shard_rows=256 \
+	  --set fit-generator.steps=150 --set generate.count=1024 --set generate.sampler.steps=10 --set generate.shard_rows=256 \
 	  --set labeller.steps=300 --set fit-discriminator.steps=40 --set curate.keep_per_class=10 \
 	  --set curate.allow_short=true --set curate.require_agreement=false \
 	  --set train.steps=60 --set experiment.seeds=[0,1]

@@ -185,17 +185,17 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
     )))
 }
 
-/// What a GPU computes with. Parameters, optimisers and statistics are f32 in any case.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Precision {
-    /// As f32.
-    #[default]
-    F32,
-    /// Numbers are rounded to TF32, 10 bits behind the point, before they are multiplied, and added as f32: several times as
-    /// fast.
-    Tf32,
-    /// Images inside networks are bf16, 7 bits behind the point, with half the memory; products are added as f32.
-    Bf16,
+named! {
+    /// What a GPU computes with. Parameters, optimisers and statistics are f32 in any case.
+    pub enum Precision default F32 {
+        /// As f32.
+        F32 = "f32",
+        /// Numbers are rounded to TF32, 10 bits behind the point, before they are multiplied, and added as f32: several
+        /// times as fast.
+        Tf32 = "tf32",
+        /// Images inside networks are bf16, 7 bits behind the point, with half the memory; products are added as f32.
+        Bf16 = "bf16",
+    }
 }
 
 static PRECISION: OnceLock<Precision> = OnceLock::new();
@@ -218,16 +218,6 @@ impl Precision {
             candle_core::cuda_backend::set_gemm_reduced_precision_f32(self == Self::Tf32);
             self
         });
-    }
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Tf32 => "tf32",
-            Self::Bf16 => "bf16",
-        })
     }
 }
 

@@ -55,6 +55,8 @@ pub mod progress;
 pub mod proxy;
 pub mod rng;
 #[macro_use]
+pub mod settings;
+#[macro_use]
 pub mod stage;
 pub mod stages;
 pub mod stats;

@@ -60,3 +60,56 @@ macro_rules! serde_as_text {
         }
     };
 }
+
+/// One of a few values that have names, which stand for them in flags, tables and records.
+pub trait Named: std::str::FromStr<Err = String> + std::fmt::Display + Clone + Send + Sync + 'static {
+    /// The names, each with what it means.
+    const NAMES: &'static [(&'static str, &'static str)];
+}
+
+/// Declares an enum of plain values, each with its name, and makes it [`Named`]: `Display`, `FromStr` and serde use the names.
+macro_rules! named {
+    (
+        $(#[$meta:meta])*
+        pub enum $type:ident $(default $default:ident)? {
+            $($(#[doc = $about:literal])+ $variant:ident = $name:literal),+ $(,)?
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        #[serde(try_from = "crate::text::Written", into = "String")]
+        pub enum $type {
+            $($(#[doc = $about])+ $variant),+
+        }
+
+        $(impl Default for $type {
+            fn default() -> Self {
+                Self::$default
+            }
+        })?
+
+        impl crate::text::Named for $type {
+            const NAMES: &'static [(&'static str, &'static str)] = &[$(($name, concat!($($about),+))),+];
+        }
+
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self {
+                    $(Self::$variant => $name),+
+                })
+            }
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = String;
+            fn from_str(name: &str) -> std::result::Result<Self, String> {
+                match name {
+                    $($name => Ok(Self::$variant),)+
+                    _ => Err(format!("found '{name}', expected {}", [$($name),+].join(" or "))),
+                }
+            }
+        }
+
+        serde_as_text!($type);
+    };
+}

@@ -43,7 +43,7 @@ struct Args {
     engine: Engine,
     #[arg(long, default_value_t = DeviceChoice::Cpu)]
     device: DeviceChoice,
-    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    #[arg(long, default_value_t = Precision::F32)]
     precision: Precision,
     /// Cargo adds it.
     #[arg(long)]

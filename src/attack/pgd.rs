@@ -1,20 +1,18 @@
 //! Projected gradient ascent (Madry et al. 2018, §2.1).
 
 use candle_core::{D, Device, Tensor, Var};
-use serde::{Deserialize, Serialize};
 
 use super::{Attack, Epsilon, Example, Norm, Search, Threat};
 use crate::{Result, kernels, rng};
 
-/// What [`pgd`] makes large.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum PgdLoss {
-    /// Cross-entropy (Madry et al. 2018).
-    #[default]
-    Ce,
-    /// The margin of the best wrong class, `max_{i≠y} z_i - z_y` (Carlini & Wagner 2017, f₆ without its bound).
-    Cw,
+named! {
+    /// What [`pgd`] makes large.
+    pub enum PgdLoss default Ce {
+        /// Cross-entropy (Madry et al. 2018).
+        Ce = "ce",
+        /// The margin of the best wrong class, `max_{i≠y} z_i - z_y` (Carlini & Wagner 2017, f₆ without its bound).
+        Cw = "cw",
+    }
 }
 
 impl PgdLoss {

@@ -78,22 +78,13 @@ impl TryFrom<Written> for Epsilon {
     }
 }
 
-/// How the size of a perturbation is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Norm {
-    /// ℓ∞: the largest change of a pixel.
-    Linf,
-    /// ℓ2: the Euclidean length of the change.
-    L2,
-}
-
-impl fmt::Display for Norm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Linf => "linf",
-            Self::L2 => "l2",
-        })
+named! {
+    /// How the size of a perturbation is measured.
+    pub enum Norm {
+        /// ℓ∞: the largest change of a pixel.
+        Linf = "linf",
+        /// ℓ2: the Euclidean length of the change.
+        L2 = "l2",
     }
 }
 

@@ -5,6 +5,7 @@ use std::io::Write;
 use crate::{
     Error, Result,
     device::{DeviceChoice, Precision},
+    settings,
 };
 
 /// Flags of every verb.
@@ -20,7 +21,7 @@ pub(super) struct Global {
     #[arg(long, global = true, default_value_t = DeviceChoice::Auto)]
     pub(super) device: DeviceChoice,
     /// What a GPU computes with; of no effect on the CPU.
-    #[arg(long, global = true, value_enum, default_value_t = Precision::F32)]
+    #[arg(long, global = true, value_parser = settings::named::<Precision>(), default_value_t = Precision::F32)]
     pub(super) precision: Precision,
     /// CPU threads; 0 for all cores. No result depends on it.
     #[arg(long, global = true, default_value_t = 0)]

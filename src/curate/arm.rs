@@ -1,27 +1,25 @@
 //! Arms: what ranks the samples that pass the gates.
 
-use serde::{Deserialize, Serialize};
-
 use crate::{
     rng::{self, stream},
     stats::ascending,
 };
 
-/// What ranks the samples that pass the gates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Arm {
-    /// Lowest `synthetic_score` first: closest to the real data (Sehwag et al. 2022, §2.3).
-    Arc,
-    /// Highest label confidence first (Wang et al. 2023).
-    Confidence,
-    /// Discriminator rejection sampling (Azadi et al. 2019): each is kept with probability min(1, w / M), where
-    /// w = (1 - s) / s is the density ratio that the score s claims and M what makes the quota full.
-    Rejection,
-    /// A fresh random order for each seed.
-    Random,
-    /// All that pass the gates, whatever the quota.
-    All,
+named! {
+    /// What ranks the samples that pass the gates.
+    pub enum Arm {
+        /// Lowest `synthetic_score` first: closest to the real data (Sehwag et al. 2022, §2.3).
+        Arc = "arc",
+        /// Highest label confidence first (Wang et al. 2023).
+        Confidence = "confidence",
+        /// Discriminator rejection sampling (Azadi et al. 2019): each is kept with probability min(1, w / M), where
+        /// w = (1 - s) / s is the density ratio that the score s claims and M what makes the quota full.
+        Rejection = "rejection",
+        /// A fresh random order for each seed.
+        Random = "random",
+        /// All that pass the gates, whatever the quota.
+        All = "all",
+    }
 }
 
 impl Arm {
@@ -44,18 +42,6 @@ impl Arm {
             Self::Random => (random() >> 32) as u32,
             Self::All => 0,
         }
-    }
-}
-
-impl std::fmt::Display for Arm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Arc => "arc",
-            Self::Confidence => "confidence",
-            Self::Rejection => "rejection",
-            Self::Random => "random",
-            Self::All => "all",
-        })
     }
 }
 

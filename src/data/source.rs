@@ -53,22 +53,13 @@ pub enum Source {
     Path(PathBuf),
 }
 
-/// The official parts of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Split {
-    /// To fit and choose.
-    Train,
-    /// To evaluate, never to choose.
-    Test,
-}
-
-impl fmt::Display for Split {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Train => "train",
-            Self::Test => "test",
-        })
+named! {
+    /// The official parts of a data set.
+    pub enum Split {
+        /// To fit and choose.
+        Train = "train",
+        /// To evaluate, never to choose.
+        Test = "test",
     }
 }
 

@@ -1,7 +1,6 @@
 //! What a network says about an image, given what it was trained to predict.
 
 use candle_core::Tensor;
-use serde::{Deserialize, Serialize};
 
 use crate::Result;
 
@@ -83,17 +82,16 @@ impl Prediction {
     }
 }
 
-/// How the output of a network without EDM's preconditioning is read: under `diffusers`' names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum PredictionType {
-    /// [`Prediction::Epsilon`].
-    Epsilon,
-    /// [`Prediction::Sample`].
-    Sample,
-    /// [`Prediction::Velocity`].
-    VPrediction,
+named! {
+    /// How the output of a network without EDM's preconditioning is read: under `diffusers`' names.
+    pub enum PredictionType {
+        /// [`Prediction::Epsilon`].
+        Epsilon = "epsilon",
+        /// [`Prediction::Sample`].
+        Sample = "sample",
+        /// [`Prediction::Velocity`].
+        VPrediction = "v_prediction",
+    }
 }
 
 impl From<PredictionType> for Prediction {

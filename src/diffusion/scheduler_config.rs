@@ -68,32 +68,28 @@ pub enum SchedulerClass {
     EDMEulerScheduler,
 }
 
-/// How β grows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum BetaSchedule {
-    /// [`Schedule::linear`].
-    Linear,
-    /// [`Schedule::scaled_linear`].
-    ScaledLinear,
-    /// [`Schedule::squared_cosine`].
-    #[serde(rename = "squaredcos_cap_v2")]
-    #[value(name = "squaredcos_cap_v2")]
-    SquaredCosine,
+named! {
+    /// How β grows.
+    pub enum BetaSchedule {
+        /// [`Schedule::linear`].
+        Linear = "linear",
+        /// [`Schedule::scaled_linear`].
+        ScaledLinear = "scaled_linear",
+        /// [`Schedule::squared_cosine`].
+        SquaredCosine = "squaredcos_cap_v2",
+    }
 }
 
-/// The variance of the ancestral sampler's noise, under `diffusers`' names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum VarianceType {
-    /// [`Variance::FixedSmall`].
-    FixedSmall,
-    /// [`Variance::FixedSmall`], which `diffusers` computes by way of its logarithm.
-    FixedSmallLog,
-    /// [`Variance::FixedLarge`].
-    FixedLarge,
+named! {
+    /// The variance of the ancestral sampler's noise, under `diffusers`' names.
+    pub enum VarianceType {
+        /// [`Variance::FixedSmall`].
+        FixedSmall = "fixed_small",
+        /// [`Variance::FixedSmall`], which `diffusers` computes by way of its logarithm.
+        FixedSmallLog = "fixed_small_log",
+        /// [`Variance::FixedLarge`].
+        FixedLarge = "fixed_large",
+    }
 }
 
 impl Default for SchedulerConfig {
@@ -437,8 +433,8 @@ mod tests {
         for (json, expected) in [
             (json!({"thresholding": true}), "thresholding is true, expected false"),
             (json!({"rescale_betas_zero_snr": true}), "rescale_betas_zero_snr is true"),
-            (json!({"beta_schedule": "sigmoid"}), "unknown variant `sigmoid`"),
-            (json!({"variance_type": "learned_range"}), "unknown variant `learned_range`"),
+            (json!({"beta_schedule": "sigmoid"}), "found 'sigmoid', expected linear or"),
+            (json!({"variance_type": "learned_range"}), "found 'learned_range', expected fixed_small or"),
             (json!({"_class_name": "PNDMScheduler"}), "unknown variant `PNDMScheduler`"),
             (json!({"beta_end": 2.0}), "beta of step"),
             (

@@ -71,14 +71,8 @@ impl PipelineFile {
         let mut tables = Table::new();
         tables.insert("name".into(), Value::String(name.into()));
         for (stage, table) in given {
-            let mut settings = Table::new();
-            for (key, value) in table.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null())
-            {
-                let value = Value::try_from(value)
-                    .map_err(|e| Error::Usage(format!("{stage}: {key} is {value}, which is no TOML: {e}")))?;
-                settings.insert(key.clone(), value);
-            }
-            tables.insert((*stage).into(), Value::Table(settings));
+            let table = table_of(table).map_err(|e| Error::Usage(format!("{stage}: {e}")))?;
+            tables.insert((*stage).into(), table);
         }
         Self::parse(Path::new(name), &tables.to_string(), set)
     }
@@ -135,7 +129,12 @@ impl PipelineFile {
 
     /// An error about one table of this file.
     pub(super) fn error(&self, table: &str, problem: &dyn std::fmt::Display) -> Error {
-        Error::Usage(format!("{}: [{table}]: {problem}", self.path.display()))
+        self.problem(&format!("[{table}]: {problem}"))
+    }
+
+    /// An error of this file.
+    pub(super) fn problem(&self, problem: &str) -> Error {
+        Error::Usage(format!("{}: {problem}", self.path.display()))
     }
 }
 
@@ -151,19 +150,33 @@ fn is_plain(name: &str) -> bool {
     !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
 }
 
-/// `table.key=value` or `key=value`.
+/// What is not null, as TOML.
+fn table_of(value: &serde_json::Value) -> Result<Value, toml::ser::Error> {
+    match value.as_object() {
+        None => Value::try_from(value),
+        Some(table) => {
+            let set = table.iter().filter(|(_, value)| !value.is_null());
+            set.map(|(key, value)| Ok((key.clone(), table_of(value)?)))
+                .collect::<Result<_, _>>()
+                .map(Value::Table)
+        }
+    }
+}
+
+/// `key=value`, `table.key=value`, or deeper.
 fn apply(tables: &mut Table, assignment: &str) -> Result<()> {
     let wrong = || Error::Usage(format!("--set is '{assignment}', expected TABLE.KEY=VALUE"));
     let (key, text) = assignment.split_once('=').ok_or_else(wrong)?;
     let parsed: Option<Table> = toml::from_str(&format!("value = {text}")).ok();
     let value = parsed.and_then(|mut t| t.remove("value")).unwrap_or_else(|| Value::String(text.into()));
-    let (table, key) = match key.trim().split_once('.') {
-        Some((table, key)) => {
-            let entry = tables.entry(table).or_insert_with(|| Value::Table(Table::new()));
-            (entry.as_table_mut().ok_or_else(wrong)?, key)
-        }
-        None => (tables, key.trim()),
-    };
+    let mut table = tables;
+    let mut path: Vec<&str> = key.trim().split('.').collect();
+    let Some(key) = path.pop() else { return Err(wrong()) };
+    for name in path {
+        let below = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
+        let not_a_table = || Error::Usage(format!("--set is '{assignment}', but {name} is not a table"));
+        table = below.as_table_mut().ok_or_else(not_a_table)?;
+    }
     table.insert(key.to_owned(), value);
     Ok(())
 }
@@ -187,6 +200,12 @@ mod tests {
         assert_eq!(file.table("generate")["count"], Value::Integer(7));
         assert_eq!(file.table("split")["source"], Value::String("x/y".into()));
         assert_eq!(file.seed, 3);
+        let deep = parse(
+            "name = 'a'\n[train.optimizer]\nmomentum = 0.5",
+            &["train.optimizer.kind=adam", "train.objective.attack.epsilon=0.1"],
+        )?;
+        let expected = "optimizer = { momentum = 0.5, kind = 'adam' }\nobjective.attack.epsilon = 0.1";
+        assert_eq!(deep.table("train"), toml::from_str(expected).unwrap());
         Ok(())
     }
 
@@ -199,6 +218,7 @@ mod tests {
             ("name = 'a'\nsplit = 3", None, "expected a table [split]"),
             ("name = 'a'\nseed = -1", None, "expected an integer from 0"),
             ("name = 'a'", Some("nonsense"), "expected TABLE.KEY=VALUE"),
+            ("name = 'a'\n[train]\nbatch = 3", Some("train.batch.size=3"), "batch is not a table"),
             ("name = 'a'\n[experiment]\narms = ['best']\nseeds = [1]", None, "best"),
         ];
         for (text, set, expected) in cases {

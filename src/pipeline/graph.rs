@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use toml::Value;
+use toml::{Table, Value};
 
 use super::file::{LABELLER, PipelineFile};
 use crate::{
@@ -312,8 +312,10 @@ impl<'a> Graph<'a> {
     fn resolve(&self, kind: &StageKind, call: &Call) -> Result<Box<dyn AnyStage>> {
         let name = call.table.unwrap_or(kind.name);
         let mut table = self.file.table(name);
-        if name == LABELLER && !table.contains_key("objective") {
-            table.insert("objective".into(), Value::String("plain".into()));
+        if name == LABELLER
+            && let Value::Table(objective) = table.entry("objective").or_insert_with(|| Table::new().into())
+        {
+            objective.entry("kind").or_insert_with(|| "plain".into());
         }
         for (key, value) in &call.settings {
             table.insert((*key).into(), value.clone());
@@ -336,12 +338,12 @@ impl<'a> Graph<'a> {
                 table.insert(input.key.into(), path(folder));
             }
         }
-        let error = |e: toml::de::Error| self.file.error(name, &e.message());
-        let has_seed = kind.default().map_err(error)?.settings().get("seed").is_some();
+        let of_table = |table: &Table| kind.of_table(name, table).map_err(|e| self.file.problem(&e));
+        let has_seed = of_table(&Table::new())?.settings().get("seed").is_some();
         if has_seed && !table.contains_key("seed") {
             table.insert("seed".into(), Value::Integer(self.file.seed as i64));
         }
-        let stage = kind.of_table(table).map_err(error)?;
+        let stage = of_table(&table)?;
         stage.validate().map_err(|e| self.file.error(name, &e))?;
         Ok(stage)
     }

@@ -1,13 +1,12 @@
 //! The trait of a stage, and the same with its type forgotten.
 
-use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::{Input, Job};
-use crate::{Result, progress};
+use crate::{Result, progress, settings::Settings};
 
 /// A stage; see the module.
-pub trait Stage: clap::Args + Serialize + DeserializeOwned + Default + Clone + Send + Sync + 'static {
+pub trait Stage: Settings + Default + Clone + Send + Sync + 'static {
     /// The verb, and the name of the pipeline's table.
     const NAME: &'static str;
     /// What it is for, in one line.
@@ -22,6 +21,12 @@ pub trait Stage: clap::Args + Serialize + DeserializeOwned + Default + Clone + S
 
     /// Whether the output holds the inputs' names, so that they decide what is made as much as what they name.
     const KEEPS_NAMES: bool = false;
+
+    /// The keys that have no effect beside the other settings, and so are no part of the fingerprint: for tables that several
+    /// pieces of work share.
+    fn unused(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
 
     /// Refuses impossible settings with [`Error::Usage`], before anything is read or written.
     fn validate(&self) -> Result<()>;
@@ -108,18 +113,11 @@ impl<S: Stage> AnyStage for S {
         let mut settings = self.settings();
         if let Value::Object(map) = &mut settings {
             let input = |key: &str| S::INPUTS.iter().any(|input| input.key == key) && !S::KEEPS_NAMES;
-            map.retain(|k, v| !v.is_null() && !input(k) && !S::RUNTIME.contains(&&**k));
+            let without_effect = [S::RUNTIME, &self.unused()].concat();
+            map.retain(|k, v| !v.is_null() && !input(k) && !without_effect.contains(&&**k));
         }
         settings
     }
-}
-
-/// The defaults of a stage: those of its flags. Written once, used by flags and TOML alike.
-pub(crate) fn flag_defaults<S: Stage>() -> S {
-    let command = S::augment_args(clap::Command::new(S::NAME).no_binary_name(true));
-    let parsed =
-        command.try_get_matches_from(std::iter::empty::<&str>()).and_then(|m| S::from_arg_matches(&m));
-    parsed.unwrap_or_else(|e| panic!("every flag of {} has a default: {e}", S::NAME))
 }
 
 /// A note on stderr, prefixed with the stage's name.

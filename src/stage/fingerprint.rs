@@ -9,7 +9,7 @@ use super::{
 use crate::{Error, Result, data, fs};
 
 /// The version of what stages write. Part of every fingerprint: a change of format redoes the work.
-const FORMAT: u32 = 5;
+const FORMAT: u32 = 6;
 
 /// The fingerprint of work: BLAKE3 over stage, identity, input fingerprints and format version, 64 hex digits.
 pub fn fingerprint(stage: &dyn AnyStage, inputs: &[(&'static str, String)]) -> String {

@@ -22,7 +22,7 @@ mod job;
 #[macro_use]
 mod registry;
 
-pub(crate) use self::{contract::flag_defaults, input::expect_same_input};
+pub(crate) use self::input::expect_same_input;
 pub use self::{
     contract::{AnyStage, Outcome, Stage, note},
     execute::execute,

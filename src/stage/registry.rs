@@ -4,6 +4,10 @@ use clap::{ArgMatches, Command, Error};
 use toml::Table;
 
 use super::{AnyStage, Input, Stage};
+use crate::settings;
+
+/// The stage of a table, or what is wrong with it.
+type OfTable = Result<Box<dyn AnyStage>, String>;
 
 /// A kind of stage: what verbs and pipelines need to make one.
 #[derive(Clone, Copy, Debug)]
@@ -18,7 +22,7 @@ pub struct StageKind {
     pub runtime: &'static [&'static str],
     flags: fn(Command) -> Command,
     from_flags: fn(&ArgMatches) -> Result<Box<dyn AnyStage>, Error>,
-    from_table: fn(Table) -> Result<Box<dyn AnyStage>, toml::de::Error>,
+    from_table: fn(&str, &Table) -> OfTable,
 }
 
 impl StageKind {
@@ -31,7 +35,7 @@ impl StageKind {
             runtime: S::RUNTIME,
             flags: S::augment_args,
             from_flags: |matches| Ok(Box::new(S::from_arg_matches(matches)?)),
-            from_table: |table| Ok(Box::new(toml::Value::Table(table).try_into::<S>()?)),
+            from_table: |name, table| Ok(Box::new(settings::from_table::<S>(name, table)?)),
         }
     }
 
@@ -45,14 +49,9 @@ impl StageKind {
         (self.from_flags)(matches)
     }
 
-    /// The stage of this table; what it does not say has its default.
-    pub fn of_table(&self, table: Table) -> Result<Box<dyn AnyStage>, toml::de::Error> {
-        (self.from_table)(table)
-    }
-
-    /// The stage with all its defaults.
-    pub fn default(&self) -> Result<Box<dyn AnyStage>, toml::de::Error> {
-        self.of_table(Table::new())
+    /// The stage of the table called `name`; what it does not say has its default. See [`settings::from_table`].
+    pub fn of_table(&self, name: &str, table: &Table) -> OfTable {
+        (self.from_table)(name, table)
     }
 }
 
@@ -65,7 +64,7 @@ macro_rules! register_stages {
 
             impl Default for $stage {
                 fn default() -> Self {
-                    $crate::stage::flag_defaults()
+                    $crate::settings::from_flags(&[]).expect("every flag has a default")
                 }
             }
         )+

@@ -45,7 +45,7 @@ def gaussians(rng, n, shift, deviation):
 
 
 def grid(norm, *radii):
-    return f"fit-discriminator.norm={norm}", "fit-discriminator.epsilons=[" + ",".join(f'"{r}"' for r in radii) + "]"
+    return f"fit-discriminator.attack.norm={norm}", "fit-discriminator.attack.epsilons=[" + ",".join(f'"{r}"' for r in radii) + "]"
 
 
 def show(name, record, truth):

@@ -35,8 +35,8 @@ for name, model, steps in [
     pools[name] = out / name.replace(", ", "-").replace(" ", "-")
     run("generate", "--model", model, "--count", count, "--steps", steps, "--out", pools[name])
 sets = [argument for pool in pools.values() for argument in ("--synthetic", pool)]
-radii = 'fit-discriminator.epsilons=["0","0.01","0.02","0.04"]'
-ranked = run("arc", "--real", "builtin:digits", *sets, "--set", radii, "--set", "arc.apgd_steps=50", "--labeller", labeller,
+radii = 'fit-discriminator.attack.epsilons=["0","0.01","0.02","0.04"]'
+ranked = run("arc", "--real", "builtin:digits", *sets, "--set", radii, "--set", "arc.attack.apgd_steps=50", "--labeller", labeller,
              "--out", out / "ranking")
 by_name = {generator["name"]: generator for generator in ranked["generators"]}
 

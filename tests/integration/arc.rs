@@ -42,7 +42,7 @@ fn a_folder_of_images_becomes_a_pool_and_sets_are_ranked_with_curves() {
             made().path("classifier")
         );
         let small = "--set fit-discriminator.steps=4 --set fit-discriminator.conditioned=true \
-                     --set fit-discriminator.channels=[8,8] --attack-steps 2 --apgd-steps 3 --max-images 16";
+                     --set fit-discriminator.architecture.channels=[8,8] --attack-steps 2 --apgd-steps 3 --max-images 16";
         let text = ok(&format!("arc --real builtin:digits {sets} {small} --json --out {}", path(out)));
         serde_json::from_str(&text).unwrap()
     };

@@ -57,7 +57,23 @@ fn settings_that_cannot_be_are_usage_errors_that_name_value_and_range() {
             "train --split SPLIT --architecture resnet --channels 8,8 --blocks 1",
             "blocks is [1], expected a number",
         ),
-        ("train --split SPLIT --standardize true", "standardize is true, expected false"),
+        (
+            "train --split SPLIT --standardize true",
+            "--standardize has no effect with --architecture small-cnn; it belongs to resnet, wide-resnet",
+        ),
+        (
+            "train --split SPLIT --objective plain --epsilon 0.1",
+            "--epsilon has no effect with --objective plain; it belongs to pgd-at, fgsm-rs, trades",
+        ),
+        ("train --split SPLIT --attack-batch-norm train", "attack_batch_norm is train, expected eval"),
+        ("generate --model MODEL --sampler ddpm --eta 1", "--eta has no effect with --sampler ddpm"),
+        ("evaluate --model MODEL --attack square --attack-steps 5", "--attack-steps has no effect"),
+        ("evaluate --model MODEL --attack none --save-adversarial true", "save_adversarial is true without"),
+        ("certify --model MODEL --mode predict --n0 5", "--n0 has no effect with --mode predict"),
+        (
+            "fit-discriminator --split SPLIT --pool SPLIT --architecture resnet",
+            "architecture has batch norm, which tells a network what else is in the batch",
+        ),
         (
             "train --split SPLIT --data-weights 1,2",
             "data_weights is [1.0, 2.0], expected a number above 0 for each of 0",
@@ -85,7 +101,11 @@ fn pipeline_files_that_cannot_be_are_usage_errors() {
     let cases = [
         ("name = 'x'\n[generate]\ncuont = 5", "cuont"),
         ("name = 'x'\n[genrate]\ncount = 5", "unknown key 'genrate'"),
-        ("name = 'x'\n[train]\nepsilon = -0.1", "epsilon is -0.1, expected a number from 0 to 1"),
+        (
+            "name = 'x'\n[train]\nobjective.attack.epsilon = -0.1",
+            "[train.objective.attack] epsilon: epsilon is -0.1, expected a number from 0 to 1",
+        ),
+        ("name = 'x'\n[labeller.objective]\nattack.steps = 3", "attack has no effect with kind = \"plain\""),
         ("name = 'x'\n[generate]\ncount = 0", "count is 0, expected 1 to"),
         ("name = 'x'\n[generate]\nshards = '0..1'", "proxyset generate --shards"),
         ("name = 'x'\n[publish]", "to is not set"),
@@ -101,8 +121,54 @@ fn pipeline_files_that_cannot_be_are_usage_errors() {
             nothing.fails(&format!("{verb} {}", file.display()), 2, &[said]);
         }
     }
+    for (text, said) in OLD_KEYS {
+        let file = dir.path().join("p.toml");
+        std::fs::write(&file, format!("name = 'x'\n{text}")).unwrap();
+        nothing.fails(&format!("plan {}", file.display()), 2, &[said]);
+    }
     nothing.fails("run /nowhere/p.toml", 2, &["/nowhere/p.toml"]);
 }
+
+/// Keys as they were before there were groups, and what is said of them.
+const OLD_KEYS: [(&str, &str); 22] = [
+    ("[train]\nlearning_rate = 0.1", "[train] learning_rate is now [train.optimizer] learning_rate"),
+    ("[train]\ngrad_clip = 1", "[train] grad_clip is now [train.optimizer] grad_clip"),
+    ("[train]\nwarmup_steps = 1", "[train] warmup_steps is now [train.schedule] warmup_steps"),
+    (
+        "[train]\nschedule = 'one-cycle'",
+        "[train] schedule is now a table: [train.schedule] kind = \"one-cycle\"",
+    ),
+    (
+        "[train]\nobjective = 'trades'",
+        "[train] objective is now a table: [train.objective] kind = \"trades\"",
+    ),
+    (
+        "[train]\nattack_steps = 3",
+        "[train] attack_steps is now [train.objective.attack] steps, of kind pgd-at or",
+    ),
+    ("[train]\nepsilon = 0.1", "[train] epsilon is now [train.objective.attack] epsilon"),
+    ("[train]\nbeta = 3", "[train] beta is now [train.objective] beta, of kind trades or stability"),
+    ("[train]\ndepth = 34", "[train] depth is now [train.architecture] depth, of kind wide-resnet"),
+    ("[train]\nflip = true", "[train] flip is now [train.augmentation] flip"),
+    ("[labeller]\nchannels = [8]", "[labeller] channels is now [labeller.architecture] channels"),
+    ("[evaluate]\nrestarts = 3", "[evaluate] restarts is now [evaluate.attack] restarts, of kind pgd"),
+    ("[evaluate]\nattack_loss = 'cw'", "[evaluate] attack_loss is now [evaluate.attack] loss"),
+    ("[evaluate]\nattack = 'none'", "[evaluate] attack is now a table: [evaluate.attack] kind = \"none\""),
+    ("[arc]\nattack_step_ratio = 2", "[arc] attack_step_ratio is now [arc.attack] step_ratio"),
+    (
+        "[fit-discriminator]\nepsilons = [0]",
+        "[fit-discriminator] epsilons is now [fit-discriminator.attack] epsilons",
+    ),
+    ("[fit-generator]\ndropout = 0.1", "[fit-generator] dropout is now [fit-generator.architecture] dropout"),
+    ("[fit-generator]\ncosine = true", "[fit-generator] cosine is now [fit-generator.schedule] kind"),
+    (
+        "[fit-generator]\nprediction = 'edm'",
+        "[fit-generator] prediction is now [fit-generator.process] prediction",
+    ),
+    ("[generate]\nsampler = 'ddim'", "[generate] sampler is now a table: [generate.sampler] kind = \"ddim\""),
+    ("[generate]\nsteps = 5", "[generate] steps is now [generate.sampler] steps"),
+    ("[certify]\nn0 = 5\n[train]", "[certify] n0 is now [certify.mode] n0, of kind certify"),
+];
 
 #[test]
 fn an_unknown_cpu_level_or_convolution_is_a_usage_error() {
@@ -296,7 +362,7 @@ fn a_models_faults_are_all_named_at_once_and_nothing_is_made() {
         "conv_out.bias holds NaN",
         "conv_norm_out.weight has shape [3], expected [8]",
         "thresholding is true, expected false",
-        "unknown variant `sigmoid`",
+        "found 'sigmoid', expected linear",
     ]);
 
     std::fs::write(&weights, &whole[..whole.len() - 5]).unwrap();

@@ -8,7 +8,6 @@ use std::{
 };
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
-use clap::ValueEnum;
 use proxyset::{
     Result,
     attack::{Epsilon, Norm, Threat},
@@ -28,7 +27,7 @@ use crate::run::{made, ok, shards};
 fn gpu() -> Device {
     static GPU: OnceLock<Device> = OnceLock::new();
     GPU.get_or_init(|| {
-        let named = |name: String| Precision::from_str(&name, true).expect("a precision");
+        let named = |name: String| name.parse::<Precision>().expect("a precision");
         std::env::var("PROXYSET_TEST_PRECISION").map_or(Precision::F32, named).set();
         DeviceChoice::Cuda(0).open().unwrap()
     })

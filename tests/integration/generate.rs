@@ -34,10 +34,14 @@ fn every_sampler_makes_images_of_given_noise_with_every_prediction() {
     save_noise(&path("noise.safetensors"), COUNT);
     for prediction in ["epsilon", "sample", "v-prediction", "edm"] {
         let prediction = prediction.replace('-', "_");
+        let process = match &*prediction {
+            "edm" => "--process edm".to_owned(),
+            _ => format!("--prediction {prediction}"),
+        };
         let model = path(&prediction).display().to_string();
         let settings = "--conditional false --steps 5 --dropout 0.1 --accumulate 2 --scale-shift true";
         ok(&format!(
-            "fit-generator --split {} {TINY_UNET} {settings} --prediction {prediction} --out {model} --quiet",
+            "fit-generator --split {} {TINY_UNET} {settings} {process} --out {model} --quiet",
             made().path("split")
         ));
         for sampler in ["ddpm", "ddim", "dpm-solver++", "ipndm", "heun", "euler"] {

@@ -8,15 +8,15 @@ use proxyset::data::table::{self, Table};
 use crate::run::{fails, files, ok};
 
 /// The digits pipeline in seconds.
-pub const SMALL: &str = "--set fit-generator.steps=20 --set fit-generator.block_out_channels=[8,8] \
-    --set fit-generator.norm_num_groups=4 --set fit-generator.attention_head_dim=4 \
-    --set generate.count=512 --set generate.steps=3 --set generate.shard_rows=256 \
-    --set labeller.steps=20 --set labeller.channels=[8,8] --set labeller.eval_every=10 \
-    --set fit-discriminator.steps=6 --set fit-discriminator.channels=[8,8] --set fit-discriminator.attack_steps=2 \
-    --set fit-discriminator.eval_every=3 --set arc.attack_steps=2 --set arc.bootstrap=50 \
+pub const SMALL: &str = "--set fit-generator.steps=20 --set fit-generator.architecture.block_out_channels=[8,8] \
+    --set fit-generator.architecture.norm_num_groups=4 --set fit-generator.architecture.attention_head_dim=4 \
+    --set generate.count=512 --set generate.sampler.steps=3 --set generate.shard_rows=256 \
+    --set labeller.steps=20 --set labeller.architecture.channels=[8,8] --set labeller.eval_every=10 \
+    --set fit-discriminator.steps=6 --set fit-discriminator.architecture.channels=[8,8] --set fit-discriminator.attack.steps=2 \
+    --set fit-discriminator.eval_every=3 --set arc.attack.steps=2 --set arc.bootstrap=50 \
     --set curate.keep_per_class=5 --set curate.require_agreement=false \
-    --set train.steps=6 --set train.channels=[8,8] --set train.attack_steps=2 --set train.eval_every=3 \
-    --set evaluate.attack_steps=2 --set evaluate.limit=60 --set experiment.seeds=[0,1]";
+    --set train.steps=6 --set train.architecture.channels=[8,8] --set train.objective.attack.steps=2 --set train.eval_every=3 \
+    --set evaluate.attack.steps=2 --set evaluate.limit=60 --set experiment.seeds=[0,1]";
 
 fn pipeline(name: &str) -> String {
     format!("{}/pipelines/{name}.toml", env!("CARGO_MANIFEST_DIR"))

@@ -20,7 +20,7 @@ use super::{Level, Process};
 use crate::Result;
 
 /// Which sampler.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SamplerKind {
     /// Ancestral sampling (Ho et al. 2020, Alg. 2).
@@ -29,7 +29,6 @@ pub enum SamplerKind {
     Ddim,
     /// DPM-Solver++(2M) (Lu et al. 2022, Alg. 2).
     #[serde(rename = "dpm-solver++")]
-    #[value(name = "dpm-solver++")]
     DpmSolver,
     /// Improved pseudo numerical methods of order 4 (Zhang & Chen 2023, App. H.2).
     Ipndm,
@@ -60,17 +59,16 @@ pub enum Variance {
     FixedLarge,
 }
 
-/// Which of the T training steps are visited when there are fewer sampling steps (Lin et al. 2024, Table 2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum Spacing {
-    /// Every ⌊T / steps⌋-th, from 0.
-    Leading,
-    /// Every T / steps-th, from T - 1 down.
-    Trailing,
-    /// In equal steps from 0 to T - 1, both included.
-    Linspace,
+named! {
+    /// Which of the T training steps are visited when there are fewer sampling steps (Lin et al. 2024, Table 2).
+    pub enum Spacing {
+        /// Every ⌊T / steps⌋-th, from 0.
+        Leading = "leading",
+        /// Every T / steps-th, from T - 1 down.
+        Trailing = "trailing",
+        /// In equal steps from 0 to T - 1, both included.
+        Linspace = "linspace",
+    }
 }
 
 /// How to sample. [`SchedulerConfig::sampler`](super::SchedulerConfig::sampler) is what a model asks for.

@@ -12,15 +12,14 @@ use crate::{
     },
 };
 
-/// The function between the layers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Activation {
-    /// max(x, 0).
-    #[default]
-    Relu,
-    /// x · sigmoid(x), also called Swish: smoother, and the more robust of the two (Gowal et al. 2020, §4.4).
-    Silu,
+named! {
+    /// The function between the layers.
+    pub enum Activation default Relu {
+        /// max(x, 0).
+        Relu = "relu",
+        /// x · sigmoid(x), also called Swish: smoother, and the more robust of the two (Gowal et al. 2020, §4.4).
+        Silu = "silu",
+    }
 }
 
 /// Names of the parameters, and padding of the convolutions that halve the image.

@@ -9,6 +9,7 @@ use crate::{
     Result,
     curate::{Arm, Comparison, Condition, Gate, Group, NearDuplicates, PASSED, keep_first, repeated},
     error::expect_within as expect,
+    settings,
     stage::{AnyStage, Input, Job, Outcome, Stage, note},
     stats::{Moments, mean_difference_interval},
     tables::{
@@ -27,13 +28,12 @@ use crate::{
 /// A sample is refused by the first gate that it does not meet: scores that are no numbers, a copy of a test image, of a
 /// training image, memorised, then label, confidence, score, filters, duplicates. Of those that pass, the arm keeps the first.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Curate {
     /// The folder of a finished score.
     #[arg(long)]
     pub scores: Option<PathBuf>,
     /// What ranks.
-    #[arg(long, value_enum, default_value_t = Arm::Arc)]
+    #[arg(long, value_parser = settings::named::<Arm>(), default_value_t = Arm::Arc)]
     pub arm: Arm,
     /// How many of each class are kept; 0 to use keep_total or keep_fraction.
     #[arg(long, default_value_t = 0)]
@@ -139,6 +139,26 @@ impl Stage for Curate {
     const ABOUT: &'static str = "Select from a pool by its scores.";
     const INPUTS: &'static [Input] = &[SCORES];
     const REVISION: u32 = 1;
+
+    fn unused(&self) -> Vec<&'static str> {
+        let mut unused = Vec::new();
+        if self.arm == Arm::All {
+            unused.extend([
+                "keep_per_class",
+                "keep_total",
+                "keep_fraction",
+                "within",
+                "quota",
+                "allow_short",
+            ]);
+        } else if self.keep_per_class > 0 || self.keep_total > 0 {
+            unused.extend(["keep_fraction", "within"]);
+        }
+        if self.near_duplicate_bits.is_none() {
+            unused.push("near_duplicate_by");
+        }
+        unused
+    }
 
     fn validate(&self) -> Result<()> {
         if self.keep_per_class > 0 && self.keep_total > 0 {

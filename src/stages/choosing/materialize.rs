@@ -38,7 +38,6 @@ const BYTES_IN_MEMORY: u64 = 1 << 30;
 /// Rows are shuffled by a keyed permutation, since many readers shuffle only in a buffer. The result is checked
 /// before the stage is done.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Materialize {
     /// The folder of a finished split: named in the card.
     #[arg(long)]

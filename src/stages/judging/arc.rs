@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Result,
-    attack::{Apgd, Attack, Counted, Epsilon, Loss, Norm, Pgd, PgdSearch},
+    attack::{Apgd, Attack, Counted, Epsilon, Loss, Norm, PgdSearch},
     data::Dataset,
     error::expect_within as expect,
     evaluation::{Evaluation, share},
@@ -21,6 +21,7 @@ use crate::{
         fold::{HeldOut, held_out, uid_order},
     },
     rng::{some_of, spread},
+    settings::{self, StepSettings},
     stage::{Input, Job, Outcome, Stage, note},
     tables::{
         discriminators::{DISCRIMINATORS, Discriminators, SetsRecord, relabel},
@@ -30,6 +31,21 @@ use crate::{
     },
 };
 
+/// PGD at the radii of the discriminators, then APGD.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct ArcAttackSettings {
+    /// The steps of PGD.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub steps: StepSettings,
+    /// Random starts of PGD; an image has to withstand all of them, at every point on the way. APGD brings one more.
+    #[arg(long, default_value_t = 1)]
+    pub restarts: usize,
+    /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then tries what PGD left standing; 0 for none.
+    #[arg(long, default_value_t = 50)]
+    pub apgd_steps: usize,
+}
+
 /// Estimates ARC: each ranking set's accuracy under attack on images that it has seen in no way before.
 ///
 /// Real images: the proxy folds on which the set was not stopped. Synthetic images: held-out pool images of
@@ -37,7 +53,7 @@ use crate::{
 /// images is worse than an answer that is always the same, and is replaced by it: its accuracy is then 1/2, a real image's 0
 /// and a synthetic one's 1. ARC is blind to labels: see the agreement that label reports.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[command(mut_args(settings::defaults(&[("attack_steps", "20", &[])])))]
 pub struct Arc {
     /// The folder of a finished split: the real data.
     #[arg(long)]
@@ -48,18 +64,9 @@ pub struct Arc {
     /// The folder of a finished fit-discriminator.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
-    /// Steps of the attack.
-    #[arg(long, default_value_t = 20)]
-    pub attack_steps: usize,
-    /// The step of the attack as a multiple of epsilon / steps.
-    #[arg(long, default_value_t = 2.5)]
-    pub attack_step_ratio: f64,
-    /// Random starts of PGD; an image has to withstand all of them, at every point on the way. APGD brings one more.
-    #[arg(long, default_value_t = 1)]
-    pub restarts: usize,
-    /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then tries what PGD left standing; 0 for none.
-    #[arg(long, default_value_t = 50)]
-    pub apgd_steps: usize,
+    /// The attack.
+    #[command(flatten)]
+    pub attack: ArcAttackSettings,
     /// Largest number of images of each source that measure a set.
     #[arg(long, default_value_t = 5000)]
     pub max_images: usize,
@@ -81,13 +88,13 @@ pub struct Arc {
 impl Arc {
     /// The attack at one radius.
     fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<PgdSearch> {
-        let pgd = Pgd::new(norm, epsilon, self.attack_steps, self.attack_step_ratio, self.seed)?;
-        PgdSearch::new(pgd, self.restarts, Counted::Every)
+        let pgd = self.attack.steps.pgd(norm, epsilon, self.seed)?;
+        PgdSearch::new(pgd, self.attack.restarts, Counted::Every)
     }
 
     /// How often an image is attacked, or looked at, at one radius.
     fn passes(&self, epsilon: f64) -> usize {
-        1 + usize::from(epsilon > 0.0 && self.apgd_steps > 0)
+        1 + usize::from(epsilon > 0.0 && self.attack.apgd_steps > 0)
     }
 
     /// The images of each side that measure or stop a set, in equal numbers: real ones, then synthetic ones.
@@ -147,7 +154,7 @@ impl Trial<'_> {
         if arc.passes(threat.epsilon()) == 1 {
             return Ok(standing);
         }
-        let apgd = Apgd { threat, steps: arc.apgd_steps, loss: Loss::CrossEntropy, seed: arc.seed };
+        let apgd = Apgd { threat, steps: arc.attack.apgd_steps, loss: Loss::CrossEntropy, seed: arc.seed };
         self.stands(images, &standing, &apgd, &format!("{key}-apgd"))
     }
 
@@ -175,17 +182,17 @@ impl Stage for Arc {
     fn validate(&self) -> Result<()> {
         self.attack(Norm::Linf, Epsilon::default())?;
         expect("batch", self.batch, 0, 1 << 20)?;
-        expect("apgd_steps", self.apgd_steps, 0, 100_000)?;
+        expect("apgd_steps", self.attack.apgd_steps, 0, 100_000)?;
         expect("max_images", self.max_images, 2, usize::MAX)?;
         expect("max_stop", self.max_stop, 2, usize::MAX)?;
         expect("bootstrap", self.bootstrap, 10, 1_000_000)
     }
 
     fn amount(&self) -> String {
-        let starts = if self.restarts == 1 { "start" } else { "starts" };
+        let starts = if self.attack.restarts == 1 { "start" } else { "starts" };
         format!(
             "PGD-{} from {} random {starts}, then APGD-{}, on the stopping and measuring images of every set",
-            self.attack_steps, self.restarts, self.apgd_steps
+            self.attack.steps.steps, self.attack.restarts, self.attack.apgd_steps
         )
     }
 
@@ -266,11 +273,11 @@ impl Stage for Arc {
             stop_accuracy,
             attack: AttackRecord {
                 norm: *norm,
-                steps: self.attack_steps,
-                step_size_times_steps_over_epsilon: self.attack_step_ratio,
-                restarts: self.restarts,
+                steps: self.attack.steps.steps,
+                step_size_times_steps_over_epsilon: self.attack.steps.step_ratio,
+                restarts: self.attack.restarts,
                 counts: "every point on the way".into(),
-                apgd_steps_on_what_stands: self.apgd_steps,
+                apgd_steps_on_what_stands: self.attack.apgd_steps,
             },
             estimate,
         };

@@ -13,15 +13,12 @@ use serde_json::json;
 use crate::{
     Error, Result,
     attack::{Counted, Epsilon, Norm, Pgd, PgdSearch},
-    data::{Augment, Dataset, Range, Shape, augmented},
+    data::{Dataset, Range, Shape, augmented},
     device::side_by_side,
     error::expect_within as expect,
     evaluation::{Evaluation, share},
     fs,
-    nn::{
-        Architecture, Classifier, ClassifierConfig, LrDecay, LrSchedule, SmallCnnConfig,
-        optim::{Adam, AdamConfig},
-    },
+    nn::{Architecture, Classifier, ClassifierConfig},
     objective::pgd_at,
     progress::Progress,
     proxy::{
@@ -31,14 +28,32 @@ use crate::{
         fold::{HeldOut, fold_of, held_out},
     },
     rng::{Permutation, some_of, spread},
+    settings::{
+        self, ArchitectureSettings, AugmentationSettings, OptimizerSettings, ScheduleSettings, StepSettings,
+    },
     stage::{Input, Job, Outcome, Stage, note, read_done},
     tables::{
         discriminators::{NetRecord, SetsRecord, condition, margins, relabel},
         division::{Real, SPLIT},
         pool::{POOL, Pool},
     },
-    training::{Part, Trainer, expect_channels},
+    training::{Part, Trainer},
 };
+
+/// PGD from one random start at each radius of a grid.
+#[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
+pub struct GridAttackSettings {
+    /// The norm of the attack.
+    #[arg(long, value_parser = settings::named::<Norm>(), default_value_t = Norm::Linf)]
+    pub norm: Norm,
+    /// The grid of radii, ascending, at least four, the first 0; for pixels in [0, 1].
+    #[arg(long, value_delimiter = ',', default_values = ["0", "4/255", "8/255", "16/255"])]
+    pub epsilons: Vec<Epsilon>,
+    /// The steps.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub steps: StepSettings,
+}
 
 /// Trains discriminators under attack: `folds` sets that rank, and one set that judges.
 ///
@@ -47,7 +62,12 @@ use crate::{
 /// of their own: they share no training image with those that rank. Each set has one network per radius or, conditioned,
 /// one that is told the radius.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[command(mut_args(settings::defaults(&[
+    ("attack_steps", "7", &[]),
+    ("architecture", "small-cnn", &[("channels", "16,32,32")]),
+    ("optimizer", "adam", &[("weight_decay", "1e-4")]),
+    ("final_fraction", "0.05", &[]),
+])))]
 pub struct FitDiscriminator {
     /// The folder of a finished split: the real data.
     #[arg(long)]
@@ -58,12 +78,9 @@ pub struct FitDiscriminator {
     /// Folds of the pool for ranking, at least 2: an image is scored by sets that were not trained on its fold.
     #[arg(long, default_value_t = 2)]
     pub folds: usize,
-    /// The norm of the attack.
-    #[arg(long, value_enum, default_value_t = Norm::Linf)]
-    pub norm: Norm,
-    /// The grid of radii, ascending, at least four, the first 0; for pixels in [0, 1].
-    #[arg(long, value_delimiter = ',', default_values = ["0", "4/255", "8/255", "16/255"])]
-    pub epsilons: Vec<Epsilon>,
+    /// The attack in training and stopping.
+    #[command(flatten)]
+    pub attack: GridAttackSettings,
     /// One network a set, which sees the radius as one more channel, instead of one for each radius: its steps are shared
     /// between the radii.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
@@ -75,39 +92,27 @@ pub struct FitDiscriminator {
     /// networks for large radii learn nothing.
     #[arg(long, default_value_t = 0.5)]
     pub epsilon_warmup: f64,
-    /// Steps of the attack in training and stopping.
-    #[arg(long, default_value_t = 7)]
-    pub attack_steps: usize,
-    /// The step of the attack as a multiple of epsilon / steps.
-    #[arg(long, default_value_t = 2.5)]
-    pub attack_step_ratio: f64,
-    /// Channels of each stage of the networks; from the second on a stage halves the image.
-    #[arg(long, value_delimiter = ',', default_values_t = [16, 32, 32])]
-    pub channels: Vec<usize>,
-    /// Groups of the networks' norms.
-    #[arg(long, default_value_t = 8)]
-    pub groups: usize,
+    /// The networks.
+    #[command(flatten)]
+    pub architecture: ArchitectureSettings,
     /// Optimiser steps of each network.
     #[arg(long, default_value_t = 400)]
     pub steps: usize,
     /// Images per step, half of them real.
     #[arg(long, default_value_t = 64)]
     pub batch: usize,
-    /// Peak learning rate of Adam.
-    #[arg(long, default_value_t = 1e-3)]
-    pub learning_rate: f64,
-    /// Decoupled weight decay of Adam.
-    #[arg(long, default_value_t = 1e-4)]
-    pub weight_decay: f64,
+    /// What makes the steps.
+    #[command(flatten)]
+    pub optimizer: OptimizerSettings,
+    /// The learning rate over the steps.
+    #[command(flatten)]
+    pub schedule: ScheduleSettings,
     /// Decay of the moving average of the weights.
     #[arg(long, default_value_t = 0.99)]
     pub ema_decay: f64,
-    /// Pixels of padding before a random crop, the same for both sides.
-    #[arg(long, default_value_t = 0)]
-    pub crop_pad: usize,
-    /// Mirror half of the images, of both sides.
-    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
-    pub flip: bool,
+    /// What is done to the images of both sides at random.
+    #[command(flatten)]
+    pub augmentation: AugmentationSettings,
     /// Steps between looks at the stopping images.
     #[arg(long, default_value_t = 50)]
     pub eval_every: usize,
@@ -151,24 +156,19 @@ impl FitDiscriminator {
 
     /// The radii of each network of a set.
     fn spans(&self) -> Vec<Span<usize>> {
-        let all = 0..self.epsilons.len();
+        let all = 0..self.attack.epsilons.len();
         if self.conditioned { vec![all] } else { all.map(|radius| radius..radius + 1).collect() }
     }
 
     /// The network for images of this shape.
     fn architecture(&self, shape: Shape) -> Architecture {
-        Architecture::SmallCnn(SmallCnnConfig {
-            in_channels: shape.channels + condition(self.conditioned, &self.epsilons, 0).channels(),
-            image_size: shape.height,
-            channels: self.channels.clone(),
-            num_classes: 2,
-            groups: self.groups,
-        })
+        let told = condition(self.conditioned, &self.attack.epsilons, 0).channels();
+        self.architecture.network(Shape { channels: shape.channels + told, ..shape }, 2, None)
     }
 
     /// The attack at one radius.
     fn attack(&self, epsilon: Epsilon, seed: u64) -> Result<Pgd> {
-        Pgd::new(self.norm, epsilon, self.attack_steps, self.attack_step_ratio, seed)
+        self.attack.steps.pgd(self.attack.norm, epsilon, seed)
     }
 
     /// Trains one network for some radii, or finds it trained. Returns a record for each of them.
@@ -197,27 +197,22 @@ impl FitDiscriminator {
         let shape = data.real.shape;
         let net = Classifier::init(config.clone(), seed, &job.device)?;
         let averaged = Arc::new(Classifier::init(config.clone(), seed, &job.device)?);
-        let at = |radius: usize| condition(self.conditioned, &self.epsilons, radius);
+        let at = |radius: usize| condition(self.conditioned, &self.attack.epsilons, radius);
         let averaged_at = |radius: usize| Discriminator::new(averaged.clone(), at(radius));
         let tracked = net.tracked()?;
-        let optimizer = Adam::new(AdamConfig { weight_decay: self.weight_decay, ..AdamConfig::default() });
+        let optimizer = self.optimizer.optimizer();
         let checkpoint = job.hidden(out, &path);
-        let mut trainer = Trainer::resume(checkpoint, net.params(), Box::new(optimizer), self.ema_decay)?;
+        let mut trainer = Trainer::resume(checkpoint, net.params(), optimizer, self.ema_decay)?;
         bar.skip(trainer.step() as u64);
-        let lr = LrSchedule {
-            peak: self.learning_rate,
-            warmup_steps: self.steps / 20,
-            total_steps: self.steps,
-            decay: LrDecay::Cosine { min: 0.05 * self.learning_rate },
-        };
+        let lr = self.schedule.schedule(self.optimizer.learning_rate(), self.steps);
         let attacks =
-            radii.clone().map(|r| self.attack(self.epsilons[r], seed)).collect::<Result<Vec<_>>>()?;
+            radii.clone().map(|r| self.attack(self.attack.epsilons[r], seed)).collect::<Result<Vec<_>>>()?;
         let half = self.batch / 2;
-        let settings = Augment { pad: self.crop_pad, flip: self.flip };
+        let settings = self.augmentation.augment();
         let warmup = (self.epsilon_warmup * self.steps as f64).round() as usize;
         while trainer.step() < self.steps {
             let step = trainer.step();
-            let grown = radii.clone().map(|r| self.attack(self.epsilons[r].grown(step, warmup), seed));
+            let grown = radii.clone().map(|r| self.attack(self.attack.epsilons[r].grown(step, warmup), seed));
             let grown = grown.collect::<Result<Vec<_>>>()?;
             let block_loss = |slots: Span<usize>, turn: usize| -> Result<Tensor> {
                 let n = slots.len();
@@ -259,7 +254,7 @@ impl FitDiscriminator {
                 let none = || Error::Alarm("a part of a batch is empty".into());
                 Ok(Part::from(loss.ok_or_else(none)?))
             };
-            trainer.advance(lr.at(step), Some(5.0), 2 * half, &contribution)?;
+            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), 2 * half, &contribution)?;
             // What has not met the full radius yet is no candidate.
             let full = trainer.step() >= warmup;
             if full && trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
@@ -292,7 +287,7 @@ impl FitDiscriminator {
             };
             records.push(NetRecord {
                 path: path.clone(),
-                epsilon: self.epsilons[radius],
+                epsilon: self.attack.epsilons[radius],
                 stop_accuracy: kept["by_radius"][i].as_f64().unwrap_or(f64::NAN),
                 kept_step: kept["step"].as_u64().unwrap_or(0) as usize,
                 calibration: Calibration::fit(&of(REAL), &of(SYNTHETIC)),
@@ -313,21 +308,29 @@ impl Stage for FitDiscriminator {
 
     fn validate(&self) -> Result<()> {
         expect("folds", self.folds, 2, 64)?;
-        expect_channels(&self.channels, self.groups)?;
+        self.architecture.validate()?;
+        if self.architecture.has_batch_norm() {
+            bail!(
+                Usage,
+                "the discriminators' architecture has batch norm, which tells a network what else is in the batch; \
+                 expected one without, such as small-cnn"
+            );
+        }
         expect("epsilon_warmup", self.epsilon_warmup, 0.0, 1.0)?;
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 2, 1 << 20)?;
-        expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;
         expect("eval_every", self.eval_every, 1, usize::MAX)?;
         expect("max_synthetic", self.max_synthetic, 2, usize::MAX)?;
         expect("max_stop", self.max_stop, 2, usize::MAX)?;
-        let radii: Vec<f64> = self.epsilons.iter().map(|e| e.get()).collect();
-        let listed = self.epsilons.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let radii: Vec<f64> = self.attack.epsilons.iter().map(|e| e.get()).collect();
+        let listed = self.attack.epsilons.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         if radii.len() < 4 || radii[0] != 0.0 || radii.windows(2).any(|w| w[0] >= w[1]) {
             bail!(Usage, "epsilons is [{listed}], expected at least four ascending radii, the first 0");
         }
-        self.epsilons.iter().try_for_each(|&epsilon| self.attack(epsilon, self.seed).map(drop))
+        self.attack.epsilons.iter().try_for_each(|&epsilon| self.attack(epsilon, self.seed).map(drop))
     }
 
     fn check_inputs(&self) -> Result<()> {
@@ -342,13 +345,13 @@ impl Stage for FitDiscriminator {
         format!(
             "{} networks ({} radii{}, {} folds{}), {} steps of {} images, PGD-{}",
             self.spans().len() * self.sets(),
-            self.epsilons.len(),
+            self.attack.epsilons.len(),
             if self.conditioned { " in each" } else { "" },
             self.folds,
             if self.judges { " and judges" } else { "" },
             self.steps,
             self.batch,
-            self.attack_steps
+            self.attack.steps.steps
         )
     }
 
@@ -377,21 +380,21 @@ impl Stage for FitDiscriminator {
             self.fit(job, out, *set, radii.clone(), (&config, &data[*set]), &bar)
         };
         let nets = side_by_side(&job.device, &units, fit)?.concat();
-        let sets: Vec<Vec<NetRecord>> = nets.chunks(self.epsilons.len()).map(<[_]>::to_vec).collect();
+        let sets: Vec<Vec<NetRecord>> = nets.chunks(self.attack.epsilons.len()).map(<[_]>::to_vec).collect();
         let accuracies: Vec<Vec<f64>> =
             sets.iter().map(|set| set.iter().map(|n| n.stop_accuracy).collect()).collect();
         note(self, &format!("stopping accuracies by set and radius: {accuracies:.3?}"));
         let record = SetsRecord {
             schema: "proxyset.discriminators/1".into(),
-            norm: self.norm,
-            epsilons: self.epsilons.clone(),
+            norm: self.attack.norm,
+            epsilons: self.attack.epsilons.clone(),
             folds: self.folds,
             conditioned: self.conditioned,
             sets,
         };
         record.write(out)?;
         Ok(Outcome::Done(json!({
-            "epsilons": self.epsilons,
+            "epsilons": self.attack.epsilons,
             "stop_accuracy": accuracies,
             "learned_from": data.iter().map(|d| [d.real.len(), d.synthetic.len()]).collect::<Vec<_>>(),
             "stopped_on": data.iter().map(|d| d.stop.len()).collect::<Vec<_>>(),
@@ -427,6 +430,7 @@ mod tests {
     use super::*;
     use crate::{
         data::{Source, Split, decode_as, encode_png, to_tensor, to_u8},
+        nn::{Architecture, SmallCnnConfig},
         proxy::discriminator::Conditioning,
         rng::Stream,
     };

@@ -27,7 +27,6 @@ const CHUNK: usize = 256;
 /// An image made for a class keeps that class (`label_source` = intended); the classifier says whether it
 /// agrees. An image of an unconditional generator gets the classifier's first choice (pseudo).
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Label {
     /// The folder of a finished generate or import.
     #[arg(long)]

@@ -18,6 +18,7 @@ use crate::{
         quality::{Features, frechet_distance, precision_recall},
     },
     rng::{Permutation, spread},
+    settings,
     stage::{Input, Job, Outcome, Stage},
     stats::clopper_pearson,
     tables::{
@@ -36,7 +37,6 @@ const CHUNK: usize = 256;
 /// (Kynkäänniemi et al. 2019), and the part of the images that the classifier gives the class they were made for. All
 /// depend on the classifier and on the numbers of images, which stand beside them: compare at equal numbers.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Quality {
     /// The folder of a finished generate or import.
     #[arg(long)]
@@ -49,7 +49,7 @@ pub struct Quality {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to compare with.
-    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
     pub split: data::Split,
     /// Use only the first N real images; 0 for all.
     #[arg(long, default_value_t = 0)]

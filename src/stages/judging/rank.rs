@@ -21,7 +21,6 @@ const LABELLED: Input = Input::several("labelled", &["label"]);
 /// Each estimate must come from the same division of the real images and radii under the same attack. The intervals of differences take
 /// the estimates as independent; that they share real images makes them wider than need be.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Rank {
     /// The folders of finished arcs, one a generator.
     #[arg(long, value_delimiter = ',')]

@@ -36,7 +36,6 @@ const CHUNK: usize = 2048;
 /// images, by number in their split, with distances: by pixels, and as a copy (up to a shift by a pixel and mirroring, of
 /// `train_copy` and `test_copy`).
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Score {
     /// The folder of a finished split: the real data.
     #[arg(long)]

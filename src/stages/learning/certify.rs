@@ -18,19 +18,28 @@ use crate::{
     plot,
     progress::{Progress, check_stop},
     rng,
+    settings::{self, NoSettings},
     stage::{Input, Job, Outcome, Stage, note},
     stats::clopper_pearson,
     tables::{images::write_certified, records::MODEL},
 };
 
-/// What is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// Certificates: a class and the radius within which it stays (CERTIFY).
-    Certify,
-    /// Predictions alone, which take far fewer copies (PREDICT).
-    Predict,
+/// Certificates.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CertificateSettings {
+    /// Noisy copies that choose the class to certify.
+    #[arg(long, default_value_t = 100)]
+    pub n0: u64,
+}
+
+tagged! {
+    /// What is made.
+    pub enum Mode("mode", default "certify") {
+        /// Certificates: a class and the radius within which it stays (CERTIFY).
+        Certify(CertificateSettings) = "certify",
+        /// Predictions alone, which take far fewer copies (PREDICT).
+        Predict(NoSettings) = "predict",
+    }
 }
 
 /// Smooths a classifier with Gaussian noise and certifies it (Cohen et al. 2019): for each image the class and the ℓ2
@@ -38,7 +47,6 @@ pub enum Mode {
 ///
 /// The classifier should have been trained on such noise: `train --objective gaussian` or `stability`.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Certify {
     /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
     #[arg(long)]
@@ -47,7 +55,7 @@ pub struct Certify {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to measure on. Test is for measuring, never to choose anything.
-    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
     pub split: data::Split,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
@@ -56,14 +64,11 @@ pub struct Certify {
     #[arg(long, default_value_t = 1)]
     pub skip: usize,
     /// Certificates, or predictions alone.
-    #[arg(long, value_enum, default_value_t = Mode::Certify)]
+    #[command(flatten)]
     pub mode: Mode,
     /// The standard deviation of the noise, for pixels in [0, 1].
     #[arg(long, default_value_t = 0.25)]
     pub sigma: f64,
-    /// Noisy copies that choose the class to certify.
-    #[arg(long, default_value_t = 100)]
-    pub n0: u64,
     /// Noisy copies that bound its probability, or that predict.
     #[arg(long, default_value_t = 10_000)]
     pub n: u64,
@@ -95,8 +100,16 @@ pub struct AtRadius {
 }
 
 impl Certify {
+    /// With [`Mode::Predict`] no copies choose.
     fn smoothing(&self) -> Smoothing {
-        Smoothing { sigma: self.sigma, n0: self.n0, n: self.n, alpha: self.alpha }
+        Smoothing { sigma: self.sigma, n0: self.n0().unwrap_or(0), n: self.n, alpha: self.alpha }
+    }
+
+    fn n0(&self) -> Option<u64> {
+        match &self.mode {
+            Mode::Certify(certificate) => Some(certificate.n0),
+            Mode::Predict(_) => None,
+        }
     }
 
     /// The certificate of one image; with [`Mode::Predict`] its radius and bound are 0, which is always true.
@@ -126,8 +139,8 @@ impl Certify {
             Ok(counts)
         };
         match self.mode {
-            Mode::Certify => self.smoothing().certify(&counts),
-            Mode::Predict => {
+            Mode::Certify(_) => self.smoothing().certify(&counts),
+            Mode::Predict(_) => {
                 let class = self.smoothing().predict(&counts)?;
                 Ok(Certificate { class, radius: 0.0, lower: 0.0 })
             }
@@ -145,7 +158,9 @@ impl Stage for Certify {
     fn validate(&self) -> Result<()> {
         expect("skip", self.skip, 1, usize::MAX)?;
         expect("sigma", self.sigma, 1e-6, 1e3)?;
-        expect("n0", self.n0, 1, 1 << 40)?;
+        if let Some(n0) = self.n0() {
+            expect("n0", n0, 1, 1 << 40)?;
+        }
         expect("n", self.n, 1, 1 << 40)?;
         expect("alpha", self.alpha, 1e-12, 0.5)?;
         expect("batch", self.batch, 1, 1 << 20)
@@ -156,10 +171,7 @@ impl Stage for Certify {
             0 => "all images".into(),
             limit => format!("{} images", limit.div_ceil(self.skip)),
         };
-        let copies = match self.mode {
-            Mode::Certify => self.n0 + self.n,
-            Mode::Predict => self.n,
-        };
+        let copies = self.n0().unwrap_or(0) + self.n;
         format!("{images}, {copies} noisy copies each at sigma {}", self.sigma)
     }
 
@@ -207,7 +219,7 @@ impl Stage for Certify {
         let largest = certificates.iter().zip(&right).filter(|(_, right)| **right).map(|(c, _)| c.radius);
         let rows_of_table = (largest.fold(0.0, f64::max) / 0.25).floor() as usize + 2;
         let table: Vec<AtRadius> = (0..rows_of_table)
-            .filter(|_| self.mode == Mode::Certify)
+            .filter(|_| self.n0().is_some())
             .map(|i| {
                 let radius = 0.25 * i as f64;
                 let certified = certified_at(radius);
@@ -218,10 +230,10 @@ impl Stage for Certify {
         let correct = certified_at(0.0);
         let abstained = certificates.iter().filter(|c| c.class.is_none()).count() as u64;
         let average = certificates.iter().zip(&right).map(|(c, &right)| if right { c.radius } else { 0.0 });
-        let certify = self.mode == Mode::Certify;
+        let certify = self.n0().is_some();
         let summary = json!({
             "schema": "proxyset.certify/1",
-            "mode": self.mode,
+            "mode": self.mode.kind(),
             "images": n,
             "correct": correct,
             "accuracy": correct as f64 / n as f64,
@@ -229,7 +241,7 @@ impl Stage for Certify {
             "abstained": abstained,
             "average_certified_radius": certify.then(|| average.sum::<f64>() / n as f64),
             "certified": table,
-            "smoothing": { "sigma": self.sigma, "n0": certify.then_some(self.n0), "n": self.n, "alpha": self.alpha },
+            "smoothing": { "sigma": self.sigma, "n0": self.n0(), "n": self.n, "alpha": self.alpha },
             "seed": self.seed,
             "data": examined.data_record(&self.data, self.split)?,
             "model_blake3": examined.model_blake3()?,

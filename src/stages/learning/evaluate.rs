@@ -2,9 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
     path::{Path, PathBuf},
-    str::FromStr,
     time::Instant,
 };
 
@@ -15,8 +13,7 @@ use serde_json::json;
 use crate::{
     Error, Result,
     attack::{
-        Attack, Counted, Epsilon, METHODS, Method, Norm, Pgd, PgdConfig, PgdLoss, PgdSearch, SQUARE,
-        STANDARD, Threat, method,
+        Norm, SQUARE, method,
         search::{choice, distance},
     },
     data::{self, Source},
@@ -24,7 +21,8 @@ use crate::{
     evaluation::{Evaluation, Examined, unchanged},
     fs,
     progress::{Progress, checkpoint_interval},
-    stage::{AnyStage, Input, Job, Outcome, Stage, note},
+    settings::{self, BallSettings, EvaluationAttackSettings, PgdSettings},
+    stage::{Input, Job, Outcome, Stage, note},
     stats::clopper_pearson,
     tables::{
         images::Evaluated,
@@ -32,57 +30,8 @@ use crate::{
     },
 };
 
-/// How the classifier is attacked: nothing, `pgd`, `autoattack`, or one [`Method`] by its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "crate::text::Written", into = "String")]
-pub enum AttackKind {
-    /// Not at all: clean accuracy only.
-    None,
-    /// Projected gradient descent (Madry et al. 2018).
-    Pgd,
-    /// AutoAttack's version `standard` (Croce & Hein 2020): apgd-ce, apgd-t, fab-t and square, each on the images that
-    /// still stand.
-    AutoAttack,
-    /// One attack, with the settings that it has in AutoAttack.
-    Method(Method),
-}
-
-impl AttackKind {
-    fn all() -> impl Iterator<Item = Self> {
-        [Self::None, Self::Pgd, Self::AutoAttack].into_iter().chain(METHODS.map(Self::Method))
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Pgd => "pgd",
-            Self::AutoAttack => "autoattack",
-            Self::Method(method) => method.name(),
-        }
-    }
-}
-
-impl FromStr for AttackKind {
-    type Err = String;
-    fn from_str(s: &str) -> std::result::Result<Self, String> {
-        Self::all().find(|kind| kind.name() == s).ok_or_else(|| {
-            let names: Vec<&str> = Self::all().map(Self::name).collect();
-            format!("attack is '{s}', expected {}", names.join(", "))
-        })
-    }
-}
-
-impl fmt::Display for AttackKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-serde_as_text!(AttackKind);
-
 /// Measures a classifier on real images: counts, not only percentages, with Clopper-Pearson intervals.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Evaluate {
     /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
     #[arg(long)]
@@ -91,33 +40,14 @@ pub struct Evaluate {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to measure on. Test is for measuring, never to choose anything.
-    #[arg(long, value_enum, default_value_t = data::Split::Test)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
     pub split: data::Split,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
-    /// The norm of the attack.
-    #[arg(long, value_enum, default_value_t = Norm::Linf)]
-    pub norm: Norm,
-    /// The radius of the attack, for pixels in [0, 1].
-    #[arg(long, default_value = "8/255")]
-    pub epsilon: Epsilon,
-    /// The attack: none, pgd, autoattack (its version standard: apgd-ce, apgd-t, fab-t and square, each on the images that still
-    /// stand), or one of those and apgd-dlr by itself.
-    #[arg(long, default_value = "pgd")]
-    pub attack: AttackKind,
-    /// Steps of pgd.
-    #[arg(long, default_value_t = 20)]
-    pub attack_steps: usize,
-    /// The step of pgd as a multiple of epsilon / steps.
-    #[arg(long, default_value_t = 2.5)]
-    pub attack_step_ratio: f64,
-    /// What pgd makes large.
-    #[arg(long, value_enum, default_value_t = PgdLoss::Ce)]
-    pub attack_loss: PgdLoss,
-    /// Random starts of pgd. (APGD has one in AutoAttack, and here.)
-    #[arg(long, default_value_t = 2)]
-    pub restarts: usize,
+    /// How the classifier is attacked.
+    #[command(flatten)]
+    pub attack: EvaluationAttackSettings,
     /// Keep the adversarial images that were found: `adversarial.safetensors`, tensor `images` (n×c×h×w, in [0, 1]; the
     /// image itself where none was found).
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
@@ -135,45 +65,29 @@ pub struct Evaluate {
 }
 
 impl Evaluate {
-    fn pgd(&self) -> Result<PgdSearch> {
-        let (steps, ratio) = (self.attack_steps, self.attack_step_ratio);
-        let pgd = Pgd::new(self.norm, self.epsilon, steps, ratio, self.seed)?;
-        let config = PgdConfig { loss: self.attack_loss, ..pgd.config };
-        PgdSearch::new(Pgd { config, ..pgd }, self.restarts, Counted::Last)
-    }
-
-    /// The attacks with their names, in their order.
-    fn sequence(&self) -> Result<Vec<(&'static str, Box<dyn Attack>)>> {
-        let threat = Threat::new(self.norm, self.epsilon)?;
-        let named = |method: Method| (method.name(), method.attack(threat, self.seed));
-        Ok(match self.attack {
-            AttackKind::None => Vec::new(),
-            AttackKind::Pgd => vec![(self.attack.name(), Box::new(self.pgd()?))],
-            AttackKind::AutoAttack => STANDARD.map(named).into(),
-            AttackKind::Method(method) => vec![named(method)],
-        })
-    }
-
     /// What the attacks are, for the record.
     fn attack_settings(&self) -> serde_json::Value {
-        let mut settings = json!({
-            "kind": self.attack,
-            "norm": self.norm,
-            "epsilon": self.epsilon,
-            "seed": self.seed,
-        });
-        if self.attack == AttackKind::Pgd {
-            settings["steps"] = self.attack_steps.into();
-            settings["step_size_times_steps_over_epsilon"] = self.attack_step_ratio.into();
-            settings["loss"] = json!(self.attack_loss);
-            settings["restarts"] = self.restarts.into();
-        } else if self.attack != AttackKind::None {
-            settings["settings"] = json!({
-                "steps": method::STEPS,
-                "restarts": method::RESTARTS,
-                "targets": method::TARGETS,
-                "queries": method::QUERIES,
-            });
+        let mut settings = json!({ "kind": self.attack.kind(), "seed": self.seed });
+        if let Some(BallSettings { norm, epsilon }) = self.attack.ball() {
+            settings["norm"] = json!(norm);
+            settings["epsilon"] = json!(epsilon);
+        }
+        match &self.attack {
+            EvaluationAttackSettings::None(_) => {}
+            EvaluationAttackSettings::Pgd(PgdSettings { attack, loss, restarts }) => {
+                settings["steps"] = attack.steps.steps.into();
+                settings["step_size_times_steps_over_epsilon"] = attack.steps.step_ratio.into();
+                settings["loss"] = json!(loss);
+                settings["restarts"] = json!(restarts);
+            }
+            _ => {
+                settings["settings"] = json!({
+                    "steps": method::STEPS,
+                    "restarts": method::RESTARTS,
+                    "targets": method::TARGETS,
+                    "queries": method::QUERIES,
+                });
+            }
         }
         settings
     }
@@ -187,31 +101,15 @@ impl Stage for Evaluate {
 
     fn validate(&self) -> Result<()> {
         expect("batch", self.batch, 0, 1 << 20)?;
-        if self.attack == AttackKind::Pgd {
-            return self.pgd().map(drop);
-        }
-        let (mine, default) = (AnyStage::settings(self), AnyStage::settings(&Self::default()));
-        for key in ["attack_steps", "attack_step_ratio", "attack_loss", "restarts"] {
-            if mine[key] != default[key] {
-                bail!(Usage, "{key} is {}, which only the attack pgd has; expected it left out", mine[key]);
-            }
-        }
-        if self.attack == AttackKind::None && self.save_adversarial {
+        if self.attack.ball().is_none() && self.save_adversarial {
             bail!(Usage, "save_adversarial is true without an attack, expected false");
         }
-        Threat::new(self.norm, self.epsilon).map(drop)
+        self.attack.validate()
     }
 
     fn amount(&self) -> String {
         let images = if self.limit > 0 { format!("{} images", self.limit) } else { "all images".into() };
-        match self.attack {
-            AttackKind::None => format!("{images}, clean"),
-            AttackKind::Pgd => format!(
-                "{images}, PGD-{} with {} restarts at {} {}",
-                self.attack_steps, self.restarts, self.norm, self.epsilon
-            ),
-            kind => format!("{images}, {kind} at {} {}", self.norm, self.epsilon),
-        }
+        format!("{images}, {}", self.attack.summary())
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
@@ -237,7 +135,7 @@ impl Stage for Evaluate {
         let right: Vec<bool> = (0..data.len()).map(right).collect();
         let mut standing: Vec<usize> = (0..data.len()).filter(|&row| right[row]).collect();
         let clean_correct = standing.len() as u64;
-        let sequence = self.sequence()?;
+        let sequence = self.attack.sequence(self.seed)?;
         let mut warnings = if sequence.is_empty() { Vec::new() } else { clean.doubts(&logits, &standing)? };
         warnings.iter().for_each(|doubt| note(self, &format!("warning: {doubt}")));
 
@@ -246,12 +144,11 @@ impl Stage for Evaluate {
         let mut survivors = Vec::new();
         let bar = Progress::new(Self::NAME, clean_correct * sequence.len() as u64, "images");
         let evaluation = Evaluation { bar: Some(&bar), ..clean };
-        let threat = Threat::new(self.norm, self.epsilon)?;
         for &(name, ref attack) in &sequence {
             let before = standing.len() as u64;
             let found = evaluation.find(name, &standing, &**attack)?;
             let found = standing.iter().zip(found).filter_map(|(&row, found)| Some((row, found?)));
-            let found = evaluation.proven(name, &threat, found.collect())?;
+            let found = evaluation.proven(name, &self.attack.threat()?, found.collect())?;
             found.keys().for_each(|&row| broken_by[row] = Some(name));
             adversarial.extend(found);
             standing.retain(|&row| broken_by[row].is_none());
@@ -274,7 +171,8 @@ impl Stage for Evaluate {
             }
             survivors.push(Survivors { attack: name.to_owned(), before, after, accuracy, interval });
         }
-        let perturbation = (!sequence.is_empty()).then(|| extremes(self.norm, &clean, &adversarial));
+        let norm = self.attack.ball().map_or(Norm::Linf, |ball| ball.norm);
+        let perturbation = (!sequence.is_empty()).then(|| extremes(norm, &clean, &adversarial));
         let robust_correct = (!sequence.is_empty()).then_some(standing.len() as u64);
         let metrics = Metrics {
             schema: "proxyset.metrics/1".into(),
@@ -313,7 +211,7 @@ impl Stage for Evaluate {
                 &format!(
                     "largest {} perturbation {largest:.5}, not a number {nan}, pixels {min:.5} to {max:.5}; robust \
                      accuracy {:.2} %",
-                    self.norm,
+                    norm,
                     100.0 * metrics.robust_accuracy.unwrap_or(f64::NAN)
                 ),
             );

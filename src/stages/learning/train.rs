@@ -8,20 +8,20 @@ use serde_json::json;
 
 use crate::{
     Error, Result,
-    attack::{Counted, Epsilon, Example, Norm, Pgd, PgdSearch},
-    data::{self, Augment, Dataset, Range, Source, augmented},
+    attack::{Counted, Example, PgdSearch},
+    data::{self, Dataset, Range, Source, augmented},
     error::expect_within as expect,
     evaluation::{Evaluation, share, unchanged},
     fs,
-    nn::{
-        Activation, Architecture, BatchNormMode, Classifier, ClassifierConfig, LrDecay, LrSchedule,
-        ResNetConfig, SmallCnnConfig, Standardization, WideResNetConfig, WideResNetLayout,
-        optim::{Sgd, SgdConfig},
-    },
+    nn::{Architecture, BatchNormMode, Classifier, ClassifierConfig, Standardization},
     objective::{GammaMix, augment_gaussian, pgd_at, plain, stable, trades_perturb},
     plot,
     progress::Progress,
     rng::{Permutation, stream},
+    settings::{
+        self, ArchitectureSettings, AugmentationSettings, NoiseSettings, ObjectiveSettings,
+        OptimizerSettings, ScheduleSettings,
+    },
     stage::{Input, Job, Outcome, Stage, note},
     tables::{
         dataset::{DATA, arm_of, dataset_folder},
@@ -29,79 +29,8 @@ use crate::{
         records::TrainRecord,
     },
     text::one_or_many,
-    training::{Mix, Part, Trainer, expect_channels},
+    training::{Mix, Part, Trainer},
 };
-
-/// What is minimised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Objective {
-    /// Cross-entropy on the images as they are.
-    Plain,
-    /// Cross-entropy on PGD adversarial examples (Madry et al. 2018).
-    PgdAt,
-    /// Cross-entropy on one step of 1.25 epsilon from a random start (Wong et al. 2020).
-    FgsmRs,
-    /// Cross-entropy, and the divergence of the answers that an attack can reach (Zhang et al. 2019).
-    Trades,
-    /// Cross-entropy, and the divergence of the answers under Gaussian noise (Zheng et al. 2016; Carmon et al. 2019).
-    Stability,
-    /// Cross-entropy under Gaussian noise (Cohen et al. 2019).
-    Gaussian,
-}
-
-impl Objective {
-    fn is_attacked(self) -> bool {
-        matches!(self, Self::PgdAt | Self::FgsmRs | Self::Trades)
-    }
-
-    fn is_noisy(self) -> bool {
-        matches!(self, Self::Stability | Self::Gaussian)
-    }
-}
-
-/// Which network is trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum ArchitectureKind {
-    /// Convolutions with group norm and SiLU: small, and no image sees its batch.
-    SmallCnn,
-    /// ResNet in its form for small images; with the defaults ResNet-18.
-    Resnet,
-    /// WRN-depth-width; with the defaults WRN-28-10.
-    WideResnet,
-}
-
-/// By which statistics batch norms go while the training attack runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum AttackBatchNorm {
-    /// The running ones, as at evaluation: the attack changes nothing in the network.
-    Eval,
-    /// Those of the batch; the steps of the attack move the running ones too, as in the paper's released code.
-    Train,
-}
-
-impl From<AttackBatchNorm> for BatchNormMode {
-    fn from(mode: AttackBatchNorm) -> Self {
-        match mode {
-            AttackBatchNorm::Eval => Self::Eval,
-            AttackBatchNorm::Train => Self::Train,
-        }
-    }
-}
-
-/// How the learning rate goes on after its warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Schedule {
-    /// Half a cosine down to 1 % of the peak.
-    Cosine,
-    /// PyTorch's OneCycleLR: up by half a cosine while it warms up, down by another to nearly 0.
-    OneCycle,
-    /// It stays.
-    Constant,
-}
 
 /// Trains a classifier on the real `fit` images and, if given, synthetic data sets:
 /// `γ · L(real) + (1 − γ) · L(synthetic)` (PORT, Sehwag et al. 2022, §2.1).
@@ -109,7 +38,7 @@ pub enum Schedule {
 /// The checkpoint that is kept is the best, in the moving average of its weights and statistics, on a part of the real
 /// training images that is held out from training; the test split is not touched.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[command(mut_args(settings::defaults(&[("warmup_steps", "100", &[]), ("final_fraction", "0.01", &[])])))]
 pub struct Train {
     /// The folder of a finished split: the real data.
     #[arg(long)]
@@ -123,67 +52,20 @@ pub struct Train {
     #[arg(long, value_delimiter = ',')]
     pub data_weights: Vec<f64>,
     /// What is minimised.
-    #[arg(long, value_enum, default_value_t = Objective::PgdAt)]
-    pub objective: Objective,
+    #[command(flatten)]
+    pub objective: ObjectiveSettings,
     /// γ, the weight of the real loss, when there is synthetic data. 0.4 as in the paper (Fig. 7).
     #[arg(long, default_value_t = 0.4)]
     pub gamma: f64,
     /// The share of a batch that is synthetic, when there is synthetic data.
     #[arg(long, default_value_t = 0.5)]
     pub synthetic_fraction: f64,
-    /// The weight of the divergence in trades and stability; 6 is that of both papers.
-    #[arg(long, default_value_t = 6.0)]
-    pub beta: f64,
     /// The share of the target that all classes get.
     #[arg(long, default_value_t = 0.0)]
     pub label_smoothing: f64,
-    /// The norm of the attack.
-    #[arg(long, value_enum, default_value_t = Norm::Linf)]
-    pub norm: Norm,
-    /// The radius of the attack, for pixels in [0, 1].
-    #[arg(long, default_value = "8/255")]
-    pub epsilon: Epsilon,
-    /// Steps over which the radius grows from 0 to epsilon.
-    #[arg(long, default_value_t = 0)]
-    pub epsilon_warmup_steps: usize,
-    /// Steps of the attack. (fgsm-rs takes one in training, these when it looks at the held-out images.)
-    #[arg(long, default_value_t = 10)]
-    pub attack_steps: usize,
-    /// The step of the attack as a multiple of epsilon / steps; 2.5 is Madry et al.'s.
-    #[arg(long, default_value_t = 2.5)]
-    pub attack_step_ratio: f64,
-    /// By which statistics batch norms go while the attack runs.
-    #[arg(long, value_enum, default_value_t = AttackBatchNorm::Eval)]
-    pub attack_batch_norm: AttackBatchNorm,
-    /// The standard deviation of the noise of stability and gaussian, for pixels in [0, 1].
-    #[arg(long, default_value_t = 0.25)]
-    pub sigma: f64,
     /// The network.
-    #[arg(long, value_enum, default_value_t = ArchitectureKind::SmallCnn)]
-    pub architecture: ArchitectureKind,
-    /// Channels of each stage of small-cnn and resnet; from the second on a stage halves the image. If left out,
-    /// 32,64,64 and 64,128,256,512.
-    #[arg(long, value_delimiter = ',')]
-    pub channels: Vec<usize>,
-    /// Groups of the norms of small-cnn.
-    #[arg(long, default_value_t = 8)]
-    pub groups: usize,
-    /// Blocks of each stage of resnet; if left out, two.
-    #[arg(long, value_delimiter = ',')]
-    pub blocks: Vec<usize>,
-    /// Layers of wide-resnet: 4 and a multiple of 6.
-    #[arg(long, default_value_t = 28)]
-    pub depth: usize,
-    /// Width of wide-resnet.
-    #[arg(long, default_value_t = 10)]
-    pub width: usize,
-    /// The function between the layers of wide-resnet; with silu the parameters have the names of RobustBench's
-    /// DMWideResNet, with relu those of its WideResNet.
-    #[arg(long, value_enum, default_value_t = Activation::Relu)]
-    pub activation: Activation,
-    /// Have resnet and wide-resnet standardise their images by mean and deviation of the real training images.
-    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
-    pub standardize: bool,
+    #[command(flatten)]
+    pub architecture: ArchitectureSettings,
     /// Optimiser steps.
     #[arg(long, default_value_t = 2000)]
     pub steps: usize,
@@ -194,33 +76,18 @@ pub struct Train {
     /// Images per step, real and synthetic together.
     #[arg(long, default_value_t = 128)]
     pub batch: usize,
-    /// Peak learning rate of SGD.
-    #[arg(long, default_value_t = 0.1)]
-    pub learning_rate: f64,
-    /// How the learning rate goes on after its warm-up.
-    #[arg(long, value_enum, default_value_t = Schedule::Cosine)]
-    pub schedule: Schedule,
-    /// Steps of the learning rate's warm-up, at most half of all.
-    #[arg(long, default_value_t = 100)]
-    pub warmup_steps: usize,
-    /// Momentum of SGD, Nesterov's.
-    #[arg(long, default_value_t = 0.9)]
-    pub momentum: f64,
-    /// Weight decay of SGD.
-    #[arg(long, default_value_t = 5e-4)]
-    pub weight_decay: f64,
+    /// What makes the steps.
+    #[command(flatten)]
+    pub optimizer: OptimizerSettings,
+    /// The learning rate over the steps.
+    #[command(flatten)]
+    pub schedule: ScheduleSettings,
     /// Decay of the moving average of weights and batch statistics, at most (1 + n) / (10 + n) in step n.
     #[arg(long, default_value_t = 0.995)]
     pub ema_decay: f64,
-    /// Largest norm of the gradient; larger ones are scaled down.
-    #[arg(long, default_value_t = 5.0)]
-    pub grad_clip: f64,
-    /// Pixels of padding before a random crop.
-    #[arg(long, default_value_t = 0)]
-    pub crop_pad: usize,
-    /// Mirror half of the images. Wrong for digits.
-    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
-    pub flip: bool,
+    /// What is done to the images at random.
+    #[command(flatten)]
+    pub augmentation: AugmentationSettings,
     /// Use only this many of the real training images, drawn by the seed; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub real_images: usize,
@@ -242,37 +109,28 @@ struct Views<'a> {
 }
 
 impl Train {
-    /// The attack that the checkpoint is chosen under.
-    fn attack(&self) -> Result<Pgd> {
-        Pgd::new(self.norm, self.epsilon, self.attack_steps, self.attack_step_ratio, self.seed)
-    }
-
-    /// The attack of training step `step`, whose radius may still grow.
-    fn attack_at(&self, step: usize) -> Result<Pgd> {
-        let epsilon = self.epsilon.grown(step, self.epsilon_warmup_steps);
-        let (steps, ratio) = match self.objective {
-            Objective::FgsmRs => (1, 1.25),
-            _ => (self.attack_steps, self.attack_step_ratio),
-        };
-        Pgd::new(self.norm, epsilon, steps, ratio, self.seed)
-    }
-
     /// The loss of each image of a batch.
     fn losses(&self, views: &Views, x: &Tensor, labels: &Tensor, ids: &[u64], step: usize) -> Result<Tensor> {
         let Views { tracked, frozen } = *views;
-        let (beta, smoothing) = (self.beta, self.label_smoothing);
-        let noisy = || augment_gaussian(x, self.sigma, self.seed, ids);
-        match self.objective {
-            Objective::Plain => plain(&tracked, x, labels, smoothing),
-            Objective::PgdAt | Objective::FgsmRs => {
-                pgd_at(&tracked, &frozen, x, labels, &self.attack_at(step)?, smoothing, ids)
+        let smoothing = self.label_smoothing;
+        let attack = || {
+            let attack = self.objective.attack_at(step, self.seed)?;
+            attack.ok_or_else(|| Error::Alarm("an objective under attack has none".into()))
+        };
+        let noisy = |noise: &NoiseSettings| augment_gaussian(x, noise.sigma, self.seed, ids);
+        match &self.objective {
+            ObjectiveSettings::Plain(_) => plain(&tracked, x, labels, smoothing),
+            ObjectiveSettings::PgdAt(_) | ObjectiveSettings::FgsmRs(_) => {
+                pgd_at(&tracked, &frozen, x, labels, &attack()?, smoothing, ids)
             }
-            Objective::Trades => {
-                let near = trades_perturb(&frozen, x, &self.attack_at(step)?, ids)?;
-                stable(&tracked, x, &near, labels, beta, smoothing)
+            ObjectiveSettings::Trades(trades) => {
+                let near = trades_perturb(&frozen, x, &attack()?, ids)?;
+                stable(&tracked, x, &near, labels, trades.beta, smoothing)
             }
-            Objective::Stability => stable(&tracked, x, &noisy()?, labels, beta, smoothing),
-            Objective::Gaussian => plain(&tracked, &noisy()?, labels, smoothing),
+            ObjectiveSettings::Stability(stability) => {
+                stable(&tracked, x, &noisy(&stability.noise)?, labels, stability.beta, smoothing)
+            }
+            ObjectiveSettings::Gaussian(noise) => plain(&tracked, &noisy(noise)?, labels, smoothing),
         }
     }
 
@@ -287,12 +145,12 @@ impl Train {
         let logits_of = |x: &Tensor| classifier.logits(x);
         let evaluation = Evaluation::new(&logits_of, held_out, device);
         let clean = share(&evaluation.right("clean", &unchanged)?);
-        let guarded = if self.objective.is_attacked() {
-            let attack = PgdSearch::new(self.attack()?, 1, Counted::Last)?;
+        let guarded = if let Some(attacked) = self.objective.attacked() {
+            let attack = PgdSearch::new(attacked.attack.pgd(self.seed)?, 1, Counted::Last)?;
             evaluation.stands("pgd", &vec![true; held_out.len()], &attack)?
-        } else if self.objective.is_noisy() {
+        } else if let Some(noise) = self.objective.noise() {
             let noisy = |image: &Example| {
-                let x = augment_gaussian(&image.tensor(&image.image)?, self.sigma, self.seed, &[image.id])?;
+                let x = augment_gaussian(&image.tensor(&image.image)?, noise.sigma, self.seed, &[image.id])?;
                 Ok(x.flatten_all()?.to_vec1()?)
             };
             evaluation.right("noise", &noisy)?
@@ -337,40 +195,8 @@ impl Train {
 
     /// The network for images like the real ones.
     fn architecture(&self, real: &Dataset) -> Architecture {
-        let (in_channels, image_size) = (real.shape.channels, real.shape.height);
-        let num_classes = real.class_names.len();
-        let standardize = self.standardize.then(|| standardization(real));
-        let channels = |default: &[usize]| {
-            if self.channels.is_empty() { default.to_vec() } else { self.channels.clone() }
-        };
-        match self.architecture {
-            ArchitectureKind::SmallCnn => Architecture::SmallCnn(SmallCnnConfig {
-                in_channels,
-                image_size,
-                channels: channels(&SMALL_CNN_CHANNELS),
-                num_classes,
-                groups: self.groups,
-            }),
-            ArchitectureKind::Resnet => {
-                let resnet18 = ResNetConfig::resnet18(in_channels, image_size, num_classes);
-                let widths = channels(&resnet18.widths);
-                let blocks = if self.blocks.is_empty() { vec![2; widths.len()] } else { self.blocks.clone() };
-                Architecture::Resnet(ResNetConfig { widths, blocks, standardize, ..resnet18 })
-            }
-            ArchitectureKind::WideResnet => Architecture::WideResnet(WideResNetConfig {
-                in_channels,
-                image_size,
-                num_classes,
-                depth: self.depth,
-                width: self.width,
-                activation: self.activation,
-                layout: match self.activation {
-                    Activation::Relu => WideResNetLayout::Trades,
-                    Activation::Silu => WideResNetLayout::Deepmind,
-                },
-                standardize,
-            }),
-        }
+        let standardize = self.architecture.standardizes().then(|| standardization(real));
+        self.architecture.network(real.shape, real.class_names.len(), standardize)
     }
 
     /// Optimiser steps for so many real images.
@@ -381,8 +207,6 @@ impl Train {
         }
     }
 }
-
-const SMALL_CNN_CHANNELS: [usize; 3] = [32, 64, 64];
 
 /// Mean and standard deviation of each channel of all pixels, in [0, 1]. A channel that is the same everywhere is not
 /// scaled.
@@ -407,68 +231,34 @@ impl Stage for Train {
     const ABOUT: &'static str = "Train a classifier, plainly or adversarially, on real and synthetic data.";
     const INPUTS: &'static [Input] = &[SPLIT, DATA];
 
+    fn unused(&self) -> Vec<&'static str> {
+        let mut unused = Vec::new();
+        if self.data.is_empty() {
+            unused.extend(["data_weights", "gamma", "synthetic_fraction"]);
+        }
+        if self.epochs.is_some() {
+            unused.push("steps");
+        }
+        unused
+    }
+
     fn validate(&self) -> Result<()> {
         expect("gamma", self.gamma, 0.0, 1.0)?;
         expect("synthetic_fraction", self.synthetic_fraction, 0.0, 1.0)?;
-        expect("beta", self.beta, 0.0, 1e6)?;
         expect("label_smoothing", self.label_smoothing, 0.0, 0.999)?;
-        expect("sigma", self.sigma, 0.0, 1e3)?;
-        match self.architecture {
-            ArchitectureKind::SmallCnn => {
-                let channels =
-                    if self.channels.is_empty() { &SMALL_CNN_CHANNELS } else { &self.channels[..] };
-                expect_channels(channels, self.groups)?;
-                if self.standardize {
-                    bail!(Usage, "standardize is true, expected false: small-cnn takes images as they are");
-                }
-            }
-            ArchitectureKind::Resnet if self.channels.contains(&0) || self.blocks.contains(&0) => {
-                bail!(
-                    Usage,
-                    "channels is {:?} and blocks {:?}, expected positive numbers",
-                    self.channels,
-                    self.blocks
-                );
-            }
-            ArchitectureKind::Resnet => {
-                let stages = if self.channels.is_empty() { 4 } else { self.channels.len() };
-                if !self.blocks.is_empty() && self.blocks.len() != stages {
-                    bail!(
-                        Usage,
-                        "blocks is {:?}, expected a number for each of {stages} stages",
-                        self.blocks
-                    );
-                }
-            }
-            ArchitectureKind::WideResnet => {
-                if self.depth < 10 || !(self.depth - 4).is_multiple_of(6) {
-                    bail!(Usage, "depth is {}, expected 10, 16, 22, 28, 34, …", self.depth);
-                }
-                expect("width", self.width, 1, 1024)?;
-            }
+        self.objective.validate()?;
+        self.architecture.validate()?;
+        if self.objective.attack_mode() == BatchNormMode::Train && !self.architecture.has_batch_norm() {
+            bail!(Usage, "attack_batch_norm is train, expected eval: the network has no batch norm");
         }
-        let wide = self.architecture == ArchitectureKind::WideResnet;
-        let given = |key: &str, given: bool, of: &str| match given {
-            true => bail!(Usage, "{key} is set, which only {of} has; expected it left out"),
-            false => Ok(()),
-        };
-        given("channels", wide && !self.channels.is_empty(), "small-cnn or resnet")?;
-        let resnet = self.architecture == ArchitectureKind::Resnet;
-        given("blocks", !resnet && !self.blocks.is_empty(), "resnet")?;
-        let default = Self::default();
-        given("depth", !wide && self.depth != default.depth, "wide-resnet")?;
-        given("width", !wide && self.width != default.width, "wide-resnet")?;
-        given("activation", !wide && self.activation != default.activation, "wide-resnet")?;
         expect("steps", self.steps, 1, 100_000_000)?;
         if let Some(epochs) = self.epochs {
             expect("epochs", epochs, 1e-6, 1e9)?;
         }
         expect("batch", self.batch, 2, 1 << 20)?;
-        expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;
-        expect("momentum", self.momentum, 0.0, 1.0)?;
-        expect("weight_decay", self.weight_decay, 0.0, 1.0)?;
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;
-        expect("grad_clip", self.grad_clip, 1e-6, 1e9)?;
         expect("held_out", self.held_out, 0.001, 0.9)?;
         expect("eval_every", self.eval_every, 1, usize::MAX)?;
         let weights = &self.data_weights;
@@ -490,21 +280,11 @@ impl Stage for Train {
                 self.batch
             );
         }
-        GammaMix::new(self.gamma, self.batch - n_syn, n_syn)?;
-        self.attack().map(drop)
+        GammaMix::new(self.gamma, self.batch - n_syn, n_syn).map(drop)
     }
 
     fn amount(&self) -> String {
-        let objective = match self.objective {
-            Objective::Plain => "plain".into(),
-            Objective::PgdAt => format!("PGD-{} at {} {}", self.attack_steps, self.norm, self.epsilon),
-            Objective::FgsmRs => format!("FGSM from random starts at {} {}", self.norm, self.epsilon),
-            Objective::Trades => {
-                format!("TRADES-{} at {} {}, beta {}", self.attack_steps, self.norm, self.epsilon, self.beta)
-            }
-            Objective::Stability => format!("stability at sigma {}, beta {}", self.sigma, self.beta),
-            Objective::Gaussian => format!("Gaussian noise of sigma {}", self.sigma),
-        };
+        let objective = self.objective.summary();
         let data = if self.data.is_empty() { "real" } else { "real and synthetic" };
         let length = self.epochs.map_or_else(|| format!("{} steps", self.steps), |e| format!("{e} epochs"));
         format!("{length} of {} {data} images, {objective}", self.batch)
@@ -538,27 +318,15 @@ impl Stage for Train {
         let mix = Mix::new(&train, &sources, self.batch, n_syn, self.seed)?;
 
         let out = job.open()?;
-        let optimizer =
-            Sgd::new(SgdConfig { momentum: self.momentum, nesterov: true, weight_decay: self.weight_decay });
-        let checkpoint = job.hidden(out, "checkpoint");
-        let mut trainer =
-            Trainer::resume(checkpoint, classifier.params(), Box::new(optimizer), self.ema_decay)?;
+        let (checkpoint, optimizer) = (job.hidden(out, "checkpoint"), self.optimizer.optimizer());
+        let mut trainer = Trainer::resume(checkpoint, classifier.params(), optimizer, self.ema_decay)?;
         if batch_norm {
             trainer = trainer.whole();
         }
         let steps = self.steps_for(train.len());
-        let lr = LrSchedule {
-            peak: self.learning_rate,
-            warmup_steps: self.warmup_steps.min(steps / 2),
-            total_steps: steps,
-            decay: match self.schedule {
-                Schedule::Cosine => LrDecay::Cosine { min: 0.01 * self.learning_rate },
-                Schedule::OneCycle => LrDecay::OneCycle,
-                Schedule::Constant => LrDecay::Constant,
-            },
-        };
-        let settings = Augment { pad: self.crop_pad, flip: self.flip };
-        let attack_mode = self.attack_batch_norm.into();
+        let lr = self.schedule.schedule(self.optimizer.learning_rate(), steps);
+        let settings = self.augmentation.augment();
+        let attack_mode = self.objective.attack_mode();
         let tracked = |x: &Tensor| network.logits_by(x, BatchNormMode::Train);
         let frozen = |x: &Tensor| classifier.logits_by(x, attack_mode);
         let views = Views { tracked: &tracked, frozen: &frozen };
@@ -582,7 +350,7 @@ impl Stage for Train {
                 let losses = self.losses(&views, &x, &y, &ids, step)?;
                 Ok(Part::from((losses * Tensor::new(weights, &job.device)?)?.sum_all()?))
             };
-            trainer.advance(lr.at(step), Some(self.grad_clip), self.batch, &contribution)?;
+            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), self.batch, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == steps {
                 let mut clean = None;
                 let accuracy = trainer.consider(averaged.params(), || {

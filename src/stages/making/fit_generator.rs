@@ -9,20 +9,19 @@ use serde_json::json;
 
 use crate::{
     Result,
-    data::{Augment, Dataset, Range, Shape, augmented, encode_png, gaussian_noise, grid, to_tensor, to_u8},
+    data::{Dataset, Range, Shape, augmented, encode_png, gaussian_noise, grid, to_tensor, to_u8},
     diffusion::{
-        BetaSchedule, Conditioning, DiffusionModel, Level, PredictionType, Process, SchedulerClass,
-        SchedulerConfig, TrainingPair, VarianceType, denoising_loss,
+        Conditioning, DiffusionModel, Level, Process, TrainingPair, denoising_loss,
         sampler::{Plan, SamplerConfig, SamplerKind, Start, sample},
     },
     error::expect_within as expect,
     fs,
-    nn::{
-        DenoiserConfig, LrDecay, LrSchedule, SampleSize, UNetConfig,
-        optim::{Adam, AdamConfig},
-    },
+    nn::DenoiserConfig,
     progress::Progress,
     rng::{self, Permutation, stream},
+    settings::{
+        self, AugmentationSettings, DenoiserSettings, OptimizerSettings, ProcessSettings, ScheduleSettings,
+    },
     stage::{Input, Job, Outcome, Stage, note},
     tables::{
         division::{Real, SPLIT},
@@ -35,7 +34,12 @@ use crate::{
 ///
 /// The output folder is a `diffusers` model folder with the moving average of the weights.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[command(mut_args(settings::defaults(&[
+    ("optimizer", "adam", &[("learning_rate", "2e-4")]), // Ho et al. 2020, Appendix B
+    ("grad_clip", "1", &[]),
+    ("schedule", "constant", &[]),
+    ("warmup_steps", "500", &[]), // Ho et al.'s code: 5000
+])))]
 pub struct FitGenerator {
     /// The folder of a finished split: the real data.
     #[arg(long)]
@@ -47,39 +51,12 @@ pub struct FitGenerator {
     /// 2022 take 0.1 to 0.2).
     #[arg(long, default_value_t = 0.0)]
     pub null_class_probability: f64,
-    /// Channels of each level of the U-Net; each level after the first halves the image.
-    #[arg(long, value_delimiter = ',', default_values_t = [32, 64])]
-    pub block_out_channels: Vec<usize>,
-    /// Residual blocks of each level on the way down; one more on the way up.
-    #[arg(long, default_value_t = 1)]
-    pub layers_per_block: usize,
-    /// The levels, from 0, that have attention; the middle always has.
-    #[arg(long, value_delimiter = ',')]
-    pub attention_levels: Vec<usize>,
-    /// Channels of an attention head.
-    #[arg(long, default_value_t = 32)]
-    pub attention_head_dim: usize,
-    /// Groups of the norms.
-    #[arg(long, default_value_t = 8)]
-    pub norm_num_groups: usize,
-    /// Let step and class scale and shift the features, instead of adding to them (Dhariwal & Nichol 2021, §3).
-    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
-    pub scale_shift: bool,
-    /// The part of the features that residual blocks leave out while training (Ho et al. 2020: 0.1 for CIFAR-10).
-    #[arg(long, default_value_t = 0.0)]
-    pub dropout: f64,
-    /// What the network predicts.
-    #[arg(long, value_enum, default_value_t = Parametrization::Epsilon)]
-    pub prediction: Parametrization,
-    /// Diffusion steps T; of no effect with edm.
-    #[arg(long, default_value_t = 1000)]
-    pub num_train_timesteps: usize,
-    /// The noise schedule; of no effect with edm.
-    #[arg(long, value_enum, default_value_t = BetaSchedule::Linear)]
-    pub beta_schedule: BetaSchedule,
-    /// The noise that ancestral sampling is to add (Ho et al. 2020, §3.2); of no effect with edm.
-    #[arg(long, value_enum, default_value_t = VarianceType::FixedSmall)]
-    pub variance: VarianceType,
+    /// The network.
+    #[command(flatten)]
+    pub architecture: DenoiserSettings,
+    /// The noise that it learns to remove.
+    #[command(flatten)]
+    pub process: ProcessSettings,
     /// Optimiser steps. Ho et al. (Appendix B) train 800,000 for CIFAR-10.
     #[arg(long, default_value_t = 10_000)]
     pub steps: usize,
@@ -89,24 +66,18 @@ pub struct FitGenerator {
     /// Rounds in which the gradients of a step are computed: more of them need less memory.
     #[arg(long, default_value_t = 1)]
     pub accumulate: usize,
-    /// Learning rate of Adam (Ho et al. 2020, Appendix B).
-    #[arg(long, default_value_t = 2e-4)]
-    pub learning_rate: f64,
-    /// Steps of linear warm-up (Ho et al.'s code: 5000).
-    #[arg(long, default_value_t = 500)]
-    pub warmup_steps: usize,
-    /// Largest norm of the gradient; larger ones are scaled down.
-    #[arg(long, default_value_t = 1.0)]
-    pub grad_clip: f64,
+    /// What makes the steps.
+    #[command(flatten)]
+    pub optimizer: OptimizerSettings,
+    /// The learning rate over the steps. Short trainings gain by a cosine; Ho et al. keep it constant.
+    #[command(flatten)]
+    pub schedule: ScheduleSettings,
     /// Decay of the moving average of the weights.
     #[arg(long, default_value_t = 0.999)]
     pub ema_decay: f64,
-    /// Let the learning rate fall to zero along a cosine; short trainings gain by it. Ho et al. keep it constant.
-    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
-    pub cosine: bool,
-    /// Mirror half of the images. Wrong for digits.
-    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
-    pub flip: bool,
+    /// What is done to the images at random.
+    #[command(flatten)]
+    pub augmentation: AugmentationSettings,
     /// Steps between validations: the loss of the moving average on images that are not learned from. 0 for none.
     #[arg(long, default_value_t = 1000)]
     pub validate_every: usize,
@@ -118,77 +89,7 @@ pub struct FitGenerator {
     pub seed: u64,
 }
 
-/// What the network predicts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum Parametrization {
-    /// The noise (Ho et al. 2020).
-    Epsilon,
-    /// The image.
-    Sample,
-    /// A mixture of both (Salimans & Ho 2022).
-    VPrediction,
-    /// EDM's mixture, for any σ from 0.002 to 80 (Karras et al. 2022), with data of standard deviation 0.5.
-    Edm,
-}
-
 impl FitGenerator {
-    /// The network for images of this shape and number of classes.
-    fn denoiser(&self, shape: Shape, classes: usize) -> Result<DenoiserConfig> {
-        let levels = self.block_out_channels.len();
-        if shape.height != shape.width || !shape.height.is_multiple_of(1 << (levels - 1)) {
-            bail!(
-                Usage,
-                "block_out_channels has {levels} levels, expected square images whose side {} divides; found {shape}",
-                1 << (levels - 1)
-            );
-        }
-        let block = |level: usize, way: &str| {
-            let attention = if self.attention_levels.contains(&level) { "Attn" } else { "" };
-            format!("{attention}{way}Block2D")
-        };
-        Ok(DenoiserConfig::UNet(UNetConfig {
-            sample_size: Some(SampleSize::Square(shape.height)),
-            in_channels: shape.channels,
-            out_channels: shape.channels,
-            down_block_types: (0..levels).map(|level| block(level, "Down")).collect(),
-            up_block_types: (0..levels).rev().map(|level| block(level, "Up")).collect(),
-            block_out_channels: self.block_out_channels.clone(),
-            layers_per_block: self.layers_per_block,
-            attention_head_dim: Some(self.attention_head_dim),
-            norm_num_groups: self.norm_num_groups,
-            num_class_embeds: self
-                .conditional
-                .then_some(classes + usize::from(self.null_class_probability > 0.0)),
-            num_train_timesteps: Some(self.num_train_timesteps),
-            dropout: self.dropout,
-            resnet_time_scale_shift: if self.scale_shift { "scale_shift" } else { "default" }.into(),
-            ..UNetConfig::default()
-        }))
-    }
-}
-
-impl FitGenerator {
-    fn scheduler(&self) -> SchedulerConfig {
-        let prediction_type = match self.prediction {
-            Parametrization::Epsilon | Parametrization::Edm => PredictionType::Epsilon,
-            Parametrization::Sample => PredictionType::Sample,
-            Parametrization::VPrediction => PredictionType::VPrediction,
-        };
-        let class = match self.prediction {
-            Parametrization::Edm => SchedulerClass::EDMEulerScheduler,
-            _ => SchedulerClass::DDPMScheduler,
-        };
-        SchedulerConfig {
-            num_train_timesteps: self.num_train_timesteps,
-            beta_schedule: self.beta_schedule,
-            variance_type: self.variance,
-            prediction_type,
-            ..class.defaults()
-        }
-    }
-
     /// The classes as the network is told them: of some draws none, `null`.
     fn shown(&self, classes: &mut [u32], draws: &[u64], null: Option<u32>) {
         let Some(null) = null else { return };
@@ -260,7 +161,7 @@ impl FitGenerator {
     ) -> Result<Vec<u8>> {
         let config = SamplerConfig {
             kind: SamplerKind::Ddim,
-            steps: SHEET_STEPS.min(self.num_train_timesteps),
+            steps: SHEET_STEPS.min(model.scheduler().num_train_timesteps),
             ..model.scheduler().sampler()
         };
         let plan = Plan::new(&config, process)?;
@@ -310,22 +211,7 @@ impl Stage for FitGenerator {
     const INPUTS: &'static [Input] = &[SPLIT];
 
     fn validate(&self) -> Result<()> {
-        expect("levels of block_out_channels", self.block_out_channels.len(), 1, 6)?;
-        expect("layers_per_block", self.layers_per_block, 1, 16)?;
-        expect("norm_num_groups", self.norm_num_groups, 1, 1024)?;
-        expect("attention_head_dim", self.attention_head_dim, 1, 4096)?;
-        if let Some(c) =
-            self.block_out_channels.iter().find(|c| **c == 0 || !c.is_multiple_of(self.norm_num_groups))
-        {
-            bail!(
-                Usage,
-                "block_out_channels has {c}, expected multiples of norm_num_groups = {}",
-                self.norm_num_groups
-            );
-        }
-        if let Some(level) = self.attention_levels.iter().find(|l| **l >= self.block_out_channels.len()) {
-            bail!(Usage, "attention_levels has {level}, expected 0 to {}", self.block_out_channels.len() - 1);
-        }
+        self.architecture.validate()?;
         expect("null_class_probability", self.null_class_probability, 0.0, 0.999)?;
         if self.null_class_probability > 0.0 && !self.conditional {
             bail!(
@@ -334,27 +220,26 @@ impl Stage for FitGenerator {
                 self.null_class_probability
             );
         }
-        expect("dropout", self.dropout, 0.0, 0.999)?;
-        expect("num_train_timesteps", self.num_train_timesteps, 2, 100_000)?;
+        self.process.validate()?;
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 1, 1 << 20)?;
         expect("accumulate", self.accumulate, 1, self.batch)?;
-        if let Err(error) = self.scheduler().process() {
-            bail!(Usage, "num_train_timesteps is {}: {error}", self.num_train_timesteps);
-        }
-        expect("learning_rate", self.learning_rate, 1e-12, 1e3)?;
-        expect("grad_clip", self.grad_clip, 1e-6, 1e9)?;
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)
     }
 
     fn amount(&self) -> String {
-        format!("{} steps of {} images, U-Net {:?}", self.steps, self.batch, self.block_out_channels)
+        format!("{} steps of {} images, {}", self.steps, self.batch, self.architecture.summary())
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let real = Real::load(&SPLIT.finished(self.split.as_deref())?)?;
         let fit = real.fit();
-        let config = self.denoiser(fit.shape, fit.class_names.len())?;
+        let null = usize::from(self.null_class_probability > 0.0);
+        let told = self.conditional.then_some(fit.class_names.len() + null);
+        let steps = self.process.scheduler().num_train_timesteps;
+        let config = self.architecture.config(fit.shape, told, steps)?;
         self.train(job, &real, &fit, config)
     }
 }
@@ -362,7 +247,7 @@ impl Stage for FitGenerator {
 impl FitGenerator {
     fn train(&self, job: &Job, real: &Real, fit: &Dataset, config: DenoiserConfig) -> Result<Outcome> {
         let shape = fit.shape;
-        let scheduler = self.scheduler();
+        let scheduler = self.process.scheduler();
         let process = scheduler.process()?;
         let classes = fit.class_names.len() as u32;
         let null_class = (self.null_class_probability > 0.0).then_some(classes);
@@ -372,18 +257,13 @@ impl FitGenerator {
         let network = model.tracked()?;
 
         let out = job.open()?;
-        let optimizer = Box::new(Adam::new(AdamConfig::default()));
+        let optimizer = self.optimizer.optimizer();
         let mut trainer =
             Trainer::resume(job.hidden(out, "checkpoint"), model.params(), optimizer, self.ema_decay)?
                 .accumulating(self.accumulate);
-        let lr = LrSchedule {
-            peak: self.learning_rate,
-            warmup_steps: self.warmup_steps,
-            total_steps: self.steps,
-            decay: if self.cosine { LrDecay::Cosine { min: 0.0 } } else { LrDecay::Constant },
-        };
+        let lr = self.schedule.schedule(self.optimizer.learning_rate(), self.steps);
         let log_every = (self.steps / 100).max(1);
-        let settings = Augment { pad: 0, flip: self.flip };
+        let settings = self.augmentation.augment();
         let bar = Progress::new(Self::NAME, self.steps as u64, "steps");
         bar.skip(trainer.step() as u64);
         while trainer.step() < self.steps {
@@ -416,7 +296,7 @@ impl FitGenerator {
                 }
                 Ok(Part { loss: (losses.sum_all()? / self.batch as f64)?, by_noise })
             };
-            trainer.advance(lr.at(step), Some(self.grad_clip), self.batch, &contribution)?;
+            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), self.batch, &contribution)?;
             let done = trainer.step();
             let due = |every: usize| every > 0 && (done.is_multiple_of(every) || done == self.steps);
             let (validate, sheet) = (due(self.validate_every), due(self.sample_every));
@@ -472,15 +352,15 @@ impl FitGenerator {
              Trained by `proxyset fit-generator` (version {version}) on {n} images of `{source}` \
              (BLAKE3 `{hash}`), {classes} classes: {names}.\n\n\
              | | |\n|---|---|\n\
-             | network | `{class}`, channels {channels:?}, {parameters} parameters, {macs} multiply-adds per image and step |\n\
+             | network | `{class}`, {architecture}, {parameters} parameters, {macs} multiply-adds per image and step |\n\
              | process | {process} |\n\
-             | training | {steps} steps of {batch} images, Adam {lr}, moving average {ema}, seed {seed} |\n\
+             | training | {steps} steps of {batch} images, {optimizer} {lr}, moving average {ema}, seed {seed} |\n\
              | last loss | {loss} |\n\n\
              {opens}; `proxyset generate --model` samples it. Pixels are in [-1, 1].{null}\n\
              The licence of the training data applies to what is made from it.\n",
-            opens = match self.prediction {
-                Parametrization::Edm => "`unet` and `scheduler` open in `diffusers` one by one",
-                _ => "The folder opens in `diffusers`",
+            opens = match self.process {
+                ProcessSettings::Edm(_) => "`unet` and `scheduler` open in `diffusers` one by one",
+                ProcessSettings::Discrete(_) => "The folder opens in `diffusers`",
             },
             null = info.null_class.map_or(String::new(), |null| format!(" Class {null} stands for none.")),
             shape = info.shape,
@@ -491,23 +371,14 @@ impl FitGenerator {
             classes = info.class_names.len(),
             names = info.class_names.join(", "),
             class = network.tag(),
-            channels = self.block_out_channels,
+            architecture = self.architecture.summary(),
             parameters = summary["parameters"],
             macs = summary["macs"],
-            process = match self.prediction {
-                Parametrization::Edm => "EDM, any σ from 0.002 to 80".to_string(),
-                prediction => {
-                    let what = match prediction {
-                        Parametrization::Sample => "x₀",
-                        Parametrization::VPrediction => "v",
-                        _ => "ε",
-                    };
-                    format!("T = {}, {:?} β, {what}-prediction", self.num_train_timesteps, self.beta_schedule)
-                }
-            },
+            process = self.process.summary(),
             steps = self.steps,
             batch = self.batch,
-            lr = self.learning_rate,
+            optimizer = self.optimizer.name(),
+            lr = self.optimizer.learning_rate(),
             ema = self.ema_decay,
             seed = self.seed,
             loss = summary["last"]["loss"],
@@ -520,6 +391,7 @@ mod tests {
     use super::*;
     use crate::{
         progress::STOP_AT_LOOK,
+        settings::from_flags,
         stages::making::{Generate, Split},
     };
 
@@ -544,16 +416,8 @@ mod tests {
             (real.fit(), json!({"image_size": 8, "channels": 1, "hidden": 64, "num_classes": 10}));
         let network = DenoiserConfig::from_json("Mlp", settings.as_object().unwrap().clone()).unwrap();
 
-        let stage = FitGenerator {
-            steps: 200,
-            batch: 32,
-            learning_rate: 5e-3,
-            warmup_steps: 10,
-            ema_decay: 0.95,
-            validate_every: 50,
-            sample_every: 100,
-            ..FitGenerator::default()
-        };
+        let flags = "--steps=200 --batch=32 --learning-rate=5e-3 --warmup-steps=10 --ema-decay=0.95 --validate-every=50 --sample-every=100";
+        let stage: FitGenerator = from_flags(&Vec::from_iter(flags.split(' ').map(str::to_owned))).unwrap();
         let train = |name: &str, look: u32| {
             let job = Job::scratch(path(name));
             stopped_at(look, || stage.train(&job, &real, &fit, network.clone()))
@@ -579,15 +443,9 @@ mod tests {
 
         let model = DiffusionModel::load(&path("model"), &Device::Cpu).unwrap();
         assert_eq!(*model.config(), network);
-        let stage = Generate {
-            model: Some(path("model")),
-            count: 40,
-            shard_rows: 16,
-            micro_batch: 8,
-            sampler: Some(SamplerKind::Ddpm),
-            steps: Some(20),
-            ..Generate::default()
-        };
+        let flags = "--count=40 --shard-rows=16 --micro-batch=8 --sampler=ddpm --steps=20";
+        let stage: Generate = from_flags(&Vec::from_iter(flags.split(' ').map(str::to_owned))).unwrap();
+        let stage = Generate { model: Some(path("model")), ..stage };
         let generate = |name: &str, look: u32| {
             let job = Job::scratch(path(name));
             stopped_at(look, || Stage::run(&stage, &job))

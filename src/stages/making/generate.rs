@@ -21,13 +21,14 @@ use crate::{
     device::all_of_class,
     diffusion::{
         Conditioning, DiffusionModel,
-        sampler::{Plan, SamplerConfig, SamplerKind, Spacing, Start, Trajectory, sample},
+        sampler::{Plan, SamplerConfig, Start, Trajectory, sample},
     },
     error::expect_within as expect,
     fs::{self, Parts, bytes_of, floats_of},
     kernels,
     progress::{Progress, check_stop, checkpoint_interval},
     rng::stream,
+    settings::SamplerSettings,
     stage::{Input, Job, Outcome, Stage},
     tables::{
         pool::PoolInfo,
@@ -127,7 +128,6 @@ const SHARD_BYTES: u64 = 4 << 30;
 /// device class changes a bit. A conditional model is asked for class `i mod classes`. Without sampler flags the
 /// model folder's scheduler rules.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Generate {
     /// The model's folder, in the layout of `diffusers`.
     #[arg(long)]
@@ -138,22 +138,9 @@ pub struct Generate {
     /// Make only shards A..B of the pool (B excluded); other processes make the rest, into the same folder.
     #[arg(long)]
     pub shards: Option<ShardRange>,
-    /// The sampler; the model folder's if not given.
-    #[arg(long, value_enum)]
-    pub sampler: Option<SamplerKind>,
-    /// Sampling steps; if not given, all with ddpm and ddim, 50 with the others. Heun's method calls the network twice in each but the last.
-    #[arg(long)]
-    pub steps: Option<usize>,
-    /// Which of the training steps are visited; the model folder's if not given.
-    #[arg(long, value_enum)]
-    pub spacing: Option<Spacing>,
-    /// Let the noise fall as in Karras et al. 2022, Eq. 5: euler, heun and dpm-solver++. The model folder's if not
-    /// given.
-    #[arg(long, action = clap::ArgAction::Set)]
-    pub karras_sigmas: Option<bool>,
-    /// DDIM's share of noise: 0 is deterministic, 1 is ancestral sampling.
-    #[arg(long, default_value_t = 0.0)]
-    pub eta: f64,
+    /// The sampler.
+    #[command(flatten)]
+    pub sampler: SamplerSettings,
     /// Classifier-free guidance: 1 is none, more is more of the class. For a model that was trained with a null class.
     #[arg(long, default_value_t = 1.0)]
     pub guidance: f64,
@@ -243,17 +230,6 @@ struct Made {
 }
 
 impl Generate {
-    fn sampler(&self, model: &DiffusionModel) -> Result<SamplerConfig> {
-        let mut sampler = model.scheduler().sampler();
-        sampler.kind = self.sampler.unwrap_or(sampler.kind);
-        let total = model.scheduler().num_train_timesteps;
-        sampler.steps = self.steps.unwrap_or_else(|| sampler.kind.default_steps(total));
-        sampler.eta = self.eta;
-        sampler.spacing = self.spacing.unwrap_or(sampler.spacing);
-        sampler.karras_sigmas = self.karras_sigmas.unwrap_or(sampler.karras_sigmas);
-        Ok(sampler)
-    }
-
     /// The given noise. Fails with [`Error::Data`] if the file does not hold it for this pool.
     fn read_noise(&self, path: &Path, shape: Shape) -> Result<Vec<f32>> {
         let of_file = |e: candle_core::Error| Error::Data(format!("{}: {e}", path.display()));
@@ -317,7 +293,7 @@ impl Stage for Generate {
 
     fn validate(&self) -> Result<()> {
         expect("count", self.count, 1, 1 << 40)?;
-        expect("eta", self.eta, 0.0, 1.0)?;
+        self.sampler.validate()?;
         expect("guidance", self.guidance, 0.0, 1e3)?;
         if self.save_float.is_some() && self.shards.is_some() {
             bail!(Usage, "save_float is set with shards, expected the whole pool in one process");
@@ -332,9 +308,6 @@ impl Stage for Generate {
             );
         }
         expect("shard_rows", self.shard_rows, 1, 1 << 24)?;
-        if let Some(steps) = self.steps {
-            expect("steps", steps, 1, 100_000)?;
-        }
         match &self.shards {
             Some(ShardRange(range)) if range.end > self.shard_count() => bail!(
                 Usage,
@@ -350,7 +323,7 @@ impl Stage for Generate {
     }
 
     fn amount(&self) -> String {
-        let steps = self.steps.map_or("the model's".into(), |s| s.to_string());
+        let steps = self.sampler.steps().steps.map_or("the model's".into(), |s| s.to_string());
         format!("{} images in {} shards, {steps} steps", self.count, self.shard_count())
     }
 
@@ -363,7 +336,7 @@ impl Stage for Generate {
         let devices = self.workers.devices(&job.device, share.len())?;
         let models = load(dir, devices)?;
         let (model, _) = &models[0];
-        let sampler = self.sampler(model)?;
+        let sampler = self.sampler.sampler(model.scheduler());
         let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
         let (info, null_class) = self.info(job, dir, model, &sampler)?;
         self.expect_shards_of(info.shape)?;
@@ -766,6 +739,7 @@ mod tests {
     use crate::{
         diffusion::SchedulerConfig,
         nn::{DenoiserConfig, SampleSize, UNetConfig},
+        settings::from_table,
     };
 
     #[test]
@@ -787,15 +761,11 @@ mod tests {
         }
         let on_cpu = |text: &str| text.parse::<Workers>().unwrap().devices(&Device::Cpu, 5).unwrap().len();
         assert_eq!([on_cpu("auto"), on_cpu("3"), on_cpu("18446744073709551615")], [1, 3, 5]);
-        let config: Generate = toml::from_str("workers = 2").unwrap();
+        let read = |text: &str| from_table::<Generate>("generate", &toml::from_str(text).unwrap());
+        let config = read("workers = 2").unwrap();
         assert_eq!(config.workers, "2".parse().unwrap());
-        assert_eq!(
-            toml::from_str::<Generate>(&toml::to_string(&config).unwrap()).unwrap().workers,
-            config.workers
-        );
-        assert!(
-            toml::from_str::<Generate>("workers = 0").unwrap_err().to_string().contains("workers is '0'")
-        );
+        assert_eq!(read(&toml::to_string(&config).unwrap()).unwrap().workers, config.workers);
+        assert!(read("workers = 0").unwrap_err().contains("workers is '0'"));
     }
 
     #[test]

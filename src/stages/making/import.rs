@@ -9,6 +9,7 @@ use crate::{
     error::expect_within as expect,
     fs,
     progress::{Progress, check_stop},
+    settings,
     stage::{Input, Job, Outcome, Stage},
     tables::{
         pool::{IMPORTED, PoolInfo},
@@ -20,14 +21,13 @@ use crate::{
 ///
 /// Everything that works on a pool then works on them: labels, scores, ARC, curation. Images keep their order.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Import {
     /// The images: Hugging Face Parquet (file or folder), a folder of PNG or JPEG files (flat, or a folder a class), or an
     /// .npz file with `image`, (n, h, w, c) u8, and `label`, (n,).
     #[arg(long)]
     pub source: Option<Source>,
     /// Which official split of it.
-    #[arg(long, value_enum, default_value_t = data::Split::Train)]
+    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Train)]
     pub part: data::Split,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]

@@ -18,7 +18,6 @@ use crate::{
 /// generator: with `k` folds, the discriminators of set `f` are stopped on fold `f mod k` (proxy-stop) and measured on
 /// the others (proxy-measure), so that a small set wastes none. The test split is not touched here.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Split {
     /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
     #[arg(long, default_value = "builtin:digits")]

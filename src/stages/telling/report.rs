@@ -32,7 +32,6 @@ const DRAWS: usize = 2000;
 /// Writes `report.md`, `report.json`, and `contact.png`: of each class one row, its lowest-scored samples (closest
 /// to real) on the left, its highest-scored on the right.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Report {
     /// The folder of a finished generate.
     #[arg(long)]

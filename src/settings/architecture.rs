@@ -1,0 +1,158 @@
+//! Architectures of classifiers.
+
+use serde::{Deserialize, Serialize};
+
+use super::flags::named;
+use crate::{
+    Result,
+    data::Shape,
+    error::expect_within,
+    nn::{
+        Activation, Architecture, ResNetConfig, SmallCnnConfig, Standardization, WideResNetConfig,
+        WideResNetLayout,
+    },
+};
+
+/// A small convolutional network.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SmallCnnSettings {
+    /// Channels of each stage of the network; from the second on a stage halves the image.
+    #[arg(long, value_delimiter = ',', default_values_t = [32, 64, 64])]
+    pub channels: Vec<usize>,
+    /// Groups of the norms.
+    #[arg(long, default_value_t = 8)]
+    pub groups: usize,
+}
+
+/// A residual network.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResNetSettings {
+    /// Channels of each stage of the network; from the second on a stage halves the image.
+    #[arg(long, value_delimiter = ',', default_values_t = [64, 128, 256, 512])]
+    pub channels: Vec<usize>,
+    /// Blocks of each stage; if left out, two.
+    #[arg(long, value_delimiter = ',')]
+    pub blocks: Vec<usize>,
+    /// Standardise images by mean and deviation of the real training images.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub standardize: bool,
+}
+
+/// A wide residual network.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WideResNetSettings {
+    /// Layers: 4 and a multiple of 6.
+    #[arg(long, default_value_t = 28)]
+    pub depth: usize,
+    /// By what the channels 16, 32 and 64 of the three groups are multiplied.
+    #[arg(long, default_value_t = 10)]
+    pub width: usize,
+    /// The function between the layers; with silu the parameters have the names of RobustBench's DMWideResNet, with relu
+    /// those of its WideResNet.
+    #[arg(long, value_parser = named::<Activation>(), default_value_t = Activation::Relu)]
+    pub activation: Activation,
+    /// Standardise images by mean and deviation of the real training images.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub standardize: bool,
+}
+
+/// Refuses channels of a network's stages that its norms cannot divide into `groups`.
+fn expect_channels(channels: &[usize], groups: usize) -> Result<()> {
+    expect_within("groups", groups, 1, 4096)?;
+    if channels.is_empty() || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(groups)) {
+        bail!(Usage, "channels is {channels:?}, expected multiples of groups = {groups}");
+    }
+    Ok(())
+}
+
+tagged! {
+    /// The classifier's network.
+    pub enum ArchitectureSettings("architecture", default "small-cnn") {
+        /// Convolutions with group norm and SiLU: small, and no image sees its batch.
+        SmallCnn(SmallCnnSettings) = "small-cnn",
+        /// ResNet in its form for small images; with the defaults ResNet-18.
+        Resnet(ResNetSettings) = "resnet",
+        /// WRN-depth-width; with the defaults WRN-28-10.
+        WideResnet(WideResNetSettings) = "wide-resnet",
+    }
+}
+
+impl ArchitectureSettings {
+    /// Whether the network standardises its images.
+    pub fn standardizes(&self) -> bool {
+        match self {
+            Self::SmallCnn(_) => false,
+            Self::Resnet(resnet) => resnet.standardize,
+            Self::WideResnet(resnet) => resnet.standardize,
+        }
+    }
+
+    /// The network for square images of a shape and so many classes. `standardize` is what it does to its images first, if
+    /// it [does](Self::standardizes).
+    pub fn network(
+        &self,
+        shape: Shape,
+        num_classes: usize,
+        standardize: Option<Standardization>,
+    ) -> Architecture {
+        let (in_channels, image_size) = (shape.channels, shape.height);
+        match self {
+            Self::SmallCnn(SmallCnnSettings { channels, groups }) => Architecture::SmallCnn(SmallCnnConfig {
+                in_channels,
+                image_size,
+                channels: channels.clone(),
+                num_classes,
+                groups: *groups,
+            }),
+            Self::Resnet(ResNetSettings { channels, blocks, .. }) => Architecture::Resnet(ResNetConfig {
+                widths: channels.clone(),
+                blocks: if blocks.is_empty() { vec![2; channels.len()] } else { blocks.clone() },
+                standardize,
+                ..ResNetConfig::resnet18(in_channels, image_size, num_classes)
+            }),
+            Self::WideResnet(WideResNetSettings { depth, width, activation, .. }) => {
+                Architecture::WideResnet(WideResNetConfig {
+                    in_channels,
+                    image_size,
+                    num_classes,
+                    depth: *depth,
+                    width: *width,
+                    activation: *activation,
+                    layout: match activation {
+                        Activation::Relu => WideResNetLayout::Trades,
+                        Activation::Silu => WideResNetLayout::Deepmind,
+                    },
+                    standardize,
+                })
+            }
+        }
+    }
+
+    /// Whether the network normalises by statistics of the batch while it is trained.
+    pub fn has_batch_norm(&self) -> bool {
+        self.network(Shape { height: 32, width: 32, channels: 3 }, 2, None).has_batch_norm()
+    }
+
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    pub fn validate(&self) -> Result<()> {
+        match self {
+            Self::SmallCnn(SmallCnnSettings { channels, groups }) => expect_channels(channels, *groups),
+            Self::Resnet(ResNetSettings { channels, blocks, .. }) => {
+                if channels.is_empty() || channels.contains(&0) || blocks.contains(&0) {
+                    bail!(Usage, "channels is {channels:?} and blocks {blocks:?}, expected positive numbers");
+                }
+                if !blocks.is_empty() && blocks.len() != channels.len() {
+                    let stages = channels.len();
+                    bail!(Usage, "blocks is {blocks:?}, expected a number for each of {stages} stages");
+                }
+                Ok(())
+            }
+            Self::WideResnet(WideResNetSettings { depth, width, .. }) => {
+                if *depth < 10 || !(depth - 4).is_multiple_of(6) {
+                    bail!(Usage, "depth is {depth}, expected 10, 16, 22, 28, 34, …");
+                }
+                expect_within("width", *width, 1, 1024)
+            }
+        }
+    }
+}

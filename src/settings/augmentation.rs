@@ -1,0 +1,23 @@
+//! Augmentation of training images.
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::Augment;
+
+/// What is done to training images at random.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AugmentationSettings {
+    /// Pixels of padding before a random crop.
+    #[arg(long, default_value_t = 0)]
+    pub crop_pad: usize,
+    /// Mirror half of the images. Wrong for digits.
+    #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
+    pub flip: bool,
+}
+
+impl AugmentationSettings {
+    /// The augmentation.
+    pub fn augment(&self) -> Augment {
+        Augment { pad: self.crop_pad, flip: self.flip }
+    }
+}

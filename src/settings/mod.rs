@@ -1,0 +1,41 @@
+//! Settings that several stages have, each group written once.
+//!
+//! A group is a struct: its fields are flags (`clap::Args`) and the keys of a table (`serde`). Where there is a choice,
+//! the group is an enum made by `tagged!`: a flag and the key `kind` choose the variant, and only that variant's settings
+//! can be set. Defaults are those of the flags; a stage may have [others](defaults).
+
+#[macro_use]
+pub(crate) mod tagged;
+
+mod architecture;
+mod attack;
+mod augmentation;
+mod denoiser;
+mod flags;
+mod objective;
+mod optimizer;
+mod process;
+mod sampler;
+mod schedule;
+mod table;
+
+pub use self::{
+    architecture::{ArchitectureSettings, ResNetSettings, SmallCnnSettings, WideResNetSettings},
+    attack::{AttackSettings, BallSettings, EvaluationAttackSettings, PgdSettings, StepSettings},
+    augmentation::AugmentationSettings,
+    denoiser::{DenoiserSettings, UNetSettings},
+    flags::{Settings, StageDefault, defaults, from_flags, named},
+    objective::{
+        AttackBatchNorm, AttackedSettings, NoiseSettings, ObjectiveSettings, StabilitySettings,
+        TradesSettings,
+    },
+    optimizer::{AdamSettings, OptimizerSettings, SgdSettings},
+    process::{DiscreteSettings, ProcessSettings},
+    sampler::{DdimSettings, SamplerSettings, SigmaSettings, StepsSettings},
+    schedule::{CosineSettings, ScheduleSettings, WarmupSettings},
+    table::from_table,
+};
+
+/// The settings of a variant that has none.
+#[derive(clap::Args, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct NoSettings {}

@@ -1,0 +1,168 @@
+//! What classifiers are trained to minimise.
+
+use serde::{Deserialize, Serialize};
+
+use super::{NoSettings, attack::AttackSettings, flags::named};
+use crate::{Result, attack::Pgd, error::expect_within, nn::BatchNormMode};
+
+named! {
+    /// By which statistics batch norms go while the training attack runs.
+    pub enum AttackBatchNorm {
+        /// The running ones, as at evaluation: the attack changes nothing in the network.
+        Eval = "eval",
+        /// Those of the batch; the steps of the attack move the running ones too, as in the paper's released code.
+        Train = "train",
+    }
+}
+
+impl From<AttackBatchNorm> for BatchNormMode {
+    fn from(mode: AttackBatchNorm) -> Self {
+        match mode {
+            AttackBatchNorm::Eval => Self::Eval,
+            AttackBatchNorm::Train => Self::Train,
+        }
+    }
+}
+
+/// An attack in training, and on the held-out images.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AttackedSettings {
+    /// The attack.
+    #[command(flatten)]
+    pub attack: AttackSettings,
+    /// Steps over which the radius grows from 0 to epsilon.
+    #[arg(long, default_value_t = 0)]
+    pub epsilon_warmup_steps: usize,
+    /// By which statistics batch norms go while the attack runs, for networks that have them.
+    #[arg(long, value_parser = named::<AttackBatchNorm>(), default_value_t = AttackBatchNorm::Eval)]
+    pub attack_batch_norm: AttackBatchNorm,
+}
+
+/// TRADES.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TradesSettings {
+    /// The weight of the divergence; 6 is the paper's.
+    #[arg(long, default_value_t = 6.0)]
+    pub beta: f64,
+    /// The attack.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub attacked: AttackedSettings,
+}
+
+/// Gaussian noise on the images.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NoiseSettings {
+    /// The standard deviation of the noise, for pixels in [0, 1].
+    #[arg(long, default_value_t = 0.25)]
+    pub sigma: f64,
+}
+
+/// Stability training.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StabilitySettings {
+    /// The weight of the divergence; 6 is the paper's.
+    #[arg(long, default_value_t = 6.0)]
+    pub beta: f64,
+    /// The noise.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub noise: NoiseSettings,
+}
+
+tagged! {
+    /// What is minimised.
+    pub enum ObjectiveSettings("objective", default "pgd-at") {
+        /// Cross-entropy on the images as they are.
+        Plain(NoSettings) = "plain",
+        /// Cross-entropy on PGD adversarial examples (Madry et al. 2018).
+        PgdAt(AttackedSettings) = "pgd-at",
+        /// Cross-entropy on one step of 1.25 epsilon from a random start (Wong et al. 2020); the steps that are set are for
+        /// the held-out images.
+        FgsmRs(AttackedSettings) = "fgsm-rs",
+        /// Cross-entropy, and the divergence of the answers that an attack can reach (Zhang et al. 2019).
+        Trades(TradesSettings) = "trades",
+        /// Cross-entropy, and the divergence of the answers under Gaussian noise (Zheng et al. 2016; Carmon et al. 2019).
+        Stability(StabilitySettings) = "stability",
+        /// Cross-entropy under Gaussian noise (Cohen et al. 2019).
+        Gaussian(NoiseSettings) = "gaussian",
+    }
+}
+
+impl ObjectiveSettings {
+    /// The attack that is trained against, if there is one.
+    pub fn attacked(&self) -> Option<&AttackedSettings> {
+        match self {
+            Self::PgdAt(attacked) | Self::FgsmRs(attacked) => Some(attacked),
+            Self::Trades(trades) => Some(&trades.attacked),
+            Self::Plain(_) | Self::Stability(_) | Self::Gaussian(_) => None,
+        }
+    }
+
+    /// The noise that is trained against, if there is some.
+    pub fn noise(&self) -> Option<&NoiseSettings> {
+        match self {
+            Self::Stability(stability) => Some(&stability.noise),
+            Self::Gaussian(noise) => Some(noise),
+            Self::Plain(_) | Self::PgdAt(_) | Self::FgsmRs(_) | Self::Trades(_) => None,
+        }
+    }
+
+    /// The attack of training step `step`, whose radius may still grow, if there is one.
+    pub fn attack_at(&self, step: usize, seed: u64) -> Result<Option<Pgd>> {
+        let Some(AttackedSettings { attack, epsilon_warmup_steps, .. }) = self.attacked() else {
+            return Ok(None);
+        };
+        let mut attack = attack.clone();
+        attack.ball.epsilon = attack.ball.epsilon.grown(step, *epsilon_warmup_steps);
+        if matches!(self, Self::FgsmRs(_)) {
+            (attack.steps.steps, attack.steps.step_ratio) = (1, 1.25);
+        }
+        attack.pgd(seed).map(Some)
+    }
+
+    /// How batch norms go while the training attack runs.
+    pub fn attack_mode(&self) -> BatchNormMode {
+        self.attacked().map_or(BatchNormMode::Eval, |attacked| attacked.attack_batch_norm.into())
+    }
+
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    pub fn validate(&self) -> Result<()> {
+        if let Some(attacked) = self.attacked() {
+            attacked.attack.pgd(0)?;
+        }
+        if let Some(noise) = self.noise() {
+            expect_within("sigma", noise.sigma, 0.0, 1e3)?;
+        }
+        match self {
+            Self::Trades(TradesSettings { beta, .. }) | Self::Stability(StabilitySettings { beta, .. }) => {
+                expect_within("beta", *beta, 0.0, 1e6)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What it is, in a few words.
+    pub fn summary(&self) -> String {
+        let at = |attacked: &AttackedSettings| {
+            let AttackSettings { ball, steps } = &attacked.attack;
+            (steps.steps, format!("at {} {}", ball.norm, ball.epsilon))
+        };
+        match self {
+            Self::Plain(_) => "plain".into(),
+            Self::PgdAt(attacked) => {
+                let (steps, at) = at(attacked);
+                format!("PGD-{steps} {at}")
+            }
+            Self::FgsmRs(attacked) => format!("FGSM from random starts {}", at(attacked).1),
+            Self::Trades(TradesSettings { beta, attacked }) => {
+                let (steps, at) = at(attacked);
+                format!("TRADES-{steps} {at}, beta {beta}")
+            }
+            Self::Stability(StabilitySettings { beta, noise }) => {
+                format!("stability at sigma {}, beta {beta}", noise.sigma)
+            }
+            Self::Gaussian(noise) => format!("Gaussian noise of sigma {}", noise.sigma),
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Settings as a table of a pipeline file.
+
+use serde::Serialize;
+use serde_json::Value as Json;
+use toml::{Table, Value};
+
+use super::flags::{Settings, from_flags};
+
+/// Old keys whose new place does not follow from their name.
+const RENAMED: [(&str, &str); 1] = [("cosine", "schedule.kind")];
+
+/// Settings as `given`, and as the flags have them where it says nothing. `name` is that of the table, for messages.
+///
+/// Fails, naming each of them, at keys that have no effect: keys that there are not, that belong to another kind, or that
+/// have another place now; and at a value that cannot be.
+pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
+    let groups = groups::<S>();
+    let mut flags = Vec::new();
+    for (group, kinds) in &groups {
+        let Some(kind) = at(given, &format!("{group}.kind")) else { continue };
+        match kind.as_str().filter(|kind| kinds.iter().any(|known| known == kind)) {
+            Some(kind) => flags.push(kind_flag(group, kind)),
+            None => {
+                let (key, expected) = (shown(name, &format!("{group}.kind")), kinds.join(", "));
+                return Err(format!("{key} is {kind}, expected one of {expected}"));
+            }
+        }
+    }
+    let (wanted, paths) = (json(given), keys(&json(given)));
+    let settings = over::<S>(&flags, given).map_err(|problem| {
+        // serde does not say at which key: try each of them alone.
+        let alone = |path: &String| {
+            let value = at(given, path).filter(|value| !value.is_table())?.clone();
+            let table =
+                path.rsplit('.').fold(value, |value, key| Table::from_iter([(key.into(), value)]).into());
+            let problem = over::<S>(&flags, table.as_table()?).err()?;
+            Some(match groups.iter().find(|(group, _)| group == path) {
+                Some((group, kinds)) => {
+                    let kind = wanted.pointer(&pointer(path)).filter(|kind| kinds.iter().any(|k| *kind == k));
+                    let kind = kind.map_or_else(|| kinds.join(" or "), Json::to_string);
+                    format!(
+                        "{} is now a table: {} = {kind}",
+                        shown(name, path),
+                        shown(name, &format!("{group}.kind"))
+                    )
+                }
+                None => format!("{}: {problem}", shown(name, path)),
+            })
+        };
+        paths.iter().find_map(alone).unwrap_or(problem)
+    })?;
+    let known = json(&settings);
+    let is_known = |path: &str| known.pointer(&pointer(path)).is_some();
+    let unknown = paths
+        .iter()
+        .filter(|path| !is_known(path) && path.rsplit_once('.').is_none_or(|(table, _)| is_known(table)));
+    let problems: Vec<String> =
+        unknown.map(|path| without_effect::<S>(name, path, &known, &groups)).collect();
+    if problems.is_empty() { Ok(settings) } else { Err(problems.join("; ")) }
+}
+
+/// The settings of these flags, with a table laid over.
+fn over<S: Settings>(flags: &[String], given: &Table) -> Result<S, String> {
+    fn lay(table: &mut Table, over: &Table) {
+        for (key, value) in over {
+            match (table.get_mut(key), value) {
+                (Some(Value::Table(table)), Value::Table(over)) => lay(table, over),
+                _ => drop(table.insert(key.clone(), value.clone())),
+            }
+        }
+    }
+    let base = from_flags::<S>(flags).map_err(|e| e.to_string())?;
+    let mut merged = Table::try_from(base).map_err(|e| e.to_string())?;
+    lay(&mut merged, given);
+    Value::Table(merged).try_into().map_err(|e: toml::de::Error| e.message().trim_end().to_owned())
+}
+
+/// What is wrong with a key that has no place among the `known` ones.
+fn without_effect<S: Settings>(name: &str, path: &str, known: &Json, groups: &[Group]) -> String {
+    let (here, places) = (shown(name, path), places::<S>(groups));
+    let (table, key) = path.rsplit_once('.').unwrap_or(("", path));
+    let siblings =
+        if table.is_empty() { Some(known) } else { known.pointer(&pointer(table)) }.unwrap_or(known);
+    if let Some((_, kinds)) = places.iter().find(|(place, _)| place == path) {
+        return format!(
+            "{here} has no effect with kind = {}; it belongs to {}",
+            siblings["kind"],
+            kinds.join(", ")
+        );
+    }
+    let renamed = RENAMED.iter().find(|(old, _)| *old == key).map(|(_, new)| *new);
+    let moved = places.iter().find(|(place, _)| {
+        let parts: Vec<&str> = place.rsplitn(3, '.').collect();
+        parts[0] == key
+            || parts.len() > 1 && format!("{}_{}", parts[1], parts[0]) == key
+            || renamed == Some(place)
+    });
+    match moved {
+        Some((place, kinds)) if kinds.is_empty() => format!("{here} is now {}", shown(name, place)),
+        Some((place, kinds)) => {
+            format!("{here} is now {}, of kind {}", shown(name, place), kinds.join(" or "))
+        }
+        None => {
+            let expected: Vec<&str> =
+                siblings.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
+            format!("{here} is not known, expected one of {}", expected.join(", "))
+        }
+    }
+}
+
+/// The path of a group that has kinds, and these. The flag of the kind is called as the group.
+type Group = (String, Vec<String>);
+
+fn groups<S: Settings>() -> Vec<Group> {
+    let command = S::augment_args(clap::Command::new(""));
+    let group = |path: String| {
+        let group = path.strip_suffix(".kind")?;
+        let flag =
+            command.get_arguments().find(|arg| group.rsplit('.').next() == Some(arg.get_id().as_str()))?;
+        let kinds = flag.get_possible_values().iter().map(|kind| kind.get_name().to_owned()).collect();
+        Some((group.to_owned(), kinds))
+    };
+    with_flags::<S>(&[]).into_iter().filter_map(group).collect()
+}
+
+/// Every key of the settings, whatever the kinds, each with the kinds that have it; none if all do.
+fn places<S: Settings>(groups: &[Group]) -> Vec<(String, Vec<String>)> {
+    let mut places: Vec<_> = with_flags::<S>(&[]).into_iter().map(|path| (path, Vec::new())).collect();
+    for (group, kinds) in groups {
+        let mut within: Vec<(String, Vec<String>)> = Vec::new();
+        for kind in kinds {
+            for path in with_flags::<S>(&[kind_flag(group, kind)]) {
+                match within.iter_mut().find(|(known, _)| *known == path) {
+                    Some((_, owners)) => owners.push(kind.clone()),
+                    None => within.push((path, vec![kind.clone()])),
+                }
+            }
+        }
+        within.retain(|(path, owners)| path.starts_with(&format!("{group}.")) && owners.len() < kinds.len());
+        places.retain(|(path, _)| within.iter().all(|(other, _)| other != path));
+        places.extend(within);
+    }
+    places
+}
+
+fn kind_flag(group: &str, kind: &str) -> String {
+    format!("--{}={kind}", group.rsplit('.').next().unwrap_or(group))
+}
+
+fn with_flags<S: Settings>(flags: &[String]) -> Vec<String> {
+    from_flags::<S>(flags).map_or_else(|_| Vec::new(), |settings| keys(&json(&settings)))
+}
+
+/// The paths of all keys, those of tables before those in them.
+fn keys(value: &Json) -> Vec<String> {
+    let below = value.as_object().into_iter().flatten().flat_map(|(key, value)| {
+        let inner = keys(value).into_iter().map(move |below| format!("{key}.{below}"));
+        std::iter::once(key.clone()).chain(inner)
+    });
+    below.collect()
+}
+
+fn json(settings: &impl Serialize) -> Json {
+    serde_json::to_value(settings).unwrap_or(Json::Null)
+}
+
+fn at<'a>(table: &'a Table, path: &str) -> Option<&'a Value> {
+    match path.split_once('.') {
+        Some((key, below)) => at(table.get(key)?.as_table()?, below),
+        None => table.get(path),
+    }
+}
+
+fn pointer(path: &str) -> String {
+    format!("/{}", path.replace('.', "/"))
+}
+
+/// `[train.optimizer] momentum`.
+fn shown(name: &str, path: &str) -> String {
+    match path.rsplit_once('.') {
+        Some((table, key)) => format!("[{name}.{table}] {key}"),
+        None => format!("[{name}] {path}"),
+    }
+}
