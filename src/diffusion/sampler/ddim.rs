@@ -1,6 +1,6 @@
 //! Denoising diffusion implicit models (Song et al. 2021, Eq. 12 and 16).
 
-use super::{Denoise, Noise, Step, Trajectory, mix};
+use super::step::{Denoise, Noise, Step, Trajectory, mix};
 use crate::Result;
 
 /// The predicted image under the noise of the next level, of which `eta` says how much is fresh.

@@ -1,6 +1,9 @@
 //! Ancestral sampling (Ho et al. 2020, Alg. 2), also with fewer steps than in training.
 
-use super::{Denoise, Noise, Step, Trajectory, Variance, mix};
+use super::{
+    Variance,
+    step::{Denoise, Noise, Step, Trajectory, mix},
+};
 use crate::Result;
 
 /// A draw from q(x_next | x, x_0) with the predicted x_0.

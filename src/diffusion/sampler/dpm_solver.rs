@@ -1,6 +1,6 @@
 //! DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Alg. 2).
 
-use super::{Denoise, Step, Trajectory, mix};
+use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
 /// A step of order 2 in λ = -ln σ, from the predicted images of this step and the one before. The first step is of

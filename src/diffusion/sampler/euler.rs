@@ -1,6 +1,6 @@
 //! Euler's method (Karras et al. 2022, Alg. 1 without its correction).
 
-use super::{Denoise, Step, Trajectory, mix};
+use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
 /// A step along dx/dσ = (x - D(x; σ)) / σ (Karras et al. 2022, Eq. 1 and 3).

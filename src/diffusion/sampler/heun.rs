@@ -1,6 +1,6 @@
 //! Heun's method (Karras et al. 2022, Alg. 1; deterministic, as their S_churn = 0).
 
-use super::{Denoise, Step, Trajectory, mix};
+use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
 /// Euler's step, corrected by the slope where it ended; the step to σ = 0 is Euler's alone.

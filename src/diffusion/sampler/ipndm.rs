@@ -1,7 +1,7 @@
 //! Improved pseudo numerical methods for diffusion models, order 4 (iPNDM: Zhang & Chen 2023, arXiv 2204.13902,
 //! App. H.2; after Liu et al. 2022).
 
-use super::{Denoise, Step, Trajectory, mix};
+use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
 /// The weights of Adams and Bashforth for equal steps, the latest slope first.

@@ -1,9 +1,9 @@
 //! Which noise levels a sampler visits.
 
-use super::{Level, Process, SamplerConfig, SamplerKind, Spacing};
+use super::{SamplerConfig, SamplerKind, Spacing};
 use crate::{
     Result,
-    diffusion::{Schedule, SigmaRange, process::continuous_level},
+    diffusion::{Level, Process, Schedule, SigmaRange, process::continuous_level},
 };
 
 /// The ρ of Karras' levels on a discrete schedule.

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use super::*;
-use crate::diffusion::{Schedule, SigmaRange};
+use crate::diffusion::{Level, Process, Schedule, SigmaRange};
 
 fn ddpm(steps: usize, variance: Variance) -> SamplerConfig {
     SamplerConfig {

@@ -1,0 +1,80 @@
+//! How to sample.
+
+use serde::{Deserialize, Serialize};
+
+/// Which sampler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SamplerKind {
+    /// Ancestral sampling (Ho et al. 2020, Alg. 2).
+    Ddpm,
+    /// Denoising diffusion implicit models (Song et al. 2021, Eq. 12).
+    Ddim,
+    /// DPM-Solver++(2M) (Lu et al. 2022, Alg. 2).
+    #[serde(rename = "dpm-solver++")]
+    DpmSolver,
+    /// Improved pseudo numerical methods of order 4 (Zhang & Chen 2023, App. H.2).
+    Ipndm,
+    /// Heun's method, two calls of the network a step (Karras et al. 2022, Alg. 1).
+    Heun,
+    /// Euler's method (Karras et al. 2022, Alg. 1 without its correction).
+    Euler,
+}
+
+impl SamplerKind {
+    /// How many steps are made if nobody says, for a model of `total` training steps: all of them with the samplers that
+    /// models are trained for, 50 with the solvers.
+    pub fn default_steps(self, total: usize) -> usize {
+        match self {
+            Self::Ddpm | Self::Ddim => total,
+            _ => total.min(50),
+        }
+    }
+}
+
+/// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Variance {
+    /// β̃, right for data that are one point.
+    FixedSmall,
+    /// β, right for data that are N(0, 1).
+    FixedLarge,
+}
+
+named! {
+    /// Which of the T training steps are visited when there are fewer sampling steps (Lin et al. 2024, Table 2).
+    pub enum Spacing {
+        /// Every ⌊T / steps⌋-th, from 0.
+        Leading = "leading",
+        /// Every T / steps-th, from T - 1 down.
+        Trailing = "trailing",
+        /// In equal steps from 0 to T - 1, both included.
+        Linspace = "linspace",
+    }
+}
+
+/// How to sample. [`SchedulerConfig::sampler`](crate::diffusion::SchedulerConfig::sampler) is what a model asks for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplerConfig {
+    /// Which sampler.
+    pub kind: SamplerKind,
+    /// Steps: calls of the network, of which Heun's method makes twice as many less one.
+    pub steps: usize,
+    /// DDIM's share of noise: 0 is deterministic, 1 is ancestral sampling. Of no effect with the others.
+    pub eta: f64,
+    /// To which absolute value DDPM, DDIM and Heun's method clip the predicted image at every step. Of no effect
+    /// with the others, as in `diffusers`.
+    pub clip: Option<f64>,
+    /// DDPM's noise. Of no effect with the others.
+    pub variance: Variance,
+    /// Which steps are visited, of no effect with EDM.
+    pub spacing: Spacing,
+    /// Added to the steps of leading spacing.
+    pub steps_offset: usize,
+    /// Whether DDIM ends at ᾱ = 1, instead of the ᾱ of step 0.
+    pub final_alpha_bar_is_one: bool,
+    /// Whether σ falls from the first to the last in equal steps of σ^(1/7) (Karras et al. 2022, Eq. 5), with Euler,
+    /// Heun and DPM-Solver++. EDM's always do.
+    pub karras_sigmas: bool,
+}
