@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor, Var, backprop::GradStore};
 use proxyset::{
     attack::{Epsilon, Norm, Pgd, PgdConfig, PgdLoss, Threat},
     diffusion::{
-        Conditioning, DiffusionModel,
+        ClassConditioning, DiffusionModel,
         sampler::{Plan, SamplerConfig, SamplerKind, Start, sample},
     },
     kernels,
@@ -41,7 +41,8 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
             let model = DiffusionModel::load(dir, device)?;
             let sampler = SamplerConfig { kind: SamplerKind::Ddim, steps, ..model.scheduler().sampler() };
             let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
-            let conditioning = inputs.remove("labels").map_or(Conditioning::None, Conditioning::Classes);
+            let conditioning =
+                inputs.remove("labels").map_or(ClassConditioning::None, ClassConditioning::Classes);
             Box::new(Sample { model, sampler, plan, conditioning, x })
         }
         Work::DenoiseGradients { t, parts } => {
@@ -193,7 +194,7 @@ struct Sample {
     model: DiffusionModel,
     sampler: SamplerConfig,
     plan: Plan,
-    conditioning: Conditioning,
+    conditioning: ClassConditioning,
     x: Tensor,
 }
 

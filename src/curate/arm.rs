@@ -9,7 +9,7 @@ named! {
     /// What ranks the samples that pass the gates.
     pub enum Arm {
         /// Lowest `synthetic_score` first: closest to the real data (Sehwag et al. 2022, §2.3).
-        Arc = "arc",
+        Score = "arc",
         /// Highest label confidence first (Wang et al. 2023).
         Confidence = "confidence",
         /// Discriminator rejection sampling (Azadi et al. 2019): each is kept with probability min(1, w / M), where
@@ -32,7 +32,7 @@ impl Arm {
     pub fn rank(self, seed: u64, row: u64, score: f32, confidence: f32) -> u32 {
         let random = || rng::uint(seed, row, stream::SUBSET);
         match self {
-            Self::Arc => ascending(score),
+            Self::Score => ascending(score),
             Self::Confidence => !ascending(confidence),
             Self::Rejection => {
                 let uniform = (random() >> 11) as f64 / (1u64 << 53) as f64;
@@ -53,7 +53,9 @@ mod tests {
     fn ranks_sort_like_the_numbers() {
         let values = [f32::NEG_INFINITY, -1.0, -0.0, 0.0, 1e-30, 0.5, 1.0, f32::INFINITY];
         assert!(values.windows(2).all(|v| ascending(v[0]) < ascending(v[1])));
-        assert!(values.windows(2).all(|v| Arm::Arc.rank(0, 7, v[0], 0.5) < Arm::Arc.rank(0, 3, v[1], 0.5)));
+        assert!(
+            values.windows(2).all(|v| Arm::Score.rank(0, 7, v[0], 0.5) < Arm::Score.rank(0, 3, v[1], 0.5))
+        );
         assert!(
             values
                 .windows(2)

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 
 /// How a value is held against a constant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Comparison {
+pub enum Operator {
     /// `<`
     Less,
     /// `<=`
@@ -28,7 +28,7 @@ pub enum Comparison {
     Unequal,
 }
 
-impl Comparison {
+impl Operator {
     /// Longer signs first, since a text is searched in this order.
     const ALL: [(&'static str, Self); 6] = [
         ("<=", Self::AtMost),
@@ -99,19 +99,19 @@ impl fmt::Display for Constant {
 pub struct Condition {
     /// The column of the score table.
     pub column: String,
-    comparison: Comparison,
+    comparison: Operator,
     constant: Constant,
 }
 
 impl Condition {
     /// `column comparison value`.
-    pub fn new(column: &str, comparison: Comparison, value: f64) -> Self {
+    pub fn new(column: &str, comparison: Operator, value: f64) -> Self {
         Self { column: column.into(), comparison, constant: Constant::Float(value) }
     }
 
     /// `column == truth`.
     pub fn is(column: &str, truth: bool) -> Self {
-        Self { column: column.into(), comparison: Comparison::Equal, constant: Constant::Truth(truth) }
+        Self { column: column.into(), comparison: Operator::Equal, constant: Constant::Truth(truth) }
     }
 
     /// Whether the column can be held against the constant. Fails with [`Error::Usage`] naming what there is.
@@ -206,12 +206,12 @@ impl FromStr for Condition {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = Comparison::ALL.into_iter().find_map(|(sign, comparison)| {
+        let parsed = Operator::ALL.into_iter().find_map(|(sign, comparison)| {
             let (column, constant) = text.split_once(sign)?;
             let column = column.trim();
             let constant = Constant::parse(constant.trim())?;
             let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-            let orders = !matches!(comparison, Comparison::Equal | Comparison::Unequal);
+            let orders = !matches!(comparison, Operator::Equal | Operator::Unequal);
             if column.is_empty() || !column.chars().all(word) || orders && constant.float().is_none() {
                 return None;
             }

@@ -9,5 +9,5 @@ mod selector;
 
 pub use arm::Arm;
 pub use duplicates::{NearDuplicates, repeated};
-pub use gate::{Comparison, Condition, Gate, PASSED, verdicts};
+pub use gate::{Condition, Gate, Operator, PASSED, verdicts};
 pub use selector::{Group, keep_first};

@@ -19,4 +19,4 @@ pub use card::{Card, CardSplit, Config as CardConfig};
 pub use hub::{Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, image_column};
 pub use image::{Shape, decode_as, encode_png, grid};
 pub use manifest::{FileEntry, Manifest};
-pub use source::{Dataset, Source, Split, UNLABELLED};
+pub use source::{Dataset, OfficialSplit, Source, UNLABELLED};

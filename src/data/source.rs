@@ -55,7 +55,7 @@ pub enum Source {
 
 named! {
     /// The official parts of a data set.
-    pub enum Split {
+    pub enum OfficialSplit {
         /// To fit and choose.
         Train = "train",
         /// To evaluate, never to choose.
@@ -179,7 +179,7 @@ impl Source {
     /// Classes are named in the metadata of the files, else they are `0`, `1`, … up to the largest label.
     /// Fails with [`Error::Usage`] if there is no such file or split, and with [`Error::Data`] on bad rows,
     /// no rows, missing columns and damaged files.
-    pub fn load(&self, split: Split, limit: Option<usize>, max_bad: usize) -> Result<Dataset> {
+    pub fn load(&self, split: OfficialSplit, limit: Option<usize>, max_bad: usize) -> Result<Dataset> {
         let mut loader = Loader::new(limit.unwrap_or(usize::MAX), max_bad);
         match self {
             Self::Digits => loader.add(Table::new(format!("{DIGITS}/{split}"), in_memory(digits(split)))?)?,
@@ -197,7 +197,7 @@ impl Source {
     }
 
     /// Whether the data set has this split, be it damaged or ambiguous.
-    pub fn has(&self, split: Split) -> bool {
+    pub fn has(&self, split: OfficialSplit) -> bool {
         match self {
             Self::Digits => true,
             Self::Path(path) => !matches!(search(path, split), Ok(None)),
@@ -208,9 +208,10 @@ impl Source {
     ///
     /// Fails with [`Error::Usage`] if there is none.
     pub fn fingerprint_all(&self) -> Result<String> {
-        let splits: Vec<Split> = [Split::Train, Split::Test].into_iter().filter(|&s| self.has(s)).collect();
+        let splits: Vec<OfficialSplit> =
+            [OfficialSplit::Train, OfficialSplit::Test].into_iter().filter(|&s| self.has(s)).collect();
         if splits.is_empty() {
-            self.fingerprint(Split::Train)?;
+            self.fingerprint(OfficialSplit::Train)?;
         }
         let all = splits.iter().map(|&s| self.fingerprint(s)).collect::<Result<Vec<_>>>()?;
         Ok(blake3::hash(all.join("/").as_bytes()).to_hex().to_string())
@@ -220,7 +221,7 @@ impl Source {
     /// their names.
     ///
     /// Fails with [`Error::Usage`] if there is no such file or split.
-    pub fn fingerprint(&self, split: Split) -> Result<String> {
+    pub fn fingerprint(&self, split: OfficialSplit) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         match self {
             Self::Digits => {
@@ -247,10 +248,10 @@ impl Source {
     }
 }
 
-fn digits(split: Split) -> &'static [u8] {
+fn digits(split: OfficialSplit) -> &'static [u8] {
     match split {
-        Split::Train => DIGITS_TRAIN,
-        Split::Test => DIGITS_TEST,
+        OfficialSplit::Train => DIGITS_TRAIN,
+        OfficialSplit::Test => DIGITS_TEST,
     }
 }
 
@@ -277,7 +278,7 @@ struct ImageFolder {
 }
 
 /// Finds the files of a split. Fails with [`Error::Usage`] if there are none.
-fn find(path: &Path, split: Split) -> Result<Found> {
+fn find(path: &Path, split: OfficialSplit) -> Result<Found> {
     match search(path, split)? {
         Some(found) => Ok(found),
         None if path.is_dir() => bail!(
@@ -286,7 +287,7 @@ fn find(path: &Path, split: Split) -> Result<Found> {
             path.display()
         ),
         None => {
-            let other = if split == Split::Test { Split::Train } else { Split::Test };
+            let other = if split == OfficialSplit::Test { OfficialSplit::Train } else { OfficialSplit::Test };
             bail!(
                 Usage,
                 "{}: has the {other} split only, expected {split}; name a folder with both",
@@ -297,7 +298,7 @@ fn find(path: &Path, split: Split) -> Result<Found> {
 }
 
 /// The files of a split, if there are any.
-fn search(path: &Path, split: Split) -> Result<Option<Found>> {
+fn search(path: &Path, split: OfficialSplit) -> Result<Option<Found>> {
     let metadata = match fs::metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             bail!(
@@ -311,9 +312,9 @@ fn search(path: &Path, split: Split) -> Result<Option<Found>> {
     if !metadata.is_dir() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let found = if ["test.", "test-"].iter().any(|start| name.starts_with(start)) {
-            Split::Test
+            OfficialSplit::Test
         } else {
-            Split::Train
+            OfficialSplit::Train
         };
         if found != split {
             return Ok(None);
@@ -352,9 +353,9 @@ fn search(path: &Path, split: Split) -> Result<Option<Found>> {
 
 /// The images of a folder that has no Parquet files. What begins with a dot is left out; class folders go by name, or
 /// by number if all of them are numbers.
-fn images_below(path: &Path, split: Split) -> Result<Option<ImageFolder>> {
+fn images_below(path: &Path, split: OfficialSplit) -> Result<Option<ImageFolder>> {
     let own = path.join(split.to_string());
-    let root = if own.is_dir() || split == Split::Test { own } else { path.to_path_buf() };
+    let root = if own.is_dir() || split == OfficialSplit::Test { own } else { path.to_path_buf() };
     let mut classes: Vec<(String, Vec<PathBuf>)> = Vec::new();
     let mut flat = Vec::new();
     let is_image = |file: &Path| {
@@ -404,7 +405,7 @@ fn images_below(path: &Path, split: Split) -> Result<Option<ImageFolder>> {
 }
 
 /// The files of a split in one folder, ordered by name.
-fn files_in(folder: &Path, split: Split) -> Result<Vec<PathBuf>> {
+fn files_in(folder: &Path, split: OfficialSplit) -> Result<Vec<PathBuf>> {
     let prefix = format!("{split}-");
     let mut files = entries(folder)?;
     files.retain(|file| {
@@ -731,29 +732,29 @@ mod tests {
 
     /// The error of loading the train split, which must be one of data.
     fn bad_data(path: &Path) -> String {
-        let error = source(path).load(Split::Train, None, 0).unwrap_err();
+        let error = source(path).load(OfficialSplit::Train, None, 0).unwrap_err();
         assert_eq!(error.exit_code(), 65, "{error}");
         error.to_string()
     }
 
     #[test]
     fn digits_are_the_published_ones() {
-        let train = Source::Digits.load(Split::Train, None, 0).unwrap();
+        let train = Source::Digits.load(OfficialSplit::Train, None, 0).unwrap();
         assert_eq!(train.shape, Shape { height: 8, width: 8, channels: 1 });
         assert_eq!(train.class_counts(), [142, 145, 142, 146, 145, 146, 145, 143, 139, 144]);
         let mean =
             train.pixels.iter().map(|&p| f64::from(p)).sum::<f64>() / 255.0 / train.pixels.len() as f64;
         assert!((mean - 0.3048).abs() < 5e-5, "{mean}");
-        let test = Source::Digits.load(Split::Test, None, 0).unwrap();
+        let test = Source::Digits.load(OfficialSplit::Test, None, 0).unwrap();
         assert_eq!((test.len(), test.class_names[9].as_str()), (360, "9"));
         let expected = blake3::hash(DIGITS_TRAIN).to_hex().to_string();
-        assert_eq!(Source::Digits.fingerprint(Split::Train).unwrap(), expected);
+        assert_eq!(Source::Digits.fingerprint(OfficialSplit::Train).unwrap(), expected);
     }
 
     #[test]
     fn a_limit_takes_the_first_rows_and_a_subset_the_chosen_ones() {
-        let all = Source::Digits.load(Split::Test, None, 0).unwrap();
-        let some = Source::Digits.load(Split::Test, Some(7), 0).unwrap();
+        let all = Source::Digits.load(OfficialSplit::Test, None, 0).unwrap();
+        let some = Source::Digits.load(OfficialSplit::Test, Some(7), 0).unwrap();
         assert_eq!(some, all.subset(&[0, 1, 2, 3, 4, 5, 6]));
         let chosen = all.subset(&[300, 2, 2]);
         assert_eq!(chosen.image(0), all.image(300));
@@ -791,7 +792,7 @@ mod tests {
         for (bytes, label) in binaries.into_iter().zip(labels) {
             let view: ArrayRef = Arc::new(StringViewArray::from(vec!["x", "y"]));
             write(&path, vec![("image", images(bytes)), ("label", label), ("extra", view)], &[]);
-            let data = source(&path).load(Split::Train, None, 0).unwrap();
+            let data = source(&path).load(OfficialSplit::Train, None, 0).unwrap();
             assert_eq!((data.shape, data.labels.as_slice()), (SHAPE, &[1, 0][..]));
             assert_eq!(data.pixels, [1, 1, 1, 1, 2, 2, 2, 2]);
             assert_eq!(data.class_names, ["0", "1"]);
@@ -805,12 +806,12 @@ mod tests {
         let names = ["cat".to_owned(), "dog".to_owned(), "none".to_owned()];
         let json = hub::Features::image_and_label(&names).to_json();
         write_rows(&path, vec![(Some(png(0)), Some(1))], &[(hub::METADATA_KEY, &json)]);
-        assert_eq!(source(&path).load(Split::Train, None, 0).unwrap().class_names, names);
+        assert_eq!(source(&path).load(OfficialSplit::Train, None, 0).unwrap().class_names, names);
         let mut writer = hub::ImageWriter::new(hub::Features::image_and_label(&names), &[]).unwrap();
         let image = hub::image_column(&[png(0)]).unwrap();
         writer.push(vec![image, Arc::new(Int64Array::from(vec![2]))]).unwrap();
         writer.finish(dir.path(), "train.parquet").unwrap();
-        assert_eq!(source(&path).load(Split::Train, None, 0).unwrap().class_names, names);
+        assert_eq!(source(&path).load(OfficialSplit::Train, None, 0).unwrap().class_names, names);
     }
 
     #[test]
@@ -835,7 +836,7 @@ mod tests {
             let error = bad_data(&path);
             assert!(error.contains(&format!("train.parquet: row 1: {expected}")), "{error}");
             assert!(error.contains("(bad row 1, and max_bad allows 0)"), "{error}");
-            let data = source(&path).load(Split::Train, None, 1).unwrap();
+            let data = source(&path).load(OfficialSplit::Train, None, 1).unwrap();
             assert_eq!((data.len(), data.bad_rows), (2, 1));
             assert_eq!(data.pixels, [7, 7, 7, 7, 9, 9, 9, 9]);
         }
@@ -873,11 +874,13 @@ mod tests {
             assert_eq!(source.fingerprint(split).unwrap_err().to_string(), error.to_string());
             error.to_string()
         };
-        assert!(usage(&source(&dir.path().join("none")), Split::Train).contains("does not exist"));
-        assert!(usage(&source(dir.path()), Split::Test).contains("no test-*.parquet there"));
+        assert!(usage(&source(&dir.path().join("none")), OfficialSplit::Train).contains("does not exist"));
+        assert!(usage(&source(dir.path()), OfficialSplit::Test).contains("no test-*.parquet there"));
         let path = dir.path().join("train.parquet");
         write_rows(&path, vec![(Some(png(0)), Some(0))], &[]);
-        assert!(usage(&source(&path), Split::Test).contains("has the train split only, expected test"));
+        assert!(
+            usage(&source(&path), OfficialSplit::Test).contains("has the train split only, expected test")
+        );
     }
 
     #[test]
@@ -888,11 +891,11 @@ mod tests {
             for i in [2, 0, 1] {
                 write_rows(&file(i), vec![(Some(png(i)), Some(0))], &[]);
             }
-            let data = source(dir.path()).load(Split::Train, None, 0).unwrap();
+            let data = source(dir.path()).load(OfficialSplit::Train, None, 0).unwrap();
             assert_eq!([0, 1, 2].map(|i| data.image(i)[0]), [0, 1, 2]);
             let bytes = [0, 1, 2].map(|i| fs::read(file(i)).unwrap()).concat();
             let expected = blake3::hash(&bytes).to_hex().to_string();
-            assert_eq!(source(dir.path()).fingerprint(Split::Train).unwrap(), expected);
+            assert_eq!(source(dir.path()).fingerprint(OfficialSplit::Train).unwrap(), expected);
 
             fs::remove_file(file(1)).unwrap();
             let error = bad_data(dir.path());
@@ -908,10 +911,13 @@ mod tests {
             let path = dir.path().join("data").join(config).join("train-00000-of-00001.parquet");
             write_rows(&path, vec![(Some(png(0)), Some(0))], &[]);
         }
-        let error = source(dir.path()).load(Split::Train, None, 0).unwrap_err();
+        let error = source(dir.path()).load(OfficialSplit::Train, None, 0).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().ends_with("name the folder"), "{error}");
-        assert_eq!(source(&dir.path().join("data/pool")).load(Split::Train, None, 0).unwrap().len(), 1);
+        assert_eq!(
+            source(&dir.path().join("data/pool")).load(OfficialSplit::Train, None, 0).unwrap().len(),
+            1
+        );
     }
 
     #[test]
@@ -938,7 +944,7 @@ mod tests {
             let mut flipped = DIGITS_TEST.to_vec();
             flipped[position] ^= 1 << (position % 8);
             fs::write(&path, flipped).unwrap();
-            if let Err(error) = source(&path).load(Split::Train, None, 0) {
+            if let Err(error) = source(&path).load(OfficialSplit::Train, None, 0) {
                 assert_eq!(error.exit_code(), 65, "flipped at {position}: {error}");
                 refused += 1;
             }
@@ -954,7 +960,7 @@ mod tests {
         assert!(bad_data(&path).contains("no column 'image'"));
     }
 
-    fn said(source: &Path, split: Split, code: u8, part: &str) {
+    fn said(source: &Path, split: OfficialSplit, code: u8, part: &str) {
         let error = Source::Path(source.into()).load(split, None, 0).unwrap_err();
         assert_eq!(error.exit_code(), code, "{error}");
         assert!(error.to_string().contains(part), "{error}");
@@ -974,27 +980,27 @@ mod tests {
         fs::write(root.join(".hidden/0.png"), png(9)).unwrap();
         fs::write(root.join("cat/._a.png"), b"no image").unwrap();
         let source = Source::Path(root.into());
-        let data = source.load(Split::Train, None, 0).unwrap();
+        let data = source.load(OfficialSplit::Train, None, 0).unwrap();
         assert_eq!(data.class_names, ["ape", "cat"]);
         assert_eq!((data.labels.clone(), data.shape), (vec![0, 1, 1], SHAPE));
         assert_eq!([data.image(0)[0], data.image(1)[0], data.image(2)[0]], [2, 1, 0]);
-        assert_eq!(source.load(Split::Train, Some(2), 0).unwrap().labels, [0, 1]);
-        assert!(!source.has(Split::Test));
-        said(root, Split::Test, 2, "no images of a test split");
+        assert_eq!(source.load(OfficialSplit::Train, Some(2), 0).unwrap().labels, [0, 1]);
+        assert!(!source.has(OfficialSplit::Test));
+        said(root, OfficialSplit::Test, 2, "no images of a test split");
 
-        let before = source.fingerprint(Split::Train).unwrap();
+        let before = source.fingerprint(OfficialSplit::Train).unwrap();
         fs::rename(root.join("cat/b.png"), root.join("cat/c.png")).unwrap();
-        assert_ne!(source.fingerprint(Split::Train).unwrap(), before);
+        assert_ne!(source.fingerprint(OfficialSplit::Train).unwrap(), before);
         fs::create_dir_all(root.join("test")).unwrap();
         fs::write(root.join("test/0.png"), png(9)).unwrap();
-        assert_eq!(source.load(Split::Train, None, 0).unwrap().class_names, ["ape", "cat"]);
-        assert_eq!(source.load(Split::Test, None, 0).unwrap().class_names, [UNLABELLED]);
+        assert_eq!(source.load(OfficialSplit::Train, None, 0).unwrap().class_names, ["ape", "cat"]);
+        assert_eq!(source.load(OfficialSplit::Test, None, 0).unwrap().class_names, [UNLABELLED]);
         fs::write(root.join("0.png"), png(9)).unwrap();
-        said(root, Split::Train, 2, "images beside folders of images (ape, cat)");
-        assert!(source.has(Split::Train), "ambiguous, but there");
+        said(root, OfficialSplit::Train, 2, "images beside folders of images (ape, cat)");
+        assert!(source.has(OfficialSplit::Train), "ambiguous, but there");
         fs::write(root.join("test/1.png"), b"not an image").unwrap();
-        said(root, Split::Test, 65, "1.png");
-        assert_eq!(source.load(Split::Test, None, 1).unwrap().bad_rows, 1);
+        said(root, OfficialSplit::Test, 65, "1.png");
+        assert_eq!(source.load(OfficialSplit::Test, None, 1).unwrap().bad_rows, 1);
     }
 
     #[test]
@@ -1005,7 +1011,7 @@ mod tests {
             fs::create_dir_all(&folder).unwrap();
             fs::write(folder.join("0.png"), png(class)).unwrap();
         }
-        let data = Source::Path(dir.path().into()).load(Split::Train, None, 0).unwrap();
+        let data = Source::Path(dir.path().into()).load(OfficialSplit::Train, None, 0).unwrap();
         assert_eq!(data.class_names, ["0", "1", "2", "10"]);
         assert_eq!((0..4).map(|i| data.image(i)[0]).collect::<Vec<_>>(), [0, 1, 2, 10]);
     }
@@ -1025,15 +1031,18 @@ mod tests {
         };
         let labels = |values: &[i64]| Tensor::new(values, &Device::Cpu).unwrap();
         write_npz(&file, &[("image", image(&[3, 2, 4, 3])), ("label", labels(&[1, 0, 2]))]);
-        let data = Source::Path(file.clone()).load(Split::Train, None, 0).unwrap();
+        let data = Source::Path(file.clone()).load(OfficialSplit::Train, None, 0).unwrap();
         assert_eq!(data.shape, Shape { height: 2, width: 4, channels: 3 });
         assert_eq!((data.labels.clone(), data.class_names.len()), (vec![1, 0, 2], 3));
         assert_eq!(data.pixels, (0..72).collect::<Vec<u8>>());
-        assert_eq!(Source::Path(file.clone()).load(Split::Train, Some(2), 0).unwrap().labels, [1, 0]);
-        said(&file, Split::Test, 2, "has the train split only");
+        assert_eq!(Source::Path(file.clone()).load(OfficialSplit::Train, Some(2), 0).unwrap().labels, [1, 0]);
+        said(&file, OfficialSplit::Test, 2, "has the train split only");
 
         write_npz(&file, &[("image", image(&[3, 2, 2]))]);
-        assert_eq!(Source::Path(file.clone()).load(Split::Train, None, 0).unwrap().class_names, [UNLABELLED]);
+        assert_eq!(
+            Source::Path(file.clone()).load(OfficialSplit::Train, None, 0).unwrap().class_names,
+            [UNLABELLED]
+        );
         let cases: [(&[(&str, Tensor)], &str); 5] = [
             (&[("images", image(&[3, 2, 2]))], "no array 'image', found images"),
             (&[("image", image(&[3, 3, 2, 2]))], "expected u8 (n, h, w, c)"),
@@ -1043,9 +1052,9 @@ mod tests {
         ];
         for (arrays, part) in cases {
             write_npz(&file, arrays);
-            said(&file, Split::Train, 65, part);
+            said(&file, OfficialSplit::Train, 65, part);
         }
         fs::write(&file, b"PK").unwrap();
-        said(&file, Split::Train, 65, "not an .npz file");
+        said(&file, OfficialSplit::Train, 65, "not an .npz file");
     }
 }

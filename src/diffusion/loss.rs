@@ -23,13 +23,13 @@ mod tests {
     use candle_core::Device;
 
     use super::{
-        super::{Prediction, Schedule},
+        super::{NoiseSchedule, Prediction},
         *,
     };
 
     #[test]
     fn the_loss_is_the_mean_square_of_what_was_not_predicted() {
-        let schedule = Schedule::linear(10, 1e-4, 0.02).unwrap();
+        let schedule = NoiseSchedule::linear(10, 1e-4, 0.02).unwrap();
         let x = Tensor::full(0.5f32, (2, 2, 2, 1), &Device::Cpu).unwrap();
         let noise = Tensor::full(3f32, (2, 2, 2, 1), &Device::Cpu).unwrap();
         let levels = [schedule.level(0), schedule.level(7)];

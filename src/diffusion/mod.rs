@@ -11,10 +11,10 @@ mod schedule;
 mod scheduler_config;
 
 pub use loss::denoising_loss;
-pub use model::{Conditioning, DiffusionModel};
+pub use model::{ClassConditioning, DiffusionModel};
 pub use precondition::{Level, Preconditioning, Prediction, PredictionType};
 pub use process::{Process, SigmaRange, TrainingPair};
-pub use schedule::Schedule;
+pub use schedule::NoiseSchedule;
 pub use scheduler_config::{BetaSchedule, SchedulerClass, SchedulerConfig, VarianceType};
 
 #[cfg(test)]

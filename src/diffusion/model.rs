@@ -18,7 +18,7 @@ const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
 
 /// What an image is to show.
 #[derive(Clone, Debug)]
-pub enum Conditioning {
+pub enum ClassConditioning {
     /// Anything: the model knows no classes.
     None,
     /// A class for each image, `(b,)` u32.
@@ -159,14 +159,14 @@ impl DiffusionModel {
 
     /// D(x; σ): the image predicted from `x`, `(b, h, w, c)` f32, an image in [-1, 1] and `level.sigma` times its
     /// noise. Without gradients to the parameters. Returns its shape.
-    pub fn denoise(&self, x: &Tensor, level: Level, conditioning: &Conditioning) -> Result<Tensor> {
+    pub fn denoise(&self, x: &Tensor, level: Level, conditioning: &ClassConditioning) -> Result<Tensor> {
         let of = |classes: Option<&Tensor>, x: &Tensor| {
             self.prediction().denoise(x, level, &|x, t| self.predict(x, t, classes))
         };
         match conditioning {
-            Conditioning::None => of(None, x),
-            Conditioning::Classes(classes) => of(Some(classes), x),
-            Conditioning::Guided { classes, null, scale } => {
+            ClassConditioning::None => of(None, x),
+            ClassConditioning::Classes(classes) => of(Some(classes), x),
+            ClassConditioning::Guided { classes, null, scale } => {
                 let nulls = Tensor::full(*null, classes.dims(), classes.device())?;
                 // One call with twice the images, the same for each image wherever it is.
                 let both = of(Some(&Tensor::cat(&[classes, &nulls], 0)?), &Tensor::cat(&[x, x], 0)?)?;
@@ -239,12 +239,12 @@ mod tests {
         let x = Tensor::full(0.3f32, (2, 8, 8, 1), &Device::Cpu).unwrap();
         let classes = |classes: [u32; 2]| Tensor::new(&classes, &Device::Cpu).unwrap();
         let level = Level { sigma: 1.5, t: 400.0 };
-        let values = |conditioning: Conditioning| -> Vec<f32> {
+        let values = |conditioning: ClassConditioning| -> Vec<f32> {
             model.denoise(&x, level, &conditioning).unwrap().flatten_all().unwrap().to_vec1().unwrap()
         };
-        let guided = |scale| values(Conditioning::Guided { classes: classes([1, 0]), null: 2, scale });
-        let with = values(Conditioning::Classes(classes([1, 0])));
-        let without = values(Conditioning::Classes(classes([2, 2])));
+        let guided = |scale| values(ClassConditioning::Guided { classes: classes([1, 0]), null: 2, scale });
+        let with = values(ClassConditioning::Classes(classes([1, 0])));
+        let without = values(ClassConditioning::Classes(classes([2, 2])));
         assert_eq!((guided(1.0), guided(0.0)), (with.clone(), without.clone()));
         assert_ne!(with, without);
         for ((guided, with), without) in guided(3.0).iter().zip(with).zip(without) {

@@ -2,14 +2,14 @@
 
 use candle_core::Tensor;
 
-use super::{Level, Prediction, Schedule};
+use super::{Level, NoiseSchedule, Prediction};
 use crate::Result;
 
 /// The noise levels of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Process {
     /// The T steps of a variance-preserving process (Ho et al. 2020).
-    Discrete(Schedule),
+    Discrete(NoiseSchedule),
     /// Any σ between two (Karras et al. 2022).
     Continuous(SigmaRange),
 }
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn signal_and_noise_have_the_variances_of_their_step() {
-        let schedule = Schedule::linear(1000, 1e-4, 0.02).unwrap();
+        let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
         let levels = [schedule.level(99), schedule.level(999)];
         let ones = Tensor::ones((2, 1, 1, 1), DType::F32, &Device::Cpu).unwrap();
         let zeros = ones.zeros_like().unwrap();
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn the_noise_itself_is_the_target_of_its_prediction() {
-        let schedule = Schedule::linear(10, 1e-4, 0.02).unwrap();
+        let schedule = NoiseSchedule::linear(10, 1e-4, 0.02).unwrap();
         let x = Tensor::full(0.3f32, (2, 2, 2, 1), &Device::Cpu).unwrap();
         let noise = Tensor::full(-1.7f32, (2, 2, 2, 1), &Device::Cpu).unwrap();
         let levels = [schedule.level(0), schedule.level(9)];
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn training_levels_cover_the_process() {
-        let schedule = Schedule::linear(10, 1e-4, 0.02).unwrap();
+        let schedule = NoiseSchedule::linear(10, 1e-4, 0.02).unwrap();
         let discrete = Process::Discrete(schedule.clone());
         assert_eq!(discrete.training_level(27, 0.0), schedule.level(7));
         let edm = Process::Continuous(SigmaRange { min: 0.002, max: 80.0, rho: 7.0 });

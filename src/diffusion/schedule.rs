@@ -7,12 +7,12 @@ use crate::Result;
 
 /// The variances β of the forward process and their products, one a step, indexed from 0.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Schedule {
+pub struct NoiseSchedule {
     betas: Vec<f64>,
     alphas_cumprod: Vec<f64>,
 }
 
-impl Schedule {
+impl NoiseSchedule {
     /// A schedule of these variances. Fails with [`Error::Data`](crate::Error::Data) if there are none or
     /// one is not above 0 and below 1.
     pub fn new(betas: Vec<f64>) -> Result<Self> {
@@ -127,7 +127,7 @@ mod tests {
     /// Own float64 computation in numpy.
     #[test]
     fn the_linear_schedule_has_the_known_values() {
-        let schedule = Schedule::linear(1000, 1e-4, 0.02).unwrap();
+        let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
         for (t, alpha_bar) in
             [(1, 0.9997800921), (99, 0.8970181457), (499, 0.07858724288), (999, 4.035829765e-5)]
         {
@@ -139,7 +139,7 @@ mod tests {
     /// Own float64 computation of Nichol & Dhariwal 2021, Eq. 17.
     #[test]
     fn the_cosine_schedule_has_the_known_values_and_one_capped_beta() {
-        let schedule = Schedule::squared_cosine(1000).unwrap();
+        let schedule = NoiseSchedule::squared_cosine(1000).unwrap();
         close(schedule.betas()[0], 4.1284225e-5, 8);
         for (t, expected) in
             [(249, 0.84701216), (499, 0.49384359), (749, 0.1442721), (998, 2.4287669e-6), (999, 2.4287669e-9)]
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn levels_are_found_again_by_their_noise() {
-        let schedule = Schedule::linear(1000, 1e-4, 0.02).unwrap();
+        let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
         for t in [0, 1, 437, 998, 999] {
             let level = schedule.level(t);
             close(level.sigma.powi(2), 1.0 / schedule.alphas_cumprod()[t] - 1.0, 12);
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn scaled_linear_is_linear_in_the_root_and_keeps_the_ends() {
-        let betas = Schedule::scaled_linear(3, 0.01, 0.09).unwrap().betas().to_vec();
+        let betas = NoiseSchedule::scaled_linear(3, 0.01, 0.09).unwrap().betas().to_vec();
         for (found, expected) in betas.iter().zip([0.01, 0.04, 0.09]) {
             close(*found, expected, 12);
         }
@@ -174,12 +174,14 @@ mod tests {
 
     #[test]
     fn variances_outside_of_0_to_1_are_refused_by_step_and_value() {
-        let error = Schedule::new(vec![0.1, 1.5]).unwrap_err();
+        let error = NoiseSchedule::new(vec![0.1, 1.5]).unwrap_err();
         assert_eq!(error.to_string(), "beta of step 1 is 1.5, expected above 0 and below 1");
-        assert!(Schedule::new(vec![f64::NAN]).is_err());
-        assert!(Schedule::new(vec![]).is_err());
-        let error = Schedule::linear(100_000, 1e-4, 0.02).unwrap_err().to_string();
+        assert!(NoiseSchedule::new(vec![f64::NAN]).is_err());
+        assert!(NoiseSchedule::new(vec![]).is_err());
+        let error = NoiseSchedule::linear(100_000, 1e-4, 0.02).unwrap_err().to_string();
         assert!(error.contains("times the image, expected from 1e-30 to 1e30"), "{error}");
-        assert!(Schedule::linear(10_000, 1e-4, 0.02).is_ok() && Schedule::new(vec![1e-17]).is_err());
+        assert!(
+            NoiseSchedule::linear(10_000, 1e-4, 0.02).is_ok() && NoiseSchedule::new(vec![1e-17]).is_err()
+        );
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Prediction, PredictionType, Process, Schedule, SigmaRange,
+    NoiseSchedule, Prediction, PredictionType, Process, SigmaRange,
     sampler::{SamplerConfig, SamplerKind, Spacing, Variance},
 };
 use crate::{Error, Result, ResultExt, fs};
@@ -71,11 +71,11 @@ pub enum SchedulerClass {
 named! {
     /// How β grows.
     pub enum BetaSchedule {
-        /// [`Schedule::linear`].
+        /// [`NoiseSchedule::linear`].
         Linear = "linear",
-        /// [`Schedule::scaled_linear`].
+        /// [`NoiseSchedule::scaled_linear`].
         ScaledLinear = "scaled_linear",
-        /// [`Schedule::squared_cosine`].
+        /// [`NoiseSchedule::squared_cosine`].
         SquaredCosine = "squaredcos_cap_v2",
     }
 }
@@ -302,7 +302,7 @@ impl SchedulerConfig {
     }
 
     /// The noise schedule. Fails with [`Error::Data`] if a β is not above 0 and below 1.
-    fn schedule(&self) -> Result<Schedule> {
+    fn schedule(&self) -> Result<NoiseSchedule> {
         let Self { num_train_timesteps: steps, beta_start: start, beta_end: end, .. } = *self;
         if let Some(betas) = &self.trained_betas {
             if betas.len() != steps {
@@ -312,12 +312,12 @@ impl SchedulerConfig {
                     betas.len()
                 );
             }
-            return Schedule::new(betas.clone());
+            return NoiseSchedule::new(betas.clone());
         }
         match self.beta_schedule {
-            BetaSchedule::Linear => Schedule::linear(steps, start, end),
-            BetaSchedule::ScaledLinear => Schedule::scaled_linear(steps, start, end),
-            BetaSchedule::SquaredCosine => Schedule::squared_cosine(steps),
+            BetaSchedule::Linear => NoiseSchedule::linear(steps, start, end),
+            BetaSchedule::ScaledLinear => NoiseSchedule::scaled_linear(steps, start, end),
+            BetaSchedule::SquaredCosine => NoiseSchedule::squared_cosine(steps),
         }
     }
 
@@ -381,7 +381,10 @@ mod tests {
         let sampler = config.sampler();
         assert_eq!((sampler.kind, sampler.steps, sampler.clip), (SamplerKind::Ddpm, 1000, Some(1.0)));
         assert_eq!(sampler.variance, Variance::FixedLarge);
-        assert_eq!(config.process().unwrap(), Process::Discrete(Schedule::linear(1000, 1e-4, 0.02).unwrap()));
+        assert_eq!(
+            config.process().unwrap(),
+            Process::Discrete(NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap())
+        );
     }
 
     const CLASSES: [SchedulerClass; 6] = [

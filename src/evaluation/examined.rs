@@ -19,7 +19,7 @@ impl<'a> Examined<'a> {
     pub(crate) fn load(
         model: Option<&'a Path>,
         source: &data::Source,
-        split: data::Split,
+        split: data::OfficialSplit,
         limit: Option<usize>,
         max_bad: usize,
         device: &Device,
@@ -54,7 +54,7 @@ impl<'a> Examined<'a> {
     }
 
     /// What was read, for the record: the source, its split, the BLAKE3 of its files and the rows left out.
-    pub(crate) fn data_record(&self, source: &data::Source, split: data::Split) -> Result<Value> {
+    pub(crate) fn data_record(&self, source: &data::Source, split: data::OfficialSplit) -> Result<Value> {
         Ok(serde_json::json!({
             "source": source,
             "split": split,

@@ -215,7 +215,7 @@ mod tests {
     use super::*;
     use crate::{
         attack::{Counted, Epsilon, METHODS, Pgd, PgdSearch, Threat},
-        data::{Source, Split},
+        data::{OfficialSplit, Source},
         kernels, rng,
     };
 
@@ -234,7 +234,7 @@ mod tests {
 
     /// Digits with the labels that the network gives them, but for three of them.
     fn digits() -> Dataset {
-        let mut data = Source::Digits.load(Split::Test, Some(N), 0).unwrap();
+        let mut data = Source::Digits.load(OfficialSplit::Test, Some(N), 0).unwrap();
         let logits = Evaluation::new(&network, &data, &Device::Cpu).logits("", &unchanged).unwrap();
         data.labels = logits.iter().map(|z| choice(z).unwrap() as u32).collect();
         (0..3).for_each(|i| data.labels[5 * i] = (data.labels[5 * i] + 1) % 10);

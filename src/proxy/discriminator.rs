@@ -29,14 +29,14 @@ pub fn config(architecture: Architecture) -> Result<ClassifierConfig> {
 
 /// How a network is told the radius that it is to withstand.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Conditioning {
+pub enum RadiusConditioning {
     /// Not at all: it was trained for one.
     None,
     /// By one more channel of the image, the radius over the largest one everywhere: in [0, 1], as pixels are.
     Plane(f32),
 }
 
-impl Conditioning {
+impl RadiusConditioning {
     /// Channels besides those of the image.
     pub fn channels(self) -> usize {
         usize::from(self != Self::None)
@@ -59,12 +59,12 @@ impl Conditioning {
 #[derive(Clone)]
 pub struct Discriminator {
     network: Arc<Classifier>,
-    condition: Conditioning,
+    condition: RadiusConditioning,
 }
 
 impl Discriminator {
     /// The network under a condition.
-    pub fn new(network: Arc<Classifier>, condition: Conditioning) -> Self {
+    pub fn new(network: Arc<Classifier>, condition: RadiusConditioning) -> Self {
         Self { network, condition }
     }
 
@@ -110,7 +110,7 @@ mod tests {
     fn the_plane_is_one_more_channel_and_lets_the_images_gradient_through() {
         let x: Vec<f32> = (0..2 * 9).map(|i| i as f32 / 18.0).collect();
         let x = Var::from_vec(x, (2, 3, 3, 1), &Device::Cpu).unwrap();
-        let conditioned = Conditioning::Plane(0.25).apply(x.as_tensor()).unwrap();
+        let conditioned = RadiusConditioning::Plane(0.25).apply(x.as_tensor()).unwrap();
         assert_eq!(conditioned.dims(), [2, 3, 3, 2]);
         let plane = conditioned.narrow(3, 1, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(plane.iter().all(|&v| v == 0.25));

@@ -1,6 +1,6 @@
 //! A hash of an image's features: images that a network sees alike differ in few of its 64 bits.
 
-use super::quality::Features;
+use super::quality::FeatureMatrix;
 use crate::rng::{self, stream};
 
 const BITS: usize = 64;
@@ -18,7 +18,7 @@ pub struct FeatureHash {
 
 impl FeatureHash {
     /// The hash whose bits split these images in halves. Its directions are the same every time.
-    pub fn new(real: &Features) -> Self {
+    pub fn new(real: &FeatureMatrix) -> Self {
         let dim = real.dim();
         let mut directions = vec![0.0; BITS * dim];
         for (bit, direction) in (0..).zip(directions.chunks_exact_mut(dim)) {
@@ -72,7 +72,7 @@ mod tests {
     #[test]
     fn each_bit_splits_the_real_images_in_halves() {
         let real: Vec<f32> = (0..501).flat_map(|i| around(&normal(i, 20))).collect();
-        let hash = FeatureHash::new(&Features::new(20, real.clone()).unwrap());
+        let hash = FeatureHash::new(&FeatureMatrix::new(20, real.clone()).unwrap());
         for bit in 0..64 {
             let set = real.chunks_exact(20).filter(|row| hash.of(row) >> bit & 1 == 1).count();
             assert_eq!(set, 250, "bit {bit}");
@@ -83,7 +83,7 @@ mod tests {
     fn the_share_of_bits_that_differ_is_the_angle() {
         let dim = 200;
         let real: Vec<f32> = (0..2000).flat_map(|i| around(&normal(i, dim))).collect();
-        let hash = FeatureHash::new(&Features::new(dim, real).unwrap());
+        let hash = FeatureHash::new(&FeatureMatrix::new(dim, real).unwrap());
         for angle in [0.05, 0.3, 1.0, PI / 2.0] {
             let bits = (0..200u64).map(|i| {
                 let (a, b) = (normal(10_000 + 2 * i, dim), normal(10_001 + 2 * i, dim));

@@ -97,10 +97,10 @@ fn waves(count: usize, n: usize) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{Source, Split};
+    use crate::data::{OfficialSplit, Source};
 
     fn digits() -> Dataset {
-        Source::Digits.load(Split::Train, None, 0).unwrap()
+        Source::Digits.load(OfficialSplit::Train, None, 0).unwrap()
     }
 
     #[test]

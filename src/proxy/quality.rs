@@ -10,12 +10,12 @@ use crate::{Result, kernels};
 
 /// Features of images: rows of `dim` numbers.
 #[derive(Clone, Debug)]
-pub struct Features {
+pub struct FeatureMatrix {
     dim: usize,
     values: Vec<f32>,
 }
 
-impl Features {
+impl FeatureMatrix {
     /// Fails with [`Error::Data`](crate::Error::Data) unless these are finite numbers in at least two rows of `dim`.
     pub fn new(dim: usize, values: Vec<f32>) -> Result<Self> {
         if dim == 0 || !values.len().is_multiple_of(dim) || values.len() < 2 * dim {
@@ -76,7 +76,7 @@ impl Features {
 ///
 /// # Panics
 /// If the features have different numbers of columns.
-pub fn frechet_distance(a: &Features, b: &Features) -> f64 {
+pub fn frechet_distance(a: &FeatureMatrix, b: &FeatureMatrix) -> f64 {
     assert_eq!(a.dim, b.dim, "columns of features");
     let ((mean_a, cov_a), (mean_b, cov_b)) = (a.moments(), b.moments());
     // The trace of (Σ₁ Σ₂)^½ is that of (Σ₁^½ Σ₂ Σ₁^½)^½, of a symmetric matrix.
@@ -94,12 +94,12 @@ const TILE: usize = 256;
 
 /// Squared distances of each row of `a` to all rows of `b`, row by row.
 fn distances<T: Send>(
-    a: &Features,
-    b: &Features,
+    a: &FeatureMatrix,
+    b: &FeatureMatrix,
     body: impl Fn(usize, &[f32]) -> T + Sync,
 ) -> Result<Vec<T>> {
     let (left, right) = (a.tensor()?, b.tensor()?);
-    let squares = |f: &Features| -> Vec<f32> {
+    let squares = |f: &FeatureMatrix| -> Vec<f32> {
         f.values.chunks_exact(f.dim).map(|row| row.iter().map(|v| v * v).sum()).collect()
     };
     let (of_a, of_b) = (squares(a), squares(b));
@@ -123,7 +123,7 @@ fn distances<T: Send>(
 /// distance of one of them to its `k`-th neighbour among them (their k: 3).
 ///
 /// Fails with [`Error::Usage`](crate::Error::Usage) if there are not more than `k` images of each kind.
-pub fn precision_recall(real: &Features, synthetic: &Features, k: usize) -> Result<(f64, f64)> {
+pub fn precision_recall(real: &FeatureMatrix, synthetic: &FeatureMatrix, k: usize) -> Result<(f64, f64)> {
     if k == 0 || real.len() <= k || synthetic.len() <= k {
         bail!(
             Usage,
@@ -132,14 +132,14 @@ pub fn precision_recall(real: &Features, synthetic: &Features, k: usize) -> Resu
             synthetic.len()
         );
     }
-    let radii = |f: &Features| {
+    let radii = |f: &FeatureMatrix| {
         distances(f, f, |i, row| {
             let mut others = row.to_vec();
             others.swap_remove(i);
             *others.select_nth_unstable_by(k - 1, f32::total_cmp).1
         })
     };
-    let share = |of: &Features, among: &Features| -> Result<f64> {
+    let share = |of: &FeatureMatrix, among: &FeatureMatrix| -> Result<f64> {
         let radii = radii(among)?;
         let inside = distances(of, among, |_, row| row.iter().zip(&radii).any(|(d, radius)| d <= radius))?;
         Ok(inside.iter().filter(|inside| **inside).count() as f64 / of.len() as f64)
@@ -152,13 +152,13 @@ mod tests {
     use super::*;
     use crate::rng;
 
-    fn normals(seed: u64, rows: usize, scales: &[f32], shift: f32) -> Features {
+    fn normals(seed: u64, rows: usize, scales: &[f32], shift: f32) -> FeatureMatrix {
         let mut values = vec![0.0; rows * scales.len()];
         rng::normals(seed, 0, 0, &mut values);
         for row in values.chunks_exact_mut(scales.len()) {
             row.iter_mut().zip(scales).for_each(|(v, scale)| *v = *v * scale + shift);
         }
-        Features::new(scales.len(), values).unwrap()
+        FeatureMatrix::new(scales.len(), values).unwrap()
     }
 
     /// Dowson & Landau 1982: independent columns have Σ (μ₁ - μ₂)² + (σ₁ - σ₂)².
@@ -174,8 +174,8 @@ mod tests {
     /// numpy's `cov`, and the roots of `eigvals` of the covariances' product.
     #[test]
     fn correlated_columns_are_not_treated_as_independent() {
-        let a = Features::new(2, vec![0., 0., 1., 1., 2., 2.5, 3., 2.5]).unwrap();
-        let b = Features::new(2, vec![0., 3., 1., 2., 2., 0.5, 3., 0.5]).unwrap();
+        let a = FeatureMatrix::new(2, vec![0., 0., 1., 1., 2., 2.5, 3., 2.5]).unwrap();
+        let b = FeatureMatrix::new(2, vec![0., 3., 1., 2., 2., 0.5, 3., 0.5]).unwrap();
         let found = frechet_distance(&a, &b);
         assert!((found - 4.305745823233927).abs() < 1e-6, "{found}");
     }
@@ -197,7 +197,7 @@ mod tests {
     /// By hand: on a line at 0, 1, 3 with k = 1 the radii are 1, 1, 2.
     #[test]
     fn a_ball_reaches_to_the_kth_neighbour() {
-        let on_line = |at: &[f32]| Features::new(1, at.to_vec()).unwrap();
+        let on_line = |at: &[f32]| FeatureMatrix::new(1, at.to_vec()).unwrap();
         let real = on_line(&[0.0, 1.0, 3.0]);
         let (precision, _) = precision_recall(&real, &on_line(&[-1.5, -1.0, 4.9, 5.5]), 1).unwrap();
         assert_eq!(precision, 0.5);
@@ -205,8 +205,8 @@ mod tests {
 
     #[test]
     fn features_that_are_no_numbers_are_refused() {
-        let error = Features::new(2, vec![0.0, 1.0, f32::NAN, 2.0]).unwrap_err().to_string();
+        let error = FeatureMatrix::new(2, vec![0.0, 1.0, f32::NAN, 2.0]).unwrap_err().to_string();
         assert_eq!(error, "a feature of image 1 is NaN, expected a finite number");
-        assert!(Features::new(2, vec![0.0; 3]).is_err() && Features::new(2, vec![0.0; 2]).is_err());
+        assert!(FeatureMatrix::new(2, vec![0.0; 3]).is_err() && FeatureMatrix::new(2, vec![0.0; 2]).is_err());
     }
 }

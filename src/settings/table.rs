@@ -7,7 +7,8 @@ use toml::{Table, Value};
 use super::flags::{Settings, from_flags};
 
 /// Old keys whose new place does not follow from their name.
-const RENAMED: [(&str, &str); 1] = [("cosine", "schedule.kind")];
+const RENAMED: [(&str, &str); 3] =
+    [("cosine", "schedule.kind"), ("split", "official_split"), ("part", "official_split")];
 
 /// Settings as `given`, and as the flags have them where it says nothing. `name` is that of the table, for messages.
 ///

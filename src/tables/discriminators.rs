@@ -19,7 +19,7 @@ use crate::{
     proxy::{
         REAL, SYNTHETIC,
         calibration::Calibration,
-        discriminator::{Conditioning, Discriminator},
+        discriminator::{Discriminator, RadiusConditioning},
         fold::fold_of,
     },
     stage::Input,
@@ -39,7 +39,7 @@ pub struct SetsRecord {
     pub epsilons: Vec<Epsilon>,
     /// Folds of the pool that rank; one more fold is the judges'.
     pub folds: usize,
-    /// One network a set for all radii, see [`Conditioning::Plane`]; else one for each.
+    /// One network a set for all radii, see [`RadiusConditioning::Plane`]; else one for each.
     pub conditioned: bool,
     /// The ranking sets in the order of their folds, then the judges, if there are any: a record for each radius.
     pub sets: Vec<Vec<NetRecord>>,
@@ -119,12 +119,12 @@ impl Discriminators {
 }
 
 /// What a network of the set is told at a radius of the grid.
-pub(crate) fn condition(conditioned: bool, epsilons: &[Epsilon], radius: usize) -> Conditioning {
+pub(crate) fn condition(conditioned: bool, epsilons: &[Epsilon], radius: usize) -> RadiusConditioning {
     let largest = epsilons.iter().map(|e| e.get()).fold(0.0, f64::max);
     if conditioned {
-        Conditioning::Plane((epsilons[radius].get() / largest) as f32)
+        RadiusConditioning::Plane((epsilons[radius].get() / largest) as f32)
     } else {
-        Conditioning::None
+        RadiusConditioning::None
     }
 }
 

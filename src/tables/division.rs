@@ -65,7 +65,7 @@ impl Real {
     /// Fails with [`crate::Error::Data`] if the data has changed since.
     pub fn load(dir: &Path) -> Result<Self> {
         let division = Division::read(dir)?;
-        let found = division.source.fingerprint(data::Split::Train)?;
+        let found = division.source.fingerprint(data::OfficialSplit::Train)?;
         if found != division.source_fingerprint {
             bail!(
                 Data,
@@ -110,10 +110,10 @@ impl Real {
 
 /// The fingerprint of the test files, if there are any.
 pub(crate) fn test_fingerprint(source: &Source) -> Result<Option<String>> {
-    source.has(data::Split::Test).then(|| source.fingerprint(data::Split::Test)).transpose()
+    source.has(data::OfficialSplit::Test).then(|| source.fingerprint(data::OfficialSplit::Test)).transpose()
 }
 
 /// The training images that are divided.
 pub(crate) fn load_train(source: &Source, limit: usize, max_bad: usize) -> Result<Dataset> {
-    source.load(data::Split::Train, (limit > 0).then_some(limit), max_bad)
+    source.load(data::OfficialSplit::Train, (limit > 0).then_some(limit), max_bad)
 }

@@ -17,7 +17,7 @@ use crate::{
         extractor::Extractor,
         feature_hash::FeatureHash,
         fold::in_sample,
-        quality::{Features, precision_recall},
+        quality::{FeatureMatrix, precision_recall},
     },
     rng::spread,
 };
@@ -88,7 +88,7 @@ impl Sampler {
     /// The hash of features whose bits split the real images that were kept.
     pub(crate) fn hash(&self, out: &Path) -> Result<FeatureHash> {
         let (_, dim, real) = read(&out.join(FOLDER).join(REAL))?;
-        Ok(FeatureHash::new(&Features::new(dim, real)?))
+        Ok(FeatureHash::new(&FeatureMatrix::new(dim, real)?))
     }
 
     /// The hashes of images' features.
@@ -203,9 +203,12 @@ pub(crate) fn measure(
     }
     let chosen = spread(before.len(), after.len(), 0);
     let before: Vec<f32> = chosen.into_iter().flat_map(|i| std::mem::take(&mut before[i])).collect();
-    let (real, before, after) =
-        (Features::new(dim, real)?, Features::new(dim, before)?, Features::new(dim, after.concat())?);
-    let of = |features: &Features| -> Result<[f64; 2]> {
+    let (real, before, after) = (
+        FeatureMatrix::new(dim, real)?,
+        FeatureMatrix::new(dim, before)?,
+        FeatureMatrix::new(dim, after.concat())?,
+    );
+    let of = |features: &FeatureMatrix| -> Result<[f64; 2]> {
         let (precision, recall) = precision_recall(&real, features, NEIGHBOURS)?;
         Ok([precision, recall])
     };

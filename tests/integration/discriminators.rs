@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use proxyset::data::{Source, Split, encode_png};
+use proxyset::data::{OfficialSplit, Source, encode_png};
 use serde_json::Value;
 
 use crate::run::{fails, made, ok};
@@ -14,7 +14,7 @@ const REAL: usize = 718;
 /// each radius on stopping images of the sets that rank. Split, pool and discriminators are in folders of `dir`.
 fn told_apart(dir: &Path, least: u8, epsilons: &str) -> Vec<Vec<f64>> {
     let path = |name: &str| dir.join(format!("{name}-{least}")).display().to_string();
-    let digits = "builtin:digits".parse::<Source>().unwrap().load(Split::Train, None, 0).unwrap();
+    let digits = "builtin:digits".parse::<Source>().unwrap().load(OfficialSplit::Train, None, 0).unwrap();
     let folder = dir.join(format!("folder-{least}"));
     for (i, label) in digits.labels.iter().enumerate().skip(REAL) {
         let class = folder.join(label.to_string());

@@ -1,6 +1,6 @@
 //! Networks of the Hub in the place of a classifier: `make test-extractors`.
 
-use proxyset::data::{Source, Split, encode_png};
+use proxyset::data::{OfficialSplit, Source, encode_png};
 use serde_json::Value;
 
 use crate::run::{made, ok};
@@ -17,7 +17,10 @@ fn summary(args: &str) -> Value {
 fn quality_in_the_features_of_a_network_of_the_hub() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
-    ok(&format!("import --source builtin:digits --part test --shard-rows 100 --out {}", path("digits")));
+    ok(&format!(
+        "import --source builtin:digits --official-split test --shard-rows 100 --out {}",
+        path("digits")
+    ));
     let of = |pool: &str, out: &str| {
         summary(&format!("quality --pool {pool} --classifier {CLIP} --max-manifold 150 --out {}", path(out)))
     };
@@ -36,7 +39,7 @@ fn quality_in_the_features_of_a_network_of_the_hub() {
 fn what_a_network_of_the_hub_sees_alike_is_a_near_duplicate() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
-    let digits = "builtin:digits".parse::<Source>().unwrap().load(Split::Test, None, 0).unwrap();
+    let digits = "builtin:digits".parse::<Source>().unwrap().load(OfficialSplit::Test, None, 0).unwrap();
     for (i, label) in digits.labels.iter().enumerate().take(40) {
         let class = dir.path().join("twins").join(label.to_string());
         std::fs::create_dir_all(&class).unwrap();

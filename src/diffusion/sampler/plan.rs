@@ -3,7 +3,7 @@
 use super::{SamplerConfig, SamplerKind, Spacing};
 use crate::{
     Result,
-    diffusion::{Level, Process, Schedule, SigmaRange, process::continuous_level},
+    diffusion::{Level, NoiseSchedule, Process, SigmaRange, process::continuous_level},
 };
 
 /// The ρ of Karras' levels on a discrete schedule.
@@ -78,7 +78,7 @@ impl Plan {
         Ok(Self { strides: Self::through(&levels), initial_scale: (1.0 + range.max * range.max).sqrt() })
     }
 
-    fn discrete(config: &SamplerConfig, schedule: &Schedule) -> Result<Self> {
+    fn discrete(config: &SamplerConfig, schedule: &NoiseSchedule) -> Result<Self> {
         let times = config.timesteps(schedule)?;
         let mut levels: Vec<Level> = times.iter().map(|&t| schedule.level_between(t)).collect();
         let by_sigma = matches!(config.kind, SamplerKind::Euler | SamplerKind::Heun);
@@ -122,7 +122,7 @@ impl SamplerConfig {
     /// linspace spacing with Euler and Heun.
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) if `steps` or `steps_offset` do not fit the schedule.
-    pub fn timesteps(&self, schedule: &Schedule) -> Result<Vec<f64>> {
+    pub fn timesteps(&self, schedule: &NoiseSchedule) -> Result<Vec<f64>> {
         let (n, total) = (self.steps, schedule.len());
         if n == 0 || n > total {
             bail!(Usage, "the sampler's steps are {n}, expected from 1 to {total}, the steps in training");

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use super::*;
-use crate::diffusion::{Level, Process, Schedule, SigmaRange};
+use crate::diffusion::{Level, NoiseSchedule, Process, SigmaRange};
 
 fn ddpm(steps: usize, variance: Variance) -> SamplerConfig {
     SamplerConfig {
@@ -30,8 +30,8 @@ fn ddim(steps: usize, eta: f64) -> SamplerConfig {
 const SOLVERS: [SamplerKind; 4] =
     [SamplerKind::DpmSolver, SamplerKind::Ipndm, SamplerKind::Heun, SamplerKind::Euler];
 
-fn schedule() -> Schedule {
-    Schedule::linear(1000, 1e-4, 0.02).unwrap()
+fn schedule() -> NoiseSchedule {
+    NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap()
 }
 
 fn discrete() -> Process {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Result,
-    curate::{Arm, Comparison, Condition, Gate, Group, NearDuplicates, PASSED, keep_first, repeated},
+    curate::{Arm, Condition, Gate, Group, NearDuplicates, Operator, PASSED, keep_first, repeated},
     error::expect_within as expect,
     settings,
     stage::{AnyStage, Input, Job, Outcome, Stage, note},
@@ -33,7 +33,7 @@ pub struct Curate {
     #[arg(long)]
     pub scores: Option<PathBuf>,
     /// What ranks.
-    #[arg(long, value_parser = settings::named::<Arm>(), default_value_t = Arm::Arc)]
+    #[arg(long, value_parser = settings::named::<Arm>(), default_value_t = Arm::Score)]
     pub arm: Arm,
     /// How many of each class are kept; 0 to use keep_total or keep_fraction.
     #[arg(long, default_value_t = 0)]
@@ -282,17 +282,17 @@ impl Curate {
             |reason, column: &str, comparison, value| gate(reason, Condition::new(column, comparison, value));
         let (copy, least) = (self.copy_tolerance, self.min_memorization_ratio);
         let mut gates = vec![
-            number("not-finite", SCORE, Comparison::Less, f64::INFINITY),
-            number("not-finite", CONFIDENCE, Comparison::Less, f64::INFINITY),
-            Gate { null_passes: true, ..number("test-copy", TEST_COPY_DISTANCE, Comparison::More, copy) },
-            number("train-copy", TRAIN_COPY_DISTANCE, Comparison::More, copy),
-            number("memorized", MEMORIZATION_RATIO, Comparison::AtLeast, least),
+            number("not-finite", SCORE, Operator::Less, f64::INFINITY),
+            number("not-finite", CONFIDENCE, Operator::Less, f64::INFINITY),
+            Gate { null_passes: true, ..number("test-copy", TEST_COPY_DISTANCE, Operator::More, copy) },
+            number("train-copy", TRAIN_COPY_DISTANCE, Operator::More, copy),
+            number("memorized", MEMORIZATION_RATIO, Operator::AtLeast, least),
         ];
         if self.require_agreement {
             gates.push(gate("label-disagrees", Condition::is(AGREES, true)));
         }
-        gates.push(number("low-confidence", CONFIDENCE, Comparison::AtLeast, self.min_confidence));
-        gates.push(number("high-score", SCORE, Comparison::AtMost, self.max_score));
+        gates.push(number("low-confidence", CONFIDENCE, Operator::AtLeast, self.min_confidence));
+        gates.push(number("high-score", SCORE, Operator::AtMost, self.max_score));
         gates.extend(self.filter.iter().map(|filter| gate(&format!("not {filter}"), filter.clone())));
         gates
     }

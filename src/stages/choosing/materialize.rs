@@ -296,7 +296,7 @@ impl Materialize {
                 format!("Images made by a diffusion model of {real}")
             },
             selected = match record.arm {
-                Arm::Arc => "those that robust discriminators find closest to the real ones",
+                Arm::Score => "those that robust discriminators find closest to the real ones",
                 Arm::Confidence => "those of which a classifier is surest",
                 Arm::Rejection => "drawn with the density ratios that robust discriminators give them",
                 Arm::Random => "a random part",

@@ -54,7 +54,7 @@ pub struct ArcAttackSettings {
 /// and a synthetic one's 1. ARC is blind to labels: see the agreement that label reports.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[command(mut_args(settings::defaults(&[("attack_steps", "20", &[])])))]
-pub struct Arc {
+pub struct EstimateArc {
     /// The folder of a finished split: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
@@ -85,7 +85,7 @@ pub struct Arc {
     pub seed: u64,
 }
 
-impl Arc {
+impl EstimateArc {
     /// The attack at one radius.
     fn attack(&self, norm: Norm, epsilon: Epsilon) -> Result<PgdSearch> {
         let pgd = self.attack.steps.pgd(norm, epsilon, self.seed)?;
@@ -115,7 +115,7 @@ struct Sides {
 
 /// The attack on one discriminator.
 struct Trial<'a> {
-    arc: &'a Arc,
+    arc: &'a EstimateArc,
     net: &'a Discriminator,
     pgd: PgdSearch,
     job: &'a Job,
@@ -171,7 +171,7 @@ impl Trial<'_> {
     }
 }
 
-impl Stage for Arc {
+impl Stage for EstimateArc {
     const NAME: &'static str = "arc";
     const ABOUT: &'static str =
         "Estimate ARC, the area under the robust discrimination curve, or rank sample sets by it.";

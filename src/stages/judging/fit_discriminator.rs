@@ -429,14 +429,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        data::{Source, Split, decode_as, encode_png, to_tensor, to_u8},
+        data::{OfficialSplit, Source, decode_as, encode_png, to_tensor, to_u8},
         nn::{Architecture, SmallCnnConfig},
-        proxy::discriminator::Conditioning,
+        proxy::discriminator::RadiusConditioning,
         rng::Stream,
     };
 
     fn digits(n: usize) -> Dataset {
-        Source::Digits.load(Split::Train, Some(n), 0).unwrap()
+        Source::Digits.load(OfficialSplit::Train, Some(n), 0).unwrap()
     }
 
     fn network(images: &Dataset) -> Discriminator {
@@ -448,7 +448,10 @@ mod tests {
             groups: 8,
         });
         let config = discriminator::config(architecture).unwrap();
-        Discriminator::new(Arc::new(Classifier::init(config, 3, &Device::Cpu).unwrap()), Conditioning::None)
+        Discriminator::new(
+            Arc::new(Classifier::init(config, 3, &Device::Cpu).unwrap()),
+            RadiusConditioning::None,
+        )
     }
 
     #[test]

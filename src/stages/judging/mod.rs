@@ -12,6 +12,6 @@ register_stages!(
     quality::Quality,
     fit_discriminator::FitDiscriminator,
     score::Score,
-    arc::Arc,
+    arc::EstimateArc,
     rank::Rank
 );

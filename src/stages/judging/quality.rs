@@ -15,7 +15,7 @@ use crate::{
     proxy::{
         extractor::Extractor,
         fold::uid_order,
-        quality::{Features, frechet_distance, precision_recall},
+        quality::{FeatureMatrix, frechet_distance, precision_recall},
     },
     rng::{Permutation, spread},
     settings,
@@ -49,8 +49,8 @@ pub struct Quality {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to compare with.
-    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
-    pub split: data::Split,
+    #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
+    pub official_split: data::OfficialSplit,
     /// Use only the first N real images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
@@ -93,7 +93,8 @@ impl Stage for Quality {
             bail!(Usage, "classifier is not set, expected the folder of a classifier")
         };
         let network = Extractor::load(dir, &job.device)?;
-        let real = self.data.load(self.split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        let real =
+            self.data.load(self.official_split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
         network.expect_shape(dir, &"the pool", pool.info.shape)?;
         network.expect_shape(dir, &"the real data", real.shape)?;
         if let Some(classifier) = network.classifier() {
@@ -181,7 +182,7 @@ impl Stage for Quality {
                 "dimension": real_features.dim(),
                 "classifier_blake3": fs::hash_file(&dir.join("model.safetensors"))?.0,
             },
-            "real": { "split": self.split, "blake3": self.data.fingerprint(self.split)? },
+            "real": { "split": self.official_split, "blake3": self.data.fingerprint(self.official_split)? },
         });
         fs::publish_json(&out.join("quality.json"), &summary)?;
         Ok(Outcome::Done(summary))
@@ -210,7 +211,7 @@ impl Seen {
         Ok(())
     }
 
-    fn finish(self) -> Result<(Features, Vec<u32>)> {
-        Ok((Features::new(self.dim, self.features)?, self.classes))
+    fn finish(self) -> Result<(FeatureMatrix, Vec<u32>)> {
+        Ok((FeatureMatrix::new(self.dim, self.features)?, self.classes))
     }
 }

@@ -85,8 +85,8 @@ impl RealImages {
         if test_fingerprint(source)? != real.division.test_fingerprint {
             bail!(Data, "the test split of {source} has changed since it was split; split it again");
         }
-        let test = if source.has(data::Split::Test) {
-            let test = source.load(data::Split::Test, None, real.division.max_bad)?;
+        let test = if source.has(data::OfficialSplit::Test) {
+            let test = source.load(data::OfficialSplit::Test, None, real.division.max_bad)?;
             if test.shape != real.train.shape {
                 bail!(
                     Data,

@@ -55,8 +55,8 @@ pub struct Certify {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to measure on. Test is for measuring, never to choose anything.
-    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
-    pub split: data::Split,
+    #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
+    pub official_split: data::OfficialSplit,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
@@ -179,7 +179,8 @@ impl Stage for Certify {
         let started = Instant::now();
         let limit = (self.limit > 0).then_some(self.limit);
         let model = self.model.as_deref();
-        let examined = Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
+        let examined =
+            Examined::load(model, &self.data, self.official_split, limit, self.max_bad, &job.device)?;
         let Examined { classifier, data, .. } = &examined;
 
         let out = job.open()?;
@@ -243,7 +244,7 @@ impl Stage for Certify {
             "certified": table,
             "smoothing": { "sigma": self.sigma, "n0": self.n0(), "n": self.n, "alpha": self.alpha },
             "seed": self.seed,
-            "data": examined.data_record(&self.data, self.split)?,
+            "data": examined.data_record(&self.data, self.official_split)?,
             "model_blake3": examined.model_blake3()?,
             "seconds": started.elapsed().as_secs_f64(),
         });

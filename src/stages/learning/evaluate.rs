@@ -40,8 +40,8 @@ pub struct Evaluate {
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
     /// The official split to measure on. Test is for measuring, never to choose anything.
-    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Test)]
-    pub split: data::Split,
+    #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
+    pub official_split: data::OfficialSplit,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
@@ -116,7 +116,8 @@ impl Stage for Evaluate {
         let started = Instant::now();
         let limit = (self.limit > 0).then_some(self.limit);
         let model = self.model.as_deref();
-        let examined = Examined::load(model, &self.data, self.split, limit, self.max_bad, &job.device)?;
+        let examined =
+            Examined::load(model, &self.data, self.official_split, limit, self.max_bad, &job.device)?;
         let Examined { dir, classifier, data } = &examined;
         let train = TrainRecord::read_if_there(dir)?;
 
@@ -189,7 +190,7 @@ impl Stage for Evaluate {
             perturbation,
             warnings,
             seconds: started.elapsed().as_secs_f64(),
-            data: examined.data_record(&self.data, self.split)?,
+            data: examined.data_record(&self.data, self.official_split)?,
             model_blake3: examined.model_blake3()?,
         };
         let robust = (0..data.len()).map(|row| right[row] && broken_by[row].is_none());

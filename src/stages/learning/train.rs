@@ -171,7 +171,7 @@ impl Train {
             let folder = dataset_folder(dir);
             let arm = arm_of(&folder)?;
             let source: Source = folder.to_string_lossy().parse().map_err(Error::Usage)?;
-            let synthetic = source.load(data::Split::Train, None, 0)?;
+            let synthetic = source.load(data::OfficialSplit::Train, None, 0)?;
             if synthetic.shape != real.shape || synthetic.class_names != real.class_names {
                 bail!(
                     Data,

@@ -11,7 +11,7 @@ use crate::{
     Result,
     data::{Dataset, Range, Shape, augmented, encode_png, gaussian_noise, grid, to_tensor, to_u8},
     diffusion::{
-        Conditioning, DiffusionModel, Level, Process, TrainingPair, denoising_loss,
+        ClassConditioning, DiffusionModel, Level, Process, TrainingPair, denoising_loss,
         sampler::{Plan, SamplerConfig, SamplerKind, Start, sample},
     },
     error::expect_within as expect,
@@ -171,9 +171,9 @@ impl FitGenerator {
             let ids: Vec<u64> = (0..columns).map(|column| (row * columns + column) as u64).collect();
             let noise = gaussian_noise(self.seed, &ids, stream::INITIAL, shape, device)?;
             let conditioning = if self.conditional {
-                Conditioning::Classes(Tensor::new((0..columns as u32).collect::<Vec<_>>(), device)?)
+                ClassConditioning::Classes(Tensor::new((0..columns as u32).collect::<Vec<_>>(), device)?)
             } else {
-                Conditioning::None
+                ClassConditioning::None
             };
             let images = sample(
                 &config,

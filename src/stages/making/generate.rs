@@ -20,7 +20,7 @@ use crate::{
     data::{Range, Shape, from_chw, gaussian_noise, to_u8},
     device::all_of_class,
     diffusion::{
-        Conditioning, DiffusionModel,
+        ClassConditioning, DiffusionModel,
         sampler::{Plan, SamplerConfig, Start, Trajectory, sample},
     },
     error::expect_within as expect,
@@ -588,12 +588,12 @@ impl Worker<'_> {
             let classes = Tensor::new(samples.iter().map(|s| (s % n) as u32).collect::<Vec<_>>(), device)?;
             match self.run.null_class {
                 Some(null) if config.guidance != 1.0 => {
-                    Conditioning::Guided { classes, null, scale: config.guidance }
+                    ClassConditioning::Guided { classes, null, scale: config.guidance }
                 }
-                _ => Conditioning::Classes(classes),
+                _ => ClassConditioning::Classes(classes),
             }
         } else {
-            Conditioning::None
+            ClassConditioning::None
         };
         let mut saved = Instant::now();
         let images = sample(

@@ -27,8 +27,8 @@ pub struct Import {
     #[arg(long)]
     pub source: Option<Source>,
     /// Which official split of it.
-    #[arg(long, value_parser = settings::named::<data::Split>(), default_value_t = data::Split::Train)]
-    pub part: data::Split,
+    #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Train)]
+    pub official_split: data::OfficialSplit,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
@@ -51,14 +51,15 @@ impl Stage for Import {
 
     fn amount(&self) -> String {
         let source = self.source.as_ref().map_or("(source is not set)".into(), Source::to_string);
-        format!("the {} images of {source}", self.part)
+        format!("the {} images of {source}", self.official_split)
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let Some(source) = &self.source else {
             bail!(Usage, "source is not set, expected images: Parquet, a folder or an .npz file")
         };
-        let images = source.load(self.part, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        let images =
+            source.load(self.official_split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
         let labelled = images.class_names != [UNLABELLED];
         let info = PoolInfo {
             schema: "proxyset.pool/1".into(),
@@ -69,7 +70,7 @@ impl Stage for Import {
             named: labelled && images.class_names.iter().enumerate().any(|(i, name)| *name != i.to_string()),
             conditional: labelled,
             generator: job.fingerprint.clone(),
-            sampler: json!({ IMPORTED: source.fingerprint(self.part)? }),
+            sampler: json!({ IMPORTED: source.fingerprint(self.official_split)? }),
             seed: 0,
         };
         let out = job.open()?;

@@ -73,7 +73,7 @@ impl Stage for Split {
             source: self.source.clone(),
             limit: self.limit,
             max_bad: self.max_bad,
-            source_fingerprint: self.source.fingerprint(data::Split::Train)?,
+            source_fingerprint: self.source.fingerprint(data::OfficialSplit::Train)?,
             test_fingerprint: test_fingerprint(&self.source)?,
             class_names: train.class_names.clone(),
             fit,

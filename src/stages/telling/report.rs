@@ -225,7 +225,7 @@ type Places = Vec<(usize, usize)>;
 /// Where the lowest- and the highest-scored images of each class that has any are.
 fn extremes(scores: &Path, per_class: usize) -> Result<Vec<[Places; 2]>> {
     let tables = ScoreTables::open(Some(scores))?;
-    let scored = tables.load(&[], Arm::Arc, 0)?;
+    let scored = tables.load(&[], Arm::Score, 0)?;
     let mut by_class: Vec<Vec<usize>> = vec![Vec::new(); tables.classes.len()];
     for (row, &class) in scored.labels.iter().enumerate().filter(|(row, _)| scored.scores[*row].is_finite()) {
         by_class[usize::from(class)].push(row);
