@@ -110,7 +110,7 @@ impl Op<1> for Activation {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
+    use candle_core::{CudaStorage, Layout, Tensor};
 
     use super::{
         super::{

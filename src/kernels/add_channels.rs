@@ -77,7 +77,7 @@ impl Op<2> for AddChannels {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use candle_core::{CudaStorage, D, Layout, Result, Shape, Tensor};
+    use candle_core::{CudaStorage, D, Layout, Tensor};
 
     use super::{
         super::{

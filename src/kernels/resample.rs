@@ -183,7 +183,7 @@ impl Op<1> for WindowPool {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
+    use candle_core::{CudaStorage, Layout, Shape, Tensor};
 
     use super::{
         super::{

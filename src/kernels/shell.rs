@@ -286,7 +286,8 @@ macro_rules! custom_op {
                 dy: &Tensor,
             ) -> candle_core::Result<$gradients> {
                 let [$x, $($y),*] = gradients(&self.0, [$x, $($y),*], out, dy)?;
-                Ok(($x $(, $y)*))
+                let gradients = ($x $(, $y)*);
+                Ok(gradients)
             }
         }
 
@@ -330,7 +331,8 @@ macro_rules! custom_op {
                 dy: &Tensor,
             ) -> candle_core::Result<$gradients> {
                 let [$x, $($y),*] = cuda_gradients(&self.0, [$x, $($y),*], out, dy)?;
-                Ok(($x $(, $y)*))
+                let gradients = ($x $(, $y)*);
+                Ok(gradients)
             }
         }
 

@@ -9,7 +9,7 @@ pub(super) mod norm;
 use std::sync::Arc;
 
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Layout, Shape, Storage, Tensor,
+    CudaDevice, CudaStorage, Device, Layout, Shape, Storage, Tensor,
     cuda_backend::{
         CudaDType,
         cudarc::{
