@@ -112,12 +112,10 @@ impl Op<1> for Activation {
 mod gpu {
     use candle_core::{CudaStorage, Layout, Tensor};
 
-    use super::{
-        super::{
-            cuda::{elementwise, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
-            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
-        },
-        Activation,
+    use crate::kernels::{
+        activation::Activation,
+        cuda::{elementwise, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
+        shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
     };
 
     impl CudaNode<1> for Activation {
