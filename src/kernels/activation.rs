@@ -110,14 +110,12 @@ impl Op<1> for Activation {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
+    use candle_core::{CudaStorage, Layout, Tensor};
 
-    use super::{
-        super::{
-            cuda::{elementwise, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
-            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
-        },
-        Activation,
+    use crate::kernels::{
+        activation::Activation,
+        cuda::{elementwise, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
+        shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
     };
 
     impl CudaNode<1> for Activation {

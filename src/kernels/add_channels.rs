@@ -77,18 +77,16 @@ impl Op<2> for AddChannels {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use candle_core::{CudaStorage, D, Layout, Result, Shape, Tensor};
+    use candle_core::{CudaStorage, D, Layout, Tensor};
 
-    use super::{
-        super::{
-            cuda::{
-                count32, kernel_of, launch,
-                norm::{Sizes, moments_of},
-                per_segment, uninitialized, view, with_element,
-            },
-            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
+    use crate::kernels::{
+        add_channels::AddChannels,
+        cuda::{
+            count32, kernel_of, launch,
+            norm::{Sizes, moments_of},
+            per_segment, uninitialized, view, with_element,
         },
-        AddChannels,
+        shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
     };
 
     impl CudaNode<2> for AddChannels {

@@ -131,12 +131,10 @@ mod gpu {
         CudaStorage, D, Layout, Result, Shape, Tensor, cuda_backend::cudarc::driver::LaunchConfig,
     };
 
-    use super::{
-        super::{
-            cuda::{config, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
-            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
-        },
-        Softmax,
+    use crate::kernels::{
+        attention::Softmax,
+        cuda::{config, kernel_of, launch, tensor, uninitialized, view, with_element, with_views},
+        shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
     };
 
     /// The rows and columns, and a warp for each row.

@@ -82,7 +82,7 @@ pub fn normal_images(
 mod gpu {
     use candle_core::{CudaDevice, Result, Tensor};
 
-    use super::super::cuda::{count32, elementwise, kernel, launch, per_segment, tensor, uninitialized};
+    use crate::kernels::cuda::{count32, elementwise, kernel, launch, per_segment, tensor, uninitialized};
 
     type Dims = (usize, usize, usize, usize);
 

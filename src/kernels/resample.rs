@@ -183,17 +183,14 @@ impl Op<1> for WindowPool {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
+    use candle_core::{CudaStorage, Layout, Shape, Tensor};
 
-    use super::{
-        super::{
-            cuda::{
-                count32, elementwise, kernel_of, launch, tensor, uninitialized, view, with_element,
-                with_views,
-            },
-            shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
+    use crate::kernels::{
+        cuda::{
+            count32, elementwise, kernel_of, launch, tensor, uninitialized, view, with_element, with_views,
         },
-        Upsample,
+        resample::Upsample,
+        shell::{CudaBackward, CudaGradients, CudaNode, CudaOutput},
     };
 
     impl CudaNode<1> for Upsample {

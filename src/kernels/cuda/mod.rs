@@ -10,7 +10,7 @@ pub(super) mod product;
 use std::sync::Arc;
 
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Layout, Shape, Storage, Tensor,
+    CudaDevice, CudaStorage, Device, Layout, Shape, Storage, Tensor,
     cuda_backend::{
         CudaDType,
         cudarc::{

@@ -110,7 +110,7 @@ pub(super) use x86::{Ymm, Zmm};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Vector;
+    use crate::kernels::microkernel::vector::Vector;
 
     macro_rules! register {
         ($name:ident, $register:ty, $lanes:literal, $level:literal, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident,
