@@ -128,20 +128,20 @@ pub trait Search {
     fn found(&self) -> Option<&[f32]>;
 }
 
-/// Gives searches, each with a number of its own, until there are no more.
-pub type Next<'a> = &'a mut dyn FnMut() -> Result<Option<(usize, Box<dyn Search>)>>;
-
-/// Takes the number of a search that is over, and what it found.
-pub type Over<'a> = &'a mut dyn FnMut(usize, Option<&[f32]>) -> Result<()>;
-
-/// Runs the searches that `next` gives, at most `size` at a time: one that is over makes place for the next.
-pub fn run(victim: &Victim, size: usize, next: Next, over: Over) -> Result<()> {
-    let mut window = Vec::new();
+/// Runs the searches, each with a number of its own, at most `size` at a time: one that is over makes place for the next.
+/// `over` receives the number of each and what it found.
+pub fn run(
+    victim: &Victim,
+    size: usize,
+    searches: impl IntoIterator<Item = Result<(usize, Box<dyn Search>)>>,
+    mut over: impl FnMut(usize, Option<&[f32]>) -> Result<()>,
+) -> Result<()> {
+    let (mut searches, mut window) = (searches.into_iter(), Vec::new());
     loop {
         while window.len() < size.max(1)
-            && let Some(search) = next()?
+            && let Some(search) = searches.next()
         {
-            window.push(search);
+            window.push(search?);
         }
         if window.is_empty() {
             return Ok(());

@@ -59,14 +59,13 @@ pub(super) fn find(
     attack: &dyn Attack,
     examples: &[Example],
 ) -> Vec<Option<Vec<f32>>> {
-    let mut left = examples.iter().enumerate();
-    let mut next = || left.next().map(|(i, example)| Ok((i, attack.search(example.clone())?))).transpose();
+    let searches = examples.iter().enumerate().map(|(i, example)| Ok((i, attack.search(example.clone())?)));
     let mut all = vec![None; examples.len()];
-    let mut over = |i: usize, found: Option<&[f32]>| {
+    let over = |i: usize, found: Option<&[f32]>| {
         all[i] = Some(found.map(<[f32]>::to_vec));
         Ok(())
     };
-    search::run(victim, size, &mut next, &mut over).unwrap();
+    search::run(victim, size, searches, over).unwrap();
     all.into_iter().map(|found| found.expect("each search comes to an end")).collect()
 }
 
@@ -230,8 +229,7 @@ fn logits_that_do_not_depend_on_the_images_raise_the_alarm() {
     let x = images(1);
     let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.1).unwrap()).unwrap();
     let attack = APGD_CE.attack(threat, 0);
-    let mut one = examples(&x, &[0]).into_iter();
-    let mut next = || one.next().map(|example| Ok((0, attack.search(example)?))).transpose();
-    let error = search::run(&victim, 1, &mut next, &mut |_, _| Ok(())).unwrap_err();
+    let one = examples(&x, &[0]).into_iter().map(|example| Ok((0, attack.search(example)?)));
+    let error = search::run(&victim, 1, one, |_, _| Ok(())).unwrap_err();
     assert_eq!(error.exit_code(), 70);
 }

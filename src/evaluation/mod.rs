@@ -8,6 +8,7 @@ mod examined;
 mod findings;
 
 use std::{
+    iter,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -112,18 +113,16 @@ impl<'a> Evaluation<'a> {
         let batch = self.batch().min(left.len().div_ceil(workers));
         let (taken, findings) = (AtomicUsize::new(0), Mutex::new(findings));
         let work = |_: &usize| {
-            let mut next = || match left.get(taken.fetch_add(1, Ordering::Relaxed)) {
-                Some(&row) => Ok(Some((row, attack.search(self.example(row))?))),
-                None => Ok(None),
-            };
-            let mut over = |row: usize, found: Option<&[f32]>| {
+            let next = || left.get(taken.fetch_add(1, Ordering::Relaxed));
+            let searches = iter::from_fn(next).map(|&row| Ok((row, attack.search(self.example(row))?)));
+            let over = |row: usize, found: Option<&[f32]>| {
                 if let Some(bar) = self.bar {
                     bar.add(1);
                 }
                 let found = found.map(|point| if points { point } else { &[] });
                 findings.lock().unwrap_or_else(PoisonError::into_inner).add(row, found)
             };
-            let done = search::run(&self.victim, batch, &mut next, &mut over);
+            let done = search::run(&self.victim, batch, searches, over);
             if done.is_err() {
                 taken.store(left.len(), Ordering::Relaxed);
             }
