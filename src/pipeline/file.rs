@@ -66,12 +66,12 @@ impl PipelineFile {
         Self::parse(path, &text, set)
     }
 
-    /// A pipeline without a file: all defaults but what `set` says, and these tables of stages. What is null is not set.
+    /// A pipeline without a file: all defaults but what `set` says, and these tables of stages.
     pub fn of(name: &str, given: &[(&str, serde_json::Value)], set: &[String]) -> Result<Self> {
         let mut tables = Table::new();
         tables.insert("name".into(), Value::String(name.into()));
         for (stage, table) in given {
-            let table = table_of(table).map_err(|e| Error::Usage(format!("{stage}: {e}")))?;
+            let table = Value::try_from(table).map_err(|e| Error::Usage(format!("{stage}: {e}")))?;
             tables.insert((*stage).into(), table);
         }
         Self::parse(Path::new(name), &tables.to_string(), set)
@@ -148,19 +148,6 @@ fn of_table<T: serde::de::DeserializeOwned>(tables: &Table, name: &str) -> Resul
 
 fn is_plain(name: &str) -> bool {
     !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
-}
-
-/// What is not null, as TOML.
-fn table_of(value: &serde_json::Value) -> Result<Value, toml::ser::Error> {
-    match value.as_object() {
-        None => Value::try_from(value),
-        Some(table) => {
-            let set = table.iter().filter(|(_, value)| !value.is_null());
-            set.map(|(key, value)| Ok((key.clone(), table_of(value)?)))
-                .collect::<Result<_, _>>()
-                .map(Value::Table)
-        }
-    }
 }
 
 /// `key=value`, `table.key=value`, or deeper.

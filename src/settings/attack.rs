@@ -32,10 +32,10 @@ impl BallSettings {
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepSettings {
     /// Steps of the attack.
-    #[arg(id = "attack_steps", long = "attack-steps", default_value_t = 10)]
+    #[arg(id = "attack_steps", long = "attack-steps", value_name = "STEPS", default_value_t = 10)]
     pub steps: usize,
     /// The step of the attack as a multiple of epsilon / steps; 2.5 is Madry et al.'s.
-    #[arg(id = "attack_step_ratio", long = "attack-step-ratio", default_value_t = 2.5)]
+    #[arg(id = "attack_step_ratio", long = "attack-step-ratio", value_name = "RATIO", default_value_t = 2.5)]
     pub step_ratio: f64,
 }
 
@@ -76,7 +76,7 @@ pub struct PgdSettings {
     #[serde(flatten)]
     pub attack: AttackSettings,
     /// What the attack makes large.
-    #[arg(id = "attack_loss", long = "attack-loss", value_parser = named::<PgdLoss>(), default_value_t = PgdLoss::Ce)]
+    #[arg(id = "attack_loss", long = "attack-loss", value_name = "LOSS", value_parser = named::<PgdLoss>(), default_value_t = PgdLoss::Ce)]
     pub loss: PgdLoss,
     /// Random starts of the attack; an image has to withstand all of them.
     #[arg(long, default_value_t = 2)]

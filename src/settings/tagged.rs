@@ -71,7 +71,7 @@ pub(crate) fn augment(
         let owners = owners(kinds, arg.get_id());
         let defaults: Vec<String> =
             owners.iter().filter_map(|kind| kind.flag(arg.get_id())).map(default_of).collect();
-        let mut arg = arg.clone();
+        let mut arg = arg.clone().display_order(Resettable::Reset);
         let alike = defaults.iter().all(|default| *default == defaults[0]);
         let named: Vec<String> = owners
             .iter()
@@ -395,6 +395,9 @@ mod tests {
             text[from..].lines().skip(1).take_while(|line| !line.trim().starts_with("--")).collect()
         };
         let drawing = help(<Drawing as clap::Args>::augment_args(clap::Command::new("draw")));
+        let order = ["shape", "radius", "number", "sides", "line", "brush-hairs", "colour", "size"];
+        let places = order.map(|flag| drawing.find(&format!("--{flag} ")).unwrap());
+        assert!(places.is_sorted(), "{drawing}");
         assert!(help_of(&drawing, "number").contains("How many (round: 3; angular: 5)"), "{drawing}");
         assert!(help_of(&drawing, "sides").contains("Sides (angular)"), "{drawing}");
         assert!(help_of(&drawing, "sides").contains("[default: 4]"), "{drawing}");

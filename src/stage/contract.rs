@@ -65,7 +65,7 @@ pub trait AnyStage: Send + Sync {
     fn amount(&self) -> String;
     /// [`Stage::run`].
     fn run(&self, job: &Job) -> Result<Outcome>;
-    /// The settings, as JSON with all keys.
+    /// The settings that are set, as JSON.
     fn settings(&self) -> Value;
     /// The inputs that are set: key and what it names.
     fn inputs(&self) -> Vec<(&'static str, String)>;
@@ -93,7 +93,9 @@ impl<S: Stage> AnyStage for S {
         Stage::run(self, job)
     }
     fn settings(&self) -> Value {
-        serde_json::to_value(self).unwrap_or(Value::Null)
+        let mut settings = serde_json::to_value(self).unwrap_or(Value::Null);
+        drop_nulls(&mut settings);
+        settings
     }
     fn inputs(&self) -> Vec<(&'static str, String)> {
         let settings = self.settings();
@@ -114,9 +116,17 @@ impl<S: Stage> AnyStage for S {
         if let Value::Object(map) = &mut settings {
             let input = |key: &str| S::INPUTS.iter().any(|input| input.key == key) && !S::KEEPS_NAMES;
             let without_effect = [S::RUNTIME, &self.unused()].concat();
-            map.retain(|k, v| !v.is_null() && !input(k) && !without_effect.contains(&&**k));
+            map.retain(|k, _| !input(k) && !without_effect.contains(&&**k));
         }
         settings
+    }
+}
+
+/// Leaves out what is not set: TOML has no null.
+fn drop_nulls(value: &mut Value) {
+    if let Value::Object(map) = value {
+        map.retain(|_, value| !value.is_null());
+        map.values_mut().for_each(drop_nulls);
     }
 }
 

@@ -49,11 +49,7 @@ pub fn execute(
 }
 
 fn config_text(stage: &dyn AnyStage, fingerprint: &str, inputs: &[(&'static str, String)]) -> Result<String> {
-    let mut settings = stage.settings();
-    if let Value::Object(map) = &mut settings {
-        map.retain(|_, value| !value.is_null()); // TOML has no null: what is not set is not written
-    }
-    let settings = toml::Table::try_from(settings)
+    let settings = toml::Table::try_from(stage.settings())
         .map_err(|e| Error::Alarm(format!("settings of {} cannot be written as TOML: {e}", stage.name())))?;
     let config = FolderConfig {
         schema: "proxyset.config/1".into(),
