@@ -114,13 +114,9 @@ fn remove_hidden(out: &Path) -> Result<()> {
 impl Job {
     /// A job on the CPU for tests of a part of a stage: nothing finishes the folder.
     pub(crate) fn scratch(out: PathBuf) -> Self {
-        Self {
-            device: Device::Cpu,
-            device_class: "cpu".into(),
-            fingerprint: "0".repeat(64),
-            out,
-            config: String::new(),
-            lock: OnceLock::new(),
-        }
+        let fingerprint = "0".repeat(64);
+        let config = format!("schema = ''\nstage = ''\nfingerprint = '{fingerprint}'\nsettings = {{}}\n");
+        let (device, lock) = (Device::Cpu, OnceLock::new());
+        Self { device, device_class: "cpu".into(), fingerprint, out, config, lock }
     }
 }

@@ -776,7 +776,7 @@ mod tests {
             out_channels: 1,
             down_block_types: vec!["DownBlock2D".into()],
             up_block_types: vec!["UpBlock2D".into()],
-            block_out_channels: vec![4],
+            block_out_channels: vec![8],
             norm_num_groups: 2,
             ..UNetConfig::default()
         };
