@@ -72,6 +72,27 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
         .map_err(|e| Error::Data(format!("{}: not the JSON that was expected: {e}", path.display())))
 }
 
+/// What is written as JSON to a file of its own name.
+pub trait Record: serde::Serialize + serde::de::DeserializeOwned {
+    /// The file's name.
+    const FILE: &'static str;
+
+    /// Reads that in a folder; see [`read_json`].
+    fn read(dir: &Path) -> Result<Self> {
+        read_json(&dir.join(Self::FILE))
+    }
+
+    /// Reads that in a folder; none if the folder has none.
+    fn read_if_there(dir: &Path) -> Result<Option<Self>> {
+        if dir.join(Self::FILE).is_file() { Self::read(dir).map(Some) } else { Ok(None) }
+    }
+
+    /// Writes it to a folder, all or nothing.
+    fn write(&self, dir: &Path) -> Result<()> {
+        publish_json(&dir.join(Self::FILE), self)
+    }
+}
+
 /// Reads a whole file of text. Fails with [`Error::Io`], or with [`Error::Data`] if it is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
     let bytes = fs::read(path).map_err(Error::io(path))?;

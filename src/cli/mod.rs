@@ -5,7 +5,6 @@ mod check;
 mod global;
 mod plan;
 mod publish;
-mod reference;
 mod run;
 mod stage;
 mod status;
@@ -67,9 +66,9 @@ fn expect_text() -> Result<()> {
     }
 }
 
-/// All verbs with their flags, as Markdown: `docs/commands.md`.
-pub fn reference() -> String {
-    reference::render(Cli::command())
+/// The command line, of which `docs/commands.md` is made.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 fn dispatch(cli: &Cli) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::{
     attack::{Epsilon, Norm},
     data::Dataset,
     evaluation::{Evaluation, unchanged},
-    fs,
+    fs::{self, Record},
     nn::Classifier,
     proxy::{
         REAL, SYNTHETIC,
@@ -45,13 +45,8 @@ pub struct SetsRecord {
     pub sets: Vec<Vec<NetRecord>>,
 }
 
-impl SetsRecord {
+impl Record for SetsRecord {
     const FILE: &'static str = "sets.json";
-
-    /// Writes it to the stage's folder.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        fs::publish_json(&dir.join(Self::FILE), self)
-    }
 }
 
 /// One network.

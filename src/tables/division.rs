@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Result,
     data::{self, Dataset, Source},
-    fs,
+    fs::{self, Record},
     stage::Input,
 };
 
@@ -45,18 +45,8 @@ pub struct Real {
     pub division: Division,
 }
 
-impl Division {
+impl Record for Division {
     const FILE: &'static str = "split.json";
-
-    /// Reads that of a finished split.
-    pub fn read(dir: &Path) -> Result<Self> {
-        fs::read_json(&dir.join(Self::FILE))
-    }
-
-    /// Writes it to the stage's folder.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        fs::publish_json(&dir.join(Self::FILE), self)
-    }
 }
 
 impl Real {

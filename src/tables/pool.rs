@@ -26,7 +26,7 @@ use crate::{
         Dataset, Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, Shape,
         encode_png, image_column, table,
     },
-    fs::{self, Parts},
+    fs::{self, Parts, Record},
     progress::Progress,
     proxy::fold::uid_order,
     stage::{Input, Job},
@@ -74,6 +74,10 @@ pub struct PoolInfo {
     pub seed: u64,
 }
 
+impl Record for PoolInfo {
+    const FILE: &'static str = "pool.json";
+}
+
 impl PoolInfo {
     /// Whether the images were made elsewhere.
     pub(crate) fn imported(&self) -> bool {
@@ -117,7 +121,7 @@ impl Pool {
     /// Opens a finished pool: generated, or imported.
     pub(crate) fn open(dir: Option<&Path>) -> Result<Self> {
         let dir = POOL.finished(dir)?;
-        let info: PoolInfo = fs::read_json(&dir.join("pool.json"))?;
+        let info = PoolInfo::read(&dir)?;
         Ok(Self { dir, info })
     }
 

@@ -1,15 +1,14 @@
 //! Records that one stage writes and others read: of a generator, of a training, of an estimate of
 //! ARC, of an evaluation.
 
-use std::{fmt, path::Path};
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Result,
     attack::{Epsilon, Norm},
     data::Shape,
-    fs,
+    fs::Record,
     proxy::arc::Estimate,
     stage::Input,
 };
@@ -43,19 +42,8 @@ pub struct TrainRecord {
     pub held_out_accuracy: f64,
 }
 
-impl TrainRecord {
+impl Record for TrainRecord {
     const FILE: &'static str = "train.json";
-
-    /// Reads that in a classifier's folder; none if the classifier was not trained here.
-    pub fn read_if_there(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(Self::FILE);
-        if path.is_file() { fs::read_json(&path).map(Some) } else { Ok(None) }
-    }
-
-    /// Writes it to the stage's folder.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        fs::publish_json(&dir.join(Self::FILE), self)
-    }
 }
 
 /// `arc.json`.
@@ -80,18 +68,8 @@ pub struct ArcRecord {
     pub attack: AttackRecord,
 }
 
-impl ArcRecord {
+impl Record for ArcRecord {
     const FILE: &'static str = "arc.json";
-
-    /// Reads that in a folder.
-    pub fn read(dir: &Path) -> Result<Self> {
-        fs::read_json(&dir.join(Self::FILE))
-    }
-
-    /// Writes it to the stage's folder.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        fs::publish_json(&dir.join(Self::FILE), self)
-    }
 }
 
 /// What an estimate of ARC attacked with.
@@ -159,18 +137,8 @@ pub struct Metrics {
     pub model_blake3: String,
 }
 
-impl Metrics {
+impl Record for Metrics {
     const FILE: &'static str = "metrics.json";
-
-    /// Reads that in a folder.
-    pub fn read(dir: &Path) -> Result<Self> {
-        fs::read_json(&dir.join(Self::FILE))
-    }
-
-    /// Writes it to the stage's folder.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        fs::publish_json(&dir.join(Self::FILE), self)
-    }
 }
 
 /// What one attack left standing.
@@ -223,13 +191,6 @@ pub struct GeneratorInfo {
     pub batch: usize,
 }
 
-impl GeneratorInfo {
-    /// Its name in a model's folder.
-    pub const FILE: &'static str = "proxyset.json";
-
-    /// Reads that in a model's folder; none if the folder has none.
-    pub fn read_if_there(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(Self::FILE);
-        if path.is_file() { fs::read_json(&path).map(Some) } else { Ok(None) }
-    }
+impl Record for GeneratorInfo {
+    const FILE: &'static str = "proxyset.json";
 }

@@ -27,7 +27,7 @@ use crate::{
     Error, Result,
     curate::{self, PASSED},
     data::table,
-    fs,
+    fs::Record,
     stage::Input,
 };
 
@@ -70,19 +70,11 @@ pub struct SelectRecord {
     pub judged: Option<Judged>,
 }
 
-impl SelectRecord {
+impl Record for SelectRecord {
     const FILE: &'static str = "select.json";
+}
 
-    /// Reads that of a finished curate.
-    pub fn read(dir: &Path) -> Result<Self> {
-        fs::read_json(&dir.join(Self::FILE))
-    }
-
-    /// Writes it to the stage's folder.
-    pub fn write(&self, dir: &Path) -> Result<()> {
-        fs::publish_json(&dir.join(Self::FILE), self)
-    }
-
+impl SelectRecord {
     /// `6000 in = 3000 kept + 209 label-disagrees + 2791 over-quota`.
     pub(crate) fn balance(&self) -> String {
         let reasons: String = self.rejected.iter().map(|(reason, n)| format!(" + {n} {reason}")).collect();

@@ -10,7 +10,7 @@ pub(super) fn step(step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajec
     let stride = step.stride();
     let x_start = denoise(step.x, stride.from)?;
     let (from, to) = (stride.from.sigma.powi(2), stride.to.sigma.powi(2));
-    let fresh = step.config.eta.powi(2) * to * (1.0 - to / from);
+    let fresh = step.eta.powi(2) * to * (1.0 - to / from);
     let predicted = ((to - fresh).sqrt(), stride.from.sigma);
     let eps = ((step.x - &x_start)? / predicted.1)?;
     let mut x = mix(1.0, &step.clipped(&x_start)?, predicted.0, &eps)?;

@@ -16,7 +16,7 @@ pub(super) fn step(step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajec
     let (from, to) = (stride.from.sigma.powi(2), stride.to.sigma.powi(2));
     let kept = to / from;
     let mut x = mix(1.0 - kept, &x_start, kept, step.x)?;
-    let variance = match step.config.variance {
+    let variance = match step.variance {
         Variance::FixedSmall => to * (1.0 - kept),
         // 1 - ᾱ / ᾱ_next, over ᾱ_next. The first training step gets no noise.
         Variance::FixedLarge if stride.from.t == 0.0 => 0.0,

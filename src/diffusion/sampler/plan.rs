@@ -1,6 +1,6 @@
 //! Which noise levels a sampler visits.
 
-use super::{SamplerConfig, SamplerKind, Spacing};
+use super::{SamplerConfig, SamplerKind, Spacing, Stride};
 use crate::{
     Result,
     diffusion::{Level, NoiseSchedule, Process, SigmaRange, process::continuous_level},
@@ -8,15 +8,6 @@ use crate::{
 
 /// The ρ of Karras' levels on a discrete schedule.
 const RHO: f64 = 7.0;
-
-/// A step of a sampler, from one noise level to a lower one.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Stride {
-    /// The level of the image.
-    pub from: Level,
-    /// The level of the next image.
-    pub to: Level,
-}
 
 /// The way from noise to an image.
 #[derive(Clone, Debug, PartialEq)]

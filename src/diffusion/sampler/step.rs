@@ -1,9 +1,28 @@
 //! What a sampler sees of a step, and what it makes of it.
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
-use super::{SamplerConfig, Stride};
 use crate::{Result, diffusion::Level};
+
+/// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Variance {
+    /// β̃, right for data that are one point.
+    FixedSmall,
+    /// β, right for data that are N(0, 1).
+    FixedLarge,
+}
+
+/// A step of a sampler, from one noise level to a lower one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Stride {
+    /// The level of the image.
+    pub from: Level,
+    /// The level of the next image.
+    pub to: Level,
+}
 
 /// An image on its way, and what its sampler remembers of earlier steps.
 #[derive(Clone, Debug)]
@@ -22,7 +41,12 @@ pub type Noise<'a> = &'a mut dyn FnMut(u32) -> Result<Tensor>;
 
 /// What a sampler sees of a step.
 pub(super) struct Step<'a> {
-    pub(super) config: &'a SamplerConfig,
+    /// The part of the noise that is fresh, with DDIM.
+    pub(super) eta: f64,
+    /// To which absolute value predicted images are clipped.
+    pub(super) clip: Option<f64>,
+    /// Of the noise of ancestral sampling.
+    pub(super) variance: Variance,
     pub(super) strides: &'a [Stride],
     pub(super) i: usize,
     pub(super) x: &'a Tensor,
@@ -36,7 +60,7 @@ impl Step<'_> {
 
     /// The predicted image, within the bounds that are set.
     pub(super) fn clipped(&self, x_start: &Tensor) -> Result<Tensor> {
-        Ok(match self.config.clip {
+        Ok(match self.clip {
             Some(bound) => x_start.clamp(-bound, bound)?,
             None => x_start.clone(),
         })

@@ -85,7 +85,8 @@ fn posterior(t: usize, to: usize, variance: Variance) -> [f64; 3] {
     let stride = Stride { from: schedule.level(t), to: schedule.level(to) };
     let config = ddpm(1000, variance);
     let x = tensor(vec![0.0, 1.0, 0.0]);
-    let step = Step { config: &config, strides: &[stride], i: 0, x: &x, history: &[] };
+    let SamplerConfig { eta, clip, variance, .. } = config;
+    let step = Step { eta, clip, variance, strides: &[stride], i: 0, x: &x, history: &[] };
     let mut denoise = |_: &Tensor, _| Ok(tensor(vec![1.0, 0.0, 0.0]));
     let found = ddpm::step(&step, &mut denoise, &mut |_| Ok(tensor(vec![0.0, 0.0, 1.0]))).unwrap();
     let [image, x, sigma] = values(&found.x)[..] else { panic!("three elements") };

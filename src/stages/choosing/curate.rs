@@ -9,6 +9,7 @@ use crate::{
     Result,
     curate::{Arm, Condition, Gate, Group, NearDuplicates, Operator, PASSED, keep_first, repeated},
     error::expect_within as expect,
+    fs::Record,
     settings,
     stage::{AnyStage, Input, Job, Outcome, Stage, note},
     stats::{Moments, mean_difference_interval},

@@ -16,7 +16,7 @@ use crate::{
         check::check_dataset,
     },
     error::expect_within as expect,
-    fs::Parts,
+    fs::{Parts, Record},
     progress::{Progress, check_stop},
     rng::{Permutation, stream},
     stage::{Input, Job, Outcome, Stage, expect_same_input, read_config},

@@ -11,7 +11,7 @@ use crate::{
     data::Dataset,
     error::expect_within as expect,
     evaluation::{Evaluation, share},
-    fs,
+    fs::{self, Record},
     plot::lines,
     progress::{Progress, checkpoint_interval},
     proxy::{

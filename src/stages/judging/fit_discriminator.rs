@@ -17,7 +17,7 @@ use crate::{
     device::side_by_side,
     error::expect_within as expect,
     evaluation::{Evaluation, share},
-    fs,
+    fs::{self, Record},
     nn::{Architecture, Classifier, ClassifierConfig},
     objective::pgd_at,
     progress::Progress,

@@ -7,7 +7,8 @@ use serde_json::json;
 
 use super::arc::discrimination_svg;
 use crate::{
-    Result, fs,
+    Result,
+    fs::{self, Record},
     proxy::arc::{Estimate, Point, difference_interval},
     stage::{Input, Job, Outcome, Stage, read_done},
     tables::{division::SPLIT, pool::POOL, records::ArcRecord},

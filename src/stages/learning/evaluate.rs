@@ -19,7 +19,7 @@ use crate::{
     data::{self, Source},
     error::expect_within as expect,
     evaluation::{Evaluation, Examined, unchanged},
-    fs,
+    fs::{self, Record},
     progress::{Progress, checkpoint_interval},
     settings::{self, BallSettings, EvaluationAttackSettings, PgdSettings},
     stage::{Input, Job, Outcome, Stage, note},

@@ -12,7 +12,7 @@ use crate::{
     data::{self, Dataset, Range, Source, augmented},
     error::expect_within as expect,
     evaluation::{Evaluation, share, unchanged},
-    fs,
+    fs::{self, Record},
     nn::{Architecture, BatchNormMode, Classifier, ClassifierConfig, Standardization},
     objective::{GammaMix, augment_gaussian, pgd_at, plain, stable, trades_perturb},
     plot,

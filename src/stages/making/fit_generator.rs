@@ -15,7 +15,7 @@ use crate::{
         sampler::{Plan, SamplerConfig, SamplerKind, Start, sample},
     },
     error::expect_within as expect,
-    fs,
+    fs::{self, Record},
     nn::DenoiserConfig,
     progress::Progress,
     rng::{self, Permutation, stream},
@@ -337,7 +337,7 @@ impl FitGenerator {
         });
         fs::publish(&out.join("README.md"), self.card(&info, averaged.config(), &summary).as_bytes())?;
         fs::publish(&out.join("metrics.jsonl"), trainer.log_text().as_bytes())?;
-        fs::publish_json(&out.join(GeneratorInfo::FILE), &info)?;
+        info.write(out)?;
         averaged.save(out)?;
         note(self, &format!("last loss {}", summary["last"]["loss"]));
         Ok(Outcome::Done(summary))

@@ -24,7 +24,7 @@ use crate::{
         sampler::{Plan, SamplerConfig, Start, Trajectory, sample},
     },
     error::expect_within as expect,
-    fs::{self, Parts, bytes_of, floats_of},
+    fs::{self, Parts, Record, bytes_of, floats_of},
     kernels,
     progress::{Progress, check_stop, checkpoint_interval},
     rng::stream,
@@ -346,7 +346,7 @@ impl Stage for Generate {
         let out = job.open_share(&format!("shards-{}-{}", share.start, share.end))?;
         let dir = out.join("pool");
         (0..all).try_for_each(|shard| self.expect_class(job, &dir, read_record(&dir, shard)?.as_ref()))?;
-        fs::publish_json(&out.join("pool.json"), &info)?;
+        info.write(out)?;
         fs::create_dir_all(&dir)?;
         let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
         fs::remove_leftovers(&dir, &ours)?;

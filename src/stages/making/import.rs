@@ -7,7 +7,7 @@ use crate::{
     Result,
     data::{self, Source, UNLABELLED},
     error::expect_within as expect,
-    fs,
+    fs::{self, Record},
     progress::{Progress, check_stop},
     settings,
     stage::{Input, Job, Outcome, Stage},
@@ -74,7 +74,7 @@ impl Stage for Import {
             seed: 0,
         };
         let out = job.open()?;
-        fs::publish_json(&out.join("pool.json"), &info)?;
+        info.write(out)?;
         let dir = out.join("pool");
         let bar = Progress::new(Self::NAME, info.count, "images");
         for shard in 0..info.shards {

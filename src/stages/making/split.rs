@@ -7,6 +7,7 @@ use crate::{
     Result,
     data::{self, Dataset, Source},
     error::expect_within as expect,
+    fs::Record,
     rng::{Permutation, stream},
     stage::{Input, Job, Outcome, Stage},
     tables::division::{Division, load_train, test_fingerprint},

@@ -13,7 +13,7 @@ use crate::{
     curate::Arm,
     data::{decode_as, encode_png, grid},
     error::expect_within as expect,
-    fs,
+    fs::{self, Record},
     stage::{Input, Job, Outcome, Stage, read_done},
     stats::{Comparison, compare},
     tables::{
