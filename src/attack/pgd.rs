@@ -2,7 +2,7 @@
 
 use candle_core::{D, Device, Tensor, Var};
 
-use super::{Attack, Epsilon, Example, Norm, Search, Threat};
+use super::{Attack, Epsilon, Example, Loss, Norm, Search, Threat};
 use crate::{Result, kernels, rng};
 
 named! {
@@ -192,10 +192,15 @@ impl Search for Way {
     }
 
     fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
-        let logits = Var::from_slice(logits, (1, logits.len()), &Device::Cpu)?;
-        let label = Tensor::new(&[self.example.label as u32], &Device::Cpu)?;
-        let loss = self.settings.pgd.config.loss.of(logits.as_tensor(), &label)?;
-        Ok(gradient(&loss, &logits)?.flatten_all()?.to_vec1()?)
+        let label = self.example.label;
+        if self.settings.pgd.config.loss == PgdLoss::Cw {
+            return Ok(Loss::Margin.of(logits, label).1);
+        }
+        // Not `Loss::CrossEntropy`, which is in double precision: the bits are those of the op that `pgd` climbs.
+        let logits = Tensor::from_slice(logits, (1, logits.len()), &Device::Cpu)?;
+        let mut gradient: Vec<f32> = kernels::softmax(&logits)?.flatten_all()?.to_vec1()?;
+        gradient[label] -= 1.0;
+        Ok(gradient)
     }
 
     fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()> {
