@@ -120,3 +120,39 @@ impl Job {
         Self { device, device_class: "cpu".into(), fingerprint, out, config, lock }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_stays_locked_until_its_record_is_written_and_the_job_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = || Job::scratch(dir.path().join("out"));
+        let (first, second) = (job(), job());
+        let out = first.open().unwrap();
+        fs::publish(&out.join(".parts.cpu/1"), b"unfinished").unwrap();
+        fs::publish(&out.join("made"), b"made").unwrap();
+        let code = |job: &Job| job.open().unwrap_err().exit_code();
+        assert_eq!(code(&second), 75, "the stage has returned, its record is not there");
+        first.finish("test", Value::Null, 1.0).unwrap();
+        assert_eq!(code(&second), 75, "the first is not over");
+        assert!(read_done(out).unwrap().is_some() && !out.join(".parts.cpu").exists());
+        drop(first);
+        let error = second.open().unwrap_err().to_string();
+        assert!(error.contains("has just finished this"), "{error}");
+    }
+
+    #[test]
+    fn of_processes_that_share_the_work_one_finishes_it_and_the_others_find_it_finished() {
+        let dir = tempfile::tempdir().unwrap();
+        let job = || Job::scratch(dir.path().join("out"));
+        let (first, second) = (job(), job());
+        let out = first.open_share("0-1").unwrap().to_path_buf();
+        second.open_share("1-2").unwrap();
+        first.finish("test", "first".into(), 1.0).unwrap();
+        let record = std::fs::read(out.join(DONE)).unwrap();
+        assert_eq!(second.finish("test", "second".into(), 1.0).unwrap(), "first");
+        assert_eq!(std::fs::read(out.join(DONE)).unwrap(), record);
+    }
+}

@@ -11,7 +11,7 @@ use arrow_schema::{DataType, Field};
 use parquet::arrow::ArrowWriter;
 use proxyset::data::{Shape, encode_png};
 
-use crate::run::{TINY_UNET, fails, files, made, ok};
+use crate::run::{TINY_UNET, fails, files, made, ok, proxyset};
 
 /// A folder for output that must not come to be.
 struct Nothing {
@@ -314,6 +314,48 @@ fn folders_of_another_run_foreign_folders_and_unfinished_inputs_are_refused_unto
     std::fs::remove_file(out.join("done.json")).unwrap();
     let nothing = Nothing::new();
     nothing.fails(&format!("fit-generator --split {} {TINY_UNET}", out.display()), 2, &["not finished"]);
+}
+
+#[test]
+fn a_damaged_fingerprint_is_shown_and_no_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    ok(&format!("split --out {}", dir.path().join("split").display()));
+    let config = dir.path().join("split/config.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    for damaged in ["", "ä", "0123ö"] {
+        let line = text.lines().find(|line| line.starts_with("fingerprint")).unwrap();
+        std::fs::write(&config, text.replace(line, &format!("fingerprint = \"{damaged}\""))).unwrap();
+        ok(&format!("status {}", dir.path().display()));
+        fails(&format!("split --out {}", dir.path().join("split").display()), 2, &["holds another run"]);
+    }
+}
+
+#[test]
+fn an_evaluation_without_out_reads_and_leaves_nothing_in_the_shared_temporary_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let evaluate = format!("evaluate --model {} --attack none --limit 20 --quiet", made().path("classifier"));
+    let output = proxyset(&evaluate).env("TMPDIR", dir.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn arguments_and_environment_that_cannot_be_are_usage_errors() {
+    use std::os::unix::ffi::OsStrExt;
+    let nothing = Nothing::new();
+    let path = std::ffi::OsStr::from_bytes(b"/tmp/\xff");
+    let output = proxyset("split --out").arg(path).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("expected text in UTF-8"));
+    for wrong in ["soon", "-1", "1.5", ""] {
+        let split = format!("split --out {}", nothing.out());
+        let output = proxyset(&split).env("PROXYSET_CHECKPOINT_SECONDS", wrong).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        let expected =
+            format!("PROXYSET_CHECKPOINT_SECONDS is '{wrong}', expected a whole number of seconds");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(&expected), "{wrong}");
+    }
+    assert!(!Path::new(&nothing.out()).exists());
 }
 
 #[test]

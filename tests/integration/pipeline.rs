@@ -110,6 +110,12 @@ fn a_run_is_done_once_checked_changed_in_part_and_published() {
 
     let dataset = run.join(first.keys().find(|k| k.starts_with("materialize")).unwrap());
     published(&dataset, dir.path());
+    let to = dir.path().join("published-by-each-run");
+    for _ in 0..2 {
+        ok(&command(&format!("--set publish.to={}", to.display())));
+        assert!(files(&to) == files(&dataset.join("dataset")));
+        std::fs::remove_dir_all(&to).unwrap();
+    }
     a_flipped_byte_is_found(&run, &dataset);
 }
 
@@ -142,6 +148,12 @@ fn a_flipped_byte_is_found(run: &Path, dataset: &Path) {
     std::fs::write(&file, &flipped).unwrap();
     fails(&format!("check {}", run.display()), 65, &["train-00000-of-00001.parquet", "BLAKE3"]);
     fails(&format!("check {}", dataset.join("dataset").display()), 65, &["train-00000-of-00001.parquet"]);
+    // What cannot be read is not missing.
+    std::fs::remove_file(&file).unwrap();
+    fails(&format!("check {}", run.display()), 65, &["train-00000-of-00001.parquet: missing"]);
+    std::fs::create_dir(&file).unwrap();
+    fails(&format!("check {}", run.display()), 65, &["cannot be read: "]);
+    std::fs::remove_dir(&file).unwrap();
     std::fs::write(&file, &whole).unwrap();
 }
 
