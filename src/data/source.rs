@@ -23,6 +23,9 @@ use crate::{Error, Result, ResultExt};
 /// The only class of images that have none.
 pub const UNLABELLED: &str = "unlabelled";
 
+/// The extensions of the files that may hold the images of a source: what is hashed of a folder that has other files too.
+pub const EXTENSIONS: [&str; 5] = ["parquet", "npz", "png", "jpg", "jpeg"];
+
 const DIGITS: &str = "builtin:digits";
 const DIGITS_TRAIN: &[u8] = include_bytes!("digits/train-00000-of-00001.parquet");
 const DIGITS_TEST: &[u8] = include_bytes!("digits/test-00000-of-00001.parquet");

@@ -40,7 +40,7 @@ pub fn input_fingerprint(input: &str) -> Result<String> {
     {
         let mut hasher = blake3::Hasher::new();
         for file in fs::files_below(path)? {
-            let known = ["json", "safetensors", "parquet", "npz", "png", "jpg", "jpeg"];
+            let known = [&["json", "safetensors"][..], &data::source::EXTENSIONS].concat();
             let extension = file.extension().map(|e| e.to_string_lossy().to_lowercase());
             if extension.is_some_and(|e| known.contains(&&*e)) {
                 hasher.update(file.to_string_lossy().as_bytes());

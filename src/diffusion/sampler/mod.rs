@@ -53,6 +53,12 @@ impl SamplerKind {
         }
     }
 
+    /// Whether it is one of those that in `diffusers` go by σ, not by t: with Karras' levels between the first and the last
+    /// that are visited, linspace spacing between whole steps, and noise of σ alone at the first level.
+    fn goes_by_sigma(self) -> bool {
+        matches!(self, Self::Heun | Self::Euler)
+    }
+
     /// One step of the sampler.
     fn step(self, step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajectory> {
         match self {

@@ -72,7 +72,7 @@ impl Plan {
     fn discrete(config: &SamplerConfig, schedule: &NoiseSchedule) -> Result<Self> {
         let times = config.timesteps(schedule)?;
         let mut levels: Vec<Level> = times.iter().map(|&t| schedule.level_between(t)).collect();
-        let by_sigma = matches!(config.kind, SamplerKind::Euler | SamplerKind::Heun);
+        let by_sigma = config.kind.goes_by_sigma();
         if config.karras_sigmas && (by_sigma || config.kind == SamplerKind::DpmSolver) {
             // diffusers' DPM-Solver++ goes through the whole schedule, to the nearest steps.
             let whole = !by_sigma;
@@ -110,7 +110,7 @@ impl Plan {
 
 impl SamplerConfig {
     /// The training steps in the order in which they are visited, from noisy to clean: whole ones, except for
-    /// linspace spacing with Euler and Heun.
+    /// linspace spacing with the samplers that go by σ.
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) if `steps` or `steps_offset` do not fit the schedule.
     pub fn timesteps(&self, schedule: &NoiseSchedule) -> Result<Vec<f64>> {
@@ -121,7 +121,7 @@ impl SamplerConfig {
         // diffusers' DPM-Solver++ places one step more, of which it leaves out the one without noise.
         let places = if self.kind == SamplerKind::DpmSolver { n + 1 } else { n };
         let skipped = places - n;
-        let fractional = matches!(self.kind, SamplerKind::Euler | SamplerKind::Heun);
+        let fractional = self.kind.goes_by_sigma();
         let times: Vec<f64> = match self.spacing {
             Spacing::Leading => {
                 (skipped..places).rev().map(|i| (i * (total / places) + self.steps_offset) as f64).collect()
