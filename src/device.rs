@@ -186,14 +186,14 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
 }
 
 named! {
-    /// What a GPU computes with. Parameters, optimisers and statistics are f32 in any case.
+    /// The precision in which a GPU computes. Parameters, optimisers and statistics are always f32.
     pub enum Precision default F32 {
-        /// As f32.
+        /// Everything is f32.
         F32 = "f32",
-        /// Numbers are rounded to TF32, 10 bits behind the point, before they are multiplied, and added as f32: several
-        /// times as fast.
+        /// Numbers are rounded to TF32, with 10 bits of mantissa, before they are multiplied, and sums are f32:
+        /// several times as fast.
         Tf32 = "tf32",
-        /// Images inside networks are bf16, 7 bits behind the point, with half the memory; products are added as f32.
+        /// Images inside networks are bf16, with 7 bits of mantissa and half the memory; sums of products are f32.
         Bf16 = "bf16",
     }
 }

@@ -6,7 +6,7 @@ use super::{Attack, Epsilon, Example, Norm, Search, Threat};
 use crate::{Result, kernels, rng};
 
 named! {
-    /// What [`pgd`] makes large.
+    /// The loss that [`pgd`] maximises.
     pub enum PgdLoss default Ce {
         /// Cross-entropy (Madry et al. 2018).
         Ce = "ce",

@@ -81,9 +81,9 @@ impl TryFrom<Written> for Epsilon {
 named! {
     /// How the size of a perturbation is measured.
     pub enum Norm {
-        /// ℓ∞: the largest change of a pixel.
+        /// ℓ∞: the largest change of any pixel.
         Linf = "linf",
-        /// ℓ2: the Euclidean length of the change.
+        /// ℓ2: the Euclidean norm of the change.
         L2 = "l2",
     }
 }

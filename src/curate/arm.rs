@@ -6,18 +6,19 @@ use crate::{
 };
 
 named! {
-    /// What ranks the samples that pass the gates.
+    /// The order in which samples that pass the gates are kept.
     pub enum Arm {
         /// Lowest `synthetic_score` first: closest to the real data (Sehwag et al. 2022, §2.3).
         Score = "arc",
         /// Highest label confidence first (Wang et al. 2023).
         Confidence = "confidence",
-        /// Discriminator rejection sampling (Azadi et al. 2019): each is kept with probability min(1, w / M), where
-        /// w = (1 - s) / s is the density ratio that the score s claims and M what makes the quota full.
+        /// Discriminator rejection sampling (Azadi et al. 2019): each sample is kept with probability min(1, w /
+        /// M), where w = (1 - s) / s is the density ratio that the score s implies, and M is such that the quota is
+        /// filled.
         Rejection = "rejection",
-        /// A fresh random order for each seed.
+        /// A random order, another one for each seed.
         Random = "random",
-        /// All that pass the gates, whatever the quota.
+        /// Keep all samples that pass the gates, whatever the quota.
         All = "all",
     }
 }

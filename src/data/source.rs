@@ -56,9 +56,9 @@ pub enum Source {
 named! {
     /// The official parts of a data set.
     pub enum OfficialSplit {
-        /// To fit and choose.
+        /// For fitting and choosing.
         Train = "train",
-        /// To evaluate, never to choose.
+        /// For evaluating, never for choosing.
         Test = "test",
     }
 }

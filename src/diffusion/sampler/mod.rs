@@ -69,11 +69,11 @@ impl SamplerKind {
 named! {
     /// Which of the T training steps are visited when there are fewer sampling steps (Lin et al. 2024, Table 2).
     pub enum Spacing {
-        /// Every ⌊T / steps⌋-th, from 0.
+        /// Every ⌊T / steps⌋-th training step, from 0.
         Leading = "leading",
-        /// Every T / steps-th, from T - 1 down.
+        /// Every T / steps-th training step, from T - 1 downwards.
         Trailing = "trailing",
-        /// In equal steps from 0 to T - 1, both included.
+        /// Evenly spaced from 0 to T - 1, both included.
         Linspace = "linspace",
     }
 }
