@@ -85,11 +85,11 @@ impl Prediction {
 named! {
     /// How the output of a network without EDM's preconditioning is read: under `diffusers`' names.
     pub enum PredictionType {
-        /// [`Prediction::Epsilon`].
+        /// The noise ε (Ho et al. 2020).
         Epsilon = "epsilon",
-        /// [`Prediction::Sample`].
+        /// The image x_0.
         Sample = "sample",
-        /// [`Prediction::Velocity`].
+        /// The velocity √ᾱ ε - √(1 - ᾱ) x_0 (Salimans & Ho 2022).
         VPrediction = "v_prediction",
     }
 }

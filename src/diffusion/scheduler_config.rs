@@ -71,11 +71,11 @@ pub enum SchedulerClass {
 named! {
     /// How β grows.
     pub enum BetaSchedule {
-        /// [`NoiseSchedule::linear`].
+        /// β grows in equal steps (Ho et al. 2020).
         Linear = "linear",
-        /// [`NoiseSchedule::scaled_linear`].
+        /// √β grows in equal steps (Rombach et al. 2022).
         ScaledLinear = "scaled_linear",
-        /// [`NoiseSchedule::squared_cosine`].
+        /// ᾱ falls like a squared cosine (Nichol & Dhariwal 2021).
         SquaredCosine = "squaredcos_cap_v2",
     }
 }
@@ -83,11 +83,11 @@ named! {
 named! {
     /// The variance of the ancestral sampler's noise, under `diffusers`' names.
     pub enum VarianceType {
-        /// [`Variance::FixedSmall`].
+        /// β̃, right for data that are a single point.
         FixedSmall = "fixed_small",
-        /// [`Variance::FixedSmall`], which `diffusers` computes by way of its logarithm.
+        /// The same as fixed_small, which `diffusers` computes from its logarithm.
         FixedSmallLog = "fixed_small_log",
-        /// [`Variance::FixedLarge`].
+        /// β, right for data that are N(0, 1).
         FixedLarge = "fixed_large",
     }
 }
