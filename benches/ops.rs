@@ -21,7 +21,7 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const BATCH: usize = 16;
 
-/// Normals that depend on the shape alone.
+/// Normals that depend only on the shape.
 fn random(shape: &[usize]) -> Tensor {
     let mut values = vec![0.0; shape.iter().product()];
     rng::normals(0, 0, 0, &mut values);

@@ -1,4 +1,4 @@
-//! Where tensors live, and the class of machines that compute bit-identical results.
+//! The device for tensors, and the class of machines that compute bit-identical results.
 
 #[cfg(feature = "cuda")]
 use std::{
@@ -19,7 +19,8 @@ use crate::{Error, Result, progress::note};
 /// What the user asked for: `auto`, `cpu` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// CUDA device 0 if this build has CUDA and it works, else the CPU; a GPU that does not work is told of on stderr.
+    /// CUDA device 0 if this build has CUDA and the device works, else the CPU; a GPU that does not work is
+    /// reported on stderr.
     #[default]
     Auto,
     /// The CPU.
@@ -54,7 +55,7 @@ impl fmt::Display for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Opens the device. Fails with [`Error::Usage`] if it is not there or not in this build.
+    /// Opens the device. Fails with [`Error::Usage`] if it does not exist or this build does not support it.
     pub fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
@@ -70,7 +71,7 @@ impl DeviceChoice {
     }
 }
 
-/// Why a GPU cannot be opened; `None` where there is simply none, or no CUDA in this build.
+/// Why a GPU cannot be opened; `None` if there simply is none, or if this build has no CUDA.
 fn reason_to_tell(error: &Error) -> Option<String> {
     let reason = error.to_string();
     let none = ["NO_DEVICE", WITHOUT_CUDA].iter().any(|words| reason.contains(words));
@@ -80,7 +81,7 @@ fn reason_to_tell(error: &Error) -> Option<String> {
 /// What [`open_cuda`] says in a build without CUDA.
 const WITHOUT_CUDA: &str = "this program was built without CUDA";
 
-/// The device of this ordinal, the same whenever it is asked for: what is kept for a device is kept once.
+/// The device with this ordinal, the same object every time, so that what is kept for a device is kept once.
 ///
 /// `new_cuda_with_stream`, never `new_cuda`: the latter shares a stream without event tracking, so that a
 /// second thread can race.
@@ -102,8 +103,9 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
     Ok(device)
 }
 
-/// Lets the driver keep freed memory for the next tensor. By default it gives all of it back whenever the stream is waited for,
-/// and asks for it again, which takes milliseconds. Where the driver has no pools there is nothing to keep.
+/// Lets the driver keep freed memory for the next tensor. By default it releases all of it whenever the stream is
+/// synchronised, and allocates it again, which takes milliseconds. If the driver has no memory pools, there is
+/// nothing to do.
 #[cfg(feature = "cuda")]
 fn keep_freed_memory(device: &candle_core::CudaDevice) {
     use candle_core::cuda_backend::cudarc::driver::sys;
@@ -142,15 +144,15 @@ fn remedy(error: &candle_core::Error) -> &'static str {
     }
 }
 
-/// `device`, and the other GPUs of its class, at most `limit` in all: on each of them work gives the same bits. Fails with
-/// [`Error::Usage`] if the driver does not say how many there are.
+/// `device` and the other GPUs of its class, at most `limit` in all; work on any of them gives the same bits. Fails
+/// with [`Error::Usage`] if the driver does not say how many there are.
 pub fn all_of_class(device: &Device, limit: usize) -> Result<Vec<Device>> {
     let mut devices = vec![device.clone()];
     add_gpus_of_class(&mut devices, limit)?;
     Ok(devices)
 }
 
-/// Adds to the first device, until there are `limit`.
+/// Adds further devices to the first until there are `limit`.
 #[cfg(feature = "cuda")]
 fn add_gpus_of_class(devices: &mut Vec<Device>, limit: usize) -> Result<()> {
     use candle_core::cuda_backend::cudarc::driver::CudaContext;
@@ -163,7 +165,7 @@ fn add_gpus_of_class(devices: &mut Vec<Device>, limit: usize) -> Result<()> {
         if devices.len() >= limit {
             break;
         }
-        // One that cannot be opened is of no use, as one of another class.
+        // A device that cannot be opened is as useless as one of another class.
         if let Ok(other) = open_cuda(ordinal)
             && device_class(&other) == class
         {
@@ -186,14 +188,14 @@ fn open_cuda(ordinal: usize) -> Result<Device> {
 }
 
 named! {
-    /// What a GPU computes with. Parameters, optimisers and statistics are f32 in any case.
+    /// The precision in which a GPU computes. Parameters, optimisers and statistics are always f32.
     pub enum Precision default F32 {
-        /// As f32.
+        /// Everything is f32.
         F32 = "f32",
-        /// Numbers are rounded to TF32, 10 bits behind the point, before they are multiplied, and added as f32: several
-        /// times as fast.
+        /// Numbers are rounded to TF32, with 10 bits of mantissa, before they are multiplied, and sums are f32:
+        /// several times as fast.
         Tf32 = "tf32",
-        /// Images inside networks are bf16, 7 bits behind the point, with half the memory; products are added as f32.
+        /// Images inside networks are bf16, with 7 bits of mantissa and half the memory; sums of products are f32.
         Bf16 = "bf16",
     }
 }
@@ -201,7 +203,7 @@ named! {
 static PRECISION: OnceLock<Precision> = OnceLock::new();
 
 impl Precision {
-    /// What was set, or f32.
+    /// The precision that was set, or f32.
     pub fn get() -> Self {
         PRECISION.get().copied().unwrap_or_default()
     }
@@ -211,7 +213,8 @@ impl Precision {
         if self == Self::Bf16 && device.is_cuda() { DType::BF16 } else { DType::F32 }
     }
 
-    /// Sets it for the whole process, before anything is computed; the first time counts, and nothing changes it later.
+    /// Sets the precision for the whole process, before anything is computed. Only the first call counts; it cannot
+    /// be changed later.
     pub fn set(self) {
         PRECISION.get_or_init(|| {
             #[cfg(feature = "cuda")]
@@ -221,10 +224,10 @@ impl Precision {
     }
 }
 
-/// The instruction set that the CPU kernels use. Ordered from plain to wide.
+/// The instruction set that the CPU kernels use, ordered from plain to wide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CpuLevel {
-    /// Plain Rust: IEEE single precision, multiply and add rounded apart.
+    /// Plain Rust: IEEE single precision, with multiplications and additions rounded separately.
     Portable,
     /// AVX2 and FMA.
     Avx2,
@@ -236,8 +239,8 @@ impl CpuLevel {
     /// The widest level of this machine, or the one that `PROXYSET_CPU` (`portable`, `avx2`,
     /// `avx512`) forces.
     ///
-    /// A forced level that the machine lacks, or an unknown name, is ignored in favour of detection:
-    /// [`CpuLevel::check_env`] reports it first.
+    /// A forced level that the machine lacks, or an unknown name, is ignored in favour of detection;
+    /// [`CpuLevel::check_env`] reports it beforehand.
     pub fn get() -> Self {
         static LEVEL: OnceLock<CpuLevel> = OnceLock::new();
         *LEVEL.get_or_init(|| Self::from_env().unwrap_or_else(|_| Self::detect()))
@@ -274,16 +277,16 @@ impl CpuLevel {
 /// How 3 × 3 convolutions at stride 1 are computed on the CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConvAlgorithm {
-    /// By Winograd's minimal filtering wherever it is less work: about twice as fast, two to
-    /// three times the rounding error.
+    /// By Winograd's minimal filtering wherever that is less work: about twice as fast, with two to three times the
+    /// rounding error.
     Winograd,
     /// As sums over the window.
     Direct,
 }
 
 impl ConvAlgorithm {
-    /// Winograd's, unless `PROXYSET_CONV` is `direct`. An unknown name is ignored:
-    /// [`CpuLevel::check_env`] reports it first.
+    /// Winograd's, unless `PROXYSET_CONV` is `direct`. An unknown name is ignored; [`CpuLevel::check_env`] reports
+    /// it beforehand.
     pub fn get() -> Self {
         static ALGORITHM: OnceLock<ConvAlgorithm> = OnceLock::new();
         *ALGORITHM.get_or_init(|| Self::from_env().unwrap_or(Self::Winograd))
@@ -302,7 +305,7 @@ impl ConvAlgorithm {
 /// and number of multiprocessors, by which algorithms are chosen); a
 /// CPU without Winograd's filtering is `…-direct`, a GPU that computes in TF32 or bf16 `…-tf32`, `…-bf16`.
 ///
-/// Across classes results agree up to rounding. Every record names the class that made it.
+/// Between classes, results agree up to rounding. Every record names the class that made it.
 pub fn device_class(device: &Device) -> String {
     match device {
         Device::Cpu => {
@@ -343,8 +346,8 @@ fn gpu_class(_: &Device) -> String {
     "unknown".into()
 }
 
-/// Does `one` for each of the items, in their order: side by side on the CPU, one after the other on a GPU, of which
-/// each has all.
+/// Does `one` for each item and returns the results in order: in parallel on the CPU, one after the other on a GPU,
+/// each with the whole GPU.
 pub fn side_by_side<I: Sync, T: Send>(
     device: &Device,
     items: &[I],

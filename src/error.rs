@@ -15,10 +15,10 @@ pub enum Error {
     /// Wrong usage or configuration, or an output folder of another run. Exit code 2.
     #[error("{0}")]
     Usage(String),
-    /// Input data that cannot be what it claims to be. Exit code 65.
+    /// Input data that are not what they claim to be. Exit code 65.
     #[error("{0}")]
     Data(String),
-    /// Something that cannot happen unless a program, a disk or a file is wrong. Exit code 70.
+    /// Something that cannot happen unless a program, a disk or a file is faulty. Exit code 70.
     #[error("{0}")]
     Alarm(String),
     /// The system refused to read or write: full, read-only, missing. Exit code 74.
@@ -26,7 +26,7 @@ pub enum Error {
     Io {
         /// The file or folder that was being read or written.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// Stopped by a signal, or locked by another process: run again to resume. Exit code 75.
@@ -35,7 +35,7 @@ pub enum Error {
     /// A tensor operation failed: a bug, or out of memory. Exit code 70.
     #[error("tensor operation failed: {0}{remedy}", remedy = remedy(.0))]
     Tensor(#[from] candle_core::Error),
-    /// Another error with what was being done at the time.
+    /// Another error, with what was being done at the time.
     #[error("{context}: {source}")]
     Context {
         /// What was being done.
@@ -46,13 +46,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// Wraps an I/O error with the path it is about.
+    /// Wraps an I/O error with the path that it concerns.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         move |source| Self::Io { path, source }
     }
 
-    /// Whether the system says that a file or folder is not there.
+    /// Whether the system says that a file or folder does not exist.
     pub fn is_not_found(&self) -> bool {
         match self {
             Self::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
@@ -77,7 +77,7 @@ impl Error {
     }
 }
 
-/// By the words of candle, and those of CUDA.
+/// Recognised by the wording of candle's and CUDA's messages.
 fn is_out_of_memory(error: &candle_core::Error) -> bool {
     let text = error.to_string().to_lowercase();
     text.contains("out of memory") || text.contains("out_of_memory")

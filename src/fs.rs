@@ -1,8 +1,8 @@
-//! Files that are either complete or not there.
+//! Files that are either complete or do not exist.
 //!
-//! [`publish`] is the only way in which this crate gives a file its final name: written aside on the same
-//! mount, fsynced, renamed, folder fsynced ([`rename`]). A reader that sees the name sees all of the bytes, also after
-//! `kill -9` or a power cut.
+//! [`publish`] is the only way in which this crate gives a file its final name: the file is written under another
+//! name on the same mount, fsynced and renamed, and the folder is fsynced ([`rename`]). A reader that sees the name
+//! sees all of the bytes, even after `kill -9` or a power cut.
 
 use std::{
     fs::{self, File},
@@ -13,13 +13,13 @@ use std::{
 
 use crate::{Error, Result};
 
-/// The extension of files that were being written when their process died. Never read, removed on resume.
+/// The extension of files being written. If their process dies they are never read, and are removed on resume.
 const ASIDE: &str = "partial-write";
 
 /// Writes `path` through `write`: all of it or nothing.
 ///
-/// The file is written beside its final name, fsynced, renamed over `path`, and the folder is fsynced.
-/// Missing parent folders are made. Fails with [`Error::Io`] naming the file; then `path` is as it was.
+/// The file is written next to its final name, fsynced and renamed to `path`, and the folder is fsynced. Missing
+/// parent folders are created. Fails with [`Error::Io`], naming the file; `path` is then unchanged.
 pub fn publish_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     static NONCE: AtomicU64 = AtomicU64::new(0);
     let parent = parent_of(path);
@@ -42,7 +42,7 @@ pub fn publish_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) ->
     written
 }
 
-/// Gives a whole file another name in its folder, in place of what has it, and fsyncs the folder.
+/// Renames a complete file within its folder, replacing any file of that name, and fsyncs the folder.
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).map_err(Error::io(to))?;
     sync_dir(parent_of(to))
@@ -72,22 +72,22 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
         .map_err(|e| Error::Data(format!("{}: not the JSON that was expected: {e}", path.display())))
 }
 
-/// What is written as JSON to a file of its own name.
+/// A value that is written as JSON to a file with a fixed name.
 pub trait Record: serde::Serialize + serde::de::DeserializeOwned {
     /// The file's name.
     const FILE: &'static str;
 
-    /// Reads that in a folder; see [`read_json`].
+    /// Reads the file in a folder; see [`read_json`].
     fn read(dir: &Path) -> Result<Self> {
         read_json(&dir.join(Self::FILE))
     }
 
-    /// Reads that in a folder; none if the folder has none.
+    /// Reads the file in a folder; `None` if there is none.
     fn read_if_there(dir: &Path) -> Result<Option<Self>> {
         if dir.join(Self::FILE).is_file() { Self::read(dir).map(Some) } else { Ok(None) }
     }
 
-    /// Writes it to a folder, all or nothing.
+    /// Writes the file to a folder, all or nothing.
     fn write(&self, dir: &Path) -> Result<()> {
         publish_json(&dir.join(Self::FILE), self)
     }
@@ -99,7 +99,7 @@ pub fn read_text(path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| Error::Data(format!("{}: not a text in UTF-8", path.display())))
 }
 
-/// Makes a folder and its parents, each one durable.
+/// Creates a folder and its parents, each of them durably.
 pub fn create_dir_all(dir: &Path) -> Result<()> {
     if dir.as_os_str().is_empty() || dir.is_dir() {
         return Ok(());
@@ -112,8 +112,8 @@ pub fn create_dir_all(dir: &Path) -> Result<()> {
     }
 }
 
-/// Removes what dead writers left behind in `dir` and the folders in it: those files whose final names are
-/// `ours`. Call it only while holding the lock on them.
+/// Removes what interrupted writers left behind in `dir` and the folders in it: files whose final names are `ours`.
+/// Call it only while holding the lock on them.
 pub fn remove_leftovers(dir: &Path, ours: &dyn Fn(&str) -> bool) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
         let entry = entry.map_err(Error::io(dir))?;
@@ -127,14 +127,14 @@ pub fn remove_leftovers(dir: &Path, ours: &dyn Fn(&str) -> bool) -> Result<()> {
     Ok(())
 }
 
-/// The name that a file aside was to get: `a.json` of `.a.json.123-4.partial-write`.
+/// The final name of a file being written: `a.json` for `.a.json.123-4.partial-write`.
 fn final_name(aside: &str) -> Option<&str> {
     let (name, _writer) =
         aside.strip_prefix('.')?.strip_suffix(ASIDE)?.strip_suffix('.')?.rsplit_once('.')?;
     Some(name)
 }
 
-/// All files below `dir`, relative to it, sorted; without hidden ones.
+/// All files below `dir` except hidden ones, relative to it and sorted.
 pub fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
     fn walk(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         let dir = root.join(below);
@@ -158,7 +158,7 @@ pub fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Removes a folder and all in it; a folder that is not there is removed already.
+/// Removes a folder and everything in it; a folder that does not exist is fine.
 pub fn remove_dir_all(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir)(e)),
@@ -166,7 +166,7 @@ pub fn remove_dir_all(dir: &Path) -> Result<()> {
     }
 }
 
-/// The BLAKE3 of a file's bytes, in hexadecimal, and their number; large files on all threads.
+/// The BLAKE3 hash of a file's bytes, in hexadecimal, and their number; large files use all threads.
 pub fn hash_file(path: &Path) -> Result<(String, u64)> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     let mut hasher = blake3::Hasher::new();
@@ -183,7 +183,8 @@ pub fn hash_file(path: &Path) -> Result<(String, u64)> {
     }
 }
 
-/// The first `n` characters of a hash, for people. What is shorter is given whole: a damaged file may say anything.
+/// The first `n` characters of a hash, for display. A shorter text is returned whole, because a damaged file may
+/// contain anything.
 pub fn short(hash: &str, n: usize) -> String {
     hash.chars().take(n).collect()
 }
@@ -205,7 +206,7 @@ pub struct Lock(#[expect(dead_code, reason = "the open file is the lock")] File)
 impl Lock {
     /// Locks `dir`, which must exist. Fails at once with [`Error::Stopped`] if another process holds it.
     ///
-    /// `name` tells locks of one folder apart: writers of different shards may work side by side.
+    /// `name` distinguishes locks on one folder: writers of different shards may work side by side.
     pub fn acquire(dir: &Path, name: &str) -> Result<Self> {
         let (path, file) = Self::open(dir, name)?;
         match file.try_lock() {
@@ -231,17 +232,17 @@ impl Lock {
     }
 }
 
-/// Parts of a unit of work that takes longer than one would like to lose: one durable file a part.
+/// Parts of a unit of work that takes too long to lose, with one durable file per part.
 ///
-/// A part is keyed by name and is a pure function of what the unit is made from, so a part found is a part
-/// done. [`Parts::clear`] once the unit itself is published.
+/// A part is keyed by name and is a pure function of what the unit is made from, so a part that exists is done.
+/// Call [`Parts::clear`] once the unit itself is published.
 #[derive(Debug)]
 pub struct Parts {
     dir: PathBuf,
 }
 
 impl Parts {
-    /// Parts in `dir`, which is made with the first one.
+    /// Parts in `dir`, which is created with the first one.
     pub fn new(dir: PathBuf) -> Self {
         Self { dir }
     }
@@ -256,7 +257,7 @@ impl Parts {
         }
     }
 
-    /// The bytes of part `key`: those that were kept before, else those that `make` gives, which are kept if `keep`.
+    /// The bytes of part `key`: those kept before, or else those from `make`, which are kept if `keep`.
     pub fn get_or_make(
         &self,
         key: &str,

@@ -1,8 +1,8 @@
-//! The `proxyset` program: see the library for what it does.
+//! The `proxyset` program; see the library for what it does.
 
 use std::process::ExitCode;
 
-/// Tensor programs allocate and free large buffers all the time; a caching allocator keeps the pages.
+/// Tensor programs constantly allocate and free large buffers; a caching allocator keeps the pages.
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

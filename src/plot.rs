@@ -4,9 +4,9 @@ use plotters::prelude::*;
 
 use crate::{Error, Result};
 
-/// Lines over one pair of axes, the y axis from 0 to at least 1: for accuracies. A series is its name and its points.
+/// Lines on one pair of axes, with a y axis from 0 to at least 1, for accuracies. A series has a name and points.
 ///
-/// Returns the text of an SVG file. Points that are not finite are left out; without any the axes are empty.
+/// Returns the text of an SVG file. Points that are not finite are left out; without points the axes are empty.
 pub fn lines(
     title: &str,
     x_label: &str,

@@ -1,16 +1,17 @@
-//! What a program sets up before it computes.
+//! Setting up the process before anything is computed.
 
 /// `mi_option_purge_delay` of mimalloc 3: milliseconds until freed memory goes back to the system. The
 /// bindings do not name it.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
-/// Sets the process up for tensors: to be called first in a program whose global allocator is mimalloc.
+/// Sets the process up for tensors. Call it first in a program whose global allocator is mimalloc.
 ///
 /// - Freed memory is kept for ten seconds, unless the environment says otherwise (`MIMALLOC_PURGE_DELAY`, in
 ///   milliseconds). Networks allocate and free the same megabytes over and over; a denoising step of the CIFAR-10
-///   U-Net faulted 6,000 pages in, now none.
-/// - candle's pool for elementwise operations gets one thread, which means that it runs in the caller's. It spins
-///   at its barriers and serves one caller at a time, while we compute the parts of a batch side by side.
+///   U-Net used to fault in 6,000 pages, and now none.
+/// - candle's pool for elementwise operations gets one thread, which means that it runs on the caller's thread. The
+///   pool spins at its barriers and serves one caller at a time, whereas we compute the parts of a batch in
+///   parallel.
 ///
 /// # Safety
 /// No other thread may run yet: it could be reading the environment.

@@ -1,5 +1,5 @@
-//! What a person sees of work that takes longer than two seconds: bars on a terminal, plain lines elsewhere.
-//! Everything goes to stderr; stdout is for results.
+//! Progress of work that takes longer than two seconds: bars on a terminal, plain lines elsewhere. Everything goes
+//! to stderr; stdout is for results.
 
 use std::{
     io::IsTerminal,
@@ -14,7 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Result;
 
-/// Seconds between plain lines when stderr is no terminal.
+/// Seconds between plain lines when stderr is not a terminal.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(15);
 
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -23,12 +23,13 @@ static CHECKPOINT_INTERVAL: OnceLock<Duration> = OnceLock::new();
 
 #[cfg(test)]
 thread_local! {
-    /// At which look from now this thread is stopped, 0 for none: tests share a process, and each stops its own work.
+    /// The check from now at which this thread is stopped; 0 for never. Tests share a process, and each stops its
+    /// own work.
     pub(crate) static STOP_AT_LOOK: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
 }
 
-/// Turns SIGINT and SIGTERM into a clean stop: the first lets work reach a safe point, the second ends at once
-/// (safe by design: what is not published does not exist).
+/// Turns SIGINT and SIGTERM into a clean stop: the first lets work reach a safe point, the second ends the process
+/// at once (which is safe by design: what is not published does not exist).
 pub fn install_signal_handler() -> Result<()> {
     ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
@@ -39,7 +40,7 @@ pub fn install_signal_handler() -> Result<()> {
     .map_err(|e| crate::Error::Alarm(format!("signal handler cannot be installed: {e}")))
 }
 
-/// Fails with [`crate::Error::Stopped`] once a stop was asked for.
+/// Fails with [`crate::Error::Stopped`] once a stop has been requested.
 pub fn check_stop() -> Result<()> {
     let stop = STOP.load(Ordering::Relaxed);
     #[cfg(test)]
@@ -50,13 +51,13 @@ pub fn check_stop() -> Result<()> {
     Ok(())
 }
 
-/// How old the last saved state of long work may be: what a kill can lose. 20 s, or `PROXYSET_CHECKPOINT_SECONDS`, see
-/// [`read_checkpoint_interval`].
+/// The greatest age of the last saved state of long work, which is the most that an interruption can lose. 20 s, or
+/// `PROXYSET_CHECKPOINT_SECONDS`, see [`read_checkpoint_interval`].
 pub fn checkpoint_interval() -> Duration {
     *CHECKPOINT_INTERVAL.get().unwrap_or(&Duration::from_secs(20))
 }
 
-/// Reads `PROXYSET_CHECKPOINT_SECONDS`. Fails with [`crate::Error::Usage`] if it is no number of seconds.
+/// Reads `PROXYSET_CHECKPOINT_SECONDS`. Fails with [`crate::Error::Usage`] if it is not a number of seconds.
 pub fn read_checkpoint_interval() -> Result<()> {
     const NAME: &str = "PROXYSET_CHECKPOINT_SECONDS";
     let Some(set) = std::env::var_os(NAME) else { return Ok(()) };
@@ -82,7 +83,7 @@ pub fn note(line: &str) {
     }
 }
 
-/// Progress of one piece of work, with rate and time left. May be shared by threads.
+/// The progress of one piece of work, with rate and remaining time. May be shared between threads.
 pub struct Progress {
     name: String,
     unit: &'static str,
@@ -115,7 +116,7 @@ impl Progress {
         Self { name, unit, total, bar, plain }
     }
 
-    /// Progress that nobody sees, for work within work.
+    /// Progress that is not displayed, for work within other work.
     pub fn hidden() -> Self {
         let bar = Some(ProgressBar::hidden());
         let now = Instant::now();
@@ -123,7 +124,7 @@ impl Progress {
         Self { name: String::new(), unit: "", total: 0, bar, plain }
     }
 
-    /// Counts `n` units that an earlier run had finished: they do not enter the rate.
+    /// Counts `n` units that an earlier run finished; they do not count towards the rate.
     pub fn skip(&self, n: u64) {
         self.advance(n, true);
     }

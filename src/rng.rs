@@ -1,9 +1,9 @@
 //! Counter-based random numbers: noise is a pure function of (seed, sample, step), on every device.
 //!
-//! The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The
-//! key is the seed, low word first; the counter is `(sample low, sample high, step, block)`, and block `i`
-//! makes elements `4 i .. 4 i + 4`. Images number their elements in CHW order, whatever their layout in memory.
-//! Nothing here keeps a state, so any worker can make any sample's noise at any time.
+//! The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The key is
+//! the seed, low word first; the counter is `(sample low, sample high, step, block)`, and block `i` makes elements
+//! `4 i .. 4 i + 4`. Images number their elements in CHW order, whatever their layout in memory. There is no state,
+//! so any worker can make any sample's noise at any time.
 //!
 //! # The recipe of a normal, bit for bit
 //! Words `(x0, x1)` of a block make elements 0 and 1, `(x2, x3)` elements 2 and 3, by Box and Muller (1958).
@@ -22,7 +22,7 @@
 
 use crate::device::CpuLevel;
 
-/// The `step` words of streams that do not count steps: high, because steps of a sampler count up from 0.
+/// The `step` words of streams that do not count steps. They are high, because a sampler's steps count up from 0.
 ///
 /// Two draws are independent exactly if their (seed, sample, step) differ, so every use has a constant.
 pub mod stream {
@@ -46,7 +46,7 @@ pub mod stream {
     pub const BOOTSTRAP: u32 = 0xFFFF_FFF7;
     /// The noise level of a training image of EDM.
     pub const LEVEL: u32 = 0xFFFF_FFF6;
-    /// Whether a training image goes without its class.
+    /// Whether a training image is shown without its class.
     pub const NULL_CLASS: u32 = 0xFFFF_FFF5;
     /// The dropout of the first block; each further block counts up.
     pub const DROPOUT: u32 = 0xFFFF_0000;
@@ -74,7 +74,7 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [c0, c1, c2, c3]
 }
 
-/// Where a draw is: everything of key and counter but the block.
+/// The position of a draw: all of key and counter except the block.
 #[derive(Clone, Copy)]
 struct Place {
     key: [u32; 2],
@@ -125,7 +125,7 @@ fn fill_normals_avx2(place: Place, out: &mut [f32]) {
     fill_normals_with(place, out);
 }
 
-/// Blocks made side by side: what one AVX2 register holds.
+/// Number of blocks made together, which fill one AVX2 register.
 const LANES: usize = 8;
 
 #[inline(always)]
@@ -154,7 +154,7 @@ fn fill_normals_with(place: Place, out: &mut [f32]) {
 }
 
 const SQRT_HALF_BITS: u32 = 0x3F35_04F3;
-/// ln 2 in two parts; the high one has so few bits that its product with an exponent is exact.
+/// ln 2 in two parts; the high part has so few bits that its product with an exponent is exact.
 const LN2_HIGH: f32 = 0.693_145_75;
 const LN2_LOW: f32 = 1.428_606_8e-6;
 /// 2π / 2^32.
@@ -243,7 +243,8 @@ pub struct Permutation {
 }
 
 impl Permutation {
-    /// Luby and Rackoff prove three for random round functions; more hide the small halves of short lengths.
+    /// Luby and Rackoff prove that three suffice for random round functions; more make up for the small halves of
+    /// short lengths.
     const ROUNDS: u32 = 8;
 
     /// The permutation of `0..len` with this key; `tweak` is for instance the epoch.
@@ -277,8 +278,8 @@ impl Permutation {
     }
 }
 
-/// Random numbers one after the other from one place, for loops that draw an unknown number: resampling,
-/// shuffling. Starts over after 2^34 words.
+/// A sequence of random numbers from one position, for loops that draw an unknown number of them: resampling,
+/// shuffling. Repeats after 2^34 words.
 #[derive(Clone)]
 pub struct Stream {
     place: Place,
@@ -331,14 +332,14 @@ impl Stream {
     }
 }
 
-/// `n` of `len` indices, drawn by a keyed order, ascending.
+/// `n` of `len` indices, drawn in a keyed order and returned in ascending order.
 pub fn some_of(len: usize, n: usize, seed: u64) -> Vec<usize> {
     let mut chosen = spread(len, n, seed);
     chosen.sort_unstable();
     chosen
 }
 
-/// `n` of `len` indices, spread by a keyed order.
+/// `n` of `len` indices, in a keyed order.
 pub fn spread(len: usize, n: usize, seed: u64) -> Vec<usize> {
     let order = Permutation::new(seed, u64::from(stream::SUBSET), len as u64);
     (0..n).map(|i| order.at(i as u64) as usize).collect()

@@ -1,4 +1,4 @@
-//! Intervals: proportions, and paired comparisons of training arms. Order statistics.
+//! Intervals for proportions and for paired comparisons of training arms; order statistics.
 
 use std::collections::BTreeMap;
 
@@ -24,8 +24,8 @@ pub fn proportion_at_least(x: u64, n: u64, alpha: f64) -> f64 {
     Beta::new(x as f64, (n - x) as f64 + 1.0).map_or(f64::NAN, |d| d.inverse_cdf(alpha))
 }
 
-/// The probability of a fair coin to split `n` throws at least as unevenly as `x` to `n - x`: the two-sided binomial
-/// test of one half.
+/// The probability that a fair coin splits `n` throws at least as unevenly as `x` to `n - x`: the two-sided
+/// binomial test of one half.
 pub fn fair_split_p_value(x: u64, n: u64) -> f64 {
     let less = x.min(n - x);
     match Binomial::new(0.5, n) {
@@ -39,27 +39,27 @@ pub fn normal_quantile(p: f64) -> f64 {
     Normal::standard().inverse_cdf(p)
 }
 
-/// One arm against another over the same seeds and test images.
+/// A comparison of two arms over the same seeds and test images.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Comparison {
-    /// Mean over seeds of the accuracy of the arm minus that of the baseline.
+    /// The mean over seeds of the arm's accuracy minus the baseline's.
     pub difference: f64,
     /// 95 % interval.
     pub interval: [f64; 2],
     /// Standard error of the difference.
     pub se: f64,
-    /// The smallest true difference that this design would find significant four times in five:
-    /// `(t + 0.84) · se`, with `t` that of the interval.
+    /// The smallest true difference that this design would find significant four times in five: `(t + 0.84) · se`,
+    /// with the interval's `t`.
     pub resolvable: f64,
-    /// The interval excludes 0. If not, "not resolved" is the result.
+    /// Whether the interval excludes 0. If not, the result is "not resolved".
     pub resolved: bool,
 }
 
 /// Compares two arms on the same seeds and test images. Seeds and images are never pooled as independent.
 ///
-/// The variance has two parts: that of the images, by a paired bootstrap that draws the same images for every
-/// seed and both arms, and that between seeds. The interval is Student's, with Satterthwaite's degrees of
-/// freedom, since few seeds say little about the variance between seeds; with one seed nothing is resolved.
+/// The variance has two parts: one due to the images, from a paired bootstrap that draws the same images for every
+/// seed and both arms, and one between seeds. The interval is Student's, with Satterthwaite's degrees of freedom,
+/// since few seeds say little about the variance between seeds; with one seed nothing is resolved.
 ///
 /// `arm[s][i]`, `baseline[s][i]`: seed `s` was right on image `i`. Both must have the same shape.
 pub fn compare(arm: &[Vec<bool>], baseline: &[Vec<bool>], draws: usize, seed: u64) -> Comparison {
@@ -89,7 +89,7 @@ pub fn compare(arm: &[Vec<bool>], baseline: &[Vec<bool>], draws: usize, seed: u6
     }
 }
 
-/// The mean of numbers and its variance, in one pass (Welford 1962).
+/// The mean of a sequence of numbers and its variance, in one pass (Welford 1962).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Moments {
     /// How many there were.
@@ -135,8 +135,8 @@ pub fn variance(values: &[f64]) -> f64 {
     values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0)
 }
 
-/// The 97.5 % quantile of Student's t for a sum of variances, each with its degrees of freedom: the sum's are
-/// Satterthwaite's (1946), `(Σ v)² / Σ (v² / df)`. Parts that are 0 say nothing.
+/// The 97.5 % quantile of Student's t for a sum of variances, each with its degrees of freedom. Those of the sum
+/// are Satterthwaite's (1946), `(Σ v)² / Σ (v² / df)`. Parts that are 0 are ignored.
 pub fn student_975(parts: &[(f64, usize)]) -> f64 {
     let total: f64 = parts.iter().map(|(v, _)| v).sum();
     let spread: f64 = parts.iter().filter(|(v, _)| *v > 0.0).map(|(v, df)| v * v / (*df).max(1) as f64).sum();
@@ -147,7 +147,7 @@ pub fn student_975(parts: &[(f64, usize)]) -> f64 {
     StudentsT::new(0.0, 1.0, df).map_or(f64::NAN, |d| d.inverse_cdf(0.975))
 }
 
-/// Bits that sort like the float: `total_cmp` as an unsigned number.
+/// Bits that sort like the float, as in `total_cmp`, as an unsigned number.
 pub fn ascending(value: f32) -> u32 {
     let bits = value.to_bits();
     if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
@@ -160,8 +160,8 @@ fn of_ascending(bits: u32) -> f32 {
 
 /// The values that would stand at the places `ranks`, from 0, if all were sorted by `total_cmp`.
 ///
-/// `all` gives every value to what it is called with, the same ones each time: it is called twice. Memory does not grow with
-/// their number.
+/// `all` passes every value to the function that it is given. It is called twice and must give the same values each
+/// time. Memory use does not grow with their number.
 ///
 /// # Panics
 /// If a rank is not below the number of values.
@@ -227,7 +227,7 @@ mod tests {
         assert!(!same.resolved && same.difference == 0.0);
     }
 
-    /// Arms that differ by the luck of their seed alone: a seed moves the accuracy by ±10 points.
+    /// Arms that differ only by the luck of their seeds: a seed moves the accuracy by ±10 points.
     #[test]
     fn seed_noise_alone_is_resolved_about_one_time_in_twenty() {
         let resolved = (0..400)

@@ -1,10 +1,10 @@
-//! Settings that are written as text wherever they stand: flags, TOML, JSON.
+//! Settings that are written as text everywhere: in flags, TOML and JSON.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer};
 
-/// As a file may have it: `workers = 2` is `workers = "2"`.
+/// A value as a file may write it: `workers = 2` means `workers = "2"`.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a text or a number")]
 pub enum Written {
@@ -17,7 +17,8 @@ pub enum Written {
 }
 
 impl Written {
-    /// The text. Fails for a number with a fraction, whose text may have been another: `1.10` is read as 1.1.
+    /// The text. Fails for a number with a fraction, which may have been written differently: `1.10` is read as
+    /// 1.1.
     pub fn into_text(self) -> Result<String, String> {
         match self {
             Self::Integer(n) => Ok(n.to_string()),
@@ -27,7 +28,7 @@ impl Written {
     }
 }
 
-/// A list of paths, or one path that stands for a list of it: what a TOML key or a flag may give.
+/// A list of paths, or a single path that stands for a list of one, as a TOML key or a flag may give it.
 pub fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -41,8 +42,8 @@ pub fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Pat
     })
 }
 
-/// Makes a type with `FromStr<Err = String>` and `Display` fit for
-/// `#[serde(try_from = "Written", into = "String")]`.
+/// Makes a type with `FromStr<Err = String>` and `Display` suitable for `#[serde(try_from = "Written", into =
+/// "String")]`.
 macro_rules! serde_as_text {
     ($type:ty) => {
         impl TryFrom<crate::text::Written> for $type {
@@ -61,9 +62,9 @@ macro_rules! serde_as_text {
     };
 }
 
-/// One of a few values that have names, which stand for them in flags, tables and records.
+/// One of a few named values; the names stand for them in flags, tables and records.
 pub trait Named: std::str::FromStr<Err = String> + std::fmt::Display + Clone + Send + Sync + 'static {
-    /// The names, each with what it means.
+    /// The names, each with its meaning.
     const NAMES: &'static [(&'static str, &'static str)];
 }
 

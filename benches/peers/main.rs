@@ -1,12 +1,12 @@
 //! Our side of `make bench-peers` and `make bench-cuda`: a server that `tests/bench/peers.py` drives, so that it can run PyTorch and
 //! proxyset in turn.
 //!
-//! One JSON command a line on stdin, one JSON answer a line on stdout, `{"error": …}` if it failed:
+//! One JSON command per line on stdin, one JSON answer per line on stdout, `{"error": …}` if it failed:
 //! - `{"op": "hello"}`: version, device class and threads.
-//! - `{"op": "prepare", "dir": …, "work": {"kind": …, …}}`: loads the inputs and weights that the driver wrote
-//!   to `dir`; see [`Work`]. The case before it is dropped.
+//! - `{"op": "prepare", "dir": …, "work": {"kind": …, …}}`: loads the inputs and weights that the driver wrote to
+//!   `dir`; see [`Work`]. The previous case is dropped.
 //! - `{"op": "output", "path": …}`: writes what all sides must agree on as safetensors, images in NCHW: in full for
-//!   `ours`, the network's output alone for `candle`. It comes before `time`, which changes weights that train.
+//!   `ours`, only the network's output for `candle`. It comes before `time`, which changes trained weights.
 //! - `{"op": "time", "warmup": n, "iterations": m}`: `{"ms": …}`, the mean of `m` runs after `n` untimed ones, to the end of
 //!   what the device does.
 //!
@@ -65,16 +65,16 @@ enum Command {
     Time { warmup: usize, iterations: usize },
 }
 
-/// What is computed. Inputs are in the folder's `inputs.safetensors`, images in NCHW.
+/// The work to measure. Inputs are in the folder's `inputs.safetensors`, images in NCHW.
 #[derive(Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 enum Work {
-    /// `x`, `weight`, `bias` and, for the output, `grad`: the gradient of `sum(grad · y)`. What is timed is the
-    /// gradient of `sum(y)`.
+    /// `x`, `weight`, `bias` and, for the output, `grad`: the gradient of `sum(grad · y)`. The gradient of `sum(y)`
+    /// is timed.
     Conv2d { stride: usize, padding: usize, backward: bool },
     /// The folder is a diffusion model's; `x`, perhaps `labels`. Its noise at step `t`, without gradients.
     Denoise { t: usize },
-    /// The same; `x` is the noise that DDIM begins with.
+    /// The same; `x` is the noise from which DDIM begins.
     Sample { steps: usize },
     /// Also `noise`: the gradients of the mean squared error to all parameters.
     DenoiseGradients { t: usize, parts: usize },
@@ -101,9 +101,9 @@ struct Descent {
     weight_decay: f64,
 }
 
-/// Work that is ready to run.
+/// Work ready to run.
 trait Case {
-    /// Does once what is timed.
+    /// Does the timed work once.
     fn run(&mut self) -> Result<()>;
 
     /// What all sides must agree on.
@@ -114,7 +114,7 @@ fn inputs(dir: &Path, device: &Device) -> Result<Named> {
     Ok(candle_core::safetensors::load(dir.join("inputs.safetensors"), device)?)
 }
 
-/// Takes an input out of those of a case.
+/// Removes an input from those of a case.
 fn take(inputs: &mut Named, name: &str) -> Result<Tensor> {
     inputs.remove(name).ok_or_else(|| format!("the inputs have no '{name}'").into())
 }

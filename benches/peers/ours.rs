@@ -89,8 +89,8 @@ fn nchw(images: &Tensor) -> candle_core::Result<Tensor> {
     images.permute((0, 3, 1, 2))?.contiguous()
 }
 
-/// The gradients of the sum of the contributions of all parts of a batch, computed side by side and added in
-/// order, as the training stages do.
+/// The gradients of the sum of the contributions of all parts of a batch, computed in parallel and added in order,
+/// as the training stages do.
 fn gradients(
     params: &Params,
     items: usize,
@@ -249,7 +249,7 @@ impl DenoiseGradients {
 
 impl Case for DenoiseGradients {
     fn run(&mut self) -> Result<()> {
-        // As after an optimiser's step: nothing that was made of the weights can be used again.
+        // As after an optimiser's step: nothing derived from the weights can be reused.
         drop(self.params.overwriting());
         black_box(self.gradients()?);
         Ok(())
@@ -316,8 +316,8 @@ impl Case for PgdStep {
         Ok(())
     }
 
-    /// Logits and gradients on the images as they are, then the loss under attack and the weights after a step.
-    /// Not the attacked images: where a gradient is nearly 0, rounding decides on its sign.
+    /// Logits and gradients on the clean images, then the loss under attack and the weights after a step. Not the
+    /// attacked images: where a gradient is nearly 0, rounding decides on its sign.
     fn outputs(&mut self) -> Result<Named> {
         let x = Var::from_tensor(&self.x)?;
         let logits = self.tracked.logits_by(x.as_tensor(), BatchNormMode::Train)?;

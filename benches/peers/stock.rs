@@ -1,6 +1,6 @@
-//! The same work in the ops of candle-core and candle-nn alone, in NCHW, as one would write it with them.
+//! The same work with only the ops of candle-core and candle-nn, in NCHW, as one would write it with them.
 //!
-//! Networks are functions of named weights. Of the U-Net there is what the measured configurations need.
+//! Networks are functions of named weights. The U-Net has only what the measured configurations need.
 
 use std::{hint::black_box, path::Path};
 
@@ -85,7 +85,7 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
 
 type Loss = Box<dyn Fn(&Tensor) -> CandleResult<Tensor>>;
 
-/// A network's output and, if there is a loss of it, the gradients of its sum. The output alone is compared.
+/// A network's output and, if there is a loss, the gradients of its sum. Only the output is compared.
 struct Forward<F> {
     output: &'static str,
     forward: F,

@@ -1,4 +1,4 @@
-//! Auto-PGD: projected gradient ascent with momentum that chooses its step sizes itself (Croce & Hein 2020, Alg. 1).
+//! Auto-PGD: projected gradient ascent with momentum and adaptive step sizes (Croce & Hein 2020, Alg. 1).
 
 use super::{
     Attack, Example, Loss, Method, Norm, Search, Threat, method,
@@ -11,19 +11,19 @@ pub const APGD_CE: Method = Method::new("apgd-ce", 0, |threat, seed| {
     Box::new(Apgd { threat, steps: method::STEPS, loss: Loss::CrossEntropy, seed })
 });
 
-/// APGD on the difference of logits ratio.
+/// APGD on the difference-of-logits ratio.
 pub const APGD_DLR: Method = Method::new("apgd-dlr", 1, |threat, seed| {
     Box::new(Apgd { threat, steps: method::STEPS, loss: Loss::Dlr, seed })
 });
 
-/// APGD on the targeted difference of logits ratio.
+/// APGD on the targeted difference-of-logits ratio.
 pub const APGD_T: Method = Method::new("apgd-t", 2, |threat, seed| {
     Box::new(ApgdT { threat, steps: method::STEPS, targets: method::TARGETS, seed })
 });
 
-/// The share of the new step in a step with momentum, α of the paper.
+/// The share of the new step in a step with momentum, α in the paper.
 const ALPHA: f32 = 0.75;
-/// The share of steps between two checkpoints that must raise the loss, ρ of the paper.
+/// The share of steps between two checkpoints that must raise the loss, ρ in the paper.
 const RHO: f64 = 0.75;
 
 /// APGD from one random start.
@@ -33,7 +33,7 @@ pub struct Apgd {
     pub threat: Threat,
     /// Gradient steps; 100 in AutoAttack.
     pub steps: usize,
-    /// What is climbed.
+    /// The loss to climb.
     pub loss: Loss,
     /// The seed of the random start.
     pub seed: u64,
@@ -45,7 +45,8 @@ impl Attack for Apgd {
     }
 }
 
-/// APGD on the targeted DLR loss of each of the classes that come next to the best in the answer to the image, in turn.
+/// APGD on the targeted DLR loss, in turn for each of the classes ranked after the best one in the prediction for
+/// the image.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ApgdT {
     /// The ball.
@@ -87,7 +88,7 @@ fn start(threat: &Threat, example: &Example, seed: u64) -> Vec<f32> {
     pixels.map(|(i, x)| (x + scale * chw(i / c, i % c)).clamp(0.0, 1.0)).collect()
 }
 
-/// After how many steps each checkpoint comes: first 22 % of the steps, then each time 3 % less, at least 6 %
+/// The number of steps before each checkpoint: first 22 % of all steps, then 3 % less each time, but at least 6 %
 /// (Croce & Hein 2020, §3.2), rounded down as in the authors' code.
 fn periods(steps: usize) -> (usize, usize, usize) {
     let share = |percent: usize| (percent * steps / 100).max(1);
@@ -98,7 +99,7 @@ fn periods(steps: usize) -> (usize, usize, usize) {
 struct Climb {
     settings: Apgd,
     example: Example,
-    /// Where the gradient is taken next, and where it was taken before.
+    /// Where the gradient is evaluated next, and where it was evaluated before.
     point: Vec<f32>,
     former: Vec<f32>,
     /// The highest loss so far, where it was, and the gradient there.
@@ -146,7 +147,7 @@ impl Climb {
         }
     }
 
-    /// A step from `self.point` along `gradient`, with momentum but for the first one.
+    /// A step from `self.point` along `gradient`, with momentum except in the first step.
     fn step(&mut self, gradient: &[f32]) {
         let threat = &self.settings.threat;
         let alpha = if self.asked > 1 { ALPHA } else { 1.0 };
@@ -180,7 +181,7 @@ impl Search for Climb {
         (!over).then_some(self.point.as_slice())
     }
 
-    /// Not where the last step has led.
+    /// Not the point that the last step led to.
     fn wants_gradient(&self) -> bool {
         self.asked < self.settings.steps
     }
@@ -206,7 +207,8 @@ impl Search for Climb {
             (self.best_loss, self.best_at_checkpoint) = (value, value);
             self.best_gradient = gradient.to_vec();
         } else {
-            // The first step is compared with a loss of 0, as in the authors' code, whose table of losses begins there.
+            // The first step is compared with a loss of 0, as in the authors' code, whose table of losses begins
+            // with it.
             let before = if self.asked == 2 { 0.0 } else { self.last_loss };
             self.raised += usize::from(value > before);
             self.last_loss = value;

@@ -1,5 +1,5 @@
-//! FAB, the fast adaptive boundary attack, targeted: the nearest image across the border to another class
-//! (Croce & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
+//! FAB, the fast adaptive boundary attack, targeted: the nearest image across the boundary to another class (Croce
+//! & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
 
 use super::{
     Attack, Example, Loss, Method, Norm, Search, Threat, method,
@@ -14,19 +14,20 @@ pub const FAB_T: Method = Method::new("fab-t", 3, |threat, _| {
 
 /// The largest pull towards the original image, α_max.
 const ALPHA_MAX: f32 = 0.1;
-/// How far beyond the border a step goes, η.
+/// How far beyond the boundary a step goes, η.
 const ETA: f32 = 1.05;
-/// What is left of the perturbation when an adversarial image has been found, β.
+/// The share of the perturbation that is kept when an adversarial image has been found, β.
 const BETA: f32 = 0.9;
 
 /// The settings of FAB.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fab {
-    /// The ball: an image counts as found if it is no farther away.
+    /// The ball: an adversarial image counts if it lies within.
     pub threat: Threat,
     /// Steps towards each class; 100 in AutoAttack.
     pub steps: usize,
-    /// How many of the classes that come next to the best in the answer to the image are tried; 9 in AutoAttack.
+    /// How many of the classes ranked after the best one in the prediction for the image are tried; 9 in
+    /// AutoAttack.
     pub targets: usize,
 }
 
@@ -55,7 +56,7 @@ struct Approach {
     example: Example,
     target: usize,
     point: Vec<f32>,
-    /// Whether `point` is the end of a step, so that the answer there may be the adversarial one.
+    /// Whether `point` is the end of a step and so may be adversarial.
     checked: bool,
     steps: usize,
     /// `z_target - z_label` at the point.
@@ -64,7 +65,7 @@ struct Approach {
 }
 
 impl Approach {
-    /// A step to the border as it is linearised at the point: a mixture of the projections of point and image.
+    /// A step to the boundary, linearised at the point: a mixture of the projections of the point and the image.
     fn step(&mut self, gradient: &[f32]) {
         let norm = self.settings.threat.norm();
         let dot =
@@ -108,7 +109,7 @@ impl Search for Approach {
                     self.found = Some(self.point.clone());
                     return Ok(());
                 }
-                // Back towards the image; the gradient is another there, so the network is asked again.
+                // Back towards the image, where the gradient differs, so the network is queried again.
                 self.point.iter_mut().zip(x).for_each(|(p, x)| *p = x + BETA * (*p - x));
                 return Ok(());
             }
@@ -124,13 +125,13 @@ impl Search for Approach {
     }
 }
 
-/// The shortest move in this norm from `t`, a point of the box, to the plane `w · x = b`, or as near to it as the box
-/// allows. `distance` is `w · t - b`.
+/// The shortest move in this norm from `t`, a point in the box, to the plane `w · x = b`, or as near to it as the
+/// box allows. `distance` is `w · t - b`.
 ///
-/// Both norms are one problem: pixel `i` moves by at most its room in the box, the plane is reached when
-/// `Σ weight_i · min(level, room_i) = |distance|`, and the lowest such level is the answer.
+/// Both norms pose the same problem: pixel `i` can move only as far as the box allows, its room; the plane is
+/// reached when `Σ weight_i · min(level, room_i) = |distance|`, and the lowest such level is the answer.
 fn project_to_plane(norm: Norm, t: &[f32], w: &[f32], distance: f64) -> Vec<f32> {
-    // Down the gradient from above the plane, up from below.
+    // Down the gradient if above the plane, up if below.
     let side = if distance >= 0.0 { -1.0 } else { 1.0 };
     let mut pixels: Vec<(f64, f64)> = Vec::with_capacity(t.len());
     let room = |t: f32, w: f32| if (w > 0.0) == (side > 0.0) { f64::from(1.0 - t) } else { f64::from(t) };
@@ -156,7 +157,8 @@ fn project_to_plane(norm: Norm, t: &[f32], w: &[f32], distance: f64) -> Vec<f32>
     t.iter().zip(w).map(reach).collect()
 }
 
-/// The lowest level at which `Σ weight · min(level, room)` over `(room, weight)` is `amount`; infinite if none is.
+/// The lowest level at which `Σ weight · min(level, room)` over `(room, weight)` is `amount`; infinite if there is
+/// none.
 fn fill(pixels: &mut [(f64, f64)], amount: f64) -> f64 {
     pixels.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
     let mut weight: f64 = pixels.iter().map(|(_, weight)| weight).sum();
@@ -216,7 +218,7 @@ mod tests {
             let (low, high) = (reachable(-1.0), reachable(1.0));
             let nearest = b.clamp(low, high);
             prop_assert!((dot(&w, &x) - nearest).abs() < 1e-4, "{} of {nearest}", dot(&w, &x));
-            // Another point of the box, moved along the line to the plane: where it meets it, it is no nearer.
+            // Another point in the box, moved along a line to the plane, does not reach it any nearer.
             let other: Vec<f32> = pixels.iter().map(|p| p.2).collect();
             let at = |v: &[f32]| dot(&w, v) - nearest;
             if (at(&other) > 0.0) != (at(&t) > 0.0) && (at(&other) - at(&t)).abs() > 1e-3 {

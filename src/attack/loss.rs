@@ -1,35 +1,35 @@
-//! The losses of gradient attacks, with their gradients by the logits.
+//! The losses of gradient attacks, with their gradients with respect to the logits.
 
 use super::search::ranking;
 
 /// Added to the denominators of the DLR losses, as in the authors' code.
 const TINY: f32 = 1e-12;
 
-/// What an attack makes large.
+/// The loss that an attack maximises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// Cross-entropy.
     CrossEntropy,
     /// The margin of the best wrong class, `max_{i≠y} z_i - z_y`.
     Margin,
-    /// The margin over the difference of the first and the third logit (Croce & Hein 2020, Eq. 6): no scaling or shift
-    /// of the logits changes it. With two classes, where that is not defined, the margin.
+    /// The margin divided by the difference of the largest and the third largest logit (Croce & Hein 2020, Eq. 6),
+    /// invariant to scaling and shifting the logits. With two classes, where that is undefined, the margin itself.
     Dlr,
     /// The margin of one class, `z_t - z_y`.
     TargetedMargin(usize),
-    /// That over the difference of the first logit and the mean of the third and fourth (Croce & Hein 2020, Eq. 7). With
-    /// fewer than four classes, where that is not defined, the margin of the class.
+    /// That margin divided by the difference of the largest logit and the mean of the third and fourth largest
+    /// (Croce & Hein 2020, Eq. 7). With fewer than four classes, where that is undefined, the margin itself.
     TargetedDlr(usize),
 }
 
 impl Loss {
-    /// The loss, and its gradient by the logits. `label`: the right class.
+    /// The loss, and its gradient with respect to the logits. `label`: the right class.
     ///
-    /// The classes that the DLR losses name by their rank are taken as they are: the gradient goes through their
-    /// logits, not through the order.
+    /// The classes that the DLR losses pick by rank are treated as fixed: the gradient goes through their logits,
+    /// not through the order.
     ///
     /// # Panics
-    /// If there are fewer than two classes, or no such class.
+    /// If there are fewer than two classes, or if `label` is not one of them.
     pub fn of(self, logits: &[f32], label: usize) -> (f32, Vec<f32>) {
         let mut gradient = vec![0.0; logits.len()];
         let margin_of = |class: usize| logits[class] - logits[label];
@@ -39,7 +39,7 @@ impl Loss {
                 let exps: Vec<f64> = logits.iter().map(|z| f64::from(z - largest).exp()).collect();
                 let total: f64 = exps.iter().sum();
                 gradient.iter_mut().zip(&exps).for_each(|(g, e)| *g = (e / total) as f32);
-                // Of the other classes, not 1 - p: for a sure answer that is the small difference of large numbers.
+                // The sum over the other classes, not 1 - p: for a confident prediction that would cancel.
                 let others: f64 = (0..exps.len()).filter(|&i| i != label).map(|i| exps[i]).sum();
                 gradient[label] = -(others / total) as f32;
                 ((total.ln() - f64::from(logits[label] - largest)) as f32, gradient)
@@ -83,7 +83,7 @@ impl Loss {
     }
 }
 
-/// The wrong class of the largest logit.
+/// The wrong class with the largest logit.
 pub(super) fn best_wrong(logits: &[f32], label: usize) -> usize {
     let wrong = (0..logits.len()).filter(|&i| i != label);
     wrong.reduce(|best, i| if logits[i] > logits[best] { i } else { best }).expect("there are two classes")
@@ -113,7 +113,7 @@ mod tests {
             let (found, _) = loss.of(&LOGITS, 0);
             assert!((found - expected).abs() < 1e-6, "{loss:?}: {found}, expected {expected}");
         }
-        // With the right class in front the margin is that of the second.
+        // If the right class is first, the margin is that of the second.
         assert!((Loss::Dlr.of(&LOGITS, 2).0 - (2.25 - 3.0) / (3.0 - 1.5)).abs() < 1e-6);
     }
 

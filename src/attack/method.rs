@@ -1,4 +1,4 @@
-//! What an attack that goes by a name is.
+//! Named attacks.
 
 use std::fmt;
 
@@ -9,12 +9,12 @@ use crate::rng;
 pub const STEPS: usize = 100;
 /// Random starts of APGD.
 pub const RESTARTS: usize = 1;
-/// Classes that the targeted attacks try.
+/// How many classes the targeted attacks try.
 pub const TARGETS: usize = 9;
-/// Questions that Square asks about an image.
+/// Square's queries for each image.
 pub const QUERIES: usize = 5000;
 
-/// An attack that goes by a name, with the settings that it has in AutoAttack: [`STEPS`], [`RESTARTS`], [`TARGETS`],
+/// An attack with a name and the settings that it has in AutoAttack: [`STEPS`], [`RESTARTS`], [`TARGETS`],
 /// [`QUERIES`].
 #[derive(Clone, Copy)]
 pub struct Method {
@@ -24,7 +24,8 @@ pub struct Method {
 }
 
 impl Method {
-    /// `key`: that of its draws, which no other method has; `make`: the attack within a ball, by the seed of its draws.
+    /// `key`: the key of its random draws, unique to this method; `make`: makes the attack within a ball from the
+    /// seed of its draws.
     pub(super) const fn new(name: &'static str, key: u64, make: fn(Threat, u64) -> Box<dyn Attack>) -> Self {
         Self { name, key, make }
     }
@@ -36,7 +37,7 @@ impl Method {
 
     /// The attack within this ball.
     pub fn attack(self, threat: Threat, seed: u64) -> Box<dyn Attack> {
-        // Another seed for each: attacks that begin alike find alike.
+        // A different seed for each, because attacks that begin alike find the same.
         (self.make)(threat, rng::uint(seed, self.key, rng::stream::ATTACK))
     }
 }

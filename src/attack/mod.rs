@@ -1,8 +1,8 @@
 //! Attacks: the worst image within a ball around the given one. Networks come in as closures.
 //!
-//! [`pgd()`] serves training: it runs on tensors, where the network is. An [`Attack`] serves evaluation: each image is
-//! searched on its own ([`search`]), so that what is found for it does not depend on the images beside it, and an image
-//! that is done with makes place for the next. The [`Method`]s are those that go by a name.
+//! [`pgd()`] is for training: it runs on tensors, on the network's device. An [`Attack`] is for evaluation: each
+//! image has a search of its own ([`search`]), so that its result does not depend on the other images, and a
+//! finished image makes room for the next. The [`Method`]s are the attacks with a name.
 
 mod apgd;
 mod fab;
@@ -24,9 +24,9 @@ pub use search::{Attack, Example, Search, Victim};
 pub use square::{SQUARE, Square};
 pub use threat::{Epsilon, Norm, Threat};
 
-/// The attacks that go by a name.
+/// The attacks with a name.
 pub const METHODS: [Method; 5] = [APGD_CE, APGD_DLR, APGD_T, FAB_T, SQUARE];
 
-/// AutoAttack's version `standard` (Croce & Hein 2020): four attacks without parameters to choose, each on what the others left
-/// standing.
+/// AutoAttack's version `standard` (Croce & Hein 2020): four attacks without free parameters, each on the images
+/// that withstood the ones before.
 pub const STANDARD: [Method; 4] = [APGD_CE, APGD_T, FAB_T, SQUARE];

@@ -6,7 +6,7 @@ use super::{Attack, Epsilon, Example, Loss, Norm, Search, Threat};
 use crate::{Result, kernels, rng};
 
 named! {
-    /// What [`pgd`] makes large.
+    /// The loss that [`pgd`] maximises.
     pub enum PgdLoss default Ce {
         /// Cross-entropy (Madry et al. 2018).
         Ce = "ce",
@@ -32,21 +32,21 @@ impl PgdLoss {
     }
 }
 
-/// How hard [`pgd`] tries.
+/// How hard [`pgd`] searches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PgdConfig {
     /// Gradient steps from each start.
     pub steps: usize,
     /// The length of a step, in the norm of the threat.
     pub step_size: f64,
-    /// Whether to start from a random point of the ball, else from the image itself.
+    /// Whether to start from a random point in the ball instead of the image itself.
     pub random_start: bool,
-    /// What is made large.
+    /// The loss to maximise.
     pub loss: PgdLoss,
 }
 
 impl PgdConfig {
-    /// Fails with [`Error::Usage`](crate::Error::Usage) if the settings cannot be meant.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) if the settings make no sense.
     pub fn validate(&self) -> Result<()> {
         if !(self.step_size >= 0.0 && self.step_size.is_finite()) {
             bail!(Usage, "the attack's step size is {}, expected a number from 0", self.step_size);
@@ -54,7 +54,7 @@ impl PgdConfig {
         Ok(())
     }
 
-    /// Where the attack on `x` begins, the time number `restart` from 0.
+    /// Where the attack on `x` begins at start number `restart`, counted from 0.
     fn start(&self, threat: &Threat, x: &Tensor, seed: u64, restart: usize, ids: &[u64]) -> Result<Tensor> {
         match self.random_start {
             true => threat.random_start(x, rng::uint(seed, restart as u64, rng::stream::ATTACK), ids),
@@ -63,12 +63,12 @@ impl PgdConfig {
     }
 }
 
-/// An attack that is ready to run: [`pgd`] with its ball, its settings and the seed of its random start.
+/// An attack ready to run: [`pgd`] with its ball, its settings and the seed of its random start.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pgd {
     /// The ball.
     pub threat: Threat,
-    /// How hard it tries.
+    /// How hard it searches.
     pub config: PgdConfig,
     /// The seed of the random start.
     pub seed: u64,
@@ -77,7 +77,7 @@ pub struct Pgd {
 impl Pgd {
     /// `steps` steps of size `step_ratio · epsilon / steps`, from a random start.
     ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them is impossible.
     pub fn new(norm: Norm, epsilon: Epsilon, steps: usize, step_ratio: f64, seed: u64) -> Result<Self> {
         if steps == 0 || !(step_ratio > 0.0 && step_ratio.is_finite()) {
             bail!(
@@ -91,7 +91,7 @@ impl Pgd {
         Ok(Self { threat: Threat::new(norm, epsilon)?, config, seed })
     }
 
-    /// What the attack makes of the images `x` with `labels`; see [`pgd`].
+    /// The result of the attack on the images `x` with `labels`; see [`pgd`].
     pub fn perturb(
         &self,
         logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
@@ -103,16 +103,16 @@ impl Pgd {
     }
 }
 
-/// Which points of [`Pgd`]'s ways count in an evaluation.
+/// Which points on [`Pgd`]'s paths count in an evaluation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counted {
-    /// The last of each: what [`pgd`] returns.
+    /// The last point of each path, which [`pgd`] returns.
     Last,
-    /// Every one, the image itself first.
+    /// Every point, beginning with the image itself.
     Every,
 }
 
-/// PGD on image by image: an image that is answered wrongly at a point that counts is done with.
+/// PGD image by image: an image is finished once it is misclassified at a point that counts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PgdSearch {
     pgd: Pgd,
@@ -121,9 +121,9 @@ pub struct PgdSearch {
 }
 
 impl PgdSearch {
-    /// From `restarts` starts, until one of them succeeds.
+    /// An attack from `restarts` starts, until one of them succeeds.
     ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage) for no start, or for several that would all be the same.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) for no starts, or for several that would all be the same.
     pub fn new(pgd: Pgd, restarts: usize, counted: Counted) -> Result<Self> {
         pgd.config.validate()?;
         if restarts == 0 {
@@ -159,9 +159,9 @@ struct Way {
     example: Example,
     /// The image, `(1, h, w, c)`.
     x: Tensor,
-    /// Where the network is asked next; none if the search is over.
+    /// The point to evaluate next; `None` if the search is over.
     point: Option<Vec<f32>>,
-    /// Starts made so far, and steps that are to come from the last one.
+    /// Starts made so far, and steps still to come from the last one.
     starts: usize,
     steps_left: usize,
     found: Option<Vec<f32>>,
@@ -225,15 +225,15 @@ impl Search for Way {
     }
 }
 
-/// The images within `threat` of `x` at which PGD arrives, climbing the loss.
+/// The images within `threat` of `x` that PGD reaches by climbing the loss.
 ///
-/// `x`: `(b, …)` f32, in [0, 1]. `labels`: `(b,)` u32. `sample_ids`: a number for each image, which with
-/// `seed` decides on its random start. `logits_of` returns `(b, classes)`, its parameters best frozen: their
-/// gradients are of no use here. Returns images shaped like `x`, without a graph. The result for an image does
-/// not depend on the batch, as long as its logits do not. A radius of 0 returns `x`.
+/// `x`: `(b, …)` f32, in [0, 1]. `labels`: `(b,)` u32. `sample_ids`: a number for each image, which together with
+/// `seed` determines its random start. `logits_of` returns `(b, classes)`; its parameters are best frozen, because
+/// their gradients are not used here. Returns images shaped like `x`, without a graph. The result for an image does
+/// not depend on its batch, as long as its logits do not. A radius of 0 returns `x`.
 ///
-/// Fails with [`Error::Usage`](crate::Error::Usage) for settings that cannot be meant, with
-/// [`Error::Alarm`](crate::Error::Alarm) if no gradient reaches the images, and with what `logits_of` fails with.
+/// Fails with [`Error::Usage`](crate::Error::Usage) for settings that make no sense, with
+/// [`Error::Alarm`](crate::Error::Alarm) if no gradient reaches the images, and with any error of `logits_of`.
 pub fn pgd(
     logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
     x: &Tensor,
@@ -252,8 +252,8 @@ pub fn pgd(
     ascend(logits_of, &|logits| config.loss.of(logits, labels), &x, start, threat, config)
 }
 
-/// The steps of the attack: from `start` up the gradient of `loss_of(logits_of(x'))`, projected onto the ball around `x`
-/// after each. `loss_of` returns a number an image. For the rest see [`pgd`].
+/// The steps of the attack: from `start` up the gradient of `loss_of(logits_of(x'))`, with a projection onto the
+/// ball around `x` after each. `loss_of` returns one number per image. For the rest see [`pgd`].
 pub fn ascend(
     logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
     loss_of: &dyn Fn(&Tensor) -> Result<Tensor>,
@@ -271,7 +271,7 @@ pub fn ascend(
     Ok(x_adv)
 }
 
-/// The gradient by the images of their losses, `(b,)`.
+/// The gradient of the losses, `(b,)`, with respect to the images.
 fn gradient(loss: &Tensor, images: &Var) -> Result<Tensor> {
     // The sum, not the mean: the gradient of an image then does not depend on the batch.
     match loss.sum_all()?.backward()?.remove(images.as_tensor()) {
@@ -301,7 +301,7 @@ mod tests {
         PgdConfig { steps, step_size, random_start: true, loss: PgdLoss::Ce }
     }
 
-    /// What the attack finds for images whose ids are their places.
+    /// What the attack finds for images whose ids are their positions.
     fn find(attack: &PgdSearch, logits_of: LogitsOf, x: &Tensor, labels: &[u32]) -> Vec<Option<Vec<f32>>> {
         let victim = Victim { logits_of, shape: (1, 6, 1), device: &Device::Cpu };
         let images = x.to_vec2().unwrap().into_iter().zip(labels).enumerate();
@@ -323,7 +323,7 @@ mod tests {
         Ok(Tensor::cat(&[&margin.zeros_like()?, &margin], 1)?)
     }
 
-    /// Far from the sides of the box, so that only the ball binds.
+    /// Far from the sides of the box, so that only the ball constrains the attack.
     fn images(n: usize) -> Tensor {
         let pixels = (0..n * 6).map(|i| 0.5 + 0.1 * (i as f32 * 1.7).sin()).collect();
         Tensor::from_vec(pixels, (n, 6), &Device::Cpu).unwrap()
@@ -369,7 +369,7 @@ mod tests {
         }
     }
 
-    /// A model with several maxima, on which restarts and starts matter.
+    /// A model with several maxima, where the starts and their number matter.
     fn wavy(x: &Tensor) -> Result<Tensor> {
         linear(&((x * 40.0)?.sin()? + x)?)
     }
@@ -458,7 +458,7 @@ mod tests {
                 let stands: Vec<bool> = found.iter().map(Option::is_none).collect();
                 assert_eq!(stands, all, "{norm:?}, {restart}");
             }
-            // Else this would show little: images leave on the way, not all at once, and not all of them.
+            // Otherwise this test would show little: some images leave, not all at the same time.
             standing.dedup();
             assert!(
                 standing.len() > 3 && standing[0] < n && standing.last() > Some(&0),

@@ -1,13 +1,14 @@
-//! Searches for adversarial images, image by image: each is a state machine that asks the network about one point after
-//! the other. The network answers many of them at once; a search that is over makes place for the next.
+//! Searches for adversarial images, one for each image: each search is a state machine that queries the network at
+//! one point after another. The network answers many of them at once, and a finished search makes room for the
+//! next.
 
 use candle_core::{Device, Tensor, Var};
 
 use super::{Norm, Threat};
 use crate::{Result, progress::check_stop};
 
-/// A classifier as attacks see it: images `(b, h, w, c)` f32 in [0, 1] to logits `(b, classes)`. Those of an image must
-/// not depend on the images beside it; its parameters are best frozen.
+/// A classifier as attacks see it: images `(b, h, w, c)` f32 in [0, 1] to logits `(b, classes)`. The logits of an
+/// image must not depend on the other images in the batch; the parameters are best frozen.
 pub type LogitsOf<'a> = &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync);
 
 /// The network under attack.
@@ -17,7 +18,7 @@ pub struct Victim<'a> {
     pub logits_of: LogitsOf<'a>,
     /// Height, width and channels of its images.
     pub shape: (usize, usize, usize),
-    /// Where it is.
+    /// The device that it is on.
     pub device: &'a Device,
 }
 
@@ -27,13 +28,14 @@ impl Victim<'_> {
         Ok(Tensor::from_vec(points.concat(), (points.len(), h, w, c), self.device)?)
     }
 
-    /// The logits of each image, its elements in HWC order.
+    /// The logits of each image; its elements are in HWC order.
     pub fn logits(&self, points: &[&[f32]]) -> Result<Vec<Vec<f32>>> {
         Ok((self.logits_of)(&self.images(points)?)?.detach().to_vec2()?)
     }
 
-    /// Asks about the point of each search and passes the answers on: the logits and, with `gradients`, the gradient by
-    /// the pixels of the logits times the search's [weights](Search::weights), which by the chain rule is that of any loss.
+    /// Evaluates the network at the point of each search and passes the answers on: the logits and, with
+    /// `gradients`, the gradient with respect to the pixels of the logits times the search's
+    /// [weights](Search::weights), which by the chain rule gives the gradient of any loss.
     ///
     /// Fails with [`Error::Alarm`](crate::Error::Alarm) if the logits do not depend on the images.
     fn answer(&self, searches: &mut [&mut Box<dyn Search>], gradients: bool) -> Result<()> {
@@ -57,7 +59,7 @@ impl Victim<'_> {
                 bail!(Alarm, "the logits do not depend on the images: there is no gradient to follow");
             };
             by_pixels = gradient.flatten_from(1)?.to_vec2()?;
-            // Nowhere to go, rather than to a point that is none.
+            // Stay, rather than go to a point that is not finite.
             by_pixels.iter_mut().flatten().filter(|g| !g.is_finite()).for_each(|g| *g = 0.0);
         }
         for ((search, logits), gradient) in searches.iter_mut().zip(&logits).zip(&by_pixels) {
@@ -76,18 +78,18 @@ pub struct Example {
     pub shape: (usize, usize, usize),
     /// Its class.
     pub label: usize,
-    /// The key of all that is drawn for it.
+    /// The key of all random draws for it.
     pub id: u64,
 }
 
 impl Example {
-    /// Pixels in its order as `(1, h, w, c)`, on the CPU.
+    /// Pixels in its layout as `(1, h, w, c)`, on the CPU.
     pub fn tensor(&self, pixels: &[f32]) -> Result<Tensor> {
         let (h, w, c) = self.shape;
         Ok(Tensor::from_slice(pixels, (1, h, w, c), &Device::Cpu)?)
     }
 
-    /// Whether these logits choose its class.
+    /// Whether these logits predict its class.
     pub(super) fn is_right(&self, logits: &[f32]) -> bool {
         choice(logits) == Some(self.label)
     }
@@ -95,7 +97,7 @@ impl Example {
 
 /// An attack: how to search for an adversarial image near a given one.
 pub trait Attack: Sync {
-    /// The search for one image. What it finds depends on the example and the network alone.
+    /// The search for one image. Its result depends only on the example and the network.
     fn search(&self, example: Example) -> Result<Box<dyn Search>>;
 }
 
@@ -107,29 +109,29 @@ impl<F: Fn(Example) -> Result<Box<dyn Search>> + Sync> Attack for F {
 
 /// A search for one adversarial image.
 pub trait Search {
-    /// The point to ask about next; none if the search is over.
+    /// The point to evaluate next; `None` if the search is over.
     fn point(&self) -> Option<&[f32]>;
 
-    /// Whether the search needs the gradient at that point; a search by answers alone never does.
+    /// Whether the search needs the gradient at that point; a search that uses only the logits never does.
     fn wants_gradient(&self) -> bool {
         false
     }
 
-    /// The gradient, by the logits at that point, of what the search climbs. Asked only if it [wants a
+    /// The gradient of what the search climbs, with respect to the logits at that point. Called only if it [wants a
     /// gradient](Search::wants_gradient).
     fn weights(&mut self, _logits: &[f32]) -> Result<Vec<f32>> {
         Ok(Vec::new())
     }
 
-    /// Takes the answer: the logits at the point and, if wanted, the gradient by the pixels.
+    /// Takes the answer: the logits at the point and, if wanted, the gradient with respect to the pixels.
     fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()>;
 
-    /// The adversarial image, if one is found.
+    /// The adversarial image, if one was found.
     fn found(&self) -> Option<&[f32]>;
 }
 
-/// Runs the searches, each with a number of its own, at most `size` at a time: one that is over makes place for the next.
-/// `over` receives the number of each and what it found.
+/// Runs the searches, each with a number of its own, at most `size` at a time: a finished search makes room for the
+/// next. `over` receives the number of each search and what it found.
 pub fn run(
     victim: &Victim,
     size: usize,
@@ -161,13 +163,13 @@ pub fn run(
     }
 }
 
-/// Searches towards the classes that come next to the best in the answer to the image itself, in turn, until one of them
-/// finds something.
+/// Searches in turn towards the classes ranked after the best one in the prediction for the image itself, until one
+/// of these searches finds something.
 pub(super) struct Targeted<S, F> {
     image: Vec<f32>,
     targets: usize,
     towards: F,
-    /// The best class, then the targets; none yet before the answer to the image.
+    /// The best class, then the targets; `None` before the prediction for the image is known.
     order: Vec<usize>,
     rank: usize,
     search: Option<S>,
@@ -213,7 +215,8 @@ impl<S: Search, F: Fn(usize, usize) -> S> Search for Targeted<S, F> {
     }
 }
 
-/// The class that a network chooses: the largest logit, the first of equals. No class if one of them is not a number.
+/// The class that a network predicts: the one with the largest logit, the first of them in a tie. `None` if any
+/// logit is not a number.
 pub fn choice(logits: &[f32]) -> Option<usize> {
     if logits.iter().any(|z| z.is_nan()) {
         return None;
@@ -221,7 +224,7 @@ pub fn choice(logits: &[f32]) -> Option<usize> {
     (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best })
 }
 
-/// The classes in falling order of their logits; equals stay in order.
+/// The classes in descending order of their logits; ties keep their order.
 pub(super) fn ranking(logits: &[f32]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
@@ -231,7 +234,7 @@ pub(super) fn ranking(logits: &[f32]) -> Vec<usize> {
 /// The length of a vector in this norm.
 pub fn length(norm: Norm, v: impl IntoIterator<Item = f32>) -> f32 {
     match norm {
-        // Not `max`, which loses what is not a number.
+        // Not `max`, which drops NaN.
         Norm::Linf => {
             let larger = |a: f32, d: f32| if d.is_nan() || d.abs() > a { d.abs() } else { a };
             v.into_iter().fold(0.0, larger)

@@ -1,4 +1,4 @@
-//! Square: random search with squares, by the logits alone (Andriushchenko et al. 2020, Alg. 1 to 3).
+//! Square: random search with squares that uses only the logits (Andriushchenko et al. 2020, Alg. 1 to 3).
 
 use super::{Attack, Example, Method, Norm, Search, Threat, loss::best_wrong, method, search::length};
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
 pub const SQUARE: Method =
     Method::new("square", 4, |threat, seed| Box::new(Square { threat, queries: method::QUERIES, seed }));
 
-/// The share of pixels that a square covers at first.
+/// The initial share of pixels that a square covers.
 const P_INIT: f64 = 0.8;
 
 /// The settings of Square.
@@ -18,7 +18,7 @@ const P_INIT: f64 = 0.8;
 pub struct Square {
     /// The ball.
     pub threat: Threat,
-    /// Questions asked about each image, besides that about the start; 5,000 in AutoAttack.
+    /// Queries for each image, in addition to the one for its start; 5,000 in AutoAttack.
     pub queries: usize,
     /// The seed of all draws.
     pub seed: u64,
@@ -30,8 +30,8 @@ impl Attack for Square {
     }
 }
 
-/// By what the share of pixels is divided at query `i`, counted from 0: the schedule for 10,000 queries, as in
-/// AutoAttack whatever their number.
+/// The divisor of the share of pixels at query `i`, counted from 0: the schedule for 10,000 queries, which
+/// AutoAttack uses whatever their number.
 fn divisor(i: usize) -> f64 {
     let halvings = [10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000].iter().filter(|&&at| i > at).count();
     f64::from(1u32 << halvings)
@@ -57,7 +57,7 @@ struct Walk {
     example: Example,
     draws: Stream,
     best: Vec<f32>,
-    /// `z_label - z_best wrong` there: what is to fall below 0.
+    /// `z_label - z_best wrong` there, which should fall below 0.
     margin: f32,
     candidate: Vec<f32>,
     queries: usize,
@@ -83,7 +83,7 @@ impl Walk {
         walk
     }
 
-    /// An answer that is not a number is a wrong one.
+    /// An answer that is not a number counts as wrong.
     fn is_fooled(&self) -> bool {
         self.margin.is_nan() || self.margin <= 0.0
     }
@@ -105,7 +105,7 @@ impl Walk {
         pixels.map(|(i, x)| (x + epsilon * signs[i % (w * c)]).clamp(0.0, 1.0)).collect()
     }
 
-    /// Five by five bumps of random sign, scaled to length ε.
+    /// Five by five bumps of random signs, scaled to length ε.
     fn tiles(&mut self) -> Vec<f32> {
         let (h, w, c) = self.example.shape;
         let side = (h / 5).max(1);
@@ -132,7 +132,7 @@ impl Walk {
     }
 
     /// The pattern η of a square, row-major, of length 1: a positive half and a negative one, each highest in its
-    /// middle; lying or standing.
+    /// middle; horizontal or vertical.
     fn bump(&mut self, side: usize) -> Vec<f32> {
         let half = side / 2;
         let mut bump = mound(half, side);
@@ -182,7 +182,7 @@ impl Walk {
         next
     }
 
-    /// Takes the perturbation of a window away and gives its length to another (Alg. 3).
+    /// Removes the perturbation of one window and gives its length to another (Alg. 3).
     fn move_mass(&mut self, side: usize) -> Vec<f32> {
         let (h, w, c) = self.example.shape;
         let (target, emptied) = (self.window(side), self.window(side));

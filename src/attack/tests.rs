@@ -1,4 +1,4 @@
-//! The attacks that go by a name on a linear model, where the distance to each border is a closed form.
+//! The named attacks on a linear model, where the distance to each decision boundary has a closed form.
 
 use candle_core::{Device, Tensor};
 
@@ -24,7 +24,7 @@ fn victim() -> Victim<'static> {
     Victim { logits_of: &linear, shape: SHAPE, device: &Device::Cpu }
 }
 
-/// Images in the middle of the box, so that only the ball binds.
+/// Images in the middle of the box, so that only the ball constrains them.
 fn images(n: usize) -> Vec<Vec<f32>> {
     let image = |i: usize| {
         let mut x = vec![0f32; SIZE];
@@ -34,7 +34,8 @@ fn images(n: usize) -> Vec<Vec<f32>> {
     (0..n).map(image).collect()
 }
 
-/// The answer to an image, and how far the nearest other class is: `(z_y - z_t) / |w_y - w_t|` in the dual norm.
+/// The prediction for an image, and the distance to the nearest other class: `(z_y - z_t) / |w_y - w_t|` in the
+/// dual norm.
 fn answer_and_radius(x: &[f32], norm: Norm) -> (usize, f64) {
     let w = weights();
     let row = |class: usize| &w[class * SIZE..][..SIZE];
@@ -52,7 +53,7 @@ fn answer_and_radius(x: &[f32], norm: Norm) -> (usize, f64) {
     (label, (0..CLASSES).filter(|&c| c != label).map(radius).fold(f64::INFINITY, f64::min))
 }
 
-/// What an attack finds for the examples, in a window of this size.
+/// What an attack finds for the examples, with a window of this size.
 pub(super) fn find(
     victim: &Victim,
     size: usize,
@@ -69,7 +70,7 @@ pub(super) fn find(
     all.into_iter().map(|found| found.expect("each search comes to an end")).collect()
 }
 
-/// Images whose ids are their places.
+/// Images whose ids are their positions.
 fn examples(images: &[Vec<f32>], labels: &[usize]) -> Vec<Example> {
     let example = |(i, (image, &label)): (usize, (&Vec<f32>, &usize))| Example {
         image: image.clone(),
@@ -133,8 +134,8 @@ fn what_is_found_is_adversarial_and_in_ball_and_box_and_what_cannot_be_found_is_
     }
 }
 
-/// On a linear model gradient attacks find all that there is to find, up to the last per cent of the radius; the random
-/// search finds most of what is not near the border.
+/// On a linear model, gradient attacks find everything that can be found, up to the last per cent of the radius;
+/// random search finds most of what is not near the boundary.
 #[test]
 fn what_can_be_found_is_found() {
     for norm in [Norm::Linf, Norm::L2] {
@@ -166,7 +167,7 @@ fn an_image_is_attacked_alike_whatever_is_beside_it() {
     }
 }
 
-/// Where pixels are black and white the box binds: half of the ball is outside of it.
+/// Where pixels are black or white the box matters: half of the ball is outside it.
 #[test]
 fn adversarial_images_of_black_and_white_ones_stay_in_the_box() {
     let image = |i: usize| (0..SIZE).map(|j| ((i * 31 + j * 17) % 5 < 2) as u8 as f32).collect::<Vec<f32>>();

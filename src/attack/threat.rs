@@ -9,7 +9,7 @@ use crate::{Error, Result, data::from_chw, kernels, rng, text::Written};
 
 /// The radius of an attack's ball: a number, or a fraction such as `8/255`.
 ///
-/// Fractions of 255 are written as such, so that what was read as `8/255` is written as `8/255`.
+/// Fractions of 255 are written as such, so that `8/255` is written as it was read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd, Deserialize)]
 #[serde(try_from = "Written")]
 pub struct Epsilon(f64);
@@ -20,7 +20,7 @@ impl Epsilon {
         self.0
     }
 
-    /// What it has grown to at `step`, from 0, if it grows evenly over so many steps to its full size.
+    /// The radius at `step`, counted from 0, if it grows evenly to its full size over this many steps.
     pub fn grown(self, step: usize, over: usize) -> Self {
         Self(self.0 * ((step + 1) as f64 / over.max(1) as f64).min(1.0))
     }
@@ -81,9 +81,9 @@ impl TryFrom<Written> for Epsilon {
 named! {
     /// How the size of a perturbation is measured.
     pub enum Norm {
-        /// ℓ∞: the largest change of a pixel.
+        /// ℓ∞: the largest change of any pixel.
         Linf = "linf",
-        /// ℓ2: the Euclidean length of the change.
+        /// ℓ2: the Euclidean norm of the change.
         L2 = "l2",
     }
 }
@@ -115,14 +115,14 @@ impl Threat {
         self.epsilon
     }
 
-    /// The nearest to `x_adv` in the ball around `x`, then in the box. `x`, `x_adv`: `(b, …)` f32, `x` in
-    /// [0, 1].
+    /// The point nearest to `x_adv` in the ball around `x`, then in the box. `x`, `x_adv`: `(b, …)` f32, `x` in [0,
+    /// 1].
     pub fn project(&self, x: &Tensor, x_adv: &Tensor) -> Result<Tensor> {
         kernels::project(x, x_adv, self.epsilon, self.norm == Norm::L2)
     }
 
-    /// The steepest direction of length 1 in this norm: the gradient's signs for ℓ∞, the gradient over its
-    /// length for ℓ2. `gradient`: `(b, …)`. A gradient of 0 stays 0.
+    /// The steepest direction of length 1 in this norm: the signs of the gradient for ℓ∞, the gradient divided by
+    /// its length for ℓ2. `gradient`: `(b, …)`. A gradient of 0 stays 0.
     pub fn direction(&self, gradient: &Tensor) -> Result<Tensor> {
         kernels::steepest(gradient, self.norm == Norm::L2)
     }
@@ -134,8 +134,8 @@ impl Threat {
 
     /// A point drawn uniformly from the ball around each image, then clipped to the box.
     ///
-    /// `x`: `(b, h, w, c)`, or any `(b, …)`. The draw of an image depends on `seed` and its entry in
-    /// `sample_ids` alone; elements are drawn in CHW order.
+    /// `x`: `(b, h, w, c)`, or any `(b, …)`. An image's draw depends only on `seed` and its entry in `sample_ids`;
+    /// elements are drawn in CHW order.
     pub fn random_start(&self, x: &Tensor, seed: u64, sample_ids: &[u64]) -> Result<Tensor> {
         let (images, len) = (x.dim(0)?, x.elem_count() / x.dim(0)?.max(1));
         if sample_ids.len() != images {

@@ -1,7 +1,8 @@
-//! Randomised smoothing (Cohen et al. 2019): a classifier that answers with the class that a network most often gives
-//! to the image with Gaussian noise, and the ℓ2 radius within which that answer is certain not to change.
+//! Randomised smoothing (Cohen et al. 2019): a classifier that answers with the class that a network most often
+//! gives to the image under Gaussian noise, and the ℓ2 radius within which that answer provably does not change.
 //!
-//! `g(x) = argmax_c P(f(x + ε) = c)`, `ε ~ N(0, σ² I)`. The network comes in as a function that counts its answers.
+//! `g(x) = argmax_c P(f(x + ε) = c)`, `ε ~ N(0, σ² I)`. The network is passed as a function that counts its
+//! answers.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,22 +20,22 @@ pub type Counts<'a> = &'a dyn Fn(u64, u64) -> Result<Vec<u64>>;
 pub struct Smoothing {
     /// The standard deviation σ of the noise, for pixels in [0, 1].
     pub sigma: f64,
-    /// Copies that choose the class.
+    /// Number of copies that choose the class.
     pub n0: u64,
-    /// Copies that bound its probability.
+    /// Number of copies that bound its probability.
     pub n: u64,
-    /// The probability that a certificate is wrong, or a prediction not that of the smoothed classifier.
+    /// The probability that a certificate is wrong, or that a prediction is not the smoothed classifier's.
     pub alpha: f64,
 }
 
-/// What is certain about an image.
+/// What is certified about an image.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Certificate {
-    /// The class; none if the smoothed classifier abstains.
+    /// The class; `None` if the smoothed classifier abstains.
     pub class: Option<u32>,
     /// The ℓ2 radius within which the answer is this class with probability 1 - α; 0 without a class.
     pub radius: f64,
-    /// The lower bound of the class's probability, of the most frequent class if it abstains.
+    /// The lower bound of the class's probability; if it abstains, of the most frequent class.
     pub lower: f64,
 }
 
@@ -63,7 +64,7 @@ impl Smoothing {
     }
 }
 
-/// The classes, the most frequent first; of equals the first.
+/// The classes, the most frequent first; ties by index.
 fn most_frequent(counts: &[u64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..counts.len()).collect();
     order.sort_by_key(|&class| std::cmp::Reverse(counts[class]));

@@ -1,4 +1,4 @@
-//! `proxyset arc --real SRC --synthetic SRC …`: sample sets that are ranked by ARC.
+//! `proxyset arc --real SRC --synthetic SRC …`: ranks sample sets by ARC.
 
 use std::path::{Path, PathBuf};
 
@@ -16,21 +16,22 @@ use crate::{
     stage::{AnyStage, read_done},
 };
 
-/// Flags of the verb arc beside the stage's.
+/// Flags of the verb arc in addition to the stage's.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct Ranking {
-    /// Rank sample sets against this real data: it is split, discriminators are trained for each set, then measured.
-    /// Name images that no generator has seen, else one that memorises looks perfect.
+    /// Rank sample sets against these real data: they are split, and discriminators are trained for each set and
+    /// then measured. Use images that no generator has seen; otherwise a generator that memorises looks perfect.
     #[arg(long, requires = "synthetic", conflicts_with_all = ["split", "pool", "discriminators"])]
     real: Option<Source>,
-    /// A sample set to rank: the folder of a finished generate or import, or images in Parquet, .npz or a folder. May be
-    /// repeated.
+    /// A sample set to rank: the folder of a finished generate or import stage, or images in Parquet, .npz or a
+    /// folder. May be repeated.
     #[arg(long, requires = "real")]
     synthetic: Vec<String>,
-    /// A classifier's folder: how often it sees the class that an image was made for stands beside ARC.
+    /// A classifier's folder. Next to ARC, the ranking then shows how often the classifier sees the class that an
+    /// image was made for.
     #[arg(long, requires = "real")]
     labeller: Option<PathBuf>,
-    /// A setting of the stages below: `--set fit-discriminator.steps=1000`. May be repeated.
+    /// Change a setting of one of the stages involved, as in `--set fit-discriminator.steps=1000`. May be repeated.
     #[arg(long, value_name = "TABLE.KEY=VALUE", requires = "real")]
     set: Vec<String>,
 }

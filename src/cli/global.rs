@@ -1,4 +1,4 @@
-//! What all verbs share: flags, and how results are printed.
+//! What all verbs share: their common flags, and how results are printed.
 
 use std::io::Write;
 
@@ -14,21 +14,21 @@ pub(super) struct Global {
     /// Print results as one JSON object on stdout.
     #[arg(long, global = true)]
     pub(super) json: bool,
-    /// No progress and no notes on stderr.
+    /// Print no progress and no notes on stderr.
     #[arg(long, global = true)]
     pub(super) quiet: bool,
-    /// Where tensors live: auto, cpu or cuda:N.
+    /// The device for tensors: auto, cpu or cuda:N.
     #[arg(long, global = true, default_value_t = DeviceChoice::Auto)]
     pub(super) device: DeviceChoice,
-    /// What a GPU computes with; of no effect on the CPU.
+    /// The precision in which a GPU computes. It has no effect on the CPU.
     #[arg(long, global = true, value_parser = settings::named::<Precision>(), default_value_t = Precision::F32)]
     pub(super) precision: Precision,
-    /// CPU threads; 0 for all cores. No result depends on it.
+    /// Number of CPU threads; 0 for all cores. Results do not depend on it.
     #[arg(long, global = true, default_value_t = 0)]
     pub(super) threads: usize,
 }
 
-/// Prints results. A reader that went away (`| head`) is no error.
+/// Prints results. A reader that has gone away (`| head`) is not an error.
 pub(super) fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {

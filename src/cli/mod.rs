@@ -1,4 +1,4 @@
-//! The command line: one verb a file. Arguments become one library call, its result is printed.
+//! The command line, with one file for each verb. Arguments become one library call, and its result is printed.
 
 mod arc;
 mod check;
@@ -17,7 +17,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use self::global::Global;
 use crate::{Error, Result, device::CpuLevel, progress};
 
-/// Makes synthetic image data sets that make classifiers more robust, and proves that they do.
+/// Makes synthetic image data sets that make classifiers more robust, and measures whether they do.
 ///
 /// Exit codes: 0 done; 1 a stated gate was not met; 2 usage or configuration; 65 bad input data; 70 alarm;
 /// 74 input/output; 75 stopped or locked, run again to resume.
@@ -32,13 +32,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Run a pipeline file: what is not done yet, in order.
+    /// Run a pipeline file: do what is not done yet, in order.
     Run(plan::Args),
-    /// Show what `run` would do, how much, and what is done already. Writes nothing.
+    /// Show what `run` would do, how much work it is, and what is already done. Writes nothing.
     Plan(plan::Args),
     /// Show the state of a run folder or of one stage's folder.
     Status(status::Args),
-    /// Verify a run folder, a stage's folder or a data set down to the last byte.
+    /// Verify every byte of a run folder, a stage's folder or a data set.
     Check(check::Args),
     #[command(flatten)]
     Stage(stage::Verb),
@@ -46,7 +46,7 @@ enum Verb {
     Publish(publish::Args),
 }
 
-/// Parses the command line, does what it says, prints, and returns the exit code.
+/// Parses the command line, does what it says, prints the result, and returns the exit code.
 pub fn main() -> ExitCode {
     let done = expect_text().and_then(|()| dispatch(&Cli::parse()));
     match done {
@@ -58,7 +58,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Paths go into records, which are text.
+/// Paths are recorded, and records are text.
 fn expect_text() -> Result<()> {
     match std::env::args_os().find(|arg| arg.to_str().is_none()) {
         Some(arg) => bail!(Usage, "an argument is {}, expected text in UTF-8", arg.display()),
@@ -66,7 +66,7 @@ fn expect_text() -> Result<()> {
     }
 }
 
-/// The command line, of which `docs/commands.md` is made.
+/// The command line, from which `docs/commands.md` is made.
 pub fn command() -> clap::Command {
     Cli::command()
 }
@@ -86,7 +86,7 @@ fn dispatch(cli: &Cli) -> Result<()> {
             .map_err(|e| Error::Usage(format!("threads is {}: {e}", global.threads)))?;
     }
     progress::install_signal_handler()?;
-    // In the pool, whose threads else would have to be woken for every operation.
+    // Runs inside the thread pool, whose threads would otherwise have to be woken for every operation.
     rayon::scope(|_| perform(&cli.verb, global))
 }
 

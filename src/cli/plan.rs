@@ -15,10 +15,10 @@ use crate::{
 pub(super) struct Args {
     /// The pipeline file.
     file: PathBuf,
-    /// Stop after this stage; the report then tells of what there is.
+    /// Stop after this stage. The report then covers what there is by then.
     #[arg(long)]
     pub(super) until: Option<String>,
-    /// Override a setting: `--set generate.count=500`. May be repeated.
+    /// Override a setting, as in `--set generate.count=500`. May be repeated.
     #[arg(long, value_name = "TABLE.KEY=VALUE")]
     set: Vec<String>,
     /// The run folder; `runs/NAME` if not given.
@@ -27,7 +27,7 @@ pub(super) struct Args {
 }
 
 impl Args {
-    /// The pipeline with its overrides, and its run folder.
+    /// The pipeline with its overrides applied, and its run folder.
     pub(super) fn read(&self) -> Result<(PipelineFile, PathBuf)> {
         let file = PipelineFile::read(&self.file, &self.set)?;
         let run = self.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&file.name));

@@ -16,13 +16,13 @@ use crate::{
 
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct Args {
-    /// A data set, or the folder of a finished materialize.
+    /// A data set, or the folder of a finished materialize stage.
     #[arg(long)]
     dataset: PathBuf,
-    /// The folder to publish to. It must be new, or hold an earlier part of this very copy.
+    /// The folder to publish to. It must be new, or hold an unfinished copy of the same data set.
     #[arg(long, required_unless_present = "dry_run")]
     to: Option<PathBuf>,
-    /// Check and print what would be published; write nothing.
+    /// Check the data set and print what would be published, but write nothing.
     #[arg(long)]
     dry_run: bool,
 }

@@ -1,4 +1,4 @@
-//! One verb per stage: `proxyset generate --model DIR --count N --out DIR`.
+//! One verb for each stage: `proxyset generate --model DIR --count N --out DIR`.
 
 use std::path::{Path, PathBuf};
 
@@ -17,17 +17,17 @@ use crate::{
     stages,
 };
 
-/// A stage with its settings, and where its output goes.
+/// A stage with its settings, and the folder for its output.
 pub(super) struct Verb {
     output: Output,
     stage: Box<dyn AnyStage>,
-    /// Of the verb arc: what is ranked, if it is.
+    /// For the verb arc: what is to be ranked, if anything.
     ranking: Option<Ranking>,
 }
 
 #[derive(clap::Args)]
 struct Output {
-    /// The output folder. It may hold this very work, unfinished: then the work goes on.
+    /// The output folder. If it holds the same work, unfinished, the work is continued.
     #[arg(long)]
     out: Option<PathBuf>,
 }
@@ -81,7 +81,7 @@ impl Verb {
         }
         match &self.output.out {
             Some(out) => perform(stage, out, global),
-            // Results that nobody asked to keep: in a folder that nobody else can have filled.
+            // Results that nobody asked to keep go to a folder that nobody else can have filled.
             None if stage.name() == "evaluate" => {
                 let scratch = tempfile::tempdir().map_err(crate::Error::io(std::env::temp_dir()))?;
                 perform(stage, scratch.path(), global)

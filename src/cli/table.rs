@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::{pipeline::Step, progress::human_seconds};
 
-/// Left-aligned columns, two blanks apart.
+/// Left-aligned columns, two spaces apart.
 pub(super) fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().map(|r| r[column].chars().count());
@@ -22,7 +22,7 @@ pub(super) fn render(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// The steps of a run, one a line.
+/// The steps of a run, one per line.
 pub(super) fn steps(steps: &[Step]) -> String {
     let rows: Vec<Vec<String>> = steps
         .iter()
@@ -45,7 +45,7 @@ pub(super) fn steps(steps: &[Step]) -> String {
     text
 }
 
-/// Objects with the same keys as a table, indented, names first; numbers with four digits behind the point.
+/// Objects with the same keys as an indented table, names first; numbers have four decimal places.
 fn records(rows: &[Value]) -> String {
     let mut keys: Vec<&str> =
         rows[0].as_object().map(|o| o.keys().map(String::as_str).collect()).unwrap_or_default();
@@ -63,8 +63,8 @@ fn records(rows: &[Value]) -> String {
     render(&keys, &cells).lines().map(|line| format!("  {line}\n")).collect()
 }
 
-/// A summary, one line a key; nested objects are named by the path of their keys, lists of them are tables, and what is
-/// not set is left out.
+/// A summary, one line per key. Keys of nested objects are given as paths, lists of objects as tables; what is not
+/// set is left out.
 pub(super) fn summary(value: &Value) -> String {
     fn write(prefix: &str, value: &Value, text: &mut String) {
         match value {

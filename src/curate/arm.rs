@@ -1,4 +1,4 @@
-//! Arms: what ranks the samples that pass the gates.
+//! Arms: the orders in which samples that pass the gates are kept.
 
 use crate::{
     rng::{self, stream},
@@ -6,18 +6,19 @@ use crate::{
 };
 
 named! {
-    /// What ranks the samples that pass the gates.
+    /// The order in which samples that pass the gates are kept.
     pub enum Arm {
         /// Lowest `synthetic_score` first: closest to the real data (Sehwag et al. 2022, §2.3).
         Score = "arc",
         /// Highest label confidence first (Wang et al. 2023).
         Confidence = "confidence",
-        /// Discriminator rejection sampling (Azadi et al. 2019): each is kept with probability min(1, w / M), where
-        /// w = (1 - s) / s is the density ratio that the score s claims and M what makes the quota full.
+        /// Discriminator rejection sampling (Azadi et al. 2019): each sample is kept with probability min(1, w /
+        /// M), where w = (1 - s) / s is the density ratio that the score s implies, and M is such that the quota is
+        /// filled.
         Rejection = "rejection",
-        /// A fresh random order for each seed.
+        /// A random order, another one for each seed.
         Random = "random",
-        /// All that pass the gates, whatever the quota.
+        /// Keep all samples that pass the gates, whatever the quota.
         All = "all",
     }
 }
@@ -25,10 +26,11 @@ named! {
 impl Arm {
     /// The place of a sample in the arm's order: lower comes first.
     ///
-    /// `row`: its place in the pool, which its random number hangs on; `score` and `confidence` in [0, 1].
+    /// `row`: the sample's place in the pool, which determines its random number; `score` and `confidence` are in
+    /// [0, 1].
     ///
     /// Rejection sampling is an order too: a sample with the uniform number u is accepted if u ≤ w / M, that is, if
-    /// u / w is at most 1 / M, so the first k by u / w are those that the M for k accepts.
+    /// u / w is at most 1 / M. So the first k by u / w are the ones accepted with the M that yields k.
     pub fn rank(self, seed: u64, row: u64, score: f32, confidence: f32) -> u32 {
         let random = || rng::uint(seed, row, stream::SUBSET);
         match self {
@@ -71,12 +73,12 @@ mod tests {
         assert_ne!(order(1), order(2));
     }
 
-    /// With M chosen as the quota's, a sample of density ratio w is kept with probability min(1, w / M): the kept rates
-    /// of two kinds are as their ratios.
+    /// With the M that fits the quota, a sample of density ratio w is kept with probability min(1, w / M), so two
+    /// kinds are kept at rates in proportion to their ratios.
     #[test]
     fn rejection_keeps_in_proportion_to_the_density_ratio() {
         let n = 40_000;
-        // Ratios 1/4 and 1/16: a quota of 3,125 of each 20,000 + 20,000 has M = 2, so rates 1/8 and 1/32.
+        // Ratios 1/4 and 1/16: a quota of 3,125 from 20,000 + 20,000 means M = 2, so the rates are 1/8 and 1/32.
         let score = |i: u64| if i.is_multiple_of(2) { 0.8f32 } else { 16.0 / 17.0 };
         let mut ranked: Vec<(u32, u64)> =
             (0..n).map(|i| (Arm::Rejection.rank(5, i, score(i), 0.0), i)).collect();
@@ -86,8 +88,8 @@ mod tests {
         assert!((likely / 20_000.0 - 0.125).abs() < 0.01, "{likely}");
     }
 
-    /// Of N(0, 1) by the density ratio to N(0, ¼), which is nowhere over 2: what is kept passes the test of Kolmogorov and
-    /// Smirnov for N(0, ¼).
+    /// From N(0, 1) by the density ratio to N(0, ¼), which never exceeds 2: the kept samples pass the
+    /// Kolmogorov-Smirnov test for N(0, ¼).
     #[test]
     fn rejection_from_one_gaussian_gives_another() {
         use statrs::distribution::{Continuous, ContinuousCDF, Normal};
@@ -111,7 +113,7 @@ mod tests {
             (cdf - i as f64).abs().max((cdf - (i + 1) as f64).abs()) / kept as f64
         });
         let distance = steps.fold(0.0, f64::max);
-        // 1.63 / √n is passed by one of a hundred.
+        // One sample in a hundred exceeds 1.63 / √n.
         assert!(distance < 1.63 / (kept as f64).sqrt(), "{distance}");
     }
 }

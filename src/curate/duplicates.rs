@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-/// For each of `hashes`, fewer than 2³², whether the same came before. By a sort: 16 bytes a hash.
+/// For each of `hashes`, of which there are fewer than 2³², whether an earlier one is equal. Sorts, with 16 bytes
+/// per hash.
 pub fn repeated(hashes: &[u64]) -> Vec<bool> {
     let mut sorted: Vec<(u64, u32)> = hashes.iter().copied().zip(0..).collect();
     sorted.par_sort_unstable();
@@ -13,18 +14,19 @@ pub fn repeated(hashes: &[u64]) -> Vec<bool> {
     repeated
 }
 
-/// Finds hashes within a number of bits of one that was kept before: multi-index hashing (Norouzi et al. 2012).
+/// Finds hashes that differ in few bits from one kept earlier, by multi-index hashing (Norouzi et al. 2012).
 ///
 /// Two hashes that differ in at most r bits are equal in at least one of r + 1 pieces of their bits, so only hashes
 /// that share a piece are compared.
 pub struct NearDuplicates {
     radius: u32,
-    /// By piece and by its value: the hashes kept.
+    /// The hashes kept, by piece and by the piece's value.
     pieces: Vec<Vec<Vec<u64>>>,
 }
 
 impl NearDuplicates {
-    /// Bits that may differ at most: with more, the pieces are so short that each shares its with thousands of a large pool.
+    /// The most bits that may differ: with more, the pieces are so short that each hash shares one with thousands
+    /// of others in a large pool.
     pub const MAX_RADIUS: u32 = 3;
 
     /// Hashes that differ in at most `radius` bits are near-duplicates.
@@ -35,7 +37,7 @@ impl NearDuplicates {
         Self { radius, pieces }
     }
 
-    /// Whether `hash` is near one that was kept before; if not, it is kept.
+    /// Whether `hash` is near one kept earlier; if not, it is kept.
     pub fn repeats(&mut self, hash: u64) -> bool {
         let place = |piece: u32| {
             let bits = Self::bits(self.radius, piece);
@@ -53,7 +55,7 @@ impl NearDuplicates {
         near
     }
 
-    /// The bits of a piece, at most 16 of them.
+    /// The bits of a piece, at most 16.
     fn bits(radius: u32, piece: u32) -> std::ops::Range<u32> {
         let pieces = radius + 1;
         let (from, to) = (64 * piece / pieces, 64 * (piece + 1) / pieces);

@@ -1,4 +1,4 @@
-//! Gates: conditions on the columns of a score table, each with the reason for which it refuses.
+//! Gates: conditions on the columns of a score table, each with its reason for refusing a sample.
 
 use std::{fmt, str::FromStr};
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// How a value is held against a constant.
+/// How a value is compared with a constant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operator {
     /// `<`
@@ -29,7 +29,7 @@ pub enum Operator {
 }
 
 impl Operator {
-    /// Longer signs first, since a text is searched in this order.
+    /// Longer signs first, because text is searched in this order.
     const ALL: [(&'static str, Self); 6] = [
         ("<=", Self::AtMost),
         (">=", Self::AtLeast),
@@ -43,7 +43,7 @@ impl Operator {
         Self::ALL.into_iter().find(|(_, c)| *c == self).map_or("", |(sign, _)| sign)
     }
 
-    /// IEEE 754: nothing but `!=` holds for what is not a number.
+    /// IEEE 754: for NaN only `!=` holds.
     fn holds<T: PartialOrd>(self, a: T, b: T) -> bool {
         match self {
             Self::Less => a < b,
@@ -56,7 +56,7 @@ impl Operator {
     }
 }
 
-/// A constant of a condition.
+/// The constant in a condition.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Constant {
     Integer(i128),
@@ -92,7 +92,7 @@ impl fmt::Display for Constant {
 
 /// A condition on one column: `label_confidence >= 0.9`, `label_agrees == true`.
 ///
-/// A constant takes the type of its column: `x <= 0.1` holds for the 32-bit float nearest to 0.1. A null meets no
+/// The constant takes the type of the column: `x <= 0.1` holds for the 32-bit float nearest to 0.1. A null meets no
 /// condition, as in SQL.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "crate::text::Written", into = "String")]
@@ -114,7 +114,7 @@ impl Condition {
         Self { column: column.into(), comparison: Operator::Equal, constant: Constant::Truth(truth) }
     }
 
-    /// Whether the column can be held against the constant. Fails with [`Error::Usage`] naming what there is.
+    /// Checks that the column can be compared with the constant. Fails with [`Error::Usage`], naming what there is.
     pub fn expect_in(&self, schema: &Schema) -> Result<()> {
         let Ok(field) = schema.field_with_name(&self.column) else {
             let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
@@ -147,7 +147,7 @@ impl Condition {
         }
     }
 
-    /// Calls `visit(row, holds)` for every row of `array`, none for a null.
+    /// Calls `visit(row, holds)` for every row of `array`; `holds` is `None` for a null.
     fn each(&self, array: &dyn Array, mut visit: impl FnMut(usize, Option<bool>)) -> Result<()> {
         fn integers<T: ArrowPrimitiveType<Native: Into<i128>>>(
             array: &dyn Array,
@@ -228,23 +228,24 @@ impl FromStr for Condition {
 
 serde_as_text!(Condition);
 
-/// What a sample must meet to be kept at all.
+/// A condition that a sample must meet to be kept at all.
 #[derive(Clone, Debug)]
 pub struct Gate {
-    /// Why a sample that does not meet it is refused: a name in `rejected.parquet` and `select.json`.
+    /// The reason for refusing a sample that does not meet it, as named in `rejected.parquet` and `select.json`.
     pub reason: String,
     /// What must hold.
     pub condition: Condition,
-    /// A null passes: there is nothing to hold the sample against.
+    /// Lets nulls pass, where there is nothing to compare the sample with.
     pub null_passes: bool,
 }
 
-/// The verdict on a sample that every gate lets through; the others are one more than the number of the gate.
+/// The verdict on a sample that passes every gate; other verdicts are one more than the number of the refusing
+/// gate.
 pub const PASSED: u8 = 0;
 
-/// The verdicts on the rows of a batch: the first gate, in their order, that refuses. At most 250 gates.
+/// The verdict on each row of a batch: the first gate, in order, that refuses it. At most 250 gates.
 ///
-/// Fails with [`Error::Data`] if a column is missing or has another type than its condition.
+/// Fails with [`Error::Data`] if a column is missing or does not have the type of its condition.
 pub fn verdicts(gates: &[Gate], batch: &RecordBatch) -> Result<Vec<u8>> {
     let mut verdicts = vec![PASSED; batch.num_rows()];
     for (number, gate) in (PASSED + 1..).zip(gates) {

@@ -1,6 +1,7 @@
-//! Which samples of a pool are kept: gates that refuse, one order that ranks, quotas.
+//! Which samples of a pool are kept: gates that refuse samples, one order that ranks the rest, and quotas.
 //!
-//! All of it works on columns: a few bytes for each sample of the pool, whatever its score table holds.
+//! Everything works on columns and takes a few bytes for each sample of the pool, whatever else its score table
+//! holds.
 
 mod arm;
 mod duplicates;

@@ -1,21 +1,22 @@
-//! The selector: the first samples of each group in one order.
+//! The selector, which takes the first samples of each group in a given order.
 
 use crate::Result;
 
-/// Samples that compete for places: a class, or all.
+/// Samples that compete for places: those of a class, or all.
 #[derive(Clone, Debug)]
 pub struct Group {
     /// Their places in the pool.
     pub rows: Vec<u32>,
-    /// How many are kept, at most.
+    /// The largest number that is kept.
     pub limit: usize,
 }
 
-/// Which of `pool` rows are kept: of each group the `limit` with the lowest `ranks`, equals in the order of `ties`.
+/// Which of `pool` rows are kept: in each group, the `limit` rows with the lowest `ranks`, with equal ones in the
+/// order of `ties`.
 ///
-/// `ties(rows)` gives a number for each of some rows; it is asked at most once, for the rows that share the last rank
-/// that is kept in a group in which not all of them are. Time O(rows); 1 byte a row besides the groups, and 36 for each of
-/// those.
+/// `ties(rows)` gives a number for each of the given rows. It is called at most once, for the rows that share a
+/// group's last kept rank where not all of them can be kept. Takes O(rows) time and, besides the groups, 1 byte per
+/// row and 36 for each of those rows.
 pub fn keep_first(
     groups: Vec<Group>,
     ranks: &[u32],

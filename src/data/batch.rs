@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::image::Shape;
 use crate::{Error, Result, kernels, rng};
 
-/// What a tensor of pixels ranges over.
+/// The range of values of a pixel tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Range {
     /// [0, 1], for classifiers and discriminators: u8 / 255.
@@ -27,7 +27,7 @@ impl Range {
         std::array::from_fn(|pixel| self.value_of(pixel as u8))
     }
 
-    /// Out-of-range values are clamped; ties go to the even neighbour. `None` if `x` is not finite.
+    /// Out-of-range values are clamped; ties round to even. `None` if `x` is not finite.
     fn pixel_of(self, x: f32) -> Option<u8> {
         let scaled = match self {
             Self::Unit => x * 255.0,
@@ -45,7 +45,7 @@ pub fn to_floats(pixels: &[u8], range: Range) -> Vec<f32> {
 
 /// Images as `(n, height, width, channels)` f32 in `range`. `pixels`: n images of `shape`, one after another.
 ///
-/// Fails with [`Error::Alarm`] if `pixels` is no whole number of images.
+/// Fails with [`Error::Alarm`] if `pixels` is not a whole number of images.
 pub fn to_tensor(pixels: &[u8], shape: Shape, range: Range, device: &Device) -> Result<Tensor> {
     let n = pixels.len() / shape.size();
     if n * shape.size() != pixels.len() {
@@ -68,8 +68,8 @@ pub fn to_u8(images: &Tensor, range: Range) -> Result<Vec<u8>> {
     floats.iter().enumerate().map(pixel).collect()
 }
 
-/// Standard normal noise, `(samples, h, w, c)`: that of a sample is a function of (`seed`, `sample`, `step`) alone, drawn
-/// in CHW order, and bit-identical on every device. `step`: a sampler's step, or one of [`rng::stream`].
+/// Standard normal noise, `(samples, h, w, c)`: a sample's noise depends only on (`seed`, `sample`, `step`), is
+/// drawn in CHW order, and is bit-identical on every device. `step`: a sampler's step, or one of [`rng::stream`].
 pub fn gaussian_noise(
     seed: u64,
     samples: &[u64],
@@ -81,7 +81,7 @@ pub fn gaussian_noise(
     kernels::normal_images(seed, samples, step, (height, width, channels), device)
 }
 
-/// Numbers in CHW order as a tensor of images of shape (n, h, w, c); of another rank, as they come.
+/// Numbers in CHW order as a tensor of images of shape (n, h, w, c); for other ranks the order is unchanged.
 pub fn from_chw(values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Tensor> {
     Ok(match *dims {
         [n, h, w, c] => {
@@ -97,11 +97,11 @@ pub fn from_chw(values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Ten
 pub struct Augment {
     /// Black pixels added on each side before a crop of the original size is taken; 4 is usual for 32x32.
     pub pad: usize,
-    /// Whether to mirror half of the images left to right. Wrong for digits and other writing.
+    /// Whether to mirror images left to right with probability 1/2. Unsuitable for digits and other writing.
     pub flip: bool,
 }
 
-/// The window of each image, and whether it is mirrored, by its own draw.
+/// The window of each image, and whether it is mirrored, from the image's own draw.
 fn windows(
     samples: &[u64],
     seed: u64,
@@ -136,7 +136,7 @@ fn dims(samples: &[u64], shape: Shape) -> (usize, usize, usize, usize) {
     (samples.len(), shape.height, shape.width, shape.channels)
 }
 
-/// Pads, crops and flips each image of a batch by its own draw.
+/// Pads, crops and flips each image of a batch according to its own draw.
 ///
 /// `pixels`: images of `shape`; `samples`: what identifies each of them, the key of its draw together with
 /// `seed` and `stream` (the epoch, say), so that the result for an image does not depend on its batch.

@@ -1,8 +1,8 @@
-//! `README.md`, the card of a data set: what the Hub and `datasets` read, then what people read.
+//! `README.md`, the card of a data set: first what the Hub and `datasets` read, then what people read.
 //!
-//! The front matter is YAML, each top-level value of it written as JSON, which is YAML too: so it is read
-//! back without a YAML parser. A card whose front matter was rewritten by hand in another style still works
-//! on the Hub, but not here.
+//! The front matter is YAML in which each top-level value is written as JSON, which is also YAML, so no YAML parser
+//! is needed to read it back. A card whose front matter was rewritten by hand in another style still works on the
+//! Hub, but not here.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -15,10 +15,10 @@ use crate::{Error, Result, fs};
 /// The name of the card in its data-set folder.
 pub const FILE_NAME: &str = "README.md";
 
-/// What a card says.
+/// The contents of a card.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Card {
-    /// The name for people.
+    /// The display name.
     pub pretty_name: String,
     /// The Hub's id of a licence, such as `cc-by-4.0`, or `other`.
     pub license: String,
@@ -28,7 +28,7 @@ pub struct Card {
     pub license_link: Option<String>,
     /// Hub ids of the real data behind it, or `original`.
     pub source_datasets: Vec<String>,
-    /// For search; `synthetic` is one of them.
+    /// Tags for search; `synthetic` is one of them.
     pub tags: Vec<String>,
     /// The first is the default.
     pub configs: Vec<Config>,
@@ -54,9 +54,9 @@ pub struct CardSplit {
     pub name: String,
     /// The pattern of its files, relative to the card, such as `data/train-*`.
     pub path: String,
-    /// The bytes of its files.
+    /// The size of its files in bytes.
     pub num_bytes: u64,
-    /// Its rows. `datasets` refuses to load a split with another number.
+    /// The number of its rows. `datasets` refuses to load a split with a different number.
     pub num_examples: u64,
 }
 
@@ -185,7 +185,7 @@ fn inline<T: Serialize + ?Sized>(value: &T) -> String {
     format!(" {}", serde_json::to_string(value).expect("strings and lists of them are JSON"))
 }
 
-/// A value on lines of its own, all of them indented, as YAML wants it.
+/// A value on lines of its own, all of them indented, as YAML requires.
 fn block<T: Serialize>(value: &T) -> String {
     let json = serde_json::to_string_pretty(value).expect("maps with string keys are JSON");
     format!("\n  {}", json.replace('\n', "\n  "))
@@ -196,8 +196,8 @@ fn block<T: Serialize>(value: &T) -> String {
 pub(super) struct FrontMatter(BTreeMap<String, Json>);
 
 impl FrontMatter {
-    /// Reads the card in a data-set folder. Fails with [`Error::Data`] if it has no front matter or a value
-    /// of it is no JSON.
+    /// Reads the card in a data-set folder. Fails with [`Error::Data`] if it has no front matter, or if one of its
+    /// values is not JSON.
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(FILE_NAME);
         let card = std::fs::read(&path).map_err(Error::io(&path))?;

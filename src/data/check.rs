@@ -1,4 +1,4 @@
-//! Whether a data set is what it says it is, down to every pixel's file.
+//! Checks that a data set is what it claims to be, down to every image.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -20,25 +20,25 @@ use super::{
 };
 use crate::{Error, Result, fs};
 
-/// Problems of one kind and file that are told one by one.
+/// How many problems of one kind in one file are reported individually.
 const MAX_TOLD: usize = 10;
 
-/// What was found in a data set without problems.
+/// The contents of a data set that has no problems.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CheckReport {
     /// `proxyset.check/1`.
     pub schema: &'static str,
-    /// Parquet files.
+    /// Number of Parquet files.
     pub files: usize,
-    /// Bytes of them.
+    /// Their total size in bytes.
     pub bytes: u64,
-    /// Rows of them.
+    /// Their total number of rows.
     pub rows: u64,
     /// The configurations, in the order of the card.
     pub configs: Vec<ConfigReport>,
 }
 
-/// What was found in one configuration of a data set.
+/// The contents of one configuration of a data set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ConfigReport {
     /// Its name.
@@ -101,7 +101,7 @@ impl Problems {
         self.0.push(problem.into());
     }
 
-    /// The value, or `None` and one more problem.
+    /// Returns the value, or `None` after adding a problem.
     fn keep<T>(&mut self, result: Result<T>) -> Option<T> {
         result.map_err(|e| self.add(e.to_string())).ok()
     }
@@ -116,7 +116,7 @@ impl Problems {
     }
 }
 
-/// Half of a BLAKE3: enough to tell any number of uids apart.
+/// Half of a BLAKE3 hash: enough to distinguish any number of uids.
 type UidHash = [u8; 16];
 
 fn hash_uid(uid: &str) -> UidHash {
@@ -188,7 +188,7 @@ fn check_file(
     Some(FileCheck { features, uids })
 }
 
-/// Checks types and metadata (the table of traps of `datasets`); `None` if rows make no sense then.
+/// Checks types and metadata (the pitfalls of `datasets`); `None` if the rows cannot be interpreted.
 fn check_schema(name: &str, table: &Table, manifest: &Manifest, problems: &mut Problems) -> Option<Features> {
     let in_arrow = arrow_schema(table).and_then(|schema| schema.metadata.get(hub::METADATA_KEY).cloned());
     let in_parquet = table.key_value(hub::METADATA_KEY);
@@ -230,7 +230,7 @@ fn check_schema(name: &str, table: &Table, manifest: &Manifest, problems: &mut P
     (has_image && has_label).then_some(features)
 }
 
-/// The schema as the writer embedded it, without what the reader adds from elsewhere.
+/// The schema as the writer embedded it, without what the reader adds.
 fn arrow_schema(table: &Table) -> Option<Schema> {
     let metadata = table.metadata().file_metadata();
     let embedded: Vec<_> = metadata

@@ -1,9 +1,9 @@
-//! Images in Parquet as the Hugging Face Hub and `datasets` want them, our columns beside theirs.
+//! Images in Parquet as the Hugging Face Hub and `datasets` expect them, with our columns next to theirs.
 //!
-//! `image` is `struct<bytes: binary, path: string>` and a class label is `int64`, to the letter: with any
-//! other type `datasets` silently forgets that they are images and classes. What the columns mean is said in
-//! JSON under the key `huggingface`, in the Arrow schema (for `datasets`) and as a Parquet key-value (for
-//! everybody else). Image bytes are PNG or JPEG already and are stored plain.
+//! `image` is exactly `struct<bytes: binary, path: string>` and a class label exactly `int64`: with any other type,
+//! `datasets` silently forgets that they are images and classes. The meaning of the columns is given as JSON under
+//! the key `huggingface`, in the Arrow schema (for `datasets`) and as a Parquet key-value (for everybody else).
+//! Image bytes are already PNG or JPEG and are stored uncompressed.
 
 use std::{
     path::{Path, PathBuf},
@@ -103,7 +103,7 @@ impl Dtype {
 pub enum Feature {
     /// An encoded image with an optional path.
     Image,
-    /// An index into these names. Null in a pool whose generator does not know the class.
+    /// An index into these names. Null in a pool whose generator has no classes.
     ClassLabel(Vec<String>),
     /// A plain value.
     Value(Dtype),
@@ -159,7 +159,7 @@ impl Features {
         ])
     }
 
-    /// With one more column at the end.
+    /// Adds a column at the end.
     pub fn with(mut self, name: &str, feature: Feature) -> Self {
         self.0.push((name.into(), feature));
         self
@@ -170,7 +170,7 @@ impl Features {
         self.0.iter().map(|(name, feature)| (name.as_str(), feature))
     }
 
-    /// The names behind the column `label`; empty if it is no class label.
+    /// The class names of the column `label`; empty if it is not a class label.
     pub fn class_names(&self) -> &[String] {
         match self.iter().find(|(name, _)| *name == "label") {
             Some((_, Feature::ClassLabel(names))) => names,
@@ -194,7 +194,8 @@ impl Features {
 
     /// The features of a file with the columns of `schema` that are declared in `json`.
     ///
-    /// Fails with [`Error::Data`] if a column is not declared, or as something that this crate does not write.
+    /// Fails with [`Error::Data`] if a column is not declared, or is declared as something that this crate does not
+    /// write.
     pub fn from_json(json: &str, schema: &Schema) -> Result<Self> {
         let declared = declared_features(json)
             .ok_or_else(|| Error::Data(format!("'{METADATA_KEY}' metadata is {json}, expected features")))?;
@@ -232,7 +233,7 @@ fn image_fields() -> Fields {
 
 /// An `image` column: encoded images, all without a path.
 ///
-/// Fails with [`Error::Alarm`] if they are more than 2 GiB together: write fewer rows at a time.
+/// Fails with [`Error::Alarm`] if together they exceed 2 GiB: write fewer rows at a time.
 pub fn image_column<B: AsRef<[u8]>>(images: &[B]) -> Result<ArrayRef> {
     let total: usize = images.iter().map(|image| image.as_ref().len()).sum();
     if i32::try_from(total).is_err() {
@@ -243,20 +244,20 @@ pub fn image_column<B: AsRef<[u8]>>(images: &[B]) -> Result<ArrayRef> {
     Ok(Arc::new(StructArray::new(image_fields(), vec![bytes, path], None)))
 }
 
-/// A writer of one file of images. Nothing has a name before [`ImageWriter::finish`].
+/// A writer for one file of images. The file gets its name only in [`ImageWriter::finish`].
 ///
-/// The file is made in memory, so that its hash is that of the bytes that were meant and a stopped run
-/// leaves nothing behind: keep files at a few hundred megabytes ([`ImageWriter::bytes`]).
-/// Its bytes are a function of the features, the key-values and the rows, not of how they were pushed. A row group has 16,384
-/// rows, or fewer if their images have more than a GiB.
+/// The file is made in memory, so that its hash is that of the intended bytes and an interrupted run leaves nothing
+/// behind: keep files to a few hundred megabytes ([`ImageWriter::bytes`]). Its bytes are a function of the
+/// features, the key-values and the rows, not of how they were pushed. A row group has 16,384 rows, or fewer if
+/// their images have more than a GiB.
 pub struct ImageWriter {
     features: Features,
     schema: SchemaRef,
     writer: RowGroupWriter<Vec<u8>>,
     class_counts: Vec<u64>,
-    /// Bytes of images that a row group has at most, unless one image has more.
+    /// The most bytes of images in a row group, unless a single image has more.
     largest_group: usize,
-    /// Rows of the row group under way, and the bytes of their images.
+    /// Rows of the current row group, and the bytes of their images.
     group: (usize, usize),
 }
 
@@ -264,7 +265,7 @@ pub struct ImageWriter {
 const ROW_GROUP_BYTES: usize = 1 << 30;
 
 impl ImageWriter {
-    /// A writer of rows with these features. `key_values` go into the file's metadata beside ours; say
+    /// A writer of rows with these features. `key_values` are added to the file's metadata; state
     /// `digital_source_type` ([`SYNTHETIC_SOURCE_TYPE`]) and `generator` there.
     pub fn new(features: Features, key_values: &[(&str, &str)]) -> Result<Self> {
         let schema = features.schema();
@@ -295,7 +296,7 @@ impl ImageWriter {
 
     /// Appends rows: a column for each feature, in their order; [`image_column`] makes the images.
     ///
-    /// Fails with [`Error::Alarm`] if the columns are not those, or a label is not an index of a class.
+    /// Fails with [`Error::Alarm`] if the columns are different, or if a label is not the index of a class.
     pub fn push(&mut self, columns: Vec<ArrayRef>) -> Result<()> {
         let batch = RecordBatch::try_new(self.schema.clone(), columns)
             .map_err(|e| Error::Alarm(format!("columns do not fit the declared features: {e}")))?;
@@ -328,12 +329,12 @@ impl ImageWriter {
         self.writer.push(batch.slice(start, batch.num_rows() - start))
     }
 
-    /// About how many bytes the file has by now.
+    /// The approximate size of the file so far, in bytes.
     pub fn bytes(&self) -> usize {
         self.writer.bytes()
     }
 
-    /// Publishes the file as `name`, a relative path with `/`, in `dir`. Returns what a manifest says of it.
+    /// Publishes the file as `name`, a relative path with `/`, in `dir`. Returns its entry for a manifest.
     pub fn finish(self, dir: &Path, name: &str) -> Result<FileEntry> {
         let (bytes, rows) = self.writer.finish()?;
         fs::publish(&dir.join(name), &bytes)?;
@@ -382,7 +383,7 @@ pub struct ImageBatch {
 }
 
 impl ImageBatch {
-    /// How many rows.
+    /// The number of rows.
     pub fn len(&self) -> usize {
         self.rows.num_rows()
     }
@@ -392,12 +393,12 @@ impl ImageBatch {
         self.len() == 0
     }
 
-    /// The number in the file of the first of these rows.
+    /// The number, within the file, of the first of these rows.
     pub fn first_row(&self) -> usize {
         self.first_row
     }
 
-    /// The rows as Arrow has them.
+    /// The rows as an Arrow batch.
     pub fn rows(&self) -> &RecordBatch {
         &self.rows
     }
@@ -412,7 +413,7 @@ impl ImageBatch {
         table::required(&self.file, &self.rows, "uid")
     }
 
-    /// The column `label`. A label of `None` is not known.
+    /// The column `label`. `None` is an unknown label.
     pub fn labels(&self) -> Result<&Int64Array> {
         self.column("label")
     }
@@ -444,7 +445,7 @@ impl ImageBatch {
     }
 }
 
-/// The encoded images of a column, whichever kind of binary they are. `None` where there is no image.
+/// The encoded images of a column, whatever its binary type. `None` where there is no image.
 pub(super) fn image_bytes<'a>(
     file: &Path,
     batch: &'a RecordBatch,
@@ -578,7 +579,7 @@ mod tests {
     fn a_row_group_ends_before_its_images_have_too_many_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let shape = Shape { height: 16, width: 16, channels: 3 };
-        // Noise, which PNG cannot make smaller.
+        // Noise, which PNG cannot compress.
         let noise: Vec<u8> = (0..40 * shape.size()).map(|i| crate::rng::uint(1, i as u64, 0) as u8).collect();
         let images: Vec<_> = noise.chunks(shape.size()).map(|image| encode_png(image, shape)).collect();
         let bound = 5 * images[0].len() + 10;

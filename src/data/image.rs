@@ -13,7 +13,7 @@ use crate::{Error, Result};
 /// The largest height and width that [`decode`] accepts.
 pub const MAX_SIDE: usize = 4096;
 
-/// Deflate cannot shrink more than this, so nothing is allocated for files that claim more.
+/// Deflate cannot compress by more than this, so nothing is allocated for files that claim more.
 const MAX_DEFLATE_RATIO: usize = 1032;
 
 /// The size of an image. Its pixels are `height · width · channels` bytes in (height, width, channel) order.
@@ -33,8 +33,8 @@ impl Shape {
         self.height * self.width * self.channels
     }
 
-    /// How many images are encoded or read at a time: at most 4,096, and 256 MiB of pixels, of which PNG makes about as many
-    /// bytes at most. One array of Arrow holds 2 GiB.
+    /// How many images are encoded or read at a time: at most 4,096, and 256 MiB of pixels, which PNG turns into at
+    /// most about as many bytes. An Arrow array holds up to 2 GiB.
     pub fn batch_rows(self) -> usize {
         ((1 << 28) / self.size().max(1)).clamp(1, 4096)
     }
@@ -61,7 +61,7 @@ pub fn encode_png(pixels: &[u8], shape: Shape) -> Vec<u8> {
         other => panic!("an image has 1 or 3 channels, not {other}"),
     });
     encoder.set_depth(png::BitDepth::Eight);
-    // Ten times as fast as the default (19 instead of 205 µs for a CIFAR-10 image) and a tenth larger.
+    // Ten times as fast as the default (19 instead of 205 µs for a CIFAR-10 image), and the file is a tenth larger.
     encoder.set_compression(png::Compression::Fast);
     encoder.set_filter(png::Filter::Adaptive);
     let mut writer = encoder.write_header().expect("a shape that is not empty");
@@ -70,13 +70,12 @@ pub fn encode_png(pixels: &[u8], shape: Shape) -> Vec<u8> {
     bytes
 }
 
-/// Reads a PNG or JPEG, told apart by their first bytes, into 8-bit grey or RGB.
+/// Reads a PNG or JPEG, distinguished by their first bytes, into 8-bit grey or RGB.
 ///
-/// Of PNGs, everything that is 8-bit grey or RGB in other clothes is converted: palettes, 1 to 4 bits, 16
-/// bits whose halves are equal, an alpha channel that is opaque everywhere. Fails with [`Error::Data`] on
-/// what would lose information, on sides over [`MAX_SIDE`], on damaged or truncated files, and on any other
-/// format. The pixels of a JPEG differ between decoders by a level or two, so compare only what came
-/// through this one.
+/// PNGs that are 8-bit grey or RGB in another form are converted: palettes, 1 to 4 bits, 16 bits whose halves are
+/// equal, an alpha channel that is opaque everywhere. Fails with [`Error::Data`] on anything that would lose
+/// information, on sides over [`MAX_SIDE`], on damaged or truncated files, and on any other format. The pixels of a
+/// JPEG differ between decoders by a level or two, so compare only pixels that came through this one.
 pub fn decode(bytes: &[u8]) -> Result<(Shape, Vec<u8>)> {
     if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
         decode_png(bytes)
@@ -132,7 +131,7 @@ fn halve_depth(samples: &[u8]) -> Result<Vec<u8>> {
     samples.chunks_exact(2).map(halve).collect()
 }
 
-/// Pixels of `N` channels without the last one, which must be opaque.
+/// Pixels of `N` channels without the last channel, which must be opaque.
 fn drop_alpha<const N: usize>(pixels: &[u8]) -> Result<Vec<u8>> {
     let (pixels, _) = pixels.as_chunks::<N>();
     if let Some(pixel) = pixels.iter().find(|p| p[N - 1] != u8::MAX) {
@@ -143,7 +142,7 @@ fn drop_alpha<const N: usize>(pixels: &[u8]) -> Result<Vec<u8>> {
 
 fn decode_jpeg(bytes: &[u8]) -> Result<(Shape, Vec<u8>)> {
     let damaged = |e: zune_jpeg::errors::DecodeErrors| Error::Data(format!("JPEG cannot be decoded: {e}"));
-    // The decoder fills up what is missing from a truncated file with grey and calls it a success.
+    // The decoder fills what is missing from a truncated file with grey and reports success.
     if !bytes.windows(2).rev().any(|marker| marker == b"\xff\xd9") {
         bail!(Data, "JPEG is truncated: no end-of-image marker in {} bytes", bytes.len());
     }
@@ -173,8 +172,8 @@ pub(super) fn check_sides(format: &str, height: usize, width: usize) -> Result<(
     Ok(())
 }
 
-/// A contact sheet: images of one `shape` in rows of `columns`, each pixel `scale` pixels wide and high,
-/// `gap` white pixels between neighbours. `None` leaves a white place.
+/// A contact sheet: images of one `shape` in rows of `columns`, each pixel `scale` pixels wide and high, `gap`
+/// white pixels between neighbours. `None` leaves a white space.
 ///
 /// # Panics
 /// If an image is not `shape.size()` long, or `columns` or `scale` is 0.

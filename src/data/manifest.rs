@@ -1,4 +1,4 @@
-//! `manifest.json`: what the files of a data set are, and where their images came from.
+//! `manifest.json`: the files of a data set, and where their images came from.
 
 use std::path::{Component, Path};
 
@@ -14,7 +14,7 @@ pub const FILE_NAME: &str = "manifest.json";
 /// The value of [`Manifest::schema`]: this layout.
 pub const SCHEMA: &str = "proxyset.manifest/1";
 
-/// Everything that a data set must be to be the one that was written.
+/// Everything needed to tell whether a data set is the one that was written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -34,20 +34,20 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileEntry {
-    /// Where it is, relative to the manifest, with `/`.
+    /// Its path relative to the manifest, with `/`.
     pub path: String,
     /// How many rows it has.
     pub rows: u64,
     /// How many bytes it has.
     pub bytes: u64,
-    /// The BLAKE3 of its bytes, in hexadecimal.
+    /// The BLAKE3 hash of its bytes, in hexadecimal.
     pub blake3: String,
     /// How many rows each class has, by label. Rows without a label are in `rows` only.
     pub class_counts: Vec<u64>,
 }
 
 impl Manifest {
-    /// A manifest of this version.
+    /// A manifest of the current version.
     pub fn new(shape: Shape, class_names: Vec<String>, files: Vec<FileEntry>, provenance: Json) -> Self {
         Self { schema: SCHEMA.into(), shape, class_names, files, provenance }
     }

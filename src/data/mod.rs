@@ -1,8 +1,8 @@
-//! Images at rest and on their way in and out: sources, small tables, Hugging Face shards, batches.
+//! Images in storage, and reading and writing them: sources, small tables, Hugging Face shards, batches.
 //!
-//! Pixels are u8 in (height, width, channel) order until [`batch`] makes tensors of them. Everything read
-//! here may be hostile: bad input is [`Error::Data`](crate::Error::Data) naming file, row and value, never a
-//! panic. Everything written here has the same bytes every time.
+//! Pixels are u8 in (height, width, channel) order until [`batch`] makes tensors of them. Nothing read here is
+//! trusted: bad input is [`Error::Data`](crate::Error::Data) naming file, row and value, never a panic. Everything
+//! written here has the same bytes every time.
 
 pub mod batch;
 pub mod card;

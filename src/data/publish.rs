@@ -1,4 +1,4 @@
-//! Publishing: a verified copy of a data set, where others take it from.
+//! Publishing: making a verified copy of a data set where others can get it.
 
 use std::path::{Path, PathBuf};
 
@@ -13,11 +13,11 @@ use crate::{
 /// What was published.
 #[derive(Clone, Debug, Serialize)]
 pub struct Published {
-    /// Where to.
+    /// The target folder.
     pub to: PathBuf,
-    /// Files, of this time or of earlier ones.
+    /// Number of files, whether copied now or earlier.
     pub files: usize,
-    /// Their size.
+    /// Their total size.
     pub bytes: u64,
     /// Rows of the data set.
     pub rows: u64,
@@ -33,7 +33,7 @@ fn files(dataset: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// What would be published: the tree with sizes. Checks the data set, writes nothing.
+/// What would be published: the file tree with sizes. Checks the data set and writes nothing.
 pub fn tree(dataset: &Path, to: Option<&Path>) -> Result<String> {
     let files = files(dataset)?;
     let report = check_dataset(dataset)?;
@@ -50,10 +50,10 @@ pub fn tree(dataset: &Path, to: Option<&Path>) -> Result<String> {
     Ok(text)
 }
 
-/// Copies a data set to a folder, byte for byte, after it was checked; its manifest, which names every file's
-/// hash, comes last: a folder with `manifest.json` is whole.
+/// Copies a data set to a folder, byte for byte, after checking it. Its manifest, which names every file's hash,
+/// comes last, so a folder with `manifest.json` is complete.
 ///
-/// `to` must be new, or hold an earlier part of this very copy, else [`Error::Usage`].
+/// Fails with [`Error::Usage`] unless `to` is new or holds an unfinished copy of the same data set.
 pub fn publish(dataset: &Path, to: &Path) -> Result<Published> {
     let files = files(dataset)?;
     let report = check_dataset(dataset)?;

@@ -1,4 +1,4 @@
-//! Where images come from: the digits in this program, or files of one's own.
+//! Where images come from: the digits in this program, or the user's own files.
 
 use std::{
     fmt,
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{Error, Result, ResultExt};
 
-/// The only class of images that have none.
+/// The single class given to images without labels.
 pub const UNLABELLED: &str = "unlabelled";
 
 /// The extensions of the files that may hold the images of a source: what is hashed of a folder that has other files too.
@@ -32,7 +32,7 @@ const DIGITS_TEST: &[u8] = include_bytes!("digits/test-00000-of-00001.parquet");
 
 /// Rows that are decoded in parallel at a time.
 const BATCH_ROWS: usize = 4096;
-/// The most classes of a data set that does not name them: more is taken for a column that is no label.
+/// The most classes of a data set that does not name them: with more, the column is taken not to be a label.
 const MAX_UNNAMED_CLASSES: usize = 1 << 16;
 
 /// A data set by name.
@@ -43,10 +43,10 @@ const MAX_UNNAMED_CLASSES: usize = 1 << 16;
 ///   `data/` that has any. Names that end in `-NNNNN-of-NNNNN` must be a complete set.
 /// - An `.npz` file with `image`, `(n, h, w, c)` or `(n, h, w)` u8, and `label`, `(n,)` of type i16, i32, i64, u8 or u32,
 ///   which may be missing; `test.npz` and `test-….npz` are the test split.
-/// - A folder of PNG and JPEG files, one folder a class, or all in one, without labels; in `train/` and `test/`, or all
-///   of them the train split. In the order of their names.
+/// - A folder of PNG and JPEG files, with one subfolder for each class, or all in one without labels; in `train/`
+///   and `test/`, or all of them as the train split. They are taken in the order of their names.
 ///
-/// Images without labels are all of the class [`UNLABELLED`].
+/// Images without labels all have the class [`UNLABELLED`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "crate::text::Written", into = "String")]
 pub enum Source {
@@ -59,9 +59,9 @@ pub enum Source {
 named! {
     /// The official parts of a data set.
     pub enum OfficialSplit {
-        /// To fit and choose.
+        /// For fitting and choosing.
         Train = "train",
-        /// To evaluate, never to choose.
+        /// For evaluating, never for choosing.
         Test = "test",
     }
 }
@@ -107,7 +107,7 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// How many images.
+    /// The number of images.
     pub fn len(&self) -> usize {
         self.labels.len()
     }
@@ -154,7 +154,7 @@ impl Dataset {
         self.labels.push(label);
     }
 
-    /// These images, then `other`'s, which have the same shape and classes.
+    /// These images followed by those of `other`, which have the same shape and classes.
     pub fn concat(mut self, other: &Self) -> Self {
         self.pixels.extend_from_slice(&other.pixels);
         self.labels.extend_from_slice(&other.labels);
@@ -175,13 +175,13 @@ impl Dataset {
 impl Source {
     /// Loads a split, or its first `limit` good rows.
     ///
-    /// A row is bad if its image or label is null, the image cannot be decoded or has not the size of the
-    /// first one, or the label is not one of the classes. Up to `max_bad` bad rows are left out and counted;
-    /// one more is an error.
+    /// A row is bad if its image or label is null, the image cannot be decoded or does not have the size of the
+    /// first one, or the label is not one of the classes. Up to `max_bad` bad rows are left out and counted; one
+    /// more is an error.
     ///
-    /// Classes are named in the metadata of the files, else they are `0`, `1`, … up to the largest label.
-    /// Fails with [`Error::Usage`] if there is no such file or split, and with [`Error::Data`] on bad rows,
-    /// no rows, missing columns and damaged files.
+    /// Class names come from the files' metadata; without it they are `0`, `1`, … up to the largest label. Fails
+    /// with [`Error::Usage`] if there is no such file or split, and with [`Error::Data`] on bad rows, no rows,
+    /// missing columns and damaged files.
     pub fn load(&self, split: OfficialSplit, limit: Option<usize>, max_bad: usize) -> Result<Dataset> {
         let mut loader = Loader::new(limit.unwrap_or(usize::MAX), max_bad);
         match self {
@@ -199,7 +199,7 @@ impl Source {
         loader.finish(&format!("{self}, split {split}"))
     }
 
-    /// Whether the data set has this split, be it damaged or ambiguous.
+    /// Whether the data set has this split, even if it is damaged or ambiguous.
     pub fn has(&self, split: OfficialSplit) -> bool {
         match self {
             Self::Digits => true,
@@ -207,7 +207,7 @@ impl Source {
         }
     }
 
-    /// The fingerprint of all splits that there are.
+    /// The fingerprint of all existing splits.
     ///
     /// Fails with [`Error::Usage`] if there is none.
     pub fn fingerprint_all(&self) -> Result<String> {
@@ -220,8 +220,8 @@ impl Source {
         Ok(blake3::hash(all.join("/").as_bytes()).to_hex().to_string())
     }
 
-    /// What the split's bytes are: the BLAKE3 of its files one after another, in hexadecimal; of a folder of images with
-    /// their names.
+    /// The fingerprint of the split's bytes: the BLAKE3 hash of its files one after another, in hexadecimal; for a
+    /// folder of images it includes their names.
     ///
     /// Fails with [`Error::Usage`] if there is no such file or split.
     pub fn fingerprint(&self, split: OfficialSplit) -> Result<String> {
@@ -265,7 +265,7 @@ fn in_memory(bytes: &'static [u8]) -> PushBuffers {
     buffers
 }
 
-/// What a split is made of.
+/// The files that make up a split.
 enum Found {
     /// At least one, in order.
     Parquet(Vec<PathBuf>),
@@ -338,7 +338,7 @@ fn search(path: &Path, split: OfficialSplit) -> Result<Option<Found>> {
             found.push((folder, files));
         }
     }
-    // The folder itself goes before data/, and data/ before its folders, which must not be ambiguous.
+    // The folder itself takes precedence over data/, and data/ over its subfolders, which must not be ambiguous.
     let choice = match found.as_slice() {
         [] => return Ok(images_below(path, split)?.map(Found::Images)),
         [(first, _), (second, _), ..] if first.parent() == Some(&data) => bail!(
@@ -354,8 +354,8 @@ fn search(path: &Path, split: OfficialSplit) -> Result<Option<Found>> {
     Ok(Some(Found::Parquet(choice)))
 }
 
-/// The images of a folder that has no Parquet files. What begins with a dot is left out; class folders go by name, or
-/// by number if all of them are numbers.
+/// The images of a folder that has no Parquet files. Names that begin with a dot are left out; class folders are
+/// ordered by name, or by number if all of them are numbers.
 fn images_below(path: &Path, split: OfficialSplit) -> Result<Option<ImageFolder>> {
     let own = path.join(split.to_string());
     let root = if own.is_dir() || split == OfficialSplit::Test { own } else { path.to_path_buf() };
@@ -428,7 +428,7 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-/// Files named `…-NNNNN-of-NNNNN.parquet` must be all of them; others may have any names.
+/// Files named `…-NNNNN-of-NNNNN.parquet` must be a complete set; others may have any names.
 fn check_complete(files: &[PathBuf]) -> Result<()> {
     let numbers: Vec<_> = files.iter().map(|file| shard_number(file)).collect();
     let Some(of) = numbers.iter().flatten().map(|(_, of)| *of).max() else { return Ok(()) };
@@ -462,7 +462,7 @@ struct Loader {
     shape: Option<Shape>,
     pixels: Vec<u8>,
     labels: Vec<u32>,
-    /// Of the first file; all others must declare the same.
+    /// What the first file declares; all others must declare the same.
     class_names: Option<Option<Vec<String>>>,
     bad_rows: usize,
 }
@@ -515,7 +515,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Image files; those of a class are labelled with it.
+    /// Image files; those in a class's folder get its label.
     fn add_files(&mut self, folder: ImageFolder) -> Result<()> {
         self.class_names = Some(Some(folder.class_names));
         for files in folder.files.chunks(BATCH_ROWS) {
@@ -556,7 +556,7 @@ impl Loader {
                     shape.dims()
                 );
             }
-            // Deflate makes a byte of at most 1,032: what claims to be more is not there.
+            // Deflate expands a byte to at most 1,032, so larger claims are false.
             let size =
                 shape.dims().iter().try_fold(kind.size_in_bytes() as u64, |n, &d| n.checked_mul(d as u64));
             if size.is_none_or(|size| size / 1032 > bytes) {
@@ -674,7 +674,7 @@ fn listed(arrays: &NpzTensors) -> String {
     names.join(", ")
 }
 
-/// The labels of a batch, whichever integers they are.
+/// The labels of a batch, whatever their integer type.
 fn labels(file: &Path, batch: &RecordBatch) -> Result<Vec<Option<i128>>> {
     let array = table::any_column(file, batch, "label")?;
     Ok(arrow_array::downcast_integer_array!(
@@ -733,7 +733,7 @@ mod tests {
         path.to_str().unwrap().parse().unwrap()
     }
 
-    /// The error of loading the train split, which must be one of data.
+    /// The error from loading the train split, which must be a data error.
     fn bad_data(path: &Path) -> String {
         let error = source(path).load(OfficialSplit::Train, None, 0).unwrap_err();
         assert_eq!(error.exit_code(), 65, "{error}");

@@ -1,8 +1,8 @@
 //! Small Parquet tables: scores, labels, selections. The same rows give the same bytes.
 //!
-//! Everything that could differ between two runs is fixed: the writer's name, the compression, the size of
-//! row groups, and where pages end, which does not depend on how the rows were cut into batches. Reading
-//! takes nothing on trust: a damaged file is [`Error::Data`].
+//! Everything that could differ between two runs is fixed: the writer's name, the compression, the size of row
+//! groups, and where pages end, which does not depend on how the rows were cut into batches. Reading trusts
+//! nothing: a damaged file is [`Error::Data`].
 
 use std::{
     any::Any,
@@ -35,14 +35,14 @@ use parquet::{
 
 use crate::{Error, Result, fs};
 
-/// Rows of a row group, unless there is a reason for another number: about 35 MB of 32x32 images.
+/// The usual number of rows in a row group: about 35 MB of 32x32 images.
 pub const ROW_GROUP_ROWS: usize = 16_384;
 
 /// Writes a table: all of it or nothing, see [`fs::publish_with`]. Returns the number of rows.
 ///
-/// Row groups have `row_group_rows` rows, at least 1, but for the last. `key_values` become the file's
-/// key-value metadata; metadata of `schema` itself is not written. Fails with the first error of `batches`,
-/// with [`Error::Alarm`] if a batch has another schema, and with [`Error::Io`].
+/// Row groups have `row_group_rows` rows, at least 1; the last may have fewer. `key_values` become the file's
+/// key-value metadata; metadata of `schema` itself is not written. Fails with the first error of `batches`, with
+/// [`Error::Alarm`] if a batch has another schema, and with [`Error::Io`].
 pub fn write(
     path: &Path,
     schema: &Schema,
@@ -52,7 +52,7 @@ pub fn write(
 ) -> Result<u64> {
     let schema = SchemaRef::new(Schema::new(schema.fields.clone()));
     let mut rows = 0;
-    // Numbers and names hardly get smaller with Zstandard, and setting it up for each column chunk takes longer.
+    // Zstandard hardly shrinks numbers and names, and setting it up for each column chunk takes longer.
     let properties = properties(key_values).set_compression(Compression::SNAPPY);
     fs::publish_with(path, |file| {
         let mut writer = RowGroupWriter::new(path, file, schema, properties, row_group_rows)?;
@@ -71,13 +71,13 @@ pub(super) fn properties(key_values: &[(&str, &str)]) -> WriterPropertiesBuilder
     WriterProperties::builder()
         .set_created_by("proxyset".into())
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
-        // Names that never repeat have no use for a dictionary.
+        // Names that never repeat do not benefit from a dictionary.
         .set_column_dictionary_enabled(ColumnPath::from("uid"), false)
         .set_key_value_metadata(Some(key_values.collect()))
 }
 
-/// Writes row groups of an exact size. The encoder sees one batch a row group, so that the bytes are a
-/// function of the rows and not of the batches in which they came.
+/// Writes row groups of an exact size. The encoder gets one batch per row group, so that the bytes depend on the
+/// rows and not on the batches in which they came.
 pub(super) struct RowGroupWriter<W: Write + Send> {
     path: PathBuf,
     writer: ArrowWriter<W>,
@@ -117,21 +117,21 @@ impl<W: Write + Send> RowGroupWriter<W> {
         self.write_completed()
     }
 
-    /// Ends the row group before it has all its rows: the next row begins another.
+    /// Ends the row group early; the next row begins another one.
     pub(super) fn end_group(&mut self) -> Result<()> {
         self.groups.finish_buffered_batch().map_err(|e| write_error(&self.path, e.into()))?;
         self.write_completed()?;
         self.writer.flush().map_err(|e| write_error(&self.path, e))
     }
 
-    /// Writes what is left and the footer. Returns the sink and the number of rows.
+    /// Writes the remaining rows and the footer. Returns the sink and the number of rows.
     pub(super) fn finish(mut self) -> Result<(W, u64)> {
         self.end_group()?;
         let sink = self.writer.into_inner().map_err(|e| write_error(&self.path, e))?;
         Ok((sink, self.rows))
     }
 
-    /// The bytes written so far and those that wait to be.
+    /// The number of bytes written so far and waiting to be written.
     pub(super) fn bytes(&self) -> usize {
         self.writer.bytes_written() + self.groups.size()
     }
@@ -154,7 +154,7 @@ fn write_error(path: &Path, error: ParquetError) -> Error {
     }
 }
 
-/// A Parquet file whose footer was read: what is in it, before any row is.
+/// A Parquet file whose footer has been read, but none of its rows.
 pub struct Table<R: ChunkReader + 'static = File> {
     file: PathBuf,
     builder: ParquetRecordBatchReaderBuilder<R>,
@@ -170,7 +170,7 @@ impl Table {
 }
 
 impl<R: ChunkReader + 'static> Table<R> {
-    /// Opens anything that has bytes; `name` stands for it in errors.
+    /// Opens any source of bytes; `name` stands for it in errors.
     pub fn new(name: impl Into<PathBuf>, input: R) -> Result<Self> {
         let file = name.into();
         let builder = guarded(&file, || ParquetRecordBatchReaderBuilder::try_new(input))?;
@@ -187,7 +187,7 @@ impl<R: ChunkReader + 'static> Table<R> {
         self.builder.schema()
     }
 
-    /// How many rows the footer says there are.
+    /// The number of rows according to the footer.
     pub fn rows(&self) -> u64 {
         self.builder.metadata().file_metadata().num_rows().try_into().unwrap_or(0)
     }
@@ -206,7 +206,7 @@ impl<R: ChunkReader + 'static> Table<R> {
     /// Streams the rows of some columns in batches of at most `batch_rows`.
     ///
     /// The batches have the columns in the file's order, which need not be that of `columns`. Fails with
-    /// [`Error::Data`] if one is missing, and lists those that are there.
+    /// [`Error::Data`] if one is missing, listing those that exist.
     pub fn read(self, columns: &[&str], batch_rows: usize) -> Result<Batches> {
         let schema = self.builder.schema();
         let roots = columns
@@ -253,8 +253,8 @@ impl Iterator for Batches {
     }
 }
 
-/// Runs a part of the Parquet decoder, which is not proof against all damaged files: its panics become
-/// [`Error::Data`] as its errors do.
+/// Runs part of the Parquet decoder, which does not withstand all damaged files: its panics become [`Error::Data`],
+/// like its errors.
 fn guarded<T>(file: &Path, decode: impl FnOnce() -> Result<T, ParquetError>) -> Result<T> {
     let damaged = |why: &dyn std::fmt::Display| {
         Error::Data(format!("{}: not a Parquet file, or a damaged one: {why}", file.display()))

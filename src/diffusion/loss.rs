@@ -1,4 +1,4 @@
-//! What a diffusion model is trained on.
+//! The loss that diffusion models are trained on.
 
 use candle_core::Tensor;
 
@@ -7,9 +7,9 @@ use crate::Result;
 
 /// The mean squared error of the network's output, for each image: `(b,)`.
 ///
-/// With ε-prediction the mean is L_simple (Ho et al. 2020, Eq. 14); with EDM's preconditioning it is their loss with the
-/// weight λ(σ) = 1 / c_out² (Karras et al. 2022, Eq. 8). `network` gets the noisy images and what it is told of the
-/// noise, as `(b,)` f32.
+/// With ε-prediction the mean is L_simple (Ho et al. 2020, Eq. 14); with EDM's preconditioning it is their loss
+/// with the weight λ(σ) = 1 / c_out² (Karras et al. 2022, Eq. 8). `network` gets the noisy images and what it is
+/// told about the noise, `(b,)` f32.
 pub fn denoising_loss(
     pair: &TrainingPair,
     network: &dyn Fn(&Tensor, &Tensor) -> Result<Tensor>,
@@ -39,7 +39,7 @@ mod tests {
         };
         assert_eq!(loss(&|_, _| Ok(noise.clone())), [0.0, 0.0]);
         assert_eq!(loss(&|x, _| Ok(x.zeros_like()?)), [9.0, 9.0]);
-        // The second image alone is off, by its step.
+        // Only the second image is off, by its step.
         let off = loss(&|_, t| Ok(noise.broadcast_add(&t.reshape((2, 1, 1, 1))?)?));
         assert!(off[0] == 0.0 && (off[1] - 49.0).abs() < 1e-5, "{off:?}");
     }

@@ -1,6 +1,6 @@
 //! Denoising diffusion (Ho et al. 2020; Karras et al. 2022): noise levels, what networks predict, loss, samplers.
 //!
-//! Networks come in as closures. Only [`DiffusionModel`], the model folder, knows that there are any.
+//! Networks are passed as closures. Only [`DiffusionModel`], the model folder, knows about actual networks.
 
 mod loss;
 mod model;

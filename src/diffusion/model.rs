@@ -1,4 +1,4 @@
-//! A diffusion model and its folder, which is `diffusers`'.
+//! A diffusion model and its folder, in the layout of `diffusers`.
 
 use std::path::Path;
 
@@ -16,29 +16,30 @@ const UNET_CONFIG: &str = "unet/config.json";
 const UNET_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
 
-/// What an image is to show.
+/// What an image should show.
 #[derive(Clone, Debug)]
 pub enum ClassConditioning {
-    /// Anything: the model knows no classes.
+    /// Anything: the model has no classes.
     None,
     /// A class for each image, `(b,)` u32.
     Classes(Tensor),
-    /// The same, moved away from what the model makes of no class by classifier-free guidance (Ho & Salimans 2022,
-    /// Eq. 6, with `scale` for their 1 + w): D(x; no class) + scale · (D(x; class) - D(x; no class)).
+    /// A class for each image, guided away from the model's prediction for no class by classifier-free guidance (Ho
+    /// & Salimans 2022, Eq. 6, with `scale` for their 1 + w): D(x; no class) + scale · (D(x; class) - D(x; no
+    /// class)).
     Guided {
         /// A class for each image, `(b,)` u32.
         classes: Tensor,
         /// The class that stands for none.
         null: u32,
-        /// 1 changes nothing; 0 is the model without classes.
+        /// 1 changes nothing; 0 ignores the classes.
         scale: f64,
     },
 }
 
 /// A denoiser with its parameters, and the schedule it was trained on.
 ///
-/// Its folder is `diffusers`': `model_index.json`, `unet/` and `scheduler/`. A folder from the Hub loads as it
-/// is; one that was saved here opens there.
+/// Its folder is `diffusers`': `model_index.json`, `unet/` and `scheduler/`. A folder from the Hub loads unchanged,
+/// and `diffusers` opens a folder that was saved here.
 pub struct DiffusionModel {
     config: DenoiserConfig,
     scheduler: SchedulerConfig,
@@ -61,12 +62,12 @@ impl DiffusionModel {
 
     /// Reads a model's folder.
     ///
-    /// Fails with [`Error::Data`](crate::Error::Data), naming each file that is wrong, all that was found in it and
-    /// what was expected.
+    /// Fails with [`Error::Data`](crate::Error::Data), naming each faulty file, everything that was found wrong in
+    /// it and what was expected.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         let file = |name: &str| {
             let nested = dir.join(name);
-            // Old folders on the Hub have all files at the top, as `diffusers` still allows.
+            // Old folders on the Hub have all files at the top level, which `diffusers` still allows.
             let path = match name.split_once('/') {
                 Some((part, flat)) if !dir.join(part).is_dir() => dir.join(flat),
                 _ => nested.clone(),
@@ -131,7 +132,7 @@ impl DiffusionModel {
         let pipeline = match self.scheduler.class {
             SchedulerClass::DDIMScheduler => "DDIMPipeline",
             SchedulerClass::DDPMScheduler | SchedulerClass::DPMSolverMultistepScheduler => "DDPMPipeline",
-            // diffusers has none for these: network and scheduler open one by one.
+            // diffusers has no pipeline for these: network and scheduler are opened one by one.
             _ => "DiffusionPipeline",
         };
         let index = json!({
@@ -168,7 +169,7 @@ impl DiffusionModel {
             ClassConditioning::Classes(classes) => of(Some(classes), x),
             ClassConditioning::Guided { classes, null, scale } => {
                 let nulls = Tensor::full(*null, classes.dims(), classes.device())?;
-                // One call with twice the images, the same for each image wherever it is.
+                // One call with twice the images; the result for an image does not depend on its position.
                 let both = of(Some(&Tensor::cat(&[classes, &nulls], 0)?), &Tensor::cat(&[x, x], 0)?)?;
                 let (with, without) = (both.narrow(0, 0, x.dim(0)?)?, both.narrow(0, x.dim(0)?, x.dim(0)?)?);
                 Ok(((with * *scale)? + (without * (1.0 - scale))?)?)
@@ -186,12 +187,12 @@ impl DiffusionModel {
         self.params.tracked(|b| self.config.build(b))
     }
 
-    /// The parameters. Updates in place are seen by [`DiffusionModel::predict`].
+    /// The parameters. [`DiffusionModel::predict`] sees updates in place.
     pub fn params(&self) -> &Params {
         &self.params
     }
 
-    /// The shape of the network.
+    /// The network's configuration.
     pub fn config(&self) -> &DenoiserConfig {
         &self.config
     }

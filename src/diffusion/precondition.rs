@@ -1,4 +1,4 @@
-//! What a network says about an image, given what it was trained to predict.
+//! How a network's output is turned into an image, given what it was trained to predict.
 
 use candle_core::Tensor;
 
@@ -6,13 +6,13 @@ use crate::Result;
 
 /// A noise level: an image there is x = x_0 + σ ε with ε from N(0, 1).
 ///
-/// Also a variance-preserving process, x_t = √ᾱ x_0 + √(1 - ᾱ) ε, is looked at like this: x is x_t / √ᾱ, and σ is
+/// A variance-preserving process, x_t = √ᾱ x_0 + √(1 - ᾱ) ε, is viewed in the same way: x is x_t / √ᾱ, and σ is
 /// √((1 - ᾱ) / ᾱ). Then DDIM is Euler's method, and every sampler works with every network.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Level {
     /// σ, at least 0.
     pub sigma: f64,
-    /// What the network is told of it: the training step, from 0 and perhaps between two, or ln σ / 4.
+    /// What the network is told about it: the training step, counted from 0 and possibly fractional, or ln σ / 4.
     pub t: f64,
 }
 
@@ -35,11 +35,11 @@ pub enum Prediction {
 /// The coefficients of the denoiser D(x; σ) = c_skip x + c_out F(c_in x; t) of a network F (Karras et al. 2022, Eq. 7).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Preconditioning {
-    /// What the image is multiplied by in the sum.
+    /// The factor of the image in the sum.
     pub c_skip: f64,
-    /// What the network's output is multiplied by.
+    /// The factor of the network's output.
     pub c_out: f64,
-    /// What the network's input is multiplied by.
+    /// The factor of the network's input.
     pub c_in: f64,
 }
 
@@ -59,14 +59,14 @@ impl Prediction {
         }
     }
 
-    /// What the network is to predict, as multiples of the image and of the noise, where σ is above 0: the F for
-    /// which D is x_0.
+    /// The network's training target as multiples of the image and of the noise, for σ above 0: the F for which D
+    /// is x_0.
     pub fn target(self, sigma: f64) -> (f64, f64) {
         let Preconditioning { c_skip, c_out, .. } = self.at(sigma);
         ((1.0 - c_skip) / c_out, -c_skip * sigma / c_out)
     }
 
-    /// The image predicted from `x`, D(x; σ). `network` is F; it gets its input and the level's t.
+    /// The image predicted from `x`, D(x; σ). `network` is F, called with its input and the level's t.
     ///
     /// `x`: `(b, h, w, c)` f32, an image in [-1, 1] and `level.sigma` times its noise. Returns its shape.
     pub fn denoise(
@@ -83,13 +83,13 @@ impl Prediction {
 }
 
 named! {
-    /// How the output of a network without EDM's preconditioning is read: under `diffusers`' names.
+    /// How the output of a network without EDM's preconditioning is interpreted, under `diffusers`' names.
     pub enum PredictionType {
-        /// [`Prediction::Epsilon`].
+        /// The noise ε (Ho et al. 2020).
         Epsilon = "epsilon",
-        /// [`Prediction::Sample`].
+        /// The image x_0.
         Sample = "sample",
-        /// [`Prediction::Velocity`].
+        /// The velocity √ᾱ ε - √(1 - ᾱ) x_0 (Salimans & Ho 2022).
         VPrediction = "v_prediction",
     }
 }
@@ -147,7 +147,7 @@ mod tests {
         assert!((c_in - 1.0 / 4.25f64.sqrt()).abs() < 1e-12);
     }
 
-    /// Karras et al. 2022, App. B.6: input and target have variance 1 if the data have theirs.
+    /// Karras et al. 2022, App. B.6: input and target have variance 1 if the data have the assumed variance.
     #[test]
     fn inputs_and_targets_of_edm_have_variance_1() {
         let prediction = Prediction::Edm { sigma_data: 0.5 };

@@ -1,4 +1,4 @@
-//! The noise that a model knows: which levels there are, and how an image gets to them.
+//! A model's noise: which levels there are, and how an image gets to them.
 
 use candle_core::Tensor;
 
@@ -10,7 +10,7 @@ use crate::Result;
 pub enum Process {
     /// The T steps of a variance-preserving process (Ho et al. 2020).
     Discrete(NoiseSchedule),
-    /// Any σ between two (Karras et al. 2022).
+    /// Any σ in a range (Karras et al. 2022).
     Continuous(SigmaRange),
 }
 
@@ -21,12 +21,12 @@ pub struct SigmaRange {
     pub min: f64,
     /// σ_max.
     pub max: f64,
-    /// ρ: the larger, the more steps at little noise.
+    /// ρ: the larger it is, the more steps are at low noise.
     pub rho: f64,
 }
 
 impl SigmaRange {
-    /// σ of each of `steps` steps, falling.
+    /// σ of each of `steps` steps, in descending order.
     pub fn sigmas(&self, steps: usize) -> impl Iterator<Item = f64> {
         let (max, min) = (self.max.powf(1.0 / self.rho), self.min.powf(1.0 / self.rho));
         let last = steps.saturating_sub(1).max(1) as f64;
@@ -35,17 +35,18 @@ impl SigmaRange {
     }
 }
 
-/// What a network of EDM is told of σ (Karras et al. 2022, Table 1: c_noise).
+/// What an EDM network is told about σ (Karras et al. 2022, Table 1: c_noise).
 pub(super) fn continuous_level(sigma: f64) -> Level {
     Level { sigma, t: sigma.ln() / 4.0 }
 }
 
-/// Where training images are on the log scale of EDM's noise (Karras et al. 2022, Table 1): P_mean and P_std.
+/// The distribution of training images on the log scale of EDM's noise (Karras et al. 2022, Table 1): P_mean and
+/// P_std.
 const LOG_NORMAL: (f64, f64) = (-1.2, 1.2);
 
 impl Process {
-    /// The level at which an image is trained. `uniform`: a random number of all 64 bits; `normal`: one from N(0, 1).
-    /// A discrete process takes each of its steps equally often, by the first; EDM draws ln σ by the second.
+    /// The level at which an image is trained on. `uniform`: 64 random bits; `normal`: a number from N(0, 1). A
+    /// discrete process uses the former to take all its steps equally often; EDM uses the latter to draw ln σ.
     pub fn training_level(&self, uniform: u64, normal: f32) -> Level {
         match self {
             Self::Discrete(schedule) => schedule.level((uniform % schedule.len() as u64) as usize),
@@ -53,7 +54,7 @@ impl Process {
         }
     }
 
-    /// A number in [0, 1] that grows with the noise of a level: for a log by noise level.
+    /// A number in [0, 1] that grows with the level's noise, for logging by noise level.
     pub fn rank(&self, level: Level) -> f64 {
         match self {
             Self::Discrete(schedule) => level.t / schedule.len() as f64,
@@ -65,14 +66,14 @@ impl Process {
     }
 }
 
-/// What a network gets and what it is to predict, at a level for each image.
+/// A network's input and target, with a noise level for each image.
 #[derive(Clone, Debug)]
 pub struct TrainingPair {
     /// The noisy image as the network sees it, c_in (x_0 + σ ε).
     pub input: Tensor,
-    /// What the network is told of the noise: `(b,)` f32.
+    /// What the network is told about the noise: `(b,)` f32.
     pub t: Tensor,
-    /// What it is to predict.
+    /// The target of its prediction.
     pub target: Tensor,
 }
 

@@ -1,11 +1,11 @@
-//! How much noise each diffusion step adds, and what follows from it. All in f64.
+//! How much noise each diffusion step adds, and quantities derived from it, all in f64.
 
 use std::f64::consts::FRAC_PI_2;
 
 use super::Level;
 use crate::Result;
 
-/// The variances β of the forward process and their products, one a step, indexed from 0.
+/// The variances β of the forward process and their products, one per step, indexed from 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NoiseSchedule {
     betas: Vec<f64>,
@@ -13,8 +13,8 @@ pub struct NoiseSchedule {
 }
 
 impl NoiseSchedule {
-    /// A schedule of these variances. Fails with [`Error::Data`](crate::Error::Data) if there are none or
-    /// one is not above 0 and below 1.
+    /// A schedule of these variances. Fails with [`Error::Data`](crate::Error::Data) if there are none, or if one
+    /// is not above 0 and below 1.
     pub fn new(betas: Vec<f64>) -> Result<Self> {
         if betas.is_empty() {
             bail!(Data, "the schedule has no steps, expected at least 1");
@@ -30,7 +30,7 @@ impl NoiseSchedule {
             })
             .collect();
         let schedule = Self { betas, alphas_cumprod };
-        // Images are f32, and are looked at as x_0 + σ ε.
+        // Images are f32 and are viewed as x_0 + σ ε.
         let sigma = |t: usize| schedule.level(t).sigma;
         if let Some(t) = (0..schedule.len()).find(|&t| !(1e-30..1e30).contains(&sigma(t))) {
             bail!(
@@ -74,7 +74,7 @@ impl NoiseSchedule {
         &self.betas
     }
 
-    /// ᾱ of each step, the product of 1 - β up to it: the part of the signal's variance that is left.
+    /// ᾱ of each step, the product of 1 - β up to it: the share of the signal's variance that is left.
     pub fn alphas_cumprod(&self) -> &[f64] {
         &self.alphas_cumprod
     }

@@ -1,4 +1,4 @@
-//! `scheduler/scheduler_config.json`: the schedulers of `diffusers` that are built here, and their keys.
+//! `scheduler/scheduler_config.json`: the schedulers of `diffusers` that are supported here, and their keys.
 
 use std::path::Path;
 
@@ -13,8 +13,8 @@ use crate::{Error, Result, ResultExt, fs};
 
 /// The noise of a model and the sampler that it asks for.
 ///
-/// The keys are `diffusers`', and so are the defaults of each class. A file has the keys of its class only; those
-/// that are not built here must have the value at which they do nothing.
+/// The keys and the defaults of each class are `diffusers`'. A file has only the keys of its class; keys that are
+/// not supported here must have the value at which they do nothing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SchedulerConfig {
     /// Which sampler.
@@ -26,21 +26,21 @@ pub struct SchedulerConfig {
     pub beta_start: f64,
     /// The last β.
     pub beta_end: f64,
-    /// How β goes from the one to the other.
+    /// How β goes from the first to the last.
     pub beta_schedule: BetaSchedule,
-    /// Each β, instead of the three above.
+    /// Every β, instead of the three settings above.
     pub trained_betas: Option<Vec<f64>>,
     /// The variance of the ancestral sampler's noise.
     pub variance_type: VarianceType,
     /// Whether the predicted image is clipped at every step.
     pub clip_sample: bool,
-    /// To which absolute value it is clipped.
+    /// The absolute value to which it is clipped.
     pub clip_sample_range: f64,
     /// What the network predicts.
     pub prediction_type: PredictionType,
-    /// Which steps are visited when sampling with fewer than T.
+    /// Which steps are visited when sampling with fewer than T steps.
     pub timestep_spacing: Spacing,
-    /// Added to the steps of leading spacing.
+    /// An offset added to the steps with leading spacing.
     pub steps_offset: usize,
     /// Whether DDIM ends at ᾱ = 1, instead of the ᾱ of step 0.
     pub set_alpha_to_one: bool,
@@ -71,11 +71,11 @@ pub enum SchedulerClass {
 named! {
     /// How β grows.
     pub enum BetaSchedule {
-        /// [`NoiseSchedule::linear`].
+        /// β grows in equal steps (Ho et al. 2020).
         Linear = "linear",
-        /// [`NoiseSchedule::scaled_linear`].
+        /// √β grows in equal steps (Rombach et al. 2022).
         ScaledLinear = "scaled_linear",
-        /// [`NoiseSchedule::squared_cosine`].
+        /// ᾱ falls like a squared cosine (Nichol & Dhariwal 2021).
         SquaredCosine = "squaredcos_cap_v2",
     }
 }
@@ -83,11 +83,11 @@ named! {
 named! {
     /// The variance of the ancestral sampler's noise, under `diffusers`' names.
     pub enum VarianceType {
-        /// [`Variance::FixedSmall`].
+        /// β̃, right for data that are a single point.
         FixedSmall = "fixed_small",
-        /// [`Variance::FixedSmall`], which `diffusers` computes by way of its logarithm.
+        /// The same as fixed_small, which `diffusers` computes from its logarithm.
         FixedSmallLog = "fixed_small_log",
-        /// [`Variance::FixedLarge`].
+        /// β, right for data that are N(0, 1).
         FixedLarge = "fixed_large",
     }
 }
@@ -129,7 +129,7 @@ const DISCRETE: [&str; 8] = [
     "steps_offset",
 ];
 
-/// The keys that are not built, with the value at which they do nothing; any value if there is none.
+/// The keys that are not supported, with the value at which they do nothing; `None` if any value will do.
 const NEUTRAL: [(&str, Option<&str>); 21] = [
     ("thresholding", Some("false")),
     ("dynamic_thresholding_ratio", None),
@@ -138,7 +138,7 @@ const NEUTRAL: [(&str, Option<&str>); 21] = [
     ("solver_order", Some("2")),
     ("algorithm_type", Some("\"dpmsolver++\"")),
     ("solver_type", Some("\"midpoint\"")),
-    // The last step goes to σ = 0, and is of order 1 whatever these two say.
+    // The last step goes to σ = 0 and is of order 1, whatever these two say.
     ("lower_order_final", None),
     ("euler_at_final", None),
     ("use_exponential_sigmas", Some("false")),
@@ -165,7 +165,7 @@ fn of_no_effect(key: &str, value: &Value) -> bool {
 }
 
 impl SchedulerClass {
-    /// Its keys that are built.
+    /// Its supported keys.
     fn keys(self) -> Vec<&'static str> {
         let own: &[&str] = match self {
             Self::DDPMScheduler => &["variance_type", "clip_sample", "clip_sample_range"],
@@ -197,7 +197,7 @@ impl SchedulerClass {
         }
     }
 
-    /// What the keys are that a file leaves out.
+    /// The values of the keys that a file leaves out.
     pub fn defaults(self) -> SchedulerConfig {
         let base = SchedulerConfig { class: self, ..SchedulerConfig::default() };
         match self {
@@ -219,11 +219,11 @@ impl SchedulerClass {
 impl SchedulerConfig {
     /// Reads `scheduler_config.json`.
     ///
-    /// Fails with [`Error::Data`], naming the file, every key that is not built and what was expected.
+    /// Fails with [`Error::Data`], naming the file, every unsupported key and what was expected.
     pub fn load(path: &Path) -> Result<Self> {
         let of_file = || path.display().to_string();
         let text = fs::read_text(path)?;
-        // Python writes a number that JSON does not have.
+        // Python writes a number that JSON cannot express.
         let text = text.replace(": -Infinity", ": \"-Infinity\"");
         let json = serde_json::from_str(&text)
             .map_err(|e| Error::Data(format!("no JSON object: {e}")))
@@ -278,7 +278,7 @@ impl SchedulerConfig {
         }
     }
 
-    /// Fails with [`Error::Data`] at the first key whose value cannot be built.
+    /// Fails with [`Error::Data`] at the first key with an unsupported value.
     pub fn validate(&self) -> Result<()> {
         let Self { clip_sample_range: range, sigma_min, sigma_max, sigma_data, rho, .. } = *self;
         if self.clip_sample && !(range > 0.0 && range.is_finite()) {

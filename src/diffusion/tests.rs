@@ -1,4 +1,4 @@
-//! Whole loops against `diffusers`: golden files of tests/golden/loops.py.
+//! Whole sampling loops compared with `diffusers`, from golden files that tests/golden/loops.py writes.
 
 use std::{collections::HashMap, path::PathBuf};
 

@@ -1,4 +1,4 @@
-//! What is to be checked before and after attacks, so that their figures can be believed.
+//! Checks before and after attacks that show whether their figures can be trusted.
 
 use std::collections::BTreeMap;
 
@@ -11,14 +11,14 @@ use crate::{
     },
 };
 
-/// Images that are asked about twice.
+/// The number of images that are evaluated twice.
 const TWICE: usize = 64;
 
 impl Evaluation<'_> {
-    /// What counts of what the attack `name` found, by image: adversarial images that are not answered by their label when
-    /// the network is asked again.
+    /// The findings of the attack `name` that count, by image: adversarial images that the network still
+    /// misclassifies when it is queried again.
     ///
-    /// Fails with [`crate::Error::Alarm`] if one is not in the ball and the box, or holds what is no number.
+    /// Fails with [`crate::Error::Alarm`] if one is not in the ball and the box, or contains NaN.
     pub fn proven(
         &self,
         name: &str,
@@ -26,7 +26,7 @@ impl Evaluation<'_> {
         mut found: BTreeMap<usize, Vec<f32>>,
     ) -> Result<BTreeMap<usize, Vec<f32>>> {
         let epsilon = threat.epsilon();
-        // Rounding of pixels, and of sums of their squares.
+        // Allows for rounding of pixels, and of sums of their squares.
         let limit = epsilon * (1.0 + 1e-5) + 1e-6;
         for (&row, point) in &found {
             let moved = f64::from(distance(threat.norm(), point, &self.pixels(row)));
@@ -50,8 +50,8 @@ impl Evaluation<'_> {
         Ok(found)
     }
 
-    /// The doubts that AutoAttack's authors check for before it runs (their `checks.py`): a network that answers
-    /// differently each time, probabilities instead of logits, images without a gradient.
+    /// The doubts that AutoAttack's authors check for before it runs (their `checks.py`): a network whose answers
+    /// vary, probabilities instead of logits, images without a gradient.
     pub fn doubts(&self, logits: &[Vec<f32>], correct: &[usize]) -> Result<Vec<String>> {
         let mut doubts = Vec::new();
         let first: Vec<usize> = (0..self.data.len().min(TWICE)).collect();
@@ -61,7 +61,7 @@ impl Evaluation<'_> {
         if nan > 0 {
             doubts.push(format!("{nan} images are answered with what is no number, which counts as wrong"));
         }
-        // Directions, as AutoAttack compares them: the last bits may differ on a GPU.
+        // Compares directions, as AutoAttack does: the last bits may differ on a GPU.
         let direction = |row: &[f32]| -> Vec<f32> {
             let size = length(Norm::L2, row.iter().copied()) + 1e-10;
             row.iter().map(|z| z / size).collect()
@@ -120,7 +120,7 @@ mod tests {
         data
     }
 
-    /// The doubts about a network of four classes.
+    /// The doubts about a network with four classes.
     fn doubts(logits_of: &(dyn Fn(&Tensor) -> Result<Tensor> + Sync)) -> Vec<String> {
         let data = data();
         let evaluation = Evaluation::new(logits_of, &data, &Device::Cpu);

@@ -1,4 +1,4 @@
-//! A classifier beside the data that it is measured on.
+//! A classifier together with the data that it is measured on.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ pub(crate) struct Examined<'a> {
 }
 
 impl<'a> Examined<'a> {
-    /// Reads both. They must fit: size of the images, number and names of the classes.
+    /// Reads both. They must fit each other in the size of the images and the number and names of the classes.
     pub(crate) fn load(
         model: Option<&'a Path>,
         source: &data::Source,
@@ -53,7 +53,7 @@ impl<'a> Examined<'a> {
         Ok(Self { dir, classifier, data })
     }
 
-    /// What was read, for the record: the source, its split, the BLAKE3 of its files and the rows left out.
+    /// What was read, for the record: the source, its split, the BLAKE3 hash of its files and the rows left out.
     pub(crate) fn data_record(&self, source: &data::Source, split: data::OfficialSplit) -> Result<Value> {
         Ok(serde_json::json!({
             "source": source,
@@ -63,13 +63,13 @@ impl<'a> Examined<'a> {
         }))
     }
 
-    /// The BLAKE3 of the classifier's weights.
+    /// The BLAKE3 hash of the classifier's weights.
     pub(crate) fn model_blake3(&self) -> Result<String> {
         Ok(fs::hash_file(&self.dir.join("model.safetensors"))?.0)
     }
 }
 
-/// Refuses images that the classifier in `dir` does not take. `what`: whose images they are.
+/// Refuses images that the classifier in `dir` does not take. `what` says whose images they are.
 pub(crate) fn expect_images(
     classifier: &Classifier,
     dir: &Path,

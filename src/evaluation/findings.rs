@@ -1,4 +1,4 @@
-//! What has been found for each image, kept as it is found.
+//! The findings for each image, kept as they are made.
 
 use std::{
     collections::BTreeMap,
@@ -7,20 +7,20 @@ use std::{
 
 use crate::{Result, fs::Parts};
 
-/// What is known of some images. What has not been kept for longer than the interval goes into a part of its own:
+/// The findings for some images. Whenever the interval has passed, new findings are written as a part of their own:
 /// `key-00000000`, `key-00000001`, …
 pub(super) struct Findings<'a> {
     by_row: BTreeMap<usize, Option<Vec<f32>>>,
     kept: Option<(&'a Parts, Duration)>,
     key: String,
     part: usize,
-    /// The records of the next part.
+    /// The records for the next part.
     unsaved: Vec<u8>,
     saved: Instant,
 }
 
 impl<'a> Findings<'a> {
-    /// What was kept under `key` about a data set of `images` images.
+    /// Reads what was kept under `key` for a data set of `images` images.
     pub(super) fn read(kept: Option<(&'a Parts, Duration)>, key: &str, images: usize) -> Result<Self> {
         let mut findings = Self {
             by_row: BTreeMap::new(),
@@ -43,12 +43,12 @@ impl<'a> Findings<'a> {
         format!("{}-{:08}", self.key, self.part)
     }
 
-    /// Whether image `row` is known.
+    /// Whether there is a finding for image `row`.
     pub(super) fn has(&self, row: usize) -> bool {
         self.by_row.contains_key(&row)
     }
 
-    /// Takes note of what was found for image `row`.
+    /// Records what was found for image `row`.
     pub(super) fn add(&mut self, row: usize, found: Option<&[f32]>) -> Result<()> {
         self.by_row.insert(row, found.map(<[f32]>::to_vec));
         encode(row, found, &mut self.unsaved);
@@ -59,7 +59,7 @@ impl<'a> Findings<'a> {
         }
     }
 
-    /// Keeps what is not kept yet.
+    /// Writes what has not been kept yet.
     pub(super) fn save(&mut self) -> Result<()> {
         if let Some((parts, _)) = self.kept
             && !self.unsaved.is_empty()
@@ -78,7 +78,7 @@ impl<'a> Findings<'a> {
     }
 }
 
-/// A record, in words of four bytes: the image, one more than the number of floats that were found or 0 if nothing was, and
+/// A record in words of four bytes: the image, the number of floats found plus one (0 if nothing was found), and
 /// the floats.
 fn encode(row: usize, found: Option<&[f32]>, bytes: &mut Vec<u8>) {
     bytes.extend((row as u32).to_le_bytes());
@@ -86,7 +86,7 @@ fn encode(row: usize, found: Option<&[f32]>, bytes: &mut Vec<u8>) {
     bytes.extend(found.unwrap_or_default().iter().flat_map(|v| v.to_le_bytes()));
 }
 
-/// The records of a part about a data set of `images` images; none if the bytes are not that.
+/// The records of a part for a data set of `images` images; `None` if the bytes are not such a part.
 fn decode(bytes: &[u8], images: usize) -> Option<Vec<(usize, Option<Vec<f32>>)>> {
     let (mut words, rest) = bytes.as_chunks();
     let mut records = Vec::new();

@@ -1,7 +1,7 @@
-//! Which images of a data set a network gets right: as they are, changed, or under attack.
+//! Which images of a data set a network gets right: clean, perturbed, or under attack.
 //!
-//! Each image is a [`Search`](crate::attack::Search), be it one for the logits alone. Up to [`Evaluation::batch`] of them
-//! are asked about together; an image that is done with makes place for the next.
+//! Each image has a [`Search`](crate::attack::Search), even if it only looks up the logits. Up to
+//! [`Evaluation::batch`] of them are evaluated together, and a finished image makes room for the next.
 
 mod doubts;
 mod examined;
@@ -32,54 +32,54 @@ use crate::{
     progress::Progress,
 };
 
-/// A network and the labelled images that it is tried on.
+/// A network and the labelled images on which it is evaluated.
 #[derive(Clone, Copy)]
 pub struct Evaluation<'a> {
     /// The network.
     pub victim: Victim<'a>,
-    /// The images. Their ids, the keys of all that is drawn for them, are their indices.
+    /// The images. Their ids, which key all random draws for them, are their indices.
     pub data: &'a Dataset,
-    /// Images that the network is asked about together, on each thread of a CPU or on a GPU; 0 for as many as suit the
-    /// device. No result depends on it.
+    /// How many images the network evaluates together, on each CPU thread or on the GPU; 0 chooses a number that
+    /// suits the device. Results do not depend on it.
     pub batch: usize,
-    /// Where findings are kept, to be found again by the next evaluation of the same, and how often.
+    /// Where findings are kept, so that a repeated evaluation can reuse them, and how often.
     pub kept: Option<(&'a Parts, Duration)>,
-    /// What counts the images.
+    /// The progress display that counts the images.
     pub bar: Option<&'a Progress>,
 }
 
-/// What becomes of an image before the network sees it: its pixels in [0, 1], HWC.
+/// What is done to an image before the network sees it: its pixels in [0, 1], HWC.
 pub type Perturb<'a> = &'a (dyn Fn(&Example) -> Result<Vec<f32>> + Sync);
 
-/// The image as it is: see [`Perturb`].
+/// Leaves the image unchanged; see [`Perturb`].
 pub fn unchanged(example: &Example) -> Result<Vec<f32>> {
     Ok(example.image.clone())
 }
 
-/// The share of images that are right.
+/// The share of images that are classified correctly.
 pub fn share(right: &[bool]) -> f64 {
     right.iter().filter(|&&right| right).count() as f64 / right.len().max(1) as f64
 }
 
 impl<'a> Evaluation<'a> {
-    /// Of this network on these images; nothing is kept and nothing shown.
+    /// An evaluation of this network on these images that keeps and shows nothing.
     pub fn new(logits_of: LogitsOf<'a>, data: &'a Dataset, device: &'a Device) -> Self {
         let shape = (data.shape.height, data.shape.width, data.shape.channels);
         Self { victim: Victim { logits_of, shape, device }, data, batch: 0, kept: None, bar: None }
     }
 
-    /// The logits of each image, as `perturb` leaves it. Findings are kept under `key`.
+    /// The logits of each image after `perturb`. Findings are kept under `key`.
     pub fn logits(&self, key: &str, perturb: Perturb) -> Result<Vec<Vec<f32>>> {
         self.logits_of(key, &Vec::from_iter(0..self.data.len()), perturb)
     }
 
-    /// For each image whether the network chooses its label, as `perturb` leaves it. Findings are kept under `key`.
+    /// For each image, whether the network predicts its label after `perturb`. Findings are kept under `key`.
     pub fn right(&self, key: &str, perturb: Perturb) -> Result<Vec<bool>> {
         let logits = self.logits(key, perturb)?;
         Ok(logits.iter().zip(&self.data.labels).map(|(z, &y)| choice(z) == Some(y as usize)).collect())
     }
 
-    /// For each image whether `attack` leaves it standing; it is made on those that are `standing` alone. Findings are kept
+    /// For each image, whether it withstands `attack`; only those still `standing` are attacked. Findings are kept
     /// under `key`.
     pub fn stands(&self, key: &str, standing: &[bool], attack: &dyn Attack) -> Result<Vec<bool>> {
         let rows: Vec<usize> = (0..standing.len()).filter(|&row| standing[row]).collect();
@@ -95,7 +95,8 @@ impl<'a> Evaluation<'a> {
         self.run(key, rows, attack, true)
     }
 
-    /// See [`Evaluation::find`]. Without `points`, only that something was found, as an empty point.
+    /// See [`Evaluation::find`]. Without `points`, only the fact that something was found is kept, as an empty
+    /// point.
     fn run(
         &self,
         key: &str,
@@ -109,7 +110,7 @@ impl<'a> Evaluation<'a> {
             bar.skip((rows.len() - left.len()) as u64);
         }
         let workers = if self.victim.device.is_cpu() { rayon::current_num_threads() } else { 1 };
-        // Few images are shared out evenly.
+        // If there are few images, they are shared out evenly.
         let batch = self.batch().min(left.len().div_ceil(workers));
         let (taken, findings) = (AtomicUsize::new(0), Mutex::new(findings));
         let work = |_: &usize| {
@@ -171,10 +172,10 @@ impl<'a> Evaluation<'a> {
     }
 }
 
-/// One question about one image. What it finds is the answer: the logits, or the size of the margin's gradient.
+/// A single query for one image. Its result is the answer: the logits, or the size of the margin's gradient.
 struct Question {
     point: Vec<f32>,
-    /// The label whose margin is asked for its gradient.
+    /// The label whose margin's gradient is wanted.
     slope_for: Option<usize>,
     answer: Option<Vec<f32>>,
 }
@@ -231,7 +232,7 @@ mod tests {
         kernels::linear(&hidden, &layer(2, 10, 24)?, None)
     }
 
-    /// Digits with the labels that the network gives them, but for three of them.
+    /// Digits with the labels that the network gives them, except for three.
     fn digits() -> Dataset {
         let mut data = Source::Digits.load(OfficialSplit::Test, Some(N), 0).unwrap();
         let logits = Evaluation::new(&network, &data, &Device::Cpu).logits("", &unchanged).unwrap();
@@ -270,7 +271,7 @@ mod tests {
                 assert_eq!(of(batch), expected, "{name} in windows of {batch}");
             }
 
-            // Stops when half of the images are done with.
+            // Stops when half of the images are finished.
             let dir = tempfile::tempdir().unwrap();
             let parts = Parts::new(dir.path().to_path_buf());
             let (stopped, begun) = (AtomicBool::new(true), AtomicUsize::new(0));

@@ -10,8 +10,8 @@ use super::{
 };
 use crate::{Result, device::CpuLevel};
 
-/// `x + shift`. `x`: `(b, …, c)`; `shift`: `(c,)`, or `(b, c)` for each sample its own. Returns the shape of `x`. Fails if the
-/// shapes do not fit.
+/// `x + shift`. `x`: `(b, …, c)`; `shift`: `(c,)`, or `(b, c)` with one vector per sample. Returns the shape of
+/// `x`. Fails if the shapes do not fit.
 pub fn add_channels(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
     let (b, c) = (x.dims().first(), x.dims().last());
     let fits = match *shift.dims() {
@@ -95,7 +95,7 @@ mod gpu {
         fn forward(&self, [(x, layout), (shift, shift_layout)]: [(&CudaStorage, &Layout); 2]) -> CudaOutput {
             let (device, (images, c)) =
                 (&x.device, (layout.shape().dims()[0], layout.shape().dim(D::Minus1)?));
-            // The shifts of an image: `c`, or 0 if all have the same.
+            // The number of shifts per image: `c`, or 0 if all share the same.
             let own = if shift_layout.shape().rank() == 2 { c } else { 0 };
             with_element!(x, T => {
                 let (x, shift) = (view::<T>(x, layout)?, view::<f32>(shift, shift_layout)?);

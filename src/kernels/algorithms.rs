@@ -1,7 +1,8 @@
-//! Which of cuDNN's algorithms a convolution goes by: measured once, and written down, since another one gives other bits.
+//! Which of cuDNN's algorithms a convolution uses: measured once and recorded, because different algorithms give
+//! different bits.
 //!
-//! A machine's choices are in the user's folder of caches. Work that several machines may share has its own in its folder:
-//! whoever goes on with it takes those.
+//! A machine's choices are in the user's cache folder. Work that several machines may share has its own choices in
+//! its folder, and whoever continues it uses those.
 
 #[cfg(feature = "cuda")]
 use std::sync::{Mutex, PoisonError};
@@ -12,38 +13,39 @@ use std::{
 
 use crate::{Result, fs};
 
-/// By the name of a convolution cuDNN's number of the algorithm.
+/// cuDNN's number of the algorithm, by the name of the convolution.
 type Choices = BTreeMap<String, u32>;
 
-/// The choices that this process knows, by the class of the device.
+/// The choices known to this process, by device class.
 struct Known {
     machine: BTreeMap<String, Choices>,
-    /// Those of the work that is being done, if it keeps them in its folder.
+    /// The choices of the current work, if it keeps them in its folder.
     work: Option<(PathBuf, BTreeMap<String, Choices>)>,
 }
 
 #[cfg(feature = "cuda")]
 static KNOWN: Mutex<Known> = Mutex::new(Known { machine: BTreeMap::new(), work: None });
 
-/// From now on choices are those of `folder`, in `algorithms-CLASS.json`, and new ones are written down there; with `None` those
-/// of the machine.
+/// From now on, takes choices from `folder`, file `algorithms-CLASS.json`, and records new ones there; with `None`,
+/// uses those of the machine.
 #[cfg(feature = "cuda")]
 pub(super) fn keep_in(folder: Option<&Path>) {
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     known.work = folder.map(|folder| (folder.to_path_buf(), BTreeMap::new()));
 }
 
-/// The algorithm of the convolution `name` on devices of this class: what was chosen before, by whichever process, or what
-/// `measure` says now.
+/// The algorithm of the convolution `name` on devices of this class: the one chosen before, by any process, or the
+/// one that `measure` returns now.
 ///
-/// Without a folder of caches the machine's choices are the process's. Fails if the folder of the work cannot be read or written.
+/// Without a cache folder, the machine's choices last as long as the process. Fails if the work's folder cannot be
+/// read or written.
 #[cfg(feature = "cuda")]
 pub(super) fn choose(
     class: &str,
     name: &str,
     measure: impl FnOnce() -> candle_core::Result<u32>,
 ) -> candle_core::Result<u32> {
-    // Held while it is measured: another thread must not come to another choice.
+    // Held during the measurement, so that no other thread makes a different choice.
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     known.choose(cache().as_deref(), class, name, measure).map_err(|e| match e {
         crate::Error::Tensor(e) => e,
@@ -66,7 +68,7 @@ impl Known {
         if let Some(&algorithm) = choices.get(name) {
             return Ok(algorithm);
         }
-        // Held while it is measured: another process must not come to another choice.
+        // Held during the measurement, so that no other process makes a different choice.
         let _lock = fs::Lock::wait(folder, LOCK)?;
         let file = file_in(folder, class);
         if file.is_file() {
@@ -88,7 +90,7 @@ fn file_in(folder: &Path, class: &str) -> PathBuf {
     folder.join(format!("algorithms-{class}.json"))
 }
 
-/// What this machine chose before, or chooses now.
+/// The algorithm that this machine chose before, or chooses now.
 fn of_machine(
     known: &mut BTreeMap<String, Choices>,
     cache: Option<&Path>,
@@ -106,7 +108,7 @@ fn of_machine(
     });
     let file = cache.filter(|_| lock.is_some()).map(|folder| file_in(folder, class));
     if let Some(file) = &file {
-        // One that cannot be read is made anew.
+        // A file that cannot be read is replaced.
         choices.extend(fs::read_json::<Choices>(file).unwrap_or_default());
     }
     if let Some(&algorithm) = choices.get(name) {
@@ -115,13 +117,13 @@ fn of_machine(
     let algorithm = measure()?;
     choices.insert(name.to_owned(), algorithm);
     if let Some(file) = &file {
-        // What cannot be kept is measured again by the next process.
+        // If it cannot be kept, the next process measures again.
         let _ = fs::publish_json(file, choices);
     }
     Ok(algorithm)
 }
 
-/// The user's folder of caches (XDG Base Directory Specification).
+/// The user's cache folder (XDG Base Directory Specification).
 #[cfg(feature = "cuda")]
 fn cache() -> Option<PathBuf> {
     let named = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);

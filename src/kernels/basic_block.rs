@@ -30,16 +30,15 @@ pub struct BasicBlock {
     pub c_in: usize,
     /// Channels of the output.
     pub c_out: usize,
-    /// Of the first convolution and the shortcut.
+    /// The stride of the first convolution and the shortcut.
     pub stride: usize,
     /// Added to the variances.
     pub epsilon: f64,
 }
 
 impl BasicBlock {
-    /// The shapes of the parameters, in the order in which they lie in the block's vector: `conv1.weight`, weight
-    /// and bias of `bn1`, the same of `conv2` and `bn2` and, if the shape changes, of `shortcut.0` and
-    /// `shortcut.1`.
+    /// The shapes of the parameters, in their order in the block's vector: `conv1.weight`, weight and bias of
+    /// `bn1`, the same of `conv2` and `bn2` and, if the shape changes, of `shortcut.0` and `shortcut.1`.
     pub fn parameters(&self) -> Vec<(&'static str, Shape)> {
         let Self { c_in, c_out, .. } = *self;
         let mut parameters: Vec<(&str, Shape)> = vec![
@@ -102,11 +101,12 @@ impl BasicBlock {
 }
 
 /// A basic block. `x`: `(b, h, w, c_in)`; `theta`: the parameters, one vector in the order of
-/// [`BasicBlock::parameters`]. Returns `(b, h / stride, w / stride, c_out)`, rounded up, and the statistics of the
-/// batch for each norm if the block normalised by them.
+/// [`BasicBlock::parameters`]. Returns `(b, h / stride, w / stride, c_out)`, rounded up, and, if the block
+/// normalised by them, the statistics of the batch for each norm.
 ///
-/// `running`: the statistics to normalise by, one for each norm; without them it is by those of the batch, to
-/// which gradients then go as well. `packed` belongs to these parameters alone. Fails if a shape does not fit.
+/// `running`: the statistics to normalise by, one for each norm; without them, the block normalises by those of the
+/// batch, through which gradients then flow as well. `packed` belongs to these parameters only. Fails if a shape
+/// does not fit.
 pub fn basic_block(
     x: &Tensor,
     theta: &Tensor,
@@ -123,7 +123,7 @@ pub fn basic_block(
     }
 }
 
-/// The block from the ops of the device, one after the other.
+/// The block composed of the device's ops.
 fn composed(
     x: &Tensor,
     theta: &Tensor,
@@ -192,7 +192,7 @@ fn basic_block_at(
         kept: OnceLock::new(),
     };
     let out = apply(op, [x, theta])?;
-    // Nothing was seen where statistics were given.
+    // There are no batch statistics if statistics were given.
     let seen = seen.get().into_iter().flatten();
     let batch = seen.map(|statistics| statistics.unbiased(rows)).collect::<candle_core::Result<_>>()?;
     Ok((out, batch))
@@ -207,7 +207,7 @@ struct Op {
     conv2: Convolution,
     shortcut: Option<Convolution>,
     packed: BlockWeights,
-    /// The statistics to normalise by, if not by those of the batch.
+    /// The statistics to normalise by, unless they are those of the batch.
     running: Option<Vec<Statistics>>,
     /// The statistics of the batch.
     seen: Arc<OnceLock<Vec<Statistics>>>,
@@ -216,7 +216,7 @@ struct Op {
     kept: OnceLock<Kept>,
 }
 
-/// What the backward pass needs of the forward pass: what each norm gets, and what it is normalised with.
+/// What the backward pass needs from the forward pass: each norm's input, and the moments that normalise it.
 struct Kept {
     inputs: Vec<Vec<f32>>,
     moments: Vec<Moments>,
@@ -234,7 +234,7 @@ impl Loop for AddRelu<'_> {
     fn run<A: Arithmetic>(self) {
         for (z, residual) in self.z.iter_mut().zip(self.residual) {
             let sum = *z + residual;
-            // Not `max`: a NaN stays one.
+            // Not `max`: a NaN stays NaN.
             *z = if sum < 0.0 { 0.0 } else { sum };
         }
     }
@@ -257,7 +257,7 @@ impl Op {
     fn block_forward(&self, x: &[f32], theta: &[f32]) -> Vec<f32> {
         let c = self.part(theta, 1).len();
         let (mut seen, mut all_moments) = (Vec::new(), Vec::new());
-        // What norm `i` makes of its input.
+        // The output of norm `i`.
         let mut normalize = |i: usize, input: &[f32]| {
             let moments = match &self.running {
                 Some(running) => Moments::new(&running[i], self.epsilon),
@@ -303,7 +303,7 @@ impl Op {
         out
     }
 
-    /// The gradients of `x` and `theta`, those that are wanted.
+    /// The wanted ones among the gradients of `x` and `theta`.
     fn block_backward(
         &self,
         x: &[f32],
@@ -315,7 +315,7 @@ impl Op {
     ) -> [Option<Vec<f32>>; 2] {
         let mut dtheta = zeros(if want_theta { theta.len() } else { 0 });
         let mut set = |i: usize, values: &[f32]| dtheta[self.parts[i].clone()].copy_from_slice(values);
-        // Of what the last ReLU gets.
+        // The gradient of the last ReLU's input.
         let mut dsum = zeros(dy.len());
         for_each_chunk(&mut dsum, CHUNK, dy.len(), |i, d| {
             let range = i * CHUNK..i * CHUNK + d.len();
@@ -323,7 +323,7 @@ impl Op {
                 *d = if out > 0.0 { dy } else { 0.0 };
             }
         });
-        // Of norm `i`'s input, for the gradient of its output.
+        // The gradient of norm `i`'s input from that of its output.
         let mut through_norm = |i: usize, dz: &[f32]| {
             let norm = self.norm(theta, i, &kept.moments[i]);
             let input = &kept.inputs[i];

@@ -1,7 +1,7 @@
 //! Batch normalisation, with ReLU in the same pass.
 //!
-//! The work is done by functions of slices, [`statistics`] and those of [`Norm`]; the custom op is a shell
-//! over them.
+//! The work is done by functions on slices, [`statistics`] and those of [`Norm`]; the custom op is a shell around
+//! them.
 
 use std::sync::{Arc, OnceLock};
 
@@ -16,22 +16,22 @@ use super::{
 };
 use crate::{Result, device::CpuLevel};
 
-/// Mean and variance of each channel, both `(c,)`, outside of any graph.
+/// Mean and variance of each channel, both `(c,)`, outside any graph.
 #[derive(Clone, Debug)]
 pub struct BatchStatistics {
     /// The means.
     pub mean: Tensor,
-    /// The variances: what [`batch_norm_train`] returns is the unbiased estimate, as running averages take it.
+    /// The variances. [`batch_norm_train`] returns the unbiased estimate, which running averages use.
     pub variance: Tensor,
 }
 
 /// Batch normalisation over `(…, c)` by the statistics of `x` itself (Ioffe & Szegedy 2015, Alg. 1), then ReLU
 /// if `relu`.
 ///
-/// The statistics of a channel go over all positions of all samples; it is normalised with the *biased*
-/// variance, and the unbiased one is returned. `weight`, `bias`: `(c,)`. Gradients go through the statistics.
+/// The statistics of a channel are over all positions of all samples. The *biased* variance normalises, and the
+/// unbiased one is returned. `weight`, `bias`: `(c,)`. Gradients go through the statistics.
 ///
-/// Fails if `x` has fewer than two positions, or if `weight` or `bias` has another shape.
+/// Fails if `x` has fewer than two positions, or if `weight` or `bias` has the wrong shape.
 pub fn batch_norm_train(
     x: &Tensor,
     weight: &Tensor,
@@ -52,9 +52,10 @@ pub fn batch_norm_train(
     }
 }
 
-/// Batch normalisation over `(…, c)` by given statistics, then ReLU if `relu`: a sample does not see its batch.
+/// Batch normalisation over `(…, c)` by given statistics, then ReLU if `relu`: a sample's result does not depend on
+/// its batch.
 ///
-/// `weight`, `bias`: `(c,)`. No gradient goes to the statistics. Fails if a shape is another.
+/// `weight`, `bias`: `(c,)`. No gradient flows to the statistics. Fails if a shape is wrong.
 pub fn batch_norm_eval(
     x: &Tensor,
     statistics: &BatchStatistics,
@@ -87,7 +88,7 @@ pub(super) struct Statistics {
 }
 
 impl Statistics {
-    /// Those that a caller gives, whose variance is taken as it is.
+    /// Those given by a caller, whose variance is used unchanged.
     pub fn given(statistics: &BatchStatistics) -> candle_core::Result<Self> {
         let doubles = |t: &Tensor| -> candle_core::Result<Vec<f64>> {
             Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
@@ -95,7 +96,7 @@ impl Statistics {
         Ok(Self { mean: doubles(&statistics.mean)?, variance: doubles(&statistics.variance)? })
     }
 
-    /// With the unbiased estimate of the variance, from those of `rows` rows.
+    /// The same with the unbiased estimate of the variance, for `rows` rows.
     pub fn unbiased(&self, rows: usize) -> candle_core::Result<BatchStatistics> {
         let rows = rows as f64;
         let vector = |values: &[f64], factor: f64| {
@@ -122,7 +123,7 @@ impl Moments {
     }
 }
 
-/// Rows of a task, and of a partial sum: a function of the channels only.
+/// Rows of a task, and of a partial sum: a function of only the number of channels.
 fn block_rows(c: usize) -> usize {
     ((1 << 15) / c.max(1)).max(1)
 }
@@ -140,12 +141,12 @@ pub(super) fn statistics(level: CpuLevel, x: &[f32], c: usize) -> Statistics {
     let [sums, squares] = block_sums(x.len(), c, block_rows(c), |block| run(level, Sums(&x[block], c)));
     let rows = (x.len() / c.max(1)) as f64;
     let mean: Vec<f64> = sums.iter().map(|sum| sum / rows).collect();
-    // Double precision: the cancellation costs at most half of its 16 digits for mean / σ up to 1e4.
+    // In double precision, cancellation costs at most half of the 16 digits for mean / σ up to 1e4.
     let variance = squares.iter().zip(&mean).map(|(s, mean)| (s / rows - mean * mean).max(0.0)).collect();
     Statistics { mean, variance }
 }
 
-/// What the channels are normalised with: `z = x̂ · weight + bias`, `x̂ = (x - mean) · inverse`; the output is
+/// The factors that normalise the channels: `z = x̂ · weight + bias`, `x̂ = (x - mean) · inverse`; the output is
 /// `max(z, 0)` if `relu`, else `z`.
 #[derive(Clone, Copy)]
 pub(super) struct Norm<'a> {
@@ -186,8 +187,8 @@ impl Norm<'_> {
 
     /// Writes the gradient of the input for `dy`, that of the output.
     ///
-    /// If the moments are those of `x`, the gradient goes through them as well, which takes the gradients of
-    /// weight and bias: `dx = inverse · weight · (dz - mean(dz) - x̂ · mean(dz · x̂))`, means over the rows.
+    /// If the moments are those of `x`, the gradient flows through them as well, which uses the gradients of weight
+    /// and bias: `dx = inverse · weight · (dz - mean(dz) - x̂ · mean(dz · x̂))`, means over the rows.
     pub fn input_gradient(&self, x: &[f32], dy: &[f32], of_batch: Option<&WeightGradients>, dx: &mut [f32]) {
         let (c, channels) = (self.weight.len(), self.channels());
         let rows = (x.len() / c.max(1)) as f64;
@@ -241,14 +242,14 @@ impl Loop for Normalize<'_> {
         for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
             for i in 0..c {
                 let z = A::mul_add(x[i] - mean[i], scale[i], bias[i]);
-                // Not `max`: a NaN stays one.
+                // Not `max`: a NaN stays NaN.
                 out[i] = if z < floor { floor } else { z };
             }
         }
     }
 }
 
-/// `dz`, the gradient of what ReLU gets: 0 where that is not above 0. The same operations as in [`Normalize`],
+/// `dz`, the gradient of ReLU's input: 0 where the input is not above 0. The same operations as in [`Normalize`],
 /// so that both agree on the sign.
 #[inline(always)]
 fn inner_gradient<A: Arithmetic>(centered: f32, dy: f32, scale: f32, bias: f32, floor: f32) -> f32 {
@@ -314,7 +315,7 @@ impl Loop for InputGradient<'_> {
 
 struct BatchNorm {
     level: CpuLevel,
-    /// The statistics to normalise by, if not by those of the batch, to which gradients go as well.
+    /// The statistics to normalise by, unless they are those of the batch, through which gradients flow as well.
     given: Option<BatchStatistics>,
     epsilon: f64,
     relu: bool,
@@ -332,7 +333,7 @@ impl BatchNorm {
         Norm { level: self.level, moments, weight, bias, relu: self.relu }
     }
 
-    /// Keeps the statistics of a batch of `rows` rows, of which this is the biased variance.
+    /// Keeps the statistics of a batch of `rows` rows with this biased variance.
     fn saw(&self, mean: Tensor, variance: Tensor, rows: usize) -> candle_core::Result<()> {
         let rows = rows as f64;
         let statistics = BatchStatistics { mean, variance: (variance * (rows / (rows - 1.0)))? };

@@ -1,4 +1,4 @@
-//! What blocks have in common: parameters that lie in one vector, and weights that the kernels keep packed.
+//! What blocks have in common: parameters stored in one vector, and weights that the kernels keep packed.
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
@@ -7,10 +7,10 @@ use candle_core::{Shape, Tensor};
 use super::conv2d::PackedWeights;
 use crate::Result;
 
-/// What the kernels made of the weights of a block's convolutions: the first, the second, that of the shortcut.
+/// The packed weights of a block's convolutions: the first, the second and the shortcut's.
 pub type BlockWeights = [Arc<PackedWeights>; 3];
 
-/// Where each of the parameters lies in a vector that has them one behind another.
+/// Where each parameter is in a vector that holds them one after another.
 pub(super) fn ranges(parameters: &[(&str, Shape)]) -> Vec<Range<usize>> {
     let mut end = 0;
     let next = |(_, shape): &(&str, Shape)| {
@@ -20,7 +20,7 @@ pub(super) fn ranges(parameters: &[(&str, Shape)]) -> Vec<Range<usize>> {
     parameters.iter().map(next).collect()
 }
 
-/// The parameters that lie in a vector one behind another.
+/// The parameters stored in a vector one after another.
 pub(super) fn split(
     theta: &Tensor,
     parameters: &[(&'static str, Shape)],

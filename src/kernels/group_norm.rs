@@ -1,6 +1,6 @@
 //! Group normalisation, with SiLU in the same pass.
 //!
-//! The work is done by [`Norm`], functions of slices; the custom op is a shell over it.
+//! The work is done by [`Norm`], with functions on slices; the custom op is a shell around it.
 
 use std::sync::OnceLock;
 
@@ -20,9 +20,9 @@ use crate::{Result, device::CpuLevel};
 
 /// Group normalisation over `(b, …, c)` (Wu & He 2018), then SiLU if `silu`.
 ///
-/// The statistics of a sample and group go over all positions and the group's `c / groups` channels; the
-/// variance is the biased one. `weight`, `bias`: `(c,)`, or `(b, c)` for each sample its own, so that
-/// conditioning by `norm(x) · (1 + scale) + shift` is one pass. Fails if `groups` does not divide `c`.
+/// The statistics of a sample and group are over all positions and the group's `c / groups` channels; the variance
+/// is the biased one. `weight`, `bias`: `(c,)`, or `(b, c)` with one vector per sample, so that conditioning by
+/// `norm(x) · (1 + scale) + shift` takes one pass. Fails if `groups` does not divide `c`.
 pub fn group_norm(
     x: &Tensor,
     groups: usize,
@@ -35,7 +35,7 @@ pub fn group_norm(
     shell::run(GroupNorm::new(CpuLevel::get(), x, groups, epsilon, silu)?, [x, weight, bias])
 }
 
-/// Fails if the groups do not divide the channels, or a vector has another shape.
+/// Fails if the groups do not divide the channels, or if a vector has the wrong shape.
 fn expect_fits(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor) -> Result<()> {
     let c = x.dim(D::Minus1)?;
     if groups == 0 || c == 0 || c % groups != 0 {
@@ -54,7 +54,7 @@ fn expect_fits(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor) -> Res
     Ok(())
 }
 
-/// How samples that lie one behind another are normalised.
+/// How contiguous samples are normalised.
 #[derive(Clone, Copy)]
 pub(super) struct Norm {
     pub level: CpuLevel,
@@ -81,7 +81,7 @@ pub(super) type ChannelSums = [Vec<f64>; 2];
 impl Norm {
     /// Writes the output; returns the moments of each sample and group, which [`Norm::backward`] needs again.
     ///
-    /// `weight` and `bias` hold `c` numbers, or as many for each sample.
+    /// `weight` and `bias` hold `c` numbers, or `c` for each sample.
     pub fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) -> Vec<Moments> {
         let Self { level, groups, c, epsilon, .. } = *self;
         let normalize = |(i, (x, out)): (usize, (&[f32], &mut [f32]))| {
@@ -153,7 +153,7 @@ fn of_sample(weights: &[f32], c: usize, i: usize) -> &[f32] {
     if weights.len() == c { weights } else { &weights[i * c..][..c] }
 }
 
-/// What one sample's channels are normalised with.
+/// The factors that normalise one sample's channels.
 struct Channels<'a> {
     mean: Vec<f32>,
     inverse: Vec<f32>,
@@ -187,7 +187,7 @@ impl Loop for Statistics<'_> {
         let moments = |group: usize| {
             let [sum, squares] = sums.each_ref().map(|s| s[group..group + c / groups].iter().sum::<f64>());
             let mean = sum / count;
-            // Double precision: the cancellation costs at most half of its 16 digits for mean / σ up to 1e4.
+            // In double precision, cancellation costs at most half of the 16 digits for mean / σ up to 1e4.
             let variance = (squares / count - mean * mean).max(0.0);
             Moments { mean: mean as f32, inverse: (1.0 / (variance + epsilon).sqrt()) as f32 }
         };

@@ -1,4 +1,4 @@
-//! Images made on the device that they are for: from bytes, and of noise.
+//! Images made on the device where they are used, from bytes or as noise.
 
 use candle_core::{Device, Tensor};
 
@@ -8,7 +8,7 @@ use crate::{Result, rng};
 /// mirror for each image.
 ///
 /// # Panics
-/// If `pixels` are not those of `dims`.
+/// If the size of `pixels` does not match `dims`.
 pub fn crop_pixels(
     pixels: &[u8],
     windows: impl Iterator<Item = (usize, usize, bool)>,
@@ -33,7 +33,7 @@ pub fn crop_pixels(
     out
 }
 
-/// [`crop_pixels`] as a tensor `(b, h, w, c)` on the device, `table` having the float of each byte.
+/// [`crop_pixels`] as a tensor `(b, h, w, c)` on the device; `table` has the float for each byte.
 ///
 /// # Panics
 /// As [`crop_pixels`].
@@ -54,7 +54,7 @@ pub fn crop_images(
     Ok(Tensor::from_vec(floats, dims, device)?)
 }
 
-/// Standard normals, `(samples, h, w, c)`: bit for bit those of [`rng::normals`], drawn in CHW order.
+/// Standard normals, `(samples, h, w, c)`: bit for bit the same as [`rng::normals`], drawn in CHW order.
 pub fn normal_images(
     seed: u64,
     samples: &[u64],

@@ -24,7 +24,7 @@ pub fn smoothed_cross_entropy(logits: &Tensor, labels: &Tensor, smoothing: f64) 
 struct CrossEntropy {
     level: CpuLevel,
     labels: Tensor,
-    /// The same, if they are on the CPU: to look at others would be to wait for a GPU.
+    /// The same, if they are on the CPU: checking others would mean waiting for a GPU.
     known: Vec<usize>,
     smoothing: f64,
 }
@@ -117,8 +117,8 @@ impl Op<1> for CrossEntropy {
     }
 }
 
-/// KL(softmax(p) ‖ softmax(q)) of each sample, in nats, with gradients to both: how TRADES (Zhang et al. 2019)
-/// and stability training (Zheng et al. 2016) compare the answers to two images.
+/// KL(softmax(p) ‖ softmax(q)) of each sample, in nats, with gradients to both. TRADES (Zhang et al. 2019) and
+/// stability training (Zheng et al. 2016) use it to compare the predictions for two images.
 ///
 /// `p_logits`, `q_logits`: `(b, classes)`. Returns `(b,)`. Fails if their shapes differ.
 pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
@@ -134,8 +134,8 @@ pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
     shell::run(KlDivergence, [p_logits, q_logits])
 }
 
-/// In double precision: nearly equal answers, which training aims at, are the small difference of larger terms.
-/// Beside the networks that make the logits this costs nothing.
+/// In double precision, because for nearly equal predictions, which training aims at, it is a small difference of
+/// larger terms. Compared with the networks that make the logits, this costs nothing.
 struct KlDivergence;
 
 /// The logarithms of the probabilities of one row.

@@ -1,4 +1,4 @@
-//! Products of matrices whose bits do not depend on how many rows there are.
+//! Matrix products whose bits do not depend on the number of rows.
 
 use candle_core::{Shape, Tensor};
 use rayon::prelude::*;
@@ -28,7 +28,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     }
 }
 
-/// `x · weightᵀ` as f32, whatever precision a GPU computes with. `x`: `(m, k)`; `weight`: `(n, k)`. Returns `(m, n)`.
+/// `x · weightᵀ` in f32, whatever the precision in which a GPU computes. `x`: `(m, k)`; `weight`: `(n, k)`. Returns
+/// `(m, n)`.
 pub fn linear_in_full(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if shell::on_cuda(&[x, weight]) {
@@ -82,11 +83,11 @@ impl<'a> View<'a> {
     }
 }
 
-/// Terms that are summed in registers before they are added to the result: fixed, since it shows in the bits.
-/// It bounds the rounding error of long sums, and a panel of it stays in the L1 cache.
+/// Terms that are summed in registers before they are added to the result. The number is fixed because it affects
+/// the bits. It bounds the rounding error of long sums, and a panel of this length stays in the L1 cache.
 const TERMS: usize = 512;
 
-/// The rows of a task: they share the panels while these are in the cache.
+/// The rows of a task, which share the panels while these are in the cache.
 const ROWS: usize = 96;
 
 /// The products, in row-major order, plus `bias` in each row.
@@ -142,7 +143,7 @@ fn multiply_rows(level: CpuLevel, a: View, panels: &[f32], k: usize, n: usize, o
             starts.extend((0..rows).map(|row| row * a.row + first));
             (a.data, Segments::one(terms))
         } else {
-            // Far elements are first brought together, because each panel reads them again.
+            // Distant elements are first gathered, because each panel reads them again.
             packed.clear();
             packed.extend(
                 (first..first + terms)
@@ -163,7 +164,7 @@ pub(super) fn linear_rows(level: CpuLevel, x: &[f32], k: usize, weight: &[f32], 
     products(level, View::rows(x, k), View::rows(weight, k).transposed(), Some(bias), sizes)
 }
 
-/// The gradients of [`linear_rows`] for `dy`, rows of `n`: of its input, and of its weight.
+/// The gradients of [`linear_rows`], with respect to its input and its weight, for `dy`, rows of `n`.
 pub(super) fn linear_input_gradient(level: CpuLevel, dy: &[f32], n: usize, weight: &[f32]) -> Vec<f32> {
     let k = weight.len() / n.max(1);
     let sizes = Sizes { batch: 1, m: dy.len() / n.max(1), k: n, n: k };
@@ -213,7 +214,7 @@ struct Linear {
     k: usize,
 }
 
-/// Of input, weight and, perhaps, bias.
+/// The gradients of input, weight and, possibly, bias.
 impl<const N: usize> Node<N> for Linear {
     const NAME: &'static str = "linear";
 
@@ -253,7 +254,7 @@ impl<const N: usize> Op<N> for Linear {
         })
     }
 
-    /// candle's product; of the sum with a bias candle would make a strided one, slow in both directions.
+    /// candle's product; with a bias candle would make a strided one, which is slow in both directions.
     #[cfg(feature = "cuda")]
     fn cuda(self, operands: [&Tensor; N]) -> Result<Tensor> {
         let product = Op::<2>::reference(&self, [operands[0], operands[1]])?;

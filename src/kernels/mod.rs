@@ -1,17 +1,21 @@
-//! The operations that dominate: one op a file, with its loops on the CPU, its form on a GPU and its reference in candle ops.
+//! The operations that dominate the running time, one op per file, with its loops for the CPU, its form for a GPU
+//! and its reference in candle ops.
 //!
-//! Layout is NHWC on every device; weights are in PyTorch's order. The functions re-exported here take the fast path of the
-//! device that holds the tensors: f32 tensors on the CPU go to the loops, tensors on a GPU to CUDA, everything else to the
-//! reference, the specification and the oracle, which runs on any device. `shell` makes the choice, and ops of candle of them.
-//! Blocks have loops of their own on the CPU; elsewhere they are composed of the ops.
+//! Layout is NHWC on every device; weights are in PyTorch's order. The functions re-exported here take the fast
+//! path of the device that holds the tensors: f32 tensors on the CPU go to the loops, tensors on a GPU to CUDA,
+//! everything else to the reference, which is specification and oracle and runs on any device. `shell` makes that
+//! choice, and makes candle ops of them. Blocks have loops of their own on the CPU; elsewhere they are composed of
+//! the ops.
 //!
-//! What the fast paths promise, besides speed:
-//! - The output and the input gradient of a sample have the same bits whatever the batch around it and the
-//!   number of threads; gradients of weights have the same bits for any number of threads. (The exception is
-//!   [`batch_norm_train`], which is about the batch: there everything has the same bits for any threads.)
-//! - Backward computes gradients of tracked operands only: an attack on frozen weights pays no weight gradient.
+//! What the fast paths guarantee, in addition to speed:
+//! - The output and the input gradient of a sample have the same bits whatever the batch around it and the number
+//!   of threads; gradients of weights have the same bits for any number of threads. (The exception is
+//!   [`batch_norm_train`], which depends on the batch: there everything has the same bits for any number of
+//!   threads.)
+//! - The backward pass computes gradients of tracked operands only: an attack on frozen weights does not pay for
+//!   weight gradients.
 //!
-//! A module uses those on its own line or below, nothing above, and none of them this one:
+//! A module uses those on its own line or below and nothing above, and none of them uses this one:
 //!
 //! ```text
 //! basic_block | resnet_block

@@ -8,7 +8,7 @@ use crate::Result;
 /// PyTorch's SGD with momentum (Sutskever et al. 2013).
 #[derive(Clone, Copy, Debug)]
 pub struct SgdStep {
-    /// What the gradient is multiplied by.
+    /// The factor of the gradient.
     pub scale: f64,
     /// The learning rate.
     pub lr: f64,
@@ -16,12 +16,12 @@ pub struct SgdStep {
     pub momentum: f64,
     /// Coupled: `weight_decay · weight` is added to the gradient.
     pub weight_decay: f64,
-    /// Looks ahead by one step of momentum.
+    /// Whether to look ahead by one step of momentum.
     pub nesterov: bool,
 }
 
 impl SgdStep {
-    /// Overwrites `weight` and `buffer`, the sum of the gradients: contiguous, of one shape. Fails if a shape is another.
+    /// Overwrites `weight` and `buffer`, the sum of the gradients; both are contiguous. Fails if the shapes differ.
     pub fn apply(&self, weight: &Tensor, gradient: &Tensor, buffer: &Tensor) -> Result<()> {
         shell::update(self, [weight, buffer], gradient)
     }
@@ -64,13 +64,13 @@ impl Update<2> for SgdStep {
 /// Adam (Kingma & Ba 2015, Algorithm 1) with decoupled weight decay (Loshchilov & Hutter 2019).
 #[derive(Clone, Copy, Debug)]
 pub struct AdamStep {
-    /// What the gradient is multiplied by.
+    /// The factor of the gradient.
     pub scale: f64,
-    /// What the weights are multiplied by, for their decay.
+    /// The factor of the weights, for their decay.
     pub keep: f64,
-    /// The learning rate over the correction of the first moment.
+    /// The learning rate divided by the correction of the first moment.
     pub step_size: f64,
-    /// What the root of the second moment is divided by.
+    /// The divisor of the root of the second moment.
     pub correction: f64,
     /// Decay of the mean of the gradients.
     pub beta1: f64,
@@ -81,8 +81,8 @@ pub struct AdamStep {
 }
 
 impl AdamStep {
-    /// Overwrites `weight` and `moments`, the means of the gradients and of their squares: contiguous, of one shape. Fails if
-    /// a shape is another.
+    /// Overwrites `weight` and `moments`, the means of the gradients and of their squares; all are contiguous.
+    /// Fails if the shapes differ.
     pub fn apply(&self, weight: &Tensor, gradient: &Tensor, [first, second]: [&Tensor; 2]) -> Result<()> {
         shell::update(self, [weight, first, second], gradient)
     }
@@ -184,7 +184,8 @@ mod tests {
 
     use super::{super::testing::*, *};
 
-    /// Three steps of each, the gradient in another layout, in single precision against the reference in double.
+    /// Three steps of each, with the gradient in another layout, in single precision, compared with the reference
+    /// in double.
     #[test]
     fn steps_match_the_reference_in_double_precision() {
         let sgd = SgdStep { scale: 0.5, lr: 0.1, momentum: 0.9, weight_decay: 0.05, nesterov: true };

@@ -1,11 +1,11 @@
-//! Loops over all threads.
+//! Loops on all threads.
 
 use rayon::prelude::*;
 
 /// The work in multiply-adds or elements under which waking threads costs more than they save.
 pub(super) const PARALLEL_WORK: usize = 1 << 16;
 
-/// Does all tasks, by all threads if that is worth it.
+/// Runs all tasks, on all threads if that is worthwhile.
 pub(super) fn for_each<T: Send>(
     parallel: bool,
     tasks: impl Iterator<Item = T>,
@@ -27,7 +27,7 @@ pub(super) fn add(out: &mut [f32], other: &[f32]) {
     });
 }
 
-/// Runs `body` on consecutive chunks of `out` with their number, in parallel if `work` is worth it.
+/// Runs `body` on consecutive chunks of `out` with their number, in parallel if `work` makes it worthwhile.
 pub(super) fn for_each_chunk(
     out: &mut [f32],
     chunk: usize,

@@ -30,8 +30,8 @@ pub fn pgd_step(
     shell::run(PgdStep { step, epsilon, l2 }, [&x.detach(), &start.detach(), &gradient.detach()])
 }
 
-/// The steepest direction of length 1 in the norm: the gradient's signs for ℓ∞, the gradient over its length if `l2`.
-/// `gradient`: `(b, …)`. A gradient of 0 stays 0.
+/// The steepest direction of length 1 in the norm: the signs of the gradient for ℓ∞, the gradient divided by its
+/// length if `l2`. `gradient`: `(b, …)`. A gradient of 0 stays 0.
 pub fn steepest(gradient: &Tensor, l2: bool) -> Result<Tensor> {
     if !l2 {
         return Ok(gradient.sign()?);
@@ -43,7 +43,8 @@ pub fn steepest(gradient: &Tensor, l2: bool) -> Result<Tensor> {
     Ok(scaled.broadcast_div(&norms(&scaled)?)?)
 }
 
-/// The nearest to `x_adv` in the ball of radius `epsilon` around `x`, ℓ2 or else ℓ∞, then in [0, 1]. `x`, `x_adv`: `(b, …)`.
+/// The point nearest to `x_adv` in the ball of radius `epsilon` around `x`, ℓ2 or else ℓ∞, then in [0, 1]. `x`,
+/// `x_adv`: `(b, …)`.
 pub fn project(x: &Tensor, x_adv: &Tensor, epsilon: f64, l2: bool) -> Result<Tensor> {
     let in_ball = if l2 {
         let delta = (x_adv - x)?;
@@ -85,7 +86,7 @@ fn at_most(v: f32, high: f32) -> f32 {
     if v > high { high } else { v }
 }
 
-/// The ℓ2 norm, at least the smallest normal number: a sum in 32 interleaved parts, which are added pairwise.
+/// The ℓ2 norm, at least the smallest normal number: a sum in 32 interleaved parts, added pairwise.
 fn length(values: &[f32]) -> f32 {
     let (rows, rest) = values.as_chunks::<32>();
     let mut lanes = [0f32; 32];
@@ -110,7 +111,7 @@ impl PgdStep {
         }
     }
 
-    /// Of one image.
+    /// The step for one image.
     fn l2(&self, [x, start, gradient]: [&[f32]; 3], out: &mut [f32]) {
         let (step, epsilon) = (self.step as f32, self.epsilon as f32);
         let largest = gradient.iter().map(|g| g.abs()).reduce(at_least).unwrap_or(0.0);
@@ -176,7 +177,7 @@ mod tests {
         values(t).into_iter().map(|v| if v.is_nan() { f32::NAN } else { v }.to_bits()).collect()
     }
 
-    /// Numbers of all kinds: those of an attack, small and large gradients, zeros and what is no number.
+    /// Numbers of all kinds: those of an attack, small and large gradients, zeros and NaN.
     #[test]
     fn the_loop_has_the_bits_of_the_reference() {
         for shape in [&[5, 8, 9, 3][..], &[4, 7], &[3, 32, 32, 3], &[1, 1]] {

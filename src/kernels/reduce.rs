@@ -44,7 +44,7 @@ pub(super) fn sums_and_squares(x: &[f32], columns: usize) -> [Vec<f64>; 2] {
 }
 
 /// `N` sums for each column of a tall matrix: `of_block` gives those of a range of elements, `rows` whole rows;
-/// they are added in order. The blocks are the same whatever the threads, so that these do not show.
+/// they are added in order. The blocks do not depend on the number of threads, so neither does the result.
 pub(super) fn block_sums<const N: usize>(
     elements: usize,
     columns: usize,

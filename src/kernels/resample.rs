@@ -25,8 +25,8 @@ pub fn global_avg_pool(x: &Tensor) -> Result<Tensor> {
     shell::run(AvgPool { level: CpuLevel::get() }, [x])
 }
 
-/// Mean over windows of `k` × `k` pixels side by side; rows and columns past the last whole window are left out.
-/// `x`: `(b, h, w, c)`. Returns `(b, h / k, w / k, c)`, f32 of bf16. Fails if there is no window.
+/// Mean over adjacent windows of `k` × `k` pixels; rows and columns beyond the last whole window are left out. `x`:
+/// `(b, h, w, c)`. Returns `(b, h / k, w / k, c)`, f32 of bf16. Fails if there is no window.
 pub fn avg_pool2d(x: &Tensor, k: usize) -> Result<Tensor> {
     let (_, h, w, _) = x.dims4()?;
     if k == 0 || h < k || w < k {
@@ -35,7 +35,7 @@ pub fn avg_pool2d(x: &Tensor, k: usize) -> Result<Tensor> {
     shell::run(WindowPool { k }, [x])
 }
 
-/// bf16 numbers as f32, which their sums need.
+/// bf16 numbers as f32, which is needed for their sums.
 fn to_sum(x: &Tensor) -> candle_core::Result<Tensor> {
     x.to_dtype(if x.dtype() == DType::BF16 { DType::F32 } else { x.dtype() })
 }

@@ -1,8 +1,8 @@
 //! The residual block of the diffusion U-Net as one node of the tape.
 //!
-//! Of the block's intermediate images only one is kept for the backward pass; the others are computed again from it,
-//! which is cheaper than the memory. The step is added by the first convolution; the input is added by the second
-//! one where that is done by Winograd's filtering.
+//! Only one of the block's intermediate images is kept for the backward pass; the others are recomputed from it,
+//! which is cheaper than the memory. The first convolution adds the step's embedding; the second one adds the input
+//! if it uses Winograd's filtering.
 
 use std::{ops::Range, sync::OnceLock};
 
@@ -40,7 +40,7 @@ pub struct ResnetBlock {
     pub epsilon: f64,
     /// Whether the step scales and shifts the second norm's output, instead of being added before it.
     pub scale_shift: bool,
-    /// What the sum of the block and its input is divided by.
+    /// The divisor of the sum of the block and its input.
     pub output_scale: f64,
 }
 
@@ -55,9 +55,8 @@ struct Parts {
 }
 
 impl ResnetBlock {
-    /// The shapes of the parameters, in the order in which they lie in the block's vector: weight and bias of
-    /// `norm1`, `conv1`, `time_emb_proj`, `norm2`, `conv2` and, if the number of channels changes,
-    /// `conv_shortcut`.
+    /// The shapes of the parameters, in their order in the block's vector: weight and bias of `norm1`, `conv1`,
+    /// `time_emb_proj`, `norm2`, `conv2` and, if the number of channels changes, `conv_shortcut`.
     pub fn parameters(&self) -> Vec<(&'static str, Shape)> {
         let Self { c_in, c_out, time_dim, .. } = *self;
         let mut parameters: Vec<(&str, Shape)> = vec![
@@ -120,11 +119,11 @@ impl ResnetBlock {
     }
 }
 
-/// A residual block of the U-Net. `x`: `(b, h, w, c_in)`; `temb`: `(b, time_dim)`, behind its SiLU; `theta`: the
+/// A residual block of the U-Net. `x`: `(b, h, w, c_in)`; `temb`: `(b, time_dim)`, after its SiLU; `theta`: the
 /// parameters, one vector in the order of [`ResnetBlock::parameters`]. Returns `(b, h, w, c_out)`.
 ///
-/// `packed` belongs to these parameters alone. `mask`: `(b, h, w, c_out)`, what the input of the second convolution is
-/// multiplied by, for dropout; it gets no gradient. Fails if a shape does not fit.
+/// `packed` belongs to these parameters only. `mask`: `(b, h, w, c_out)`, multiplies the input of the second
+/// convolution, for dropout; it gets no gradient. Fails if a shape does not fit.
 pub fn resnet_block(
     x: &Tensor,
     temb: &Tensor,
@@ -154,7 +153,7 @@ pub fn resnet_block(
     }
 }
 
-/// The block from the ops of the device, one after the other.
+/// The block composed of the device's ops.
 fn composed(
     x: &Tensor,
     temb: &Tensor,
@@ -245,18 +244,18 @@ struct Op {
     kept: OnceLock<Kept>,
 }
 
-/// What the backward pass needs of the forward pass.
+/// What the backward pass needs from the forward pass.
 struct Kept {
     moments1: Vec<Moments>,
-    /// What the second norm gets.
+    /// The second norm's input.
     middle: Vec<f32>,
     moments2: Vec<Moments>,
-    /// Weight and bias of the second norm, for each sample its own if the step scales and shifts it.
+    /// Weight and bias of the second norm; one pair per sample if the step scales and shifts it.
     affine: [Vec<f32>; 2],
 }
 
 impl Op {
-    /// For each sample what the step adds, or its scale and shift.
+    /// What the step adds for each sample, or its scale and shift.
     fn step(&self, temb: &[f32], theta: &[f32]) -> Vec<f32> {
         let [weight, bias] = self.parts.time.each_ref().map(|range| &theta[range.clone()]);
         linear_rows(self.level, temb, self.block.time_dim, weight, bias)
@@ -328,7 +327,7 @@ impl Op {
         Ok(out)
     }
 
-    /// Divides by the scale of the output, which is 1 nearly always.
+    /// Divides by the scale of the output, which is nearly always 1.
     fn divide(&self, values: &mut [f32]) {
         let scale = self.block.output_scale as f32;
         if scale != 1.0 {
@@ -337,7 +336,7 @@ impl Op {
         }
     }
 
-    /// The gradients of `x`, `temb` and `theta`, those that are wanted.
+    /// The wanted ones among the gradients of `x`, `temb` and `theta`.
     fn block_backward(
         &self,
         [x, temb, theta]: [&[f32]; 3],

@@ -1,8 +1,9 @@
-//! The shell around every op: what candle's tape asks of one is written here, once.
+//! The shell around every op: what candle's tape requires of an op is written here, once.
 //!
-//! An op is its arithmetic. [`Node`] has it for the CPU, as functions of slices; [`Op`] adds the reference in candle's ops and
-//! what a GPU runs; [`Update`] is a step that overwrites tensors. The shell chooses the form by the device and type of the
-//! operands, brings these into row-major order, and asks for the gradients of tracked operands alone, which are in no graph.
+//! An op consists of its arithmetic. [`Node`] has it for the CPU, as functions of slices; [`Op`] adds the reference
+//! in candle's ops and the form for a GPU; [`Update`] is a step that overwrites tensors. The shell chooses the form
+//! by the device and type of the operands, brings them into row-major order, and requests gradients only for
+//! tracked operands; these gradients are in no graph.
 
 use std::{
     cell::Cell,
@@ -36,7 +37,8 @@ impl<'a> Operand<'a> {
         Ok(Self { values: &values[range], layout })
     }
 
-    /// The elements in row-major order; those of a [`Node::STRIDED`] lie in the slice by [`Operand::stride`].
+    /// The elements in row-major order; for a [`Node::STRIDED`] they are placed in the slice by
+    /// [`Operand::stride`].
     pub fn values(self) -> &'a [f32] {
         self.values
     }
@@ -70,13 +72,14 @@ fn contiguous(layout: &Layout) -> candle_core::Result<Range<usize>> {
 pub(super) trait Node<const N: usize>: Send + Sync + 'static {
     /// Its name in errors.
     const NAME: &'static str;
-    /// Whether operands are taken in whatever layout they have.
+    /// Whether operands are accepted in any layout.
     const STRIDED: bool = false;
 
     /// The elements of the output in row-major order, and its shape.
     fn forward(&self, operands: [Operand; N]) -> Output;
 
-    /// The gradients of the operands, in row-major order: at least of those that are wanted, of which there is one.
+    /// The gradients of the operands, in row-major order: at least those that are wanted, of which there is at
+    /// least one.
     fn backward(&self, _: [Operand; N], _: Backward<N>) -> Gradients<N> {
         candle_core::bail!("{} has no gradient", Self::NAME)
     }
@@ -88,20 +91,20 @@ pub(super) type Output = candle_core::Result<(Vec<f32>, Shape)>;
 /// The gradients of operands.
 pub(super) type Gradients<const N: usize> = candle_core::Result<[Option<Vec<f32>>; N]>;
 
-/// What a backward pass gets besides the operands.
+/// What a backward pass gets in addition to the operands.
 pub(super) struct Backward<'a, const N: usize> {
     /// The output.
     pub out: &'a [f32],
     /// Its gradient.
     pub dy: &'a [f32],
-    /// Which operands are to have a gradient.
+    /// Which operands need a gradient.
     pub wanted: [bool; N],
 }
 
-/// An op: a node with its reference, and what a GPU runs.
+/// An op: a node with its reference and its form for a GPU.
 pub(super) trait Op<const N: usize>: Node<N> + Sized {
-    /// The op in candle's ops: the specification, the oracle of the other forms, and what runs where there is none. Parameters
-    /// are taken in the type of the first operand.
+    /// The op in candle's ops: the specification, the oracle for the other forms, and the form that runs where
+    /// there is no other. Parameters are converted to the type of the first operand.
     fn reference(&self, operands: [&Tensor; N]) -> Result<Tensor>;
 
     /// The op on a GPU. The first operand is f32 or bf16, the others are f32.
@@ -111,7 +114,7 @@ pub(super) trait Op<const N: usize>: Node<N> + Sized {
     }
 }
 
-/// Does an op in the form for the device and type of its operands.
+/// Runs an op in the form for the device and type of its operands.
 pub(super) fn run<const N: usize, O: Op<N>>(op: O, operands: [&Tensor; N]) -> Result<Tensor>
 where
     Shell<O>: Apply<N>,
@@ -126,7 +129,7 @@ where
     op.reference(operands)
 }
 
-/// Does a node, whose operands are f32 on the CPU.
+/// Runs a node whose operands are f32 on the CPU.
 pub(super) fn apply<const N: usize, O: Node<N>>(node: O, operands: [&Tensor; N]) -> Result<Tensor>
 where
     Shell<O>: Apply<N>,
@@ -134,12 +137,12 @@ where
     Ok(Shell(node).apply(operands)?)
 }
 
-/// Whether the loops of the CPU take these operands.
+/// Whether the CPU's loops accept these operands.
 pub(super) fn on_cpu(operands: &[&Tensor]) -> bool {
     operands.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
 }
 
-/// Whether CUDA kernels take these operands: the first may be bf16.
+/// Whether CUDA kernels accept these operands; the first may be bf16.
 #[cfg(feature = "cuda")]
 pub(super) fn on_cuda(operands: &[&Tensor]) -> bool {
     let (images, device) = (operands[0], operands[0].device());
@@ -151,7 +154,7 @@ pub(super) fn on_cuda(operands: &[&Tensor]) -> bool {
 /// A [`Node`] as candle takes it.
 pub(super) struct Shell<O>(O);
 
-/// Puts an op of so many operands on the tape.
+/// Puts an op with this many operands on the tape.
 pub(super) trait Apply<const N: usize> {
     fn apply(self, operands: [&Tensor; N]) -> candle_core::Result<Tensor>;
 }
@@ -195,8 +198,8 @@ pub(super) trait CudaNode<const N: usize>: Send + Sync + 'static {
     /// The output of contiguous operands.
     fn forward(&self, operands: [(&CudaStorage, &Layout); N]) -> CudaOutput;
 
-    /// The gradients of the operands, which are contiguous and in no graph: at least of those that are wanted, of which there
-    /// is one.
+    /// The gradients of the operands, which are contiguous and in no graph: at least those that are wanted, of
+    /// which there is at least one.
     fn backward(&self, operands: [&Tensor; N], back: CudaBackward<N>) -> CudaGradients<N>;
 }
 
@@ -208,18 +211,18 @@ pub(super) type CudaOutput = candle_core::Result<(CudaStorage, Shape)>;
 #[cfg(feature = "cuda")]
 pub(super) type CudaGradients<const N: usize> = candle_core::Result<[Option<Tensor>; N]>;
 
-/// What a backward pass gets besides the operands: contiguous tensors in no graph.
+/// What a backward pass gets in addition to the operands: contiguous tensors in no graph.
 #[cfg(feature = "cuda")]
 pub(super) struct CudaBackward<'a, const N: usize> {
     /// The output.
     pub out: &'a Tensor,
     /// Its gradient.
     pub dy: &'a Tensor,
-    /// Which operands are to have a gradient.
+    /// Which operands need a gradient.
     pub wanted: [bool; N],
 }
 
-/// Does a node on a GPU.
+/// Runs a node on a GPU.
 #[cfg(feature = "cuda")]
 pub(super) fn apply_cuda<const N: usize, O: CudaNode<N>>(node: O, operands: [&Tensor; N]) -> Result<Tensor>
 where
@@ -348,15 +351,15 @@ custom_op!(
     x x_layout, y y_layout, z z_layout
 );
 
-/// A step in place: it overwrites `N` tensors, reads one, all of one shape, and is in no graph.
+/// A step in place: it overwrites `N` tensors and reads one, all of the same shape, and is in no graph.
 pub(super) trait Update<const N: usize>: Sync {
     /// Its name in errors.
     const NAME: &'static str;
 
-    /// The step on the elements in one range, the same of all tensors.
+    /// The step on one range of elements, which is the same for all tensors.
     fn update(&self, written: [&mut [f32]; N], read: &[f32]);
 
-    /// What the tensors become, in candle's ops.
+    /// The new values of the tensors, in candle's ops.
     fn reference(&self, written: [&Tensor; N], read: &Tensor) -> candle_core::Result<[Tensor; N]>;
 
     /// The step on a GPU, on contiguous tensors.
@@ -364,8 +367,8 @@ pub(super) trait Update<const N: usize>: Sync {
     fn cuda(&self, written: [&Tensor; N], read: &Tensor) -> candle_core::Result<()>;
 }
 
-/// Does a step in the form for the device and type of its tensors. `written`: contiguous, each with memory of its own, which
-/// `read` does not share.
+/// Runs a step in the form for the device and type of its tensors. `written`: contiguous, each with memory of its
+/// own that `read` does not share.
 pub(super) fn update<const N: usize, U: Update<N>>(
     step: &U,
     written: [&Tensor; N],
@@ -389,8 +392,8 @@ pub(super) fn update<const N: usize, U: Update<N>>(
     Ok(())
 }
 
-/// Calls `then` with `values` and the elements of all tensors: candle lends those of one at a time, so that the calls are one
-/// inside the other.
+/// Calls `then` with `values` and the elements of all tensors: candle lends the elements of one tensor at a time,
+/// so the calls are nested.
 fn with_elements(
     tensors: &[&Tensor],
     values: Vec<&mut [f32]>,
@@ -420,7 +423,7 @@ impl<F: FnOnce(&mut [f32]) -> candle_core::Result<()>> InplaceOp1 for Lend<F> {
     }
 }
 
-/// Does a step on all elements, by all threads.
+/// Runs a step on all elements, on all threads.
 fn in_chunks<const N: usize, U: Update<N>>(
     step: &U,
     written: Vec<&mut [f32]>,
@@ -477,7 +480,7 @@ mod tests {
 
     use super::*;
 
-    /// `a · b`, element by element, which asks for what was wanted.
+    /// `a · b`, element by element, which checks what was wanted.
     struct Product {
         expected: [bool; 2],
         forgets: bool,

@@ -1,4 +1,4 @@
-//! What the tests of all ops share.
+//! Helpers shared by the tests of all ops.
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
 
@@ -38,8 +38,8 @@ fn output_and_gradients(
     (out.detach(), gradients)
 }
 
-/// Asserts that the loops of an op agree with its reference in double precision up to rounding, output and gradients, at each
-/// level, and that no gradient is tracked.
+/// Asserts that an op's loops agree with its reference in double precision up to rounding, in output and gradients,
+/// at each level, and that no gradient is tracked.
 #[track_caller]
 pub fn check<const N: usize, O: Op<N>>(operands: &[Tensor; N], op: impl Fn(CpuLevel) -> O)
 where
@@ -53,7 +53,8 @@ where
     );
 }
 
-/// Asserts that a function of operands in single precision agrees with itself in double precision, which is by references.
+/// Asserts that a function of operands in single precision agrees with itself in double precision, which uses
+/// references.
 #[track_caller]
 pub fn check_function(operands: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     check_against(operands, |_, t| f(t), &f);
@@ -85,7 +86,7 @@ fn assert_close(actual: &Tensor, expected: &Tensor, what: &str) {
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
     let error = norm(&mut actual.iter().zip(&expected).map(|(a, e)| a - e));
     let size = norm(&mut expected.iter().copied());
-    // Softmax over one element has a zero gradient: an absolute bound for what is that small.
+    // Softmax over one element has a zero gradient: values that small get an absolute bound.
     assert!(error <= 2e-6 * size + 1e-7, "{what}: off by {error:e} of {size:e}");
 }
 
@@ -97,7 +98,7 @@ fn bits(t: &Tensor) -> Vec<u32> {
     values(t).into_iter().map(f32::to_bits).collect()
 }
 
-/// Asserts that all bits of output and gradients are those of one thread; returns both.
+/// Asserts that output and gradients have the same bits as on one thread; returns both.
 #[track_caller]
 pub fn check_threads(
     operands: &[Tensor],
@@ -112,8 +113,8 @@ pub fn check_threads(
     (out, gradients)
 }
 
-/// Asserts that sample 3 alone gives the bits that it has in its batch, output and gradient, and that all bits
-/// are those of one thread. The first `batched` operands have the batch as first dimension.
+/// Asserts that sample 3 alone gives the same bits as in its batch, in output and gradient, and that all bits are
+/// those of one thread. The first `batched` operands have the batch as their first dimension.
 #[track_caller]
 pub fn check_invariance(operands: &[Tensor], batched: usize, f: impl Fn(&[Tensor]) -> Result<Tensor> + Sync) {
     let (out, gradients) = check_threads(operands, &f);
@@ -157,8 +158,8 @@ pub fn check_finite_differences(operands: &[Tensor], f: impl Fn(&[Tensor]) -> Re
     }
 }
 
-/// Asserts for each operand that, if it is the only one tracked, it alone gets a gradient, the same as if all
-/// were tracked.
+/// Asserts for each operand that, if it is the only one tracked, only it gets a gradient, and the same one as if
+/// all were tracked.
 #[track_caller]
 pub fn check_untracked(operands: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let (out, gradients) = output_and_gradients(operands, &f);

@@ -9,8 +9,8 @@ use crate::{Error, Result, fs, progress};
 
 /// Keeps the newest state of a training run and the one before it.
 ///
-/// A state is named tensors and a value that serialises. Files are whole or absent; if the newest one is
-/// damaged all the same, the one before it is taken, with a note.
+/// A state consists of named tensors and a serialisable value. Files are complete or absent; if the newest one is
+/// damaged nevertheless, the previous one is used, with a note.
 #[derive(Debug)]
 pub struct Checkpoints {
     dir: PathBuf,
@@ -28,12 +28,12 @@ struct Header<S> {
 const SCHEMA: &str = "proxyset.checkpoint/1";
 
 impl Checkpoints {
-    /// Checkpoints in `dir`, which is made with the first one.
+    /// Checkpoints in `dir`, which is created with the first one.
     pub fn new(dir: PathBuf) -> Self {
         Self { dir }
     }
 
-    /// Keeps a state; the one kept before becomes the previous one.
+    /// Keeps a state; the newest one so far becomes the previous one.
     pub fn save<S: Serialize>(&self, state: &S, tensors: &[(String, Tensor)]) -> Result<()> {
         let header = serde_json::to_string(&Header { schema: SCHEMA.into(), state })
             .map_err(|e| Error::Alarm(format!("training state cannot be written as JSON: {e}")))?;
@@ -51,7 +51,7 @@ impl Checkpoints {
         fs::publish(&newest, &bytes)
     }
 
-    /// The newest state that is whole, if there is any, with its tensors on `device`. Fails if all are damaged.
+    /// The newest intact state, if there is any, with its tensors on `device`. Fails if all are damaged.
     pub fn load<S: DeserializeOwned>(&self, device: &Device) -> Result<Option<(S, Named)>> {
         let mut damaged = None;
         for path in [self.newest(), self.previous()].into_iter().filter(|p| p.exists()) {

@@ -95,13 +95,13 @@ impl Classifier {
 
     /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the logits, `(b, num_classes)`.
     ///
-    /// Gradients flow to `x`, not to the parameters: for those see [`Classifier::tracked`]. Batch norms go by
-    /// their running statistics.
+    /// Gradients flow to `x`, not to the parameters: for those see [`Classifier::tracked`]. Batch norms use their
+    /// running statistics.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         self.frozen.logits(x)
     }
 
-    /// [`Classifier::logits`] with batch norms, where there are any, in this mode.
+    /// [`Classifier::logits`] with batch norms, if there are any, in this mode.
     pub fn logits_by(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
         self.frozen.logits_by(x, mode)
     }
@@ -116,12 +116,12 @@ impl Classifier {
         self.params.tracked(|b| self.config.architecture.build(b))
     }
 
-    /// The parameters. Updates in place are seen by [`Classifier::logits`].
+    /// The parameters. [`Classifier::logits`] sees updates in place.
     pub fn params(&self) -> &Params {
         &self.params
     }
 
-    /// The network's shape and the names of the classes.
+    /// The network's configuration and the names of the classes.
     pub fn config(&self) -> &ClassifierConfig {
         &self.config
     }

@@ -1,4 +1,4 @@
-//! Layers with PyTorch's parameters: names `weight` and `bias`, its shapes, its initial distributions.
+//! Layers with PyTorch's parameters: the names `weight` and `bias`, its shapes and its initial distributions.
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
@@ -10,8 +10,8 @@ use crate::{
     kernels::{self, BatchStatistics},
 };
 
-/// Images as networks compute with them: f32 ones in [`Precision::images`], others as they are. Parameters stay f32, and what
-/// comes out of a network is what went in.
+/// Images in the type in which networks compute: f32 images become [`Precision::images`], others stay as they are.
+/// Parameters stay f32, and a network's output has the type of its input.
 pub(super) fn to_compute(x: &Tensor) -> Result<Tensor> {
     Ok(match x.dtype() {
         DType::F32 => x.to_dtype(Precision::get().images(x.device()))?,
@@ -42,7 +42,7 @@ impl Conv2d {
         })
     }
 
-    /// `kernel` × `kernel` with this stride, padded by half the kernel, without a bias: for a norm behind it.
+    /// `kernel` × `kernel` with this stride, padded by half the kernel, without a bias, for use before a norm.
     pub fn without_bias(
         c_in: usize,
         c_out: usize,
@@ -73,7 +73,7 @@ impl Conv2d {
     }
 }
 
-/// What images are standardised by before a network sees them.
+/// The mean and standard deviation by which images are standardised before a network sees them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Standardization {
@@ -84,7 +84,8 @@ pub struct Standardization {
 }
 
 impl Standardization {
-    /// Fails with [`Error::Data`](crate::Error::Data) unless each of the channels can be divided by its deviation.
+    /// Fails with [`Error::Data`](crate::Error::Data) unless every channel can be divided by its standard
+    /// deviation.
     pub fn validate(&self, channels: usize) -> Result<()> {
         let Self { mean, std } = self;
         let lengths = mean.len() == channels && std.len() == channels;
@@ -179,12 +180,12 @@ impl Embedding {
     }
 }
 
-/// By which statistics a network's [`BatchNorm`]s normalise.
+/// The statistics with which a network's [`BatchNorm`]s normalise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BatchNormMode {
-    /// By those of the batch, which also move the running ones. Two passes at once would race for these.
+    /// Those of the batch, which also update the running ones. Two concurrent passes would race for these.
     Train,
-    /// By the running ones: an image does not see its batch, and nothing is changed.
+    /// The running ones: an image's result does not depend on its batch, and nothing is changed.
     Eval,
 }
 
@@ -256,7 +257,7 @@ impl RunningStatistics {
         })
     }
 
-    /// As they are now.
+    /// Their current values.
     pub fn get(&self) -> BatchStatistics {
         BatchStatistics { mean: self.mean.get(), variance: self.var.get() }
     }

@@ -2,37 +2,39 @@
 
 use std::f64::consts::PI;
 
-/// What becomes of the learning rate after the warm-up.
+/// How the learning rate decays after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum LrDecay {
-    /// It stays.
+    /// It stays constant.
     Constant,
     /// Half a cosine down to `min` at the last step (Loshchilov & Hutter 2017, Eq. 5, without restarts).
     Cosine {
-        /// Where it ends.
+        /// The final learning rate.
         min: f64,
     },
-    /// The rate of PyTorch's `OneCycleLR`, whose momentum stays: up by half a cosine from a 25th of the peak during the warm-up, then down by another to
-    /// that over 10⁴ at the last step (Smith & Topin 2018).
+    /// The rate of PyTorch's `OneCycleLR` without its change of momentum: up along half a cosine from a 25th of the
+    /// peak during the warm-up, then down along another to 10⁻⁴ times that start at the last step (Smith & Topin
+    /// 2018).
     OneCycle,
 }
 
-/// A learning rate for every optimiser step: a warm-up, linear but for [`LrDecay::OneCycle`], then a decay.
+/// A learning rate for every optimiser step: a warm-up, linear except with [`LrDecay::OneCycle`], then a decay.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LrSchedule {
     /// The highest learning rate, reached at the end of the warm-up.
     pub peak: f64,
-    /// How many steps the warm-up takes; step 0 then has `peak / warmup_steps` (of [`LrDecay::OneCycle`], a 25th).
+    /// How many steps the warm-up takes; step 0 then has `peak / warmup_steps` (with [`LrDecay::OneCycle`], a 25th
+    /// of the peak).
     pub warmup_steps: usize,
-    /// How many steps there are in all, the warm-up included.
+    /// The total number of steps, including the warm-up.
     pub total_steps: usize,
     /// What follows the warm-up.
     pub decay: LrDecay,
 }
 
 impl LrSchedule {
-    /// The learning rate of `step`, counted from 0. From `total_steps` on it stays where it ended.
+    /// The learning rate of `step`, counted from 0. From `total_steps` on it keeps its final value.
     pub fn at(&self, step: usize) -> f64 {
         let one_cycle = || {
             let (start, top) = (self.peak / 25.0, self.warmup_steps as f64 - 1.0);

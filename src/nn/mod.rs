@@ -1,9 +1,9 @@
 //! Networks: layers with PyTorch's weight names and layouts, run over NHWC images.
 //!
 //! A network is a plain struct of tensors with one constructor, which its configuration calls:
-//! [`ClassifierArchitecture::build`], [`DenoiserArchitecture::build`]. What the constructor gets from its [`Builder`] is
-//! decided by who calls it: [`Params::init`] and [`Params::load`] learn from it which parameters there are,
-//! [`Params::tracked`] and [`Params::frozen`] fill it with them.
+//! [`ClassifierArchitecture::build`], [`DenoiserArchitecture::build`]. What the constructor gets from its
+//! [`Builder`] depends on the caller: [`Params::init`] and [`Params::load`] find out from it which parameters there
+//! are, and [`Params::tracked`] and [`Params::frozen`] supply them.
 
 mod architecture;
 pub mod checkpoint;

@@ -1,4 +1,5 @@
-//! What the rest of the program knows of networks: two kinds of them, and the configurations that build them.
+//! What the rest of the program knows about networks: two kinds of networks, and the configurations that build
+//! them.
 
 use std::fmt::Debug;
 
@@ -12,22 +13,22 @@ use crate::Result;
 
 /// A network that tells classes apart.
 pub trait ClassifierNetwork: Send + Sync {
-    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns what the last linear layer gets, `(b, features)`, and what it
-    /// gives, the logits, `(b, num_classes)`. Batch norms, where there are any, are in this mode.
+    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1]. Returns the input of the last linear layer, `(b, features)`, and
+    /// its output, the logits, `(b, num_classes)`. Batch norms, if there are any, are in this mode.
     ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage) if the images have another shape than
+    /// Fails with [`Error::Usage`](crate::Error::Usage) if the shape of the images is not
     /// [`ClassifierArchitecture::image_shape`].
     fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)>;
 
     /// Multiply-adds of convolutions and linear layers for one image.
     fn macs(&self) -> u64;
 
-    /// The logits alone, with batch norms in this mode.
+    /// Only the logits, with batch norms in this mode.
     fn logits_by(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
         Ok(self.features_and_logits(x, mode)?.1)
     }
 
-    /// The logits alone; those of an image do not depend on the images beside it.
+    /// Only the logits; those of an image do not depend on the rest of the batch.
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
         self.logits_by(x, BatchNormMode::Eval)
     }
@@ -35,13 +36,13 @@ pub trait ClassifierNetwork: Send + Sync {
 
 /// The configuration of a [`ClassifierNetwork`].
 pub trait ClassifierArchitecture: Debug + Send + Sync {
-    /// How many logits come out.
+    /// The number of logits.
     fn num_classes(&self) -> usize;
 
-    /// (height, width, channels) of the images that go in.
+    /// (height, width, channels) of the input images.
     fn image_shape(&self) -> (usize, usize, usize);
 
-    /// Whether the network normalises by statistics of the batch while it is trained.
+    /// Whether the network normalises by batch statistics in training.
     fn has_batch_norm(&self) -> bool;
 
     /// Builds the network. Fails with [`Error::Data`](crate::Error::Data) if it cannot be built.
@@ -55,14 +56,14 @@ pub trait ClassifierArchitecture: Debug + Send + Sync {
 
 /// A network that predicts the noise in an image, the image itself, or a mixture of both, given the noise level.
 pub trait DenoiserNetwork: Send + Sync {
-    /// `x`: `(b, h, w, c)` f32, pixels in [-1, 1] under their noise. `t`: `(b,)` f32, the noise level as the network is
-    /// told it: for a discrete process the step, from 0. `classes`: `(b,)` u32, for a conditional network and only there.
-    /// Returns the shape of `x`.
+    /// `x`: `(b, h, w, c)` f32, pixels in [-1, 1] plus noise. `t`: `(b,)` f32, the noise level as given to the
+    /// network: for a discrete process the step, from 0. `classes`: `(b,)` u32, given if and only if the network is
+    /// conditional. Returns the shape of `x`.
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) if images or classes do not fit the network.
     fn forward(&self, x: &Tensor, t: &Tensor, classes: Option<&Tensor>) -> Result<Tensor>;
 
-    /// [`Self::forward`] in training. What is random, such as dropout, is drawn for each of the samples `ids` from
+    /// [`Self::forward`] in training. Anything random, such as dropout, is drawn for each of the samples `ids` from
     /// `(seed, id)` alone.
     fn forward_in_training(
         &self,
@@ -80,14 +81,14 @@ pub trait DenoiserNetwork: Send + Sync {
 
 /// The configuration of a [`DenoiserNetwork`]: a JSON object with only the keys that it writes itself.
 pub trait DenoiserArchitecture: Debug + Send + Sync {
-    /// (height, width, channels) of the images that go in and come out. Fails with [`Error::Data`](crate::Error::Data) if
-    /// the configuration leaves their size open, or gives what comes out other channels.
+    /// (height, width, channels) of the input and output images. Fails with [`Error::Data`](crate::Error::Data) if
+    /// the configuration leaves their size open, or if input and output differ in channels.
     fn image_shape(&self) -> Result<(usize, usize, usize)>;
 
     /// How many classes the network is conditioned on; `None` if it is not.
     fn num_classes(&self) -> Option<usize>;
 
-    /// What cannot be built, each as `key is value, expected …`.
+    /// The values that are not supported, each as `key is value, expected …`.
     fn faults(&self) -> Vec<String>;
 
     /// Builds the network. Fails with [`Error::Data`](crate::Error::Data), naming all faults, if it cannot be built.
@@ -108,7 +109,7 @@ pub(super) fn expect_none(faults: &[String]) -> Result<()> {
     }
 }
 
-/// Fails with [`Error::Data`](crate::Error::Data) at the first of these settings that is 0.
+/// Fails with [`Error::Data`](crate::Error::Data) if any of these settings is 0, naming the first.
 pub(super) fn expect_positive(settings: &[(&str, usize)]) -> Result<()> {
     match settings.iter().find(|(_, value)| *value == 0) {
         Some((key, _)) => bail!(Data, "{key} is 0, expected at least 1"),
@@ -116,7 +117,8 @@ pub(super) fn expect_positive(settings: &[(&str, usize)]) -> Result<()> {
     }
 }
 
-/// Fails with [`Error::Usage`](crate::Error::Usage) unless `x` holds square images of this side and number of channels.
+/// Fails with [`Error::Usage`](crate::Error::Usage) unless `x` holds square images of this size and number of
+/// channels.
 pub(super) fn expect_images(x: &Tensor, side: usize, channels: usize) -> Result<()> {
     let (_, h, w, c) = x.dims4()?;
     if (h, w, c) != (side, side, channels) {

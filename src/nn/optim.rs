@@ -1,7 +1,7 @@
 //! Optimisers, gradient clipping and weight averaging, with PyTorch's formulas.
 //!
-//! All of them go over the same list of named variables, in its order. States are named tensors, so that a checkpoint holds
-//! them beside the weights and a resumed run has the bits of an uninterrupted one.
+//! All of them work through the same list of named variables, in order. States are named tensors, so that a
+//! checkpoint can hold them next to the weights, and a resumed run computes the same bits as an uninterrupted one.
 
 use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use rayon::prelude::*;
@@ -29,11 +29,11 @@ struct Moments<const N: usize> {
 
 struct Slot<const N: usize> {
     name: String,
-    /// Each has memory of its own: steps overwrite them.
+    /// Each has memory of its own, because steps overwrite them.
     moments: [Tensor; N],
 }
 
-/// Tensors, each as `make` gives it.
+/// Tensors, each made by `make`.
 fn each<const N: usize>(
     names: [&'static str; N],
     make: impl Fn(&str) -> Result<Tensor>,
@@ -47,7 +47,7 @@ impl<const N: usize> Moments<N> {
         Self { names, step: 0, slots: Vec::new() }
     }
 
-    /// Counts a step; at the first one the moments are zeros. Fails if the variables are not those of before.
+    /// Counts a step; at the first one the moments are zeros. Fails if the variables are not the same as before.
     fn advance(&mut self, vars: &[(String, Var)]) -> Result<u64> {
         if self.step == 0 {
             let zeros = |(name, var): &(String, Var)| {
@@ -85,7 +85,7 @@ impl<const N: usize> Moments<N> {
     }
 }
 
-/// The tensor `name` of a state, as `var` is: its shape is checked, its device and type are the variable's.
+/// The tensor `name` of a state, made like `var`: its shape is checked, and it gets the variable's device and type.
 fn find(state: &[(String, Tensor)], name: &str, var: &Var) -> Result<Tensor> {
     let Some((_, tensor)) = state.iter().find(|(n, _)| n == name) else {
         bail!(Data, "the state has no tensor '{name}'");
@@ -106,7 +106,7 @@ fn load_count(state: &[(String, Tensor)], name: &str) -> Result<u64> {
     }
 }
 
-/// What turns gradients into updates.
+/// An optimiser, which turns gradients into updates.
 pub trait Optimizer {
     /// Updates every parameter from its gradient times `scale`, see [`clip_scale`]. Fails, naming it, if one has
     /// none.
@@ -115,9 +115,9 @@ pub trait Optimizer {
     fn step(&mut self, params: &Params, grads: &GradStore, lr: f64) -> Result<()> {
         self.step_scaled(params, grads, 1.0, lr)
     }
-    /// What [`Optimizer::load_state`] needs to go on bit for bit: moments and the number of steps.
+    /// What [`Optimizer::load_state`] needs to continue bit for bit: the moments and the number of steps.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
-    /// Takes up a state that was saved for the same variables.
+    /// Continues from a state that was saved for the same variables.
     fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()>;
 }
 
@@ -147,7 +147,7 @@ pub struct Adam {
 }
 
 impl Adam {
-    /// An optimiser that has made no step.
+    /// An optimiser that has made no steps yet.
     pub fn new(config: AdamConfig) -> Self {
         Self { config, moments: Moments::new(["exp_avg", "exp_avg_sq"]) }
     }
@@ -185,9 +185,9 @@ impl Optimizer for Adam {
 pub struct SgdConfig {
     /// Decay of the sum of the gradients, in [0, 1); 0 is plain gradient descent.
     pub momentum: f64,
-    /// Looks ahead by one step of momentum (Nesterov).
+    /// Whether to look ahead by one step of momentum (Nesterov).
     pub nesterov: bool,
-    /// Coupled weight decay, PyTorch's: `weight_decay · weight` is added to the gradient.
+    /// Coupled weight decay as in PyTorch: `weight_decay · weight` is added to the gradient.
     pub weight_decay: f64,
 }
 
@@ -199,7 +199,7 @@ pub struct Sgd {
 }
 
 impl Sgd {
-    /// An optimiser that has made no step.
+    /// An optimiser that has made no steps yet.
     pub fn new(config: SgdConfig) -> Self {
         Self { config, moments: Moments::new(["momentum_buffer"]) }
     }
@@ -239,15 +239,15 @@ pub fn grad_norm(vars: &[(String, Var)], grads: &GradStore) -> Result<f64> {
             false => there.push(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?),
         }
     }
-    // One wait for the device, not one for each variable.
+    // Waits for the device once, not once per variable.
     if !there.is_empty() {
         squares += Tensor::stack(&there, 0)?.sum_all()?.to_scalar::<f64>()?;
     }
     Ok(squares.sqrt())
 }
 
-/// What scales gradients of a joint norm to `max_norm`, if theirs is larger: PyTorch's `max_norm / (norm + 1e-6)`.
-/// 1 if the norm is not finite, for the caller to stop at.
+/// The factor that scales gradients of this joint norm to `max_norm` if they exceed it, as in PyTorch: `max_norm /
+/// (norm + 1e-6)`. It is 1 if the norm is not finite, in which case the caller should stop.
 pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
     if norm.is_finite() && norm > max_norm { max_norm / (norm + 1e-6) } else { 1.0 }
 }
@@ -257,7 +257,7 @@ fn sum_of_squares(x: &Tensor) -> Result<f64> {
     const LANES: usize = 8;
     let x = x.contiguous()?;
     let elements = Elements::of(&x)?;
-    // Fixed chunks and lanes, added in order: the threads do not show.
+    // Fixed chunks and lanes, added in order: the number of threads does not matter.
     let chunk_sums: Vec<f64> = elements
         .par_chunks(CHUNK)
         .map(|chunk| {
@@ -286,7 +286,7 @@ impl Ema {
         Ok(Self { decay, updates: 0, shadow: vars.iter().map(copy).collect::<Result<_>>()? })
     }
 
-    /// Takes the current weights in. Fails if the names are not those of the beginning.
+    /// Adds the current weights to the average. Fails if the names have changed.
     pub fn update(&mut self, vars: &[(String, Var)]) -> Result<()> {
         if !vars.iter().map(|(name, _)| name).eq(self.shadow.iter().map(|(name, _)| name)) {
             bail!(Alarm, "an average of {} variables got {} others", self.shadow.len(), vars.len());
@@ -305,8 +305,8 @@ impl Ema {
         self.decay.min((1.0 + n) / (10.0 + n))
     }
 
-    /// The averages, in the order of the variables. They share their storage with this object: a later
-    /// [`update`](Self::update) shows in them.
+    /// The averages, in the order of the variables. They share their storage with this object, so they see later
+    /// [updates](Self::update).
     pub fn shadow(&self) -> &[(String, Tensor)] {
         &self.shadow
     }
@@ -497,7 +497,7 @@ mod tests {
         }
     }
 
-    /// Frozen views keep what kernels made of the weights, and must not keep it for longer than the weights.
+    /// Frozen views keep what kernels derived from the weights, and must not keep it once the weights have changed.
     #[test]
     fn a_step_is_seen_by_networks_that_packed_their_weights() {
         let build = |b: &Builder| Conv2d::new(8, 8, 3, b);
@@ -517,7 +517,7 @@ mod tests {
         }
     }
 
-    /// What a view packs while the weights are written is not taken for that of the new ones.
+    /// What a view packs while the weights are being written does not count as derived from the new weights.
     #[test]
     fn a_view_that_looks_during_an_update_sees_the_new_weights_after_it() {
         let build = |b: &Builder| Conv2d::new(8, 8, 3, b);

@@ -1,4 +1,4 @@
-//! Weights by name: made from a seed, read from and written to safetensors, seen tracked or frozen.
+//! Weights by name: made from a seed, read from and written to safetensors, and viewed as tracked or frozen.
 
 use std::{
     cell::RefCell,
@@ -32,8 +32,8 @@ pub enum Init {
 }
 
 impl Init {
-    /// The first values of parameter `name`: a function of the seed and the name alone, so that neither the
-    /// order of construction nor another layer changes them.
+    /// The initial values of parameter `name`: a function of only the seed and the name, so that neither the order
+    /// of construction nor other layers change them.
     fn values(self, seed: u64, name: &str, len: usize) -> Vec<f32> {
         let hash = blake3::hash(name.as_bytes());
         let id = u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
@@ -58,7 +58,7 @@ impl Init {
 #[derive(Clone)]
 pub struct Builder<'a> {
     source: &'a Source,
-    /// The names of the current path, the one to write first, each with a final dot unless empty.
+    /// The names of the current path, beginning with the one to write, each with a final dot unless empty.
     prefixes: Vec<String>,
 }
 
@@ -67,16 +67,16 @@ enum Source {
     Values { tensors: HashMap<String, Tensor>, buffers: HashMap<String, Buffer>, packs: Arc<Packs> },
 }
 
-/// What the kernels make of the weights, for as long as these stay as they are; shared by all views.
+/// What the kernels derive from the weights, valid until these change; shared by all views.
 #[derive(Debug, Default)]
 struct Packs {
     /// Counts the updates of the weights.
     version: AtomicU64,
-    /// By the weights' names, each with the version of which it was made.
+    /// By the weights' names, each with the version from which it was made.
     slots: Mutex<HashMap<String, (u64, Arc<PackedWeights>)>>,
 }
 
-/// Where a layer finds what the kernels made of its weight: see [`Builder::packed`].
+/// Where a layer finds what the kernels derived from its weight; see [`Builder::packed`].
 #[derive(Clone, Debug)]
 pub struct Packed {
     packs: Arc<Packs>,
@@ -84,7 +84,7 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// That of the weight as it is now, empty after an update.
+    /// The entry for the current weight; empty after an update.
     pub fn get(&self) -> Arc<PackedWeights> {
         let mut slots = self.packs.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let version = self.packs.version.load(Ordering::Acquire);
@@ -103,8 +103,8 @@ impl Packed {
 #[must_use = "it is to be held until parameters are overwritten"]
 pub struct Overwriting<'a>(&'a Packs);
 
-/// After the last write, not before the first: a view that looks in between packs what is half old, which must not count as
-/// made of the new weights.
+/// Counts after the last write, not before the first: a view that reads in between packs partly old weights, which
+/// must not count as the new ones.
 impl Drop for Overwriting<'_> {
     fn drop(&mut self) {
         self.0.version.fetch_add(1, Ordering::Release);
@@ -116,12 +116,12 @@ struct Declaration {
     name: String,
     shape: Shape,
     kind: Kind,
-    /// What it is in files: itself, or the tensors that lie in it one behind another.
+    /// What it is in files: itself, or the tensors that are stored in it one after another.
     parts: Vec<Part>,
 }
 
 struct Part {
-    /// The name, then the names under which old files may have it.
+    /// The name, then the names that old files may use.
     names: Vec<String>,
     shape: Shape,
     init: Init,
@@ -151,7 +151,7 @@ impl Declaration {
         Ok(Var::from_vec(values, self.shape.clone(), device)?)
     }
 
-    /// Takes the values out of a file; none if something is wrong with them, which goes to `faults`.
+    /// Takes the values from a file; `None` if something is wrong with them, which is added to `faults`.
     fn read<'a>(
         &self,
         found: &mut BTreeMap<&'a str, TensorView<'a>>,
@@ -192,13 +192,13 @@ impl Declaration {
 pub struct Buffer(Var);
 
 impl Buffer {
-    /// The numbers, outside of any graph; a later [`Buffer::set`] is seen in them.
+    /// The numbers, outside any graph; they see a later [`Buffer::set`].
     pub fn get(&self) -> Tensor {
         self.0.as_detached_tensor()
     }
 
-    /// Overwrites the numbers in place. All views of the network's parameters see it. Fails if the shape or
-    /// the type is another.
+    /// Overwrites the numbers in place. All views of the network's parameters see it. Fails if the shape or type
+    /// differs.
     pub fn set(&self, values: &Tensor) -> Result<()> {
         Ok(self.0.set(values)?)
     }
@@ -230,8 +230,8 @@ impl<'a> Builder<'a> {
         self.parameter(self.declaration(name, shape.into(), init, Kind::Parameter))
     }
 
-    /// Several parameters of this part as one vector, in which they lie one behind another, row-major: what a
-    /// fused block takes. In files they are tensors of their own, under their names.
+    /// Several parameters of this part as one vector, stored one after another, row-major, as a fused block takes
+    /// them. In files they are separate tensors under their own names.
     pub fn flat(&self, parts: impl IntoIterator<Item = (&'static str, Shape, Init)>) -> Result<Tensor> {
         let part = |(name, shape, init)| Part { names: self.names(name), shape, init };
         let parts: Vec<Part> = parts.into_iter().map(part).collect();
@@ -282,8 +282,8 @@ impl<'a> Builder<'a> {
         Declaration { name: parts[0].name().to_owned(), shape, kind, parts }
     }
 
-    /// Where all views find what a kernel made of the weight that `name` stands for, a parameter or one that lies in a
-    /// vector of them.
+    /// Where all views find what a kernel derived from the weight `name`, which is a parameter or part of a vector
+    /// of parameters.
     pub fn packed(&self, name: &str) -> Packed {
         let packs = match self.source {
             Source::Declare(_) => Arc::default(),
@@ -292,13 +292,13 @@ impl<'a> Builder<'a> {
         Packed { packs, name: format!("{}{name}", self.prefixes[0]) }
     }
 
-    /// The full name, then those of older programs.
+    /// The full name, then the names used by older programs.
     fn names(&self, name: &str) -> Vec<String> {
         self.prefixes.iter().map(|prefix| format!("{prefix}{name}")).collect()
     }
 }
 
-/// What has this name, if it has this shape.
+/// The entry of this name, if it has this shape.
 fn find<T: Clone>(
     among: &HashMap<String, T>,
     name: &str,
@@ -317,7 +317,7 @@ fn find<T: Clone>(
     }
 }
 
-/// Runs a constructor for what it asks for.
+/// Runs a constructor to learn what it asks for.
 fn declare<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, Vec<Declaration>)> {
     let source = Source::Declare(RefCell::default());
     let net = build(&Builder::new(&source))?;
@@ -330,7 +330,7 @@ fn declare<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, Vec<Decla
     Ok((net, declared))
 }
 
-/// A network that has shapes but takes no memory for parameters, and how many numbers they would be.
+/// A network with shapes but without memory for its parameters, and how many numbers they would be.
 pub(super) fn skeleton<N>(build: impl FnOnce(&Builder) -> Result<N>) -> Result<(N, usize)> {
     let (net, declared) = declare(build)?;
     let parameters = declared.iter().filter(|d| d.kind == Kind::Parameter);
@@ -382,8 +382,9 @@ impl Params {
 
     /// Takes the parameters of the network that `build` makes from the bytes of a safetensors file.
     ///
-    /// f32, f16 and bf16 tensors are taken and held as f32, counters as the i64 that they are. Fails with [`Error::Data`], naming the `origin`
-    /// of the bytes and *every* tensor that is missing, unexpected, misshapen, of another type or not finite.
+    /// f32, f16 and bf16 tensors are accepted and held as f32, counters as i64. Fails with [`Error::Data`], naming
+    /// the `origin` of the bytes and *every* tensor that is missing, unexpected, misshapen, of another type or not
+    /// finite.
     pub fn from_safetensors<N>(
         bytes: &[u8],
         origin: &str,
@@ -411,14 +412,14 @@ impl Params {
         Ok(params)
     }
 
-    /// The network over these parameters, with gradients: an optimiser's updates in place are seen.
+    /// The network with these parameters and with gradients; it sees an optimiser's updates in place.
     pub fn tracked<N>(&self, build: impl FnOnce(&Builder) -> Result<N>) -> Result<N> {
         self.view(build, |var| var.as_tensor().clone())
     }
 
-    /// The network over these parameters without gradients, so that an attack does not pay for them.
+    /// The network with these parameters but without gradients, so that an attack does not pay for them.
     ///
-    /// The storage is shared: updates in place are seen here too. So are the buffers.
+    /// The storage is shared, buffers included, so it sees updates in place too.
     pub fn frozen<N>(&self, build: impl FnOnce(&Builder) -> Result<N>) -> Result<N> {
         self.view(build, Var::as_detached_tensor)
     }
@@ -434,13 +435,14 @@ impl Params {
         build(&Builder::new(&Source::Values { tensors, buffers, packs }))
     }
 
-    /// The parameters and their names, in the order of their declaration. Whoever overwrites one holds [`Params::overwriting`]
-    /// meanwhile.
+    /// The parameters and their names, in the order of their declaration. Hold [`Params::overwriting`] while
+    /// overwriting any of them.
     pub fn vars(&self) -> &[(String, Var)] {
         &self.vars
     }
 
-    /// To be held while parameters are overwritten: dropped, it tells all views, and what kernels made of them is made again.
+    /// A guard to hold while parameters are overwritten. When it is dropped, all views are told to derive again
+    /// what kernels made from the parameters.
     pub fn overwriting(&self) -> Overwriting<'_> {
         Overwriting(&self.packs)
     }
@@ -450,19 +452,19 @@ impl Params {
         &self.buffers
     }
 
-    /// Parameters and buffers under their names: all that a network is.
+    /// Parameters and buffers under their names: the complete network.
     pub fn all(&self) -> Vec<(String, Var)> {
         let buffers = self.buffers.iter().map(|(name, Buffer(var))| (name.clone(), var.clone()));
         self.vars.iter().cloned().chain(buffers).collect()
     }
 
-    /// How many numbers the parameters are, the buffers not counted.
+    /// The number of parameters, not counting buffers.
     pub fn count(&self) -> usize {
         self.vars.iter().map(|(_, var)| var.elem_count()).sum()
     }
 
-    /// Every parameter under its name in files, as `of` gives it for its variable: the value, a gradient. Fails
-    /// with `of`, or if a tensor has not the elements of its variable.
+    /// Every parameter under its name in files, as `of` gives it for its variable: the value, a gradient. Fails if
+    /// `of` does, or if a tensor does not have as many elements as its variable.
     pub fn named(&self, of: impl Fn(&Var) -> Result<Tensor>) -> Result<Vec<(String, Tensor)>> {
         let mut named = Vec::new();
         for ((_, var), parts) in self.vars.iter().zip(&self.parts) {
@@ -478,12 +480,11 @@ impl Params {
         Ok(named)
     }
 
-    /// Overwrites every parameter in place, and the buffers that are given: others stay as they are. All views
-    /// of these parameters see it. Of parameters that share a variable, either the variable is given or all of
-    /// them.
+    /// Overwrites in place every parameter and the given buffers; other buffers stay as they are. All views of
+    /// these parameters see it. For parameters that share a variable, either the variable or all of them are given.
     ///
-    /// Fails with [`Error::Data`], naming every tensor that is missing, unexpected or misshapen; then nothing
-    /// is overwritten.
+    /// Fails with [`Error::Data`], naming every tensor that is missing, unexpected or misshapen; in that case
+    /// nothing is overwritten.
     pub fn copy_from<'a>(&self, named: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> Result<()> {
         let mut faults = Faults::default();
         let mut found: BTreeMap<_, _> = named.into_iter().collect();
@@ -529,7 +530,7 @@ impl Params {
 
     /// The parameters and buffers as the bytes of a safetensors file: the same bytes for the same values and metadata.
     ///
-    /// `metadata` goes into the header, beside `format: pt`, which PyTorch's readers look for.
+    /// `metadata` goes into the header together with `format: pt`, which PyTorch's readers look for.
     pub fn to_safetensors(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
         // Written here because the `safetensors` crate keeps metadata in a HashMap, whose order varies.
         let metadata: BTreeMap<_, _> = metadata.iter().copied().chain(iter::once(("format", "pt"))).collect();
@@ -561,7 +562,7 @@ impl Params {
     }
 }
 
-/// Parameters of no network, by their names.
+/// Parameters that belong to no network, by name.
 impl From<Vec<(String, Var)>> for Params {
     fn from(vars: Vec<(String, Var)>) -> Self {
         let parts = vars.iter().map(|(name, var)| vec![(name.clone(), var.shape().clone())]).collect();
@@ -585,7 +586,7 @@ fn finite_f32(view: &TensorView) -> Result<std::result::Result<Vec<f32>, String>
     })
 }
 
-/// Everything that is wrong with a set of tensors, to be told at once.
+/// Everything that is wrong with a set of tensors, to be reported together.
 #[derive(Default)]
 struct Faults(Vec<String>);
 

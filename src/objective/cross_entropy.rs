@@ -5,10 +5,11 @@ use candle_core::Tensor;
 use super::LogitsOf;
 use crate::{Result, kernels};
 
-/// The cross-entropy of each image as it is, in nats.
+/// The cross-entropy of each clean image, in nats.
 ///
 /// `tracked`: the network, with gradients to its parameters. `x`: `(b, h, w, c)` in [0, 1]; `labels`: `(b,)` u32;
-/// `label_smoothing`: the share of the target that all classes get (Szegedy et al. 2016, §7). Returns `(b,)`.
+/// `label_smoothing`: the share of the target that is spread over all classes (Szegedy et al. 2016, §7). Returns
+/// `(b,)`.
 pub fn plain(tracked: LogitsOf, x: &Tensor, labels: &Tensor, label_smoothing: f64) -> Result<Tensor> {
     kernels::smoothed_cross_entropy(&tracked(x)?, labels, label_smoothing)
 }

@@ -1,4 +1,4 @@
-//! The weight between real and synthetic images.
+//! The weighting of real and synthetic images.
 
 use crate::Result;
 
@@ -6,17 +6,17 @@ use crate::Result;
 /// their own images (PORT, Sehwag et al. 2022, §2.1).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GammaMix {
-    /// The weight of the loss of a real image.
+    /// The weight of a real image's loss.
     pub real: f64,
-    /// The weight of the loss of a synthetic image.
+    /// The weight of a synthetic image's loss.
     pub synthetic: f64,
 }
 
 impl GammaMix {
-    /// The weights in a batch of `real` and `synthetic` images. Without synthetic images γ has no effect.
+    /// The weights for a batch of `real` and `synthetic` images. Without synthetic images γ has no effect.
     ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage) unless `gamma` is from 0 to 1 and the batch has images
-    /// of each kind that is weighted.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) unless `gamma` is from 0 to 1 and the batch has images of
+    /// each kind whose weight is not 0.
     pub fn new(gamma: f64, real: usize, synthetic: usize) -> Result<Self> {
         if !(0.0..=1.0).contains(&gamma) {
             bail!(Usage, "gamma is {gamma}, expected from 0 (synthetic images only) to 1 (real images only)");

@@ -1,4 +1,5 @@
-//! What classifiers are trained to minimise. Each loss is one number an image; networks come in as closures.
+//! The objectives that classifiers are trained to minimise. Each loss is one number per image; networks are passed
+//! as closures.
 
 mod cross_entropy;
 mod gamma;

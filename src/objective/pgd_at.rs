@@ -5,11 +5,10 @@ use candle_core::Tensor;
 use super::{LogitsOf, plain};
 use crate::{Result, attack::Pgd};
 
-/// The cross-entropy of what the attack makes of each image.
+/// The cross-entropy of the adversarial version of each image.
 ///
-/// `tracked` and `frozen` are views of one network, with and without gradients to its parameters: the attack
-/// runs on the second, so that it does not pay for gradients that nobody uses. For the rest see
-/// [`Pgd::perturb`]. Returns `(b,)`.
+/// `tracked` and `frozen` are views of one network, with and without gradients to its parameters: the attack runs
+/// on the latter to avoid computing gradients that nobody uses. For the rest see [`Pgd::perturb`]. Returns `(b,)`.
 pub fn pgd_at(
     tracked: LogitsOf,
     frozen: LogitsOf,
@@ -32,7 +31,7 @@ mod tests {
         kernels,
     };
 
-    /// On logits (0, w·x) the attack takes ε|w|₁ off the margin, so the loss and its gradient are known.
+    /// On logits (0, w·x) the attack reduces the margin by ε|w|₁, so the loss and its gradient are known.
     #[test]
     fn on_a_linear_model_loss_and_gradient_are_the_closed_form() {
         let w = Var::new(&[[1f32, -2.0]], &Device::Cpu).unwrap();

@@ -1,4 +1,4 @@
-//! Training steps held against PyTorch's: the file that tests/golden/robust_training.py writes.
+//! Training steps compared with PyTorch's, from the file that tests/golden/robust_training.py writes.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -42,7 +42,7 @@ fn nhwc(nchw: &Tensor) -> Tensor {
     nchw.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()
 }
 
-/// Twenty steps on recorded adversarial images; the losses, and the weights' way, are those of PyTorch.
+/// Twenty steps on recorded adversarial images; the losses and the path of the weights are PyTorch's.
 fn twenty_steps(objective: &str) {
     let tensors = golden();
     let get = |key: &str| &tensors[&format!("{objective}.{key}")];
@@ -86,8 +86,8 @@ fn twenty_steps(objective: &str) {
     println!("{objective}: weights are off by {share:.2e} of their way");
 }
 
-/// From the same start the first step is the same pixel by pixel (but where the sign of a gradient is a matter of
-/// rounding), and the losses after ten steps are.
+/// From the same start the first step agrees pixel by pixel (except where rounding decides the sign of a gradient),
+/// and so do the losses after ten steps.
 #[test]
 fn pgd_from_a_given_start_goes_where_pytorchs_goes() {
     let tensors = golden();

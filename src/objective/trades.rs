@@ -1,4 +1,4 @@
-//! What both TRADES and stability training minimise: the answers should be right, and the same nearby.
+//! The loss that both TRADES and stability training minimise: predictions should be right, and the same nearby.
 
 use candle_core::Tensor;
 
@@ -13,11 +13,12 @@ use crate::{
 /// The standard deviation of the noise that [`trades_perturb`] starts from.
 const START: f64 = 0.001;
 
-/// `CE(f(x), y) + β · KL(f(x) ‖ f(x'))` of each image, in nats, with gradients through both answers (TRADES, Zhang et
-/// al. 2019, Eq. 5; with Gaussian noise for `x' - x` stability training, Zheng et al. 2016, as in Carmon et al. 2019).
+/// `CE(f(x), y) + β · KL(f(x) ‖ f(x'))` of each image, in nats, with gradients through both predictions (TRADES,
+/// Zhang et al. 2019, Eq. 5; with Gaussian noise for `x' - x` stability training, Zheng et al. 2016, as in Carmon
+/// et al. 2019).
 ///
-/// `x`, `x_near`: `(b, h, w, c)`; `labels`: `(b,)` u32. The two go through the network one after the other: batch
-/// statistics are taken of each. `label_smoothing` is that of [`super::plain`]. Returns `(b,)`.
+/// `x`, `x_near`: `(b, h, w, c)`; `labels`: `(b,)` u32. The two go through the network one after the other, each
+/// with its own batch statistics. `label_smoothing` is that of [`super::plain`]. Returns `(b,)`.
 pub fn stable(
     tracked: LogitsOf,
     x: &Tensor,
@@ -32,23 +33,23 @@ pub fn stable(
     Ok((right + (kernels::kl_divergence(&logits, &near)? * beta)?)?)
 }
 
-/// The images within the ball of `attack` whose answers are the farthest from those to `x`: the inner maximisation of
-/// TRADES, by the attack's steps on `KL(f(x) ‖ f(x'))` from `x` with Gaussian noise of 0.001.
+/// The images within the ball of `attack` whose predictions are farthest from those for `x`: the inner maximisation
+/// of TRADES, by the attack's steps on `KL(f(x) ‖ f(x'))` from `x` with Gaussian noise of 0.001.
 ///
-/// `sample_ids` are the keys of the noise, which ℓ∞ and ℓ2 start from alike.
+/// `sample_ids` are the keys of the noise, from which both ℓ∞ and ℓ2 start.
 pub fn trades_perturb(frozen: LogitsOf, x: &Tensor, attack: &Pgd, sample_ids: &[u64]) -> Result<Tensor> {
     let clean = frozen(x)?.detach();
     let noise = noise_like(x, attack.seed, sample_ids, rng::stream::ATTACK)?;
     let mut start = (x + (noise * START)?)?;
     if attack.threat.norm() == Norm::L2 {
-        // At a radius below that of the noise the start would be outside.
+        // At a radius smaller than the noise, the start would be outside the ball.
         start = attack.threat.project(x, &start)?;
     }
     ascend(frozen, &|logits| kernels::kl_divergence(&clean, logits), x, start, &attack.threat, &attack.config)
 }
 
-/// Images with Gaussian noise of standard deviation `sigma`, for pixels in [0, 1]; they may leave that range, as those
-/// that a smoothed classifier sees do (Cohen et al. 2019).
+/// Images with Gaussian noise of standard deviation `sigma`, for pixels in [0, 1]; they may leave that range, as
+/// the images that a smoothed classifier sees do (Cohen et al. 2019).
 pub fn augment_gaussian(x: &Tensor, sigma: f64, seed: u64, sample_ids: &[u64]) -> Result<Tensor> {
     Ok((x + (noise_like(x, seed, sample_ids, rng::stream::GAUSSIAN)? * sigma)?)?)
 }
@@ -74,7 +75,7 @@ mod tests {
         Tensor::from_vec(values, (3, 2, 2, 3), &Device::Cpu).unwrap()
     }
 
-    /// Logits that are linear in the image, of three classes.
+    /// Logits of three classes that are linear in the image.
     fn linear(x: &Tensor) -> Result<Tensor> {
         let weights: Vec<f32> = (0..36).map(|i| (i as f32 * 1.7).sin()).collect();
         let weights = Tensor::from_vec(weights, (3, 12), x.device())?;
@@ -99,7 +100,7 @@ mod tests {
         }
     }
 
-    /// Two classes that differ by w·x: the divergence grows with |w·(x' - x)|, so its largest is at x ± ε sign(w).
+    /// Two classes that differ by w·x: the divergence grows with |w·(x' - x)|, so its maximum is at x ± ε sign(w).
     #[test]
     fn the_inner_maximisation_finds_the_corner_of_the_ball_on_a_linear_model() {
         let w: Vec<f32> = (0..12).map(|i| if i % 3 == 0 { 1.0 } else { -0.5 }).collect();

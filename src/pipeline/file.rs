@@ -1,4 +1,4 @@
-//! The pipeline's TOML file: one table a stage, a name, a seed, and an experiment.
+//! The pipeline's TOML file: one table per stage, a name, a seed, and an experiment.
 
 use std::path::{Path, PathBuf};
 
@@ -16,13 +16,13 @@ const OTHER_KEYS: [&str; 5] = ["name", "seed", LABELLER, "experiment", "publish"
 /// A pipeline file, read and checked for unknown tables. The stages' own keys are checked when the graph is made.
 #[derive(Debug)]
 pub struct PipelineFile {
-    /// Names the run folder.
+    /// The name of the run folder.
     pub name: String,
     /// The seed of every stage that does not set its own.
     pub seed: u64,
     /// What is compared, if anything.
     pub experiment: Option<Experiment>,
-    /// Where a data set is copied to at the end of each run, if anywhere.
+    /// Where the data set is copied to at the end of each run, if anywhere.
     pub publish: Option<PublishTable>,
     path: PathBuf,
     tables: Table,
@@ -41,14 +41,14 @@ pub struct Experiment {
     pub seeds: Vec<u64>,
 }
 
-/// `[publish]`: at the end of each run the data set is copied to a folder, unless it is there.
+/// `[publish]`: at the end of each run, the data set is copied to a folder, unless it is already there.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PublishTable {
     /// The folder to publish to.
     #[serde(default)]
     pub to: PathBuf,
-    /// A data set, or the folder of a finished materialize; that of the run if not given.
+    /// A data set, or the folder of a finished materialize stage; that of the run if not given.
     pub dataset: Option<PathBuf>,
 }
 
@@ -59,14 +59,14 @@ fn yes() -> bool {
 impl PipelineFile {
     /// Reads a pipeline file and applies `--set table.key=value` (values are TOML, bare words are strings).
     ///
-    /// Everything that is wrong is [`Error::Usage`], with the line for what is wrong in the file.
+    /// Anything wrong is [`Error::Usage`], with the line number if it is in the file.
     pub fn read(path: &Path, set: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .map_err(|e| Error::Usage(format!("pipeline file '{}' cannot be read: {e}", path.display())))?;
         Self::parse(path, &text, set)
     }
 
-    /// A pipeline without a file: all defaults but what `set` says, and these tables of stages.
+    /// A pipeline without a file: these tables of stages and what `set` says, with defaults for everything else.
     pub fn of(name: &str, given: &[(&str, serde_json::Value)], set: &[String]) -> Result<Self> {
         let mut tables = Table::new();
         tables.insert("name".into(), Value::String(name.into()));
@@ -138,7 +138,7 @@ impl PipelineFile {
     }
 }
 
-/// A table that is no stage's, if it is there.
+/// A table that does not belong to a stage, if it exists.
 fn of_table<T: serde::de::DeserializeOwned>(tables: &Table, name: &str) -> Result<Option<T>, String> {
     let parse = |table: &Value| {
         table.clone().try_into().map_err(|e: toml::de::Error| format!("[{name}]: {}", e.message()))

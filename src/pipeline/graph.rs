@@ -19,26 +19,26 @@ use crate::{
 
 /// One stage of a run.
 pub struct Node {
-    /// What it is called in messages, such as `train arc seed 0`.
+    /// Its name in messages, such as `train arc seed 0`.
     pub name: String,
     /// The stage, with all its settings.
     pub stage: Box<dyn AnyStage>,
     /// The fingerprints of its inputs, in the order of [`AnyStage::inputs`].
     pub inputs: Vec<(&'static str, String)>,
-    /// The fingerprint of its work; none if an input is not there to be hashed.
+    /// The fingerprint of its work; `None` if an input does not exist yet and cannot be hashed.
     pub fingerprint: Option<String>,
-    /// Where it is done.
+    /// Its folder.
     pub folder: PathBuf,
-    /// Why it cannot run here and now, if it cannot.
+    /// Why it cannot run at present, if it cannot.
     pub problem: Option<String>,
 }
 
-/// The stages of `file` in the run folder `run`, in the order in which they run; with `until`, up to the
-/// last of that stage, and then the report of what there is.
+/// The stages of `file` in the run folder `run`, in the order in which they run; with `until`, up to the last node
+/// of that stage, followed by the report on what there is.
 ///
-/// A stage whose table is missing runs with its defaults if the way from data to data set leads through it; others
-/// have to be asked for by a table: import (in place of generate), train and evaluate (also by `[experiment]`), and all that
-/// only look, such as quality and certify. Settings that cannot be are [`Error::Usage`].
+/// A stage whose table is missing runs with its defaults if the path from data to data set leads through it. Others
+/// have to be requested by a table: import (instead of generate), train and evaluate (also by `[experiment]`), and
+/// all stages that only observe, such as quality and certify. Impossible settings are [`Error::Usage`].
 pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Node>> {
     let last = match until {
         None => usize::MAX,
@@ -82,7 +82,7 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
                 let data = match arm {
                     None => None,
                     Some(arm) => {
-                        // Arms that draw have a fresh subset for each seed.
+                        // Arms that draw at random have a different subset for each seed.
                         let fresh = matches!(arm, Arm::Random | Arm::Rejection).then_some(seed);
                         Some(graph.add_curated(Some(arm), fresh)?.1)
                     }
@@ -101,7 +101,7 @@ pub fn nodes(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec
     Ok(graph.nodes)
 }
 
-/// Refuses tables of one file that cannot stand together.
+/// Refuses tables that cannot be combined in one file.
 fn refuse_contradictions(file: &PipelineFile) -> Result<()> {
     let makes_classifiers = file.has("train") || file.experiment.is_some();
     if file.experiment.is_some() && file.table("train").contains_key("data") {
@@ -133,8 +133,8 @@ fn refuse_contradictions(file: &PipelineFile) -> Result<()> {
 
 /// The stages that rank sample sets by ARC against the real data of `[split]`, in the order in which they run.
 ///
-/// A set is the folder of a finished pool or a source, which is imported. With a `labeller`, a classifier's folder, the
-/// agreement with its labels stands beside ARC. The tables of `file` set what they name for all sets alike.
+/// A set is the folder of a finished pool or a source, which is imported. With a `labeller`, a classifier's folder,
+/// the agreement with its labels is given next to ARC. The tables of `file` apply to all sets alike.
 pub fn ranking_nodes(
     file: &PipelineFile,
     run: &Path,
@@ -143,7 +143,7 @@ pub fn ranking_nodes(
 ) -> Result<Vec<Node>> {
     let mut graph = Graph::new(file, run, usize::MAX);
     graph.add("split")?;
-    // What is wrong with any of the sets or its labels is found before hours of training for another.
+    // Problems with any of the sets or its labels are found before hours of training for another.
     let (mut ranked, mut pools) = (Vec::new(), Vec::new());
     let mut names: Vec<String> = Vec::new();
     for set in sets {
@@ -192,18 +192,18 @@ pub(super) fn stage_name(name: &str) -> &'static str {
     stages::find(name).map_or("unknown", |(_, kind)| kind.name)
 }
 
-/// A stage that is to be added.
+/// A stage to add.
 struct Call {
     stage: &'static str,
-    /// What the node is called, if not as the stage.
+    /// The node's name, if not the stage's.
     name: Option<String>,
-    /// The table of its settings, if not its own.
+    /// The table of its settings, if not the stage's.
     table: Option<&'static str>,
-    /// Inputs that are not what the run made last.
+    /// Inputs other than what the run made last.
     inputs: Vec<(&'static str, PathBuf)>,
-    /// Settings that rule over the table.
+    /// Settings that override the table.
     settings: Vec<(&'static str, Value)>,
-    /// The stage with which it is wanted, if not with itself.
+    /// The stage that decides whether it is wanted, if not itself.
     wanted_by: Option<&'static str>,
 }
 
@@ -217,13 +217,13 @@ struct Graph<'a> {
     file: &'a PipelineFile,
     run: &'a Path,
     nodes: Vec<Node>,
-    /// Place in the order of the last stage that is wanted.
+    /// The place in the order of the last stage that is wanted.
     last: usize,
-    /// The folder of the last of each stage.
+    /// The folder of the latest node of each stage.
     made: HashMap<&'static str, PathBuf>,
-    /// What labels the pool.
+    /// The classifier that labels the pool.
     classifier: Option<PathBuf>,
-    /// Of what comes from outside: hashed once, however many stages read it.
+    /// The fingerprints of external inputs, hashed once however many stages read them.
     outside: HashMap<String, Result<String, String>>,
 }
 
@@ -242,7 +242,7 @@ impl<'a> Graph<'a> {
         self.add_as(Call::of(stage))
     }
 
-    /// The stages before `stage` that are not there yet and have a table.
+    /// Adds the stages before `stage` that have a table and have not been added yet.
     fn add_asked_for(&mut self, stage: &str) -> Result<()> {
         for kind in stages::all().take_while(|kind| kind.name != stage) {
             if self.file.has(kind.name) && !self.made.contains_key(kind.name) {
@@ -252,7 +252,7 @@ impl<'a> Graph<'a> {
         Ok(())
     }
 
-    /// A selection and the data set of it: those of an arm, or what the tables say. Returns their folders.
+    /// A selection and its data set: those of an arm, or as the tables say. Returns their folders.
     fn add_curated(&mut self, arm: Option<Arm>, seed: Option<u64>) -> Result<(PathBuf, PathBuf)> {
         let suffix = arm.map(|a| format!(" {a}")).unwrap_or_default()
             + &seed.map(|s| format!(" seed {s}")).unwrap_or_default();
@@ -262,7 +262,7 @@ impl<'a> Graph<'a> {
         let settings: Vec<_> = arm_setting.into_iter().chain(seed).collect();
         let selection = self.add_as(Call { name: name("curate"), settings, ..Call::of("curate") })?;
         let (mut inputs, mut settings) = (Vec::new(), Vec::new());
-        // Once is enough: the arms of an experiment go without the pool.
+        // Once is enough: the arms of an experiment do not include the pool.
         if self.file.table("materialize").get("with_pool") == Some(&Value::Boolean(true)) {
             match arm {
                 None => inputs.extend(self.made.get("score").map(|scores| ("scores", scores.clone()))),
@@ -273,7 +273,7 @@ impl<'a> Graph<'a> {
         Ok((selection, self.add_as(call)?))
     }
 
-    /// A classifier and what is measured of it. Returns the evaluation, if it is wanted.
+    /// A classifier and its measurements. Returns the evaluation, if it is wanted.
     fn train_and_evaluate(
         &mut self,
         suffix: &str,
@@ -294,7 +294,7 @@ impl<'a> Graph<'a> {
         Ok(self.wants("evaluate").then_some(metrics))
     }
 
-    /// The report comes last and tells of what there is, whatever `--until` says, once there is a selection.
+    /// The report comes last. Once there is a selection, it covers what there is, whatever `--until` says.
     fn add_report(&mut self, selection: PathBuf, metrics: Vec<PathBuf>) -> Result<()> {
         let is_made = |nodes: &[Node], folder: &Path| nodes.iter().any(|n| n.folder == folder);
         let nodes = std::mem::take(&mut self.nodes);
@@ -308,7 +308,8 @@ impl<'a> Graph<'a> {
         self.add_as(Call { inputs, wanted_by, ..Call::of("report") }).map(drop)
     }
 
-    /// The stage's settings: the call's, then its table's, then what the run has made for inputs that are left open.
+    /// The stage's settings: those of the call, then those of its table, then what the run has made for the
+    /// remaining inputs.
     fn resolve(&self, kind: &StageKind, call: &Call) -> Result<Box<dyn AnyStage>> {
         let name = call.table.unwrap_or(kind.name);
         let mut table = self.file.table(name);
@@ -327,7 +328,7 @@ impl<'a> Graph<'a> {
                 let folders: Vec<Value> = given.map(path).collect();
                 match table.get_mut(input.key) {
                     Some(Value::Array(several)) => several.extend(folders),
-                    // What the table names itself stands.
+                    // What the table itself names takes precedence.
                     Some(_) => {}
                     None if folders.is_empty() => {}
                     None => drop(table.insert(input.key.into(), Value::Array(folders))),
@@ -348,7 +349,7 @@ impl<'a> Graph<'a> {
         Ok(stage)
     }
 
-    /// What the run has made that an input may be.
+    /// What the run has made that can serve as an input.
     fn default_of(&self, input: &Input) -> Result<Option<PathBuf>> {
         Ok(match input.from {
             Origin::Given => None,

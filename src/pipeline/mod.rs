@@ -1,4 +1,4 @@
-//! A run: the TOML file, the graph of stages that it describes, what is done of it, and how the rest is done.
+//! A run: the TOML file, the graph of stages that it describes, what of it is done, and doing the rest.
 
 mod file;
 mod graph;
@@ -20,7 +20,7 @@ use crate::{
     tables::dataset::dataset_folder,
 };
 
-/// One stage of a run, resolved: where it is, and what state it is in.
+/// One stage of a run, resolved: its folder and its state.
 #[derive(Debug, Serialize)]
 pub struct Step {
     /// The node's name, such as `train arc seed 0`.
@@ -29,27 +29,27 @@ pub struct Step {
     pub stage: &'static str,
     /// Its folder in the run.
     pub folder: PathBuf,
-    /// Fingerprint of the work; none if an input is not there to be hashed.
+    /// Fingerprint of the work; `None` if an input does not exist yet and cannot be hashed.
     pub fingerprint: Option<String>,
-    /// `done`, `partial`, `missing`; of publishing, which is looked after anew each time, `each run`.
+    /// `done`, `partial` or `missing`; for publishing, which is checked in each run, `each run`.
     pub state: &'static str,
     /// How much work it is.
     pub amount: String,
     /// Seconds that it took, once done.
     pub seconds: Option<f64>,
-    /// What it found, once done.
+    /// Its results, once done.
     pub summary: Option<Value>,
-    /// What keeps it from being planned in full, such as data that is not there.
+    /// What prevents it from being planned in full, such as missing data.
     pub problem: Option<String>,
 }
 
-/// What would be done, how much, and what is done already. Reads; writes nothing.
+/// What would be done, how much work it is, and what is already done. Reads, but writes nothing.
 pub fn plan(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<Step>> {
     steps(file, nodes(file, run, until)?, until, "each run")
 }
 
-/// Does what is not done yet, in order, and publishes the data set if the file says where to, unless the run ends before with
-/// `until`. Returns every step as it stands at the end.
+/// Does what is not done yet, in order, and publishes the data set if the file says where, unless `until` ends the
+/// run before that. Returns the state of every step at the end.
 ///
 /// Two processes may not drive one run folder: the second fails with [`Error::Stopped`].
 pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceChoice) -> Result<Vec<Step>> {
@@ -66,7 +66,7 @@ pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceC
     steps(file, nodes, until, "done")
 }
 
-/// The stages as they are, and the publishing, which has no state of its own: `publishing` stands for it.
+/// The state of each stage, and of publishing, which has no state of its own: `publishing` stands for it.
 fn steps(
     file: &PipelineFile,
     nodes: Vec<Node>,
@@ -169,7 +169,7 @@ pub fn status(run: &Path) -> Result<Vec<Step>> {
     Ok(steps)
 }
 
-/// What an unfinished folder holds: its finished shards.
+/// The finished shards in an unfinished folder.
 fn partial_amount(folder: &Path) -> Result<String> {
     let shards = fs::files_below(folder)?
         .iter()

@@ -13,10 +13,10 @@ use crate::{
     stats::{student_975, variance},
 };
 
-/// What one set of discriminators (one network per radius) did on images that it had not seen.
+/// The results of one set of discriminators (one network per radius) on images that it had not seen.
 #[derive(Clone, Debug)]
 pub struct SetResult {
-    /// `correct[j][i]`: image `i` was called rightly under attack at radius `j`.
+    /// `correct[j][i]`: image `i` was classified correctly under attack at radius `j`.
     pub correct: Vec<Vec<bool>>,
     /// Whether image `i` is synthetic.
     pub synthetic: Vec<bool>,
@@ -29,13 +29,13 @@ pub struct SetResult {
 pub struct Point {
     /// The radius.
     pub epsilon: f64,
-    /// Accuracy under attack, the mean of that on real and that on synthetic images.
+    /// Accuracy under attack, the mean of the accuracies on real and on synthetic images.
     pub accuracy: f64,
-    /// Accuracy on the real images alone.
+    /// Accuracy on the real images.
     pub accuracy_real: f64,
-    /// Accuracy on the synthetic images alone.
+    /// Accuracy on the synthetic images.
     pub accuracy_synthetic: f64,
-    /// Standard error: images and sets.
+    /// Standard error, over images and sets.
     pub se: f64,
 }
 
@@ -44,32 +44,32 @@ pub struct Point {
 pub struct Estimate {
     /// The signed area, clipped at 0. In units of ε.
     pub arc: f64,
-    /// The area as measured, which sampling can make negative.
+    /// The area as measured, which chance can make negative.
     pub signed: f64,
     /// 95 % interval of the signed area: Student's, with Satterthwaite's degrees of freedom.
     pub interval: [f64; 2],
-    /// Standard error from the images: bootstrap, jointly over all radii, stratified by source and class.
+    /// Standard error due to the images: a bootstrap over all radii jointly, stratified by source and class.
     pub se_images: f64,
-    /// Standard error from training: between sets (seeds and folds).
+    /// Standard error due to training: between sets (seeds and folds).
     pub se_sets: f64,
     /// The signed area of each set.
     pub signed_by_set: Vec<f64>,
-    /// `acc − ½` at the last radius is over two standard errors: the true area is larger.
+    /// Whether `acc − ½` at the last radius exceeds two standard errors, in which case the true area is larger.
     pub truncated: bool,
-    /// The largest rise of the curve from one radius to the next, in standard errors of that difference.
-    /// Accuracy should fall with ε; over 2 says that a network or an attack is too weak.
+    /// The largest rise of the curve from one radius to the next, in standard errors of that difference. Accuracy
+    /// should fall with ε; a value above 2 means that a network or an attack is too weak.
     pub largest_rise_se: f64,
     /// The curve.
     pub curve: Vec<Point>,
     /// Images measured in each set: real, synthetic.
     pub images: Vec<[usize; 2]>,
-    /// Bootstrap draws.
+    /// Number of bootstrap draws.
     pub bootstrap: usize,
 }
 
 /// Estimates ARC from `sets` on the ascending radii `epsilons`, with `bootstrap` draws keyed by `seed`.
 ///
-/// At least one set, each with images of both sources; `correct` has one row a radius.
+/// There is at least one set, each with images from both sources; `correct` has one row per radius.
 pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u64) -> Estimate {
     let measured: Vec<Vec<[f64; 2]>> = sets.iter().map(|s| accuracies(s, &all_of(s))).collect();
     let curves: Vec<Vec<f64>> = measured.iter().map(|m| curve_of(m)).collect();
@@ -77,7 +77,7 @@ pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u6
     let signed_by_set: Vec<f64> = curves.iter().map(|c| area(c, epsilons)).collect();
     let signed = area(&mean_curve, epsilons);
 
-    // One draw resamples the images of every set, keeping each image's whole row of radii together.
+    // Each draw resamples the images of every set, keeping an image's results at all radii together.
     let strata: Vec<Vec<Vec<usize>>> = sets.iter().map(strata_of).collect();
     let draws: Vec<Vec<f64>> = (0..bootstrap)
         .map(|b| {
@@ -147,7 +147,7 @@ pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u6
     }
 }
 
-/// The 95 % interval of the difference of two signed areas, `a - b`, estimated independently.
+/// The 95 % interval of the difference `a - b` of two independently estimated signed areas.
 pub fn difference_interval(a: &Estimate, b: &Estimate) -> [f64; 2] {
     let parts = [a, b].map(|e| {
         let images = e.images.iter().flatten().sum::<usize>();
@@ -164,7 +164,7 @@ pub fn signed_area(sets: &[SetResult], epsilons: &[f64]) -> f64 {
     area(&mean_of(&curves), epsilons)
 }
 
-/// The accuracy on both sources, each weighing the same, by radius.
+/// The accuracy on both sources, equally weighted, by radius.
 fn curve_of(sides: &[[f64; 2]]) -> Vec<f64> {
     sides.iter().map(|[real, synthetic]| (real + synthetic) / 2.0).collect()
 }
@@ -221,7 +221,7 @@ mod tests {
         rng::normals,
     };
 
-    /// `n` images a source of 10 classes; each is called rightly with probability `p(ε)`, independently.
+    /// `n` images per source, of 10 classes; each is classified correctly with probability `p(ε)`, independently.
     fn simulate(n: usize, epsilons: &[f64], p: impl Fn(f64) -> f64, seed: u64) -> SetResult {
         let mut stream = Stream::new(seed, 1 << 40, stream::BOOTSTRAP);
         let synthetic: Vec<bool> = (0..2 * n).map(|i| i >= n).collect();
@@ -261,8 +261,9 @@ mod tests {
         assert!((three.signed - 3.0 * one.signed).abs() < 1e-12);
     }
 
-    /// `n` images of 4 × 4 pixels a source, from N(½ ± m/2, s² I), ‖m‖ = d, and which of them the optimal discriminators get right
-    /// under PGD in ℓ2: the hyperplane between the means below radius d/2, a constant from there on.
+    /// `n` images of 4 × 4 pixels per source, from N(½ ± m/2, s² I), ‖m‖ = d, and which of them the optimal
+    /// discriminators get right under PGD in ℓ2: the hyperplane between the means below radius d/2, a constant
+    /// answer from there on.
     fn gaussians(n: usize, d: f64, s: f64, epsilons: &[f64], seed: u64) -> SetResult {
         let device = Device::Cpu;
         let direction: Vec<f64> = (0..16).map(|i| f64::from(1 + i % 3)).collect();
@@ -314,7 +315,7 @@ mod tests {
         let epsilons: Vec<f64> = (0..=30).map(|i| f64::from(i) * h).collect();
         let found = estimate(&[gaussians(50, d, 0.0, &epsilons, 3)], &epsilons, 20, 0);
         let [low, high] = found.interval;
-        // Within the last step below d/2 the trapezoid rule loses h/4.
+        // In the last step below d/2, the trapezoid rule loses h/4.
         assert!(low <= d / 4.0 && d / 4.0 <= high + h / 4.0 + 1e-9, "{low} {high}");
         assert!(high - low < 1e-9 && !found.truncated, "{low} {high}: nothing is left to chance");
     }
@@ -336,7 +337,7 @@ mod tests {
                 low <= truth && truth <= high
             })
             .count();
-        // 95 % of 40 is 38; the trapezoid rule on these radii is off by a tenth of a standard error.
+        // 95 % of 40 is 38; on these radii the trapezoid rule is off by a tenth of a standard error.
         assert!((34..=40).contains(&held), "{held} of 40");
         // The same images twice as far apart, at twice the radii.
         let twice: Vec<f64> = epsilons.iter().map(|e| 2.0 * e).collect();

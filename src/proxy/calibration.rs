@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// (synthetic minus real). Platt 1999.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
-    /// At least 0: a network whose order is the wrong way round on its own calibration images says nothing.
+    /// At least 0: a network that ranks its own calibration images the wrong way round says nothing.
     pub slope: f64,
     /// Log-odds at margin 0.
     pub offset: f64,
@@ -20,8 +20,8 @@ impl Calibration {
 
     /// Fits by maximum likelihood (Newton with step halving) to images that the network was not trained on.
     ///
-    /// Each source weighs as much as the other, whatever their numbers. Targets are Platt's smoothed ones,
-    /// so that separable margins give finite values. With an empty side there is nothing to fit: slope 0.
+    /// Both sources have equal weight, whatever their numbers. The targets are Platt's smoothed ones, so that
+    /// separable margins give finite values. If one side is empty, there is nothing to fit, and the slope is 0.
     pub fn fit(real: &[f64], synthetic: &[f64]) -> Self {
         if real.is_empty() || synthetic.is_empty() {
             return Self { slope: 0.0, offset: 0.0 };
@@ -33,7 +33,8 @@ impl Calibration {
             .map(|&m| (m, target.0, 0.5 / n_real))
             .chain(synthetic.iter().map(|&m| (m, target.1, 0.5 / n_syn)))
             .collect();
-        // In units of the margins' own spread Newton needs a handful of steps, whatever the network's scale.
+        // In units of the margins' own spread, Newton's method needs only a few steps, whatever the network's
+        // scale.
         let scale = (points.iter().map(|&(m, _, w)| w * m * m).sum::<f64>()).sqrt().max(1e-12);
         let loss = |a: f64, b: f64| -> f64 {
             points.iter().map(|&(m, t, w)| w * (softplus(a * m / scale + b) - t * (a * m / scale + b))).sum()

@@ -1,4 +1,5 @@
-//! A robust discriminator at one radius: a binary network of its own, or a network for all radii that is told which.
+//! A robust discriminator at one radius: a binary network of its own, or a network for all radii that is told the
+//! radius.
 
 use std::sync::Arc;
 
@@ -11,8 +12,8 @@ use crate::{
 
 /// The configuration of a discriminator of this architecture.
 ///
-/// Fails with [`Error::Usage`](crate::Error::Usage) if it normalises by statistics of the batch, which would leak which source
-/// a batch is of, and with [`Error::Data`](crate::Error::Data) unless it has two classes.
+/// Fails with [`Error::Usage`](crate::Error::Usage) if it normalises by batch statistics, which would reveal the
+/// source of a batch, and with [`Error::Data`](crate::Error::Data) unless it has two classes.
 pub fn config(architecture: Architecture) -> Result<ClassifierConfig> {
     if architecture.has_batch_norm() {
         bail!(
@@ -27,22 +28,22 @@ pub fn config(architecture: Architecture) -> Result<ClassifierConfig> {
     Ok(config)
 }
 
-/// How a network is told the radius that it is to withstand.
+/// How a network is told the radius that it has to withstand.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RadiusConditioning {
-    /// Not at all: it was trained for one.
+    /// Not at all: it was trained for a single radius.
     None,
-    /// By one more channel of the image, the radius over the largest one everywhere: in [0, 1], as pixels are.
+    /// By an extra image channel that is constant: the radius divided by the largest radius, in [0, 1] like pixels.
     Plane(f32),
 }
 
 impl RadiusConditioning {
-    /// Channels besides those of the image.
+    /// The number of channels in addition to those of the image.
     pub fn channels(self) -> usize {
         usize::from(self != Self::None)
     }
 
-    /// `x`: `(b, h, w, c)`, images in [0, 1]. Returns what the network gets, `(b, h, w, c + channels)`.
+    /// `x`: `(b, h, w, c)`, images in [0, 1]. Returns the network's input, `(b, h, w, c + channels)`.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::None => Ok(x.clone()),
@@ -63,7 +64,7 @@ pub struct Discriminator {
 }
 
 impl Discriminator {
-    /// The network under a condition.
+    /// The network with its radius condition.
     pub fn new(network: Arc<Classifier>, condition: RadiusConditioning) -> Self {
         Self { network, condition }
     }

@@ -1,5 +1,5 @@
-//! Where features of images come from: a classifier of ours or, with the feature `extractors`, a network as it lies on the
-//! Hub: ResNet, DINOv2, CLIP's vision tower.
+//! Where features of images come from: one of our classifiers or, with the feature `extractors`, a network as
+//! published on the Hub: ResNet, DINOv2 or CLIP's vision tower.
 
 use std::path::Path;
 
@@ -10,19 +10,19 @@ use crate::{Result, data::Shape, fs, nn::Classifier};
 
 /// A network that turns images into features.
 pub enum Extractor {
-    /// A classifier: what its last linear layer gets.
+    /// A classifier, whose features are the inputs of its last linear layer.
     Classifier(Box<Classifier>),
-    /// A network of candle-transformers.
+    /// A network from candle-transformers.
     #[cfg(feature = "extractors")]
     Pretrained(super::pretrained::Pretrained),
 }
 
 impl Extractor {
-    /// Reads a folder with `config.json` and `model.safetensors`: a classifier's, which says `arch`, or one of the Hub, which
-    /// says `model_type` (transformers) or `architecture` (timm).
+    /// Reads a folder with `config.json` and `model.safetensors`: that of a classifier, which has the key `arch`,
+    /// or of a network from the Hub, which has `model_type` (transformers) or `architecture` (timm).
     ///
-    /// Fails with [`Error::Data`](crate::Error::Data) if it is neither, and with [`Error::Usage`](crate::Error::Usage) if it
-    /// is of the Hub and the program was built without `extractors`.
+    /// Fails with [`Error::Data`](crate::Error::Data) if it is neither, and with
+    /// [`Error::Usage`](crate::Error::Usage) if it is from the Hub and the program was built without `extractors`.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         let config = dir.join("config.json");
         let of_hub = config.is_file() && {
@@ -60,8 +60,8 @@ impl Extractor {
         }
     }
 
-    /// Fails with [`Error::Data`](crate::Error::Data) unless it takes images of this shape; a network of the Hub takes any
-    /// with one or three channels.
+    /// Fails with [`Error::Data`](crate::Error::Data) unless it takes images of this shape; a network from the Hub
+    /// takes any image with one or three channels.
     pub fn expect_shape(&self, dir: &Path, what: &dyn std::fmt::Display, shape: Shape) -> Result<()> {
         let fits = match self {
             Self::Classifier(classifier) => {

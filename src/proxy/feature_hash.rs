@@ -1,14 +1,14 @@
-//! A hash of an image's features: images that a network sees alike differ in few of its 64 bits.
+//! A hash of an image's features: images that look alike to a network differ in few of its 64 bits.
 
 use super::quality::FeatureMatrix;
 use crate::rng::{self, stream};
 
 const BITS: usize = 64;
 
-/// Signs of random projections (Charikar 2002), each against its median over real images.
+/// Whether each of 64 random projections (Charikar 2002) is above its median over real images.
 ///
-/// Of two images at an angle θ in the features, seen from where the medians are, a share θ / π of the bits differs: 3 of
-/// 64 are 8°. The medians, where the usual hash takes 0, make every bit say something.
+/// For two images whose features are at an angle θ as seen from the medians, a share θ / π of the bits differs: 3
+/// of 64 mean 8°. Comparing with medians, where the usual hash compares with 0, makes every bit informative.
 pub struct FeatureHash {
     dim: usize,
     /// 64 rows of `dim`.
@@ -17,7 +17,7 @@ pub struct FeatureHash {
 }
 
 impl FeatureHash {
-    /// The hash whose bits split these images in halves. Its directions are the same every time.
+    /// The hash whose bits split these images in half. Its directions are the same every time.
     pub fn new(real: &FeatureMatrix) -> Self {
         let dim = real.dim();
         let mut directions = vec![0.0; BITS * dim];
@@ -38,7 +38,7 @@ impl FeatureHash {
     /// The hash of an image: bit `i` is whether its projection on direction `i` is above the median.
     ///
     /// # Panics
-    /// If there are not as many features as those that the hash was made from.
+    /// If the number of features is not that of the images that the hash was made from.
     pub fn of(&self, features: &[f32]) -> u64 {
         assert_eq!(features.len(), self.dim, "features of an image");
         let above = self.projections(features).zip(&self.medians).map(|(p, median)| p > *median);

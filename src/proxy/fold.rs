@@ -1,11 +1,11 @@
-//! The pool's folds: which synthetic image may be used for what, decided by its `uid` alone.
+//! The pool's folds: what each synthetic image may be used for, decided by its `uid` alone.
 
-/// What a pool image is to the discriminators of the other folds.
+/// The role of a pool image for the discriminators of the other folds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeldOut {
     /// Stops and calibrates them.
     Stop,
-    /// Measures them: seen by them in no way before.
+    /// Measures them: they have not seen it in any way before.
     Measure,
 }
 
@@ -14,18 +14,20 @@ pub fn fold_of(uid: &str, folds: usize) -> usize {
     (uid_bits(uid, 0) % folds as u64) as usize
 }
 
-/// Whether a pool image, held out from a fold's training, stops or measures: one in five stops.
+/// Whether a pool image that is held out from a fold's training is for stopping or measuring: one in five is for
+/// stopping.
 pub fn held_out(uid: &str) -> HeldOut {
     if uid_bits(uid, 1).is_multiple_of(5) { HeldOut::Stop } else { HeldOut::Measure }
 }
 
-/// Whether a pool image is in a sample of this share of the pool; independent of its fold, its role and its order.
+/// Whether a pool image is in a sample of this share of the pool, independently of its fold, its role and its
+/// order.
 pub fn in_sample(uid: &str, share: f64) -> bool {
     let word = u64::from_be_bytes(first(blake3::hash(format!("sample/{uid}").as_bytes()).as_bytes(), 0));
     (word as f64) < share * 2f64.powi(64)
 }
 
-/// The order of equals everywhere: BLAKE3 of the `uid`, its first 16 bytes, big-endian.
+/// The order that breaks ties everywhere: the first 16 bytes of the BLAKE3 hash of the `uid`, big-endian.
 pub fn uid_order(uid: &str) -> u128 {
     u128::from_be_bytes(first(blake3::hash(uid.as_bytes()).as_bytes(), 0))
 }

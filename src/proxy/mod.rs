@@ -2,8 +2,9 @@
 //!
 //! [`arc`]: the area under the robust discrimination curve. [`score`]: the per-sample score. Both come from
 //! discriminators, binary networks trained under attack to tell real (class 0) from synthetic (class 1).
-//! [`discriminator`]: such a network at one radius. [`quality`]: the field's distances in the features of a classifier. [`neighbours`]: the nearest
-//! real images, by pixels. [`perceptual_hash`] and [`feature_hash`]: what near-duplicates have in common.
+//! [`discriminator`]: such a network at one radius. [`quality`]: the field's usual distances in a classifier's
+//! features. [`neighbours`]: the nearest real images, by pixels. [`perceptual_hash`] and [`feature_hash`]: what
+//! near-duplicates have in common.
 
 pub mod arc;
 pub mod calibration;

@@ -1,8 +1,8 @@
-//! Nearest real images: what tells of memorised training images and of leaked test images.
+//! Nearest real images, which reveal memorised training images and leaked test images.
 //!
-//! Two searches over all real images, both by matrix products in tiles. By pixels: the nearest, and how much nearer it
-//! is than the `k` nearest are on average (Carlini et al. 2023, §5.1, for CIFAR-10). By copies: the smallest difference
-//! to a real image over mirroring and shifts by up to a pixel each way.
+//! Two searches over all real images, both by matrix products in tiles. By pixels: the nearest image, and how much
+//! nearer it is than the `k` nearest are on average (Carlini et al. 2023, §5.1, for CIFAR-10). As a copy: the
+//! smallest difference from a real image over mirroring and shifts by up to a pixel in each direction.
 
 use std::collections::BinaryHeap;
 
@@ -16,40 +16,41 @@ use crate::{
     kernels,
 };
 
-/// Images that are looked for together, and real images that they are held against at a time: bounds of memory alone.
+/// How many images are searched for together, and with how many real images they are compared at a time. Both only
+/// bound memory.
 const QUERIES: usize = 256;
 const BLOCK: usize = 2048;
-/// Cells of the coarse image on a side, at most. Its distances are lower bounds of those between pixels.
+/// The most cells on a side of the coarse image. Its distances are lower bounds of those between pixels.
 const GRID: usize = 6;
-/// Real images whose distance is computed in whole numbers, at least: those that are nearest by rounded products, and those of
-/// the lowest bounds on the copy distance.
+/// The least number of real images whose distance is computed in integers: those nearest by rounded products, and
+/// those with the lowest bounds on the copy distance.
 const NEAREST: usize = 16;
 const CANDIDATES: usize = 8;
 
-/// What was found for one image. Distances are root mean squares of the differences of pixels in [0, 1].
+/// What was found for one image. Distances are root mean square differences of pixels in [0, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Nearest {
-    /// The nearest real image; of equals the first. Exact unless products, in single precision, put 16 others before it, or `k`
-    /// if that is more.
+    /// The nearest real image, the first one in a tie. Exact unless the products, in single precision, rank 16
+    /// others before it, or `k` if that is more.
     pub index: u32,
     /// The distance to it; 0 only if all pixels are equal.
     pub distance: f32,
-    /// That distance over the mean of the distances to the `k` nearest, itself among them: near 0 if the image stands
-    /// much closer to one real image than to the others around it. 1 if all are equal to it.
+    /// That distance divided by the mean of the distances to the `k` nearest, itself included: near 0 if the image
+    /// is much closer to one real image than to the others around it. 1 if all are equal to it.
     pub ratio: f32,
-    /// The real image that it is most nearly a copy of.
+    /// The real image of which it is most nearly a copy.
     pub copy: u32,
-    /// The distance to it without its outermost pixels, at the best of nine shifts, mirrored or not.
+    /// The distance to it at the best of nine shifts, mirrored or not, leaving out the outermost pixels.
     ///
-    /// Exact up to the bound of the last candidate; otherwise what the candidates gave.
+    /// Exact up to the bound of the last candidate; otherwise the best of the candidates.
     pub copy_distance: f32,
 }
 
-/// Real images to look among.
+/// The real images to search.
 pub struct Neighbours {
     images: Dataset,
     windows: Windows,
-    /// `(n, cells)`: the middle window of each image, coarse.
+    /// `(n, cells)`: the middle window of each image, coarsened.
     coarse: Vec<f32>,
     device: Device,
 }
@@ -70,15 +71,16 @@ impl Neighbours {
         Ok(Self { images, windows, coarse, device: device.clone() })
     }
 
-    /// How many real images there are.
+    /// The number of real images.
     #[expect(clippy::len_without_is_empty, reason = "there is at least one")]
     pub fn len(&self) -> usize {
         self.images.len()
     }
 
-    /// What is nearest to each of the images `pixels`, one after another in the real images' shape. `k` from 1.
+    /// The nearest real images to each of the images in `pixels`, stored one after another in the real images'
+    /// shape. `k` is at least 1.
     ///
-    /// What is found for an image does not depend on the others.
+    /// The result for an image does not depend on the others.
     pub fn find(&self, pixels: &[u8], k: usize) -> Result<Vec<Nearest>> {
         let size = self.images.shape.size();
         let tiles = pixels.chunks(QUERIES * size).map(|tile| self.tile(tile, k.clamp(1, self.len())));
@@ -108,8 +110,8 @@ impl Neighbours {
         Ok(found.collect())
     }
 
-    /// For each image the `n` real ones of the lowest squared distance, where an image has `versions` rows in `rows`, of
-    /// which the nearest counts; lowest first, and of equals the first.
+    /// For each image, the `n` real ones with the lowest squared distance, lowest first and ties by index. An image
+    /// has `versions` rows in `rows`, of which the nearest counts.
     fn lowest(
         &self,
         rows: &[f32],
@@ -147,7 +149,8 @@ impl Neighbours {
         Ok(lowest.into_iter().map(Lowest::into_sorted).collect())
     }
 
-    /// Index, distance and ratio from the `k` nearest of `near`, by whole numbers: rounding has no say in what is equal.
+    /// Index, distance and ratio from the `k` nearest of `near`, computed in integers, so that rounding does not
+    /// affect ties.
     fn by_pixels(&self, query: &[u8], near: &[u32], k: usize) -> (u32, f32, f32) {
         let mut exact: Vec<(u64, u32)> =
             near.iter().map(|&i| (squared(query, self.images.image(i as usize)), i)).collect();
@@ -160,7 +163,7 @@ impl Neighbours {
         (index, distance(first) as f32, ratio as f32)
     }
 
-    /// Of the candidates and the nearest by pixels, whose copy it may be as it is.
+    /// The best copy among the candidates and the nearest by pixels, which may be an exact copy.
     fn by_windows(&self, query: &[u8], candidates: &[u32], nearest: u32) -> (u32, f32) {
         let versions: Vec<Vec<u8>> = self.windows.all.iter().map(|&w| self.windows.cut(query, w)).collect();
         let exact = candidates.iter().chain([&nearest]).map(|&real| {
@@ -172,11 +175,11 @@ impl Neighbours {
     }
 }
 
-/// The `n` lowest of what was offered; of equals those with the lowest index.
+/// The `n` lowest of the distances offered; in a tie, those with the lowest index.
 struct Lowest {
     n: usize,
     heap: BinaryHeap<(u32, u32)>,
-    /// No distance from here on gets in.
+    /// Distances from here on are not kept.
     limit: f32,
 }
 
@@ -186,11 +189,11 @@ impl Lowest {
     }
 
     fn offer(&mut self, distance: f32, index: u32) {
-        // Indices ascend, so that of equals the first is there already.
+        // Indices ascend, so in a tie the first is already there.
         if distance >= self.limit {
             return;
         }
-        // Rounding can take a distance of 0 below it. Bits of numbers from 0 on ascend with them.
+        // Rounding can make a distance of 0 negative. The bits of non-negative numbers ascend with them.
         self.heap.push((distance.max(0.0).to_bits(), index));
         if self.heap.len() > self.n {
             self.heap.pop();
@@ -205,7 +208,7 @@ impl Lowest {
     }
 }
 
-/// Part of an image: all but a margin of a pixel, at some place in it.
+/// Part of an image: all but a margin of a pixel, at some position in it.
 #[derive(Clone, Copy)]
 struct Window {
     dy: usize,
@@ -218,13 +221,13 @@ struct Windows {
     shape: Shape,
     margin: usize,
     grid: (usize, usize),
-    /// All places, each as it is and mirrored.
+    /// All positions, each plain and mirrored.
     all: Vec<Window>,
 }
 
 impl Windows {
     fn of(shape: Shape) -> Self {
-        // Of an image of three pixels a window would be one.
+        // In an image of three pixels, a window would be a single pixel.
         let margin = usize::from(shape.height.min(shape.width) >= 4);
         let (height, width) = (shape.height - 2 * margin, shape.width - 2 * margin);
         let places = 0..=2 * margin;
@@ -238,12 +241,12 @@ impl Windows {
         (self.shape.height - 2 * self.margin) * (self.shape.width - 2 * self.margin) * self.shape.channels
     }
 
-    /// Numbers of a coarse window.
+    /// The size of a coarse window, in numbers.
     fn cells(&self) -> usize {
         self.grid.0 * self.grid.1 * self.shape.channels
     }
 
-    /// The window that real images are looked at through.
+    /// The window through which real images are compared.
     fn middle(&self) -> Window {
         Window { dy: self.margin, dx: self.margin, mirrored: false }
     }
@@ -260,8 +263,8 @@ impl Windows {
         pixels
     }
 
-    /// Sums of the centred pixels of each cell over the root of their number: by the inequality of Cauchy and Schwarz two
-    /// coarse windows are at most as far apart as the windows.
+    /// Sums of the centred pixels of each cell, divided by the root of their number: by the Cauchy-Schwarz
+    /// inequality, two coarse windows are at most as far apart as the windows themselves.
     fn coarse(&self, window: &[u8]) -> Vec<f32> {
         let channels = self.shape.channels;
         let (height, width) = (self.shape.height - 2 * self.margin, self.shape.width - 2 * self.margin);
@@ -284,14 +287,14 @@ impl Windows {
     }
 }
 
-/// Pixels from -½ to ½: the smaller the numbers, the less is lost where their products cancel.
+/// Pixels from -½ to ½: with smaller numbers, less is lost where products cancel.
 fn centred(pixels: &[u8]) -> Vec<f32> {
     to_floats(pixels, Range::Signed).into_iter().map(|v| 0.5 * v).collect()
 }
 
-/// The squared distance of two images, in levels.
+/// The squared distance between two images, in pixel levels.
 fn squared(a: &[u8], b: &[u8]) -> u64 {
-    // A chunk of squares of differences fits in 32 bits, which the compiler makes vectors of.
+    // The sum of a chunk of squared differences fits in 32 bits, which the compiler vectorises.
     let chunk = |(a, b): (&[u8], &[u8])| -> u64 {
         let sum: u32 = a.iter().zip(b).map(|(&a, &b)| u32::from(a.abs_diff(b)).pow(2)).sum();
         u64::from(sum)
@@ -308,7 +311,7 @@ mod tests {
     use super::*;
     use crate::rng::Stream;
 
-    /// Smooth images, as real ones are: sums of a few waves.
+    /// Smooth images, like real ones: sums of a few waves.
     fn images(n: usize, shape: Shape, seed: u64) -> Dataset {
         let mut data = Dataset::empty(shape, vec!["any".into()]);
         for i in 0..n {
@@ -339,7 +342,7 @@ mod tests {
         })
     }
 
-    /// Every pair of images, in whole numbers.
+    /// Every pair of images, in integers.
     fn by_hand(real: &Dataset, query: &[u8], k: usize) -> (u32, f64, f64) {
         let mut all: Vec<(f64, u32)> = (0..real.len())
             .map(|i| {
@@ -388,7 +391,7 @@ mod tests {
         for (i, found) in among.find(&originals.pixels, 1).unwrap().iter().enumerate() {
             let original = (i * (TWINS + 1) + TWINS) as u32;
             assert_eq!((found.index, found.distance, found.ratio), (original, 0.0, 1.0));
-            // A twin that differs in the margin alone is a copy as good.
+            // A twin that differs only in the margin is an equally good copy.
             assert_eq!(found.copy_distance, 0.0);
         }
     }
@@ -404,7 +407,7 @@ mod tests {
         }
     }
 
-    /// Moves an image by `(dy, dx)`, `fill` coming in at the edges.
+    /// Moves an image by `(dy, dx)`, filling the edges with `fill`.
     fn shifted(image: &[u8], shape: Shape, (dy, dx): (isize, isize), fill: u8) -> Vec<u8> {
         let mut pixels = Vec::new();
         for y in 0..shape.height as isize {

@@ -4,17 +4,17 @@ use std::f64::consts::PI;
 
 use crate::data::{Dataset, Shape};
 
-/// Frequencies on a side that are looked at, at most.
+/// The most frequencies per side that are considered.
 const SIDE: usize = 9;
 const BITS: usize = 64;
-/// Images whose medians split the bits.
+/// The number of images from which the medians are computed.
 const SAMPLE: usize = 10_000;
 
-/// The signs of the lowest frequencies of the grey image (Zauner 2010, §3.2.1: its discrete cosine transform), each against
-/// its median over real images.
+/// Whether each of the lowest frequencies of the grey image (of its discrete cosine transform, Zauner 2010, §3.2.1)
+/// is above its median over real images.
 ///
-/// The median, where the usual hash takes that of the image's own coefficients, makes every bit say something: images of
-/// one kind, such as digits in the middle of black, have most of the usual bits in common.
+/// The usual hash takes the median of the image's own coefficients. The median over images makes every bit
+/// informative: images of one kind, such as digits in the middle of black, have most of the usual bits in common.
 pub struct PerceptualHash {
     shape: Shape,
     /// Vertical and horizontal frequency of each bit, lowest first; fewer than 64 for tiny images.
@@ -25,7 +25,7 @@ pub struct PerceptualHash {
 }
 
 impl PerceptualHash {
-    /// The hash whose bits split these images in halves: at most 10,000 of them, at equal distances.
+    /// The hash whose bits split these images in half; at most 10,000 of them are used, evenly spaced.
     ///
     /// # Panics
     /// If there are none.
@@ -61,7 +61,7 @@ impl PerceptualHash {
     /// The hash of an image: bit `i` is whether frequency `i` is above its median.
     ///
     /// # Panics
-    /// If the image has not the shape of those that the hash was made from.
+    /// If the image does not have the shape of those that the hash was made from.
     pub fn of(&self, image: &[u8]) -> u64 {
         assert_eq!(image.len(), self.shape.size(), "pixels of a {} image", self.shape);
         let above = self.coefficients(image).into_iter().zip(&self.medians).map(|(c, median)| c > *median);
@@ -88,7 +88,7 @@ impl PerceptualHash {
     }
 }
 
-/// `cos(π (2 x + 1) f / 2 n)` for frequency `f` of `count` and place `x` of `n`.
+/// `cos(π (2 x + 1) f / 2 n)` for frequency `f` of `count` and position `x` of `n`.
 fn waves(count: usize, n: usize) -> Vec<f64> {
     let wave = |f: usize| (0..n).map(move |x| (PI * (2 * x + 1) as f64 * f as f64 / (2 * n) as f64).cos());
     (0..count).flat_map(wave).collect()

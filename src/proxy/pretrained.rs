@@ -1,4 +1,5 @@
-//! Networks of candle-transformers from folders in the layout of the Hub, whose weights are renamed to what candle expects.
+//! Networks from candle-transformers, read from folders in the layout of the Hub; their weights are renamed to what
+//! candle expects.
 
 use std::{collections::HashMap, path::Path};
 
@@ -19,7 +20,7 @@ use crate::{Error, Result, fs};
 const IMAGENET: [[f64; 3]; 2] = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]];
 const CLIP: [[f64; 3]; 2] =
     [[0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_58, 0.275_777_11]];
-/// The only side of images, and the number of outputs, of candle's DINOv2.
+/// The only image size that candle's DINOv2 takes, and its number of outputs.
 const DINO: (usize, usize) = (518, 1000);
 
 enum Network {
@@ -28,7 +29,7 @@ enum Network {
     ResNet(Func<'static>),
 }
 
-/// A network of the Hub with what it expects of images.
+/// A network from the Hub, with what it expects of images.
 pub struct Pretrained {
     network: Network,
     side: usize,
@@ -39,7 +40,7 @@ pub struct Pretrained {
 impl Pretrained {
     /// Reads `config.json`, `model.safetensors`, and, if there is one, `preprocessor_config.json`.
     ///
-    /// Fails with [`Error::Data`] naming what is missing or not supported.
+    /// Fails with [`Error::Data`], naming what is missing or not supported.
     pub fn load(dir: &Path, device: &Device) -> Result<Self> {
         let path = dir.join("config.json");
         let config: Value = fs::read_json(&path)?;
@@ -100,10 +101,11 @@ impl Pretrained {
         })
     }
 
-    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1], one or three channels. Returns `(b, d)`: ResNet's mean over the image,
-    /// the normalised class token of the others.
+    /// `x`: `(b, h, w, c)` f32, pixels in [0, 1], one or three channels. Returns `(b, d)`: the mean over the image
+    /// for ResNet, the normalised class token for the others.
     ///
-    /// Images are resized to the network's side, bilinearly, half-pixel centres, without a crop; grey is three equal channels.
+    /// Images are resized bilinearly to the network's size, with half-pixel centres and without a crop; grey images
+    /// get three equal channels.
     pub fn features(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.permute((0, 3, 1, 2))?.contiguous()?;
         let x = if x.dim(1)? == 1 { Tensor::cat(&[&x, &x, &x], 1)? } else { x };
@@ -163,7 +165,7 @@ fn dino_config(config: &Value) -> std::result::Result<[usize; 3], String> {
     Ok([number(config, "num_hidden_layers")?, dim, number(config, "num_attention_heads")?])
 }
 
-/// The weights of transformers' DINOv2 under the names of the original, with query, key and value as one matrix.
+/// The weights of transformers' DINOv2 under the original's names, with query, key and value as one matrix.
 fn dino_weights(
     mut found: HashMap<String, Tensor>,
     depth: usize,
@@ -177,7 +179,8 @@ fn dino_weights(
     let mut weights = HashMap::new();
     weights.insert("cls_token".into(), take("embeddings.cls_token")?);
     weights.insert("pos_embed".into(), take("embeddings.position_embeddings")?);
-    // candle's network ends in a linear layer on the class token and the mean of the others: this one copies the token.
+    // candle's network ends in a linear layer on the class token and the mean of the other tokens; the one made
+    // here copies the class token.
     let copy = Tensor::cat(
         &[
             Tensor::cat(
@@ -257,7 +260,7 @@ fn resnet_of(config: &Value, kind: &str) -> std::result::Result<MakeResNet, Stri
     Ok(make)
 }
 
-/// The name in torchvision's ResNet of a weight of transformers'; others are as they are.
+/// The torchvision name of a weight of transformers' ResNet; other names are unchanged.
 fn resnet_name(name: &str) -> String {
     let name = name.strip_prefix("resnet.").unwrap_or(name);
     if let Some(rest) = name.strip_prefix("embedder.embedder.") {

@@ -1,6 +1,6 @@
 //! How far a pool is from real images in the features of a network: Fréchet distance, precision and recall.
 //!
-//! All of them depend on how many images there are: figures compare at equal numbers only.
+//! All of them depend on the number of images: compare figures only at equal numbers.
 
 use candle_core::{Device, Tensor};
 use nalgebra::{DMatrix, DVector, SymmetricEigen};
@@ -16,7 +16,8 @@ pub struct FeatureMatrix {
 }
 
 impl FeatureMatrix {
-    /// Fails with [`Error::Data`](crate::Error::Data) unless these are finite numbers in at least two rows of `dim`.
+    /// Fails with [`Error::Data`](crate::Error::Data) unless `values` holds at least two rows of `dim` finite
+    /// numbers.
     pub fn new(dim: usize, values: Vec<f32>) -> Result<Self> {
         if dim == 0 || !values.len().is_multiple_of(dim) || values.len() < 2 * dim {
             bail!(Data, "{} features in rows of {dim}, expected at least two whole rows", values.len());
@@ -27,13 +28,13 @@ impl FeatureMatrix {
         Ok(Self { dim, values })
     }
 
-    /// How many images.
+    /// The number of images.
     #[expect(clippy::len_without_is_empty, reason = "there are at least two")]
     pub fn len(&self) -> usize {
         self.values.len() / self.dim
     }
 
-    /// How many numbers an image has.
+    /// The number of features of an image.
     pub fn dim(&self) -> usize {
         self.dim
     }
@@ -43,13 +44,13 @@ impl FeatureMatrix {
         self.values.chunks_exact(self.dim)
     }
 
-    /// The features of some images, by number.
+    /// The features of some images, given by number.
     pub fn subset(&self, images: &[usize]) -> Result<Self> {
         let row = |&i: &usize| self.values[i * self.dim..][..self.dim].iter().copied();
         Self::new(self.dim, images.iter().flat_map(row).collect())
     }
 
-    /// Mean and covariance, the unbiased estimates.
+    /// The unbiased estimates of mean and covariance.
     fn moments(&self) -> (DVector<f64>, DMatrix<f64>) {
         let (n, dim) = (self.len() as f64, self.dim);
         let mut mean = DVector::zeros(dim);
@@ -71,15 +72,15 @@ impl FeatureMatrix {
     }
 }
 
-/// The squared Fréchet distance of the normal distributions with the features' means and covariances (Heusel et al.
-/// 2017, Eq. 6): |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½).
+/// The squared Fréchet distance between the normal distributions with the features' means and covariances (Heusel
+/// et al. 2017, Eq. 6): |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½).
 ///
 /// # Panics
 /// If the features have different numbers of columns.
 pub fn frechet_distance(a: &FeatureMatrix, b: &FeatureMatrix) -> f64 {
     assert_eq!(a.dim, b.dim, "columns of features");
     let ((mean_a, cov_a), (mean_b, cov_b)) = (a.moments(), b.moments());
-    // The trace of (Σ₁ Σ₂)^½ is that of (Σ₁^½ Σ₂ Σ₁^½)^½, of a symmetric matrix.
+    // The trace of (Σ₁ Σ₂)^½ equals that of (Σ₁^½ Σ₂ Σ₁^½)^½, the root of a symmetric matrix.
     let eigen = SymmetricEigen::new(cov_a.clone());
     let roots = eigen.eigenvalues.map(|v| v.max(0.0).sqrt());
     let root = &eigen.eigenvectors * DMatrix::from_diagonal(&roots) * eigen.eigenvectors.transpose();
@@ -92,7 +93,7 @@ pub fn frechet_distance(a: &FeatureMatrix, b: &FeatureMatrix) -> f64 {
 /// Rows whose distances to all others are computed together.
 const TILE: usize = 256;
 
-/// Squared distances of each row of `a` to all rows of `b`, row by row.
+/// Squared distances from each row of `a` to all rows of `b`, row by row.
 fn distances<T: Send>(
     a: &FeatureMatrix,
     b: &FeatureMatrix,
@@ -118,9 +119,9 @@ fn distances<T: Send>(
     Ok(starts.into_par_iter().map(tile).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
-/// Which part of the synthetic images lies among the real ones, and which part of the real ones among the synthetic:
-/// precision and recall of Kynkäänniemi et al. 2019, Eq. 1 and 2. An image lies among others if it is within the
-/// distance of one of them to its `k`-th neighbour among them (their k: 3).
+/// The share of the synthetic images that lie among the real ones, and of the real ones that lie among the
+/// synthetic: precision and recall as in Kynkäänniemi et al. 2019, Eq. 1 and 2. An image lies among others if, for
+/// one of them, it is no farther away than that one's `k`-th nearest neighbour among them (the paper: k = 3).
 ///
 /// Fails with [`Error::Usage`](crate::Error::Usage) if there are not more than `k` images of each kind.
 pub fn precision_recall(real: &FeatureMatrix, synthetic: &FeatureMatrix, k: usize) -> Result<(f64, f64)> {
@@ -186,7 +187,7 @@ mod tests {
         let same = normals(2, 500, &[1.0, 1.0], 0.0);
         let (precision, recall) = precision_recall(&real, &same, 3).unwrap();
         assert!(precision > 0.9 && recall > 0.9, "{precision} {recall}");
-        // One mode of many: all of it real, most of the real ones missing.
+        // One mode of many: all of its images are realistic, but most of the real ones are missing.
         let (precision, recall) = precision_recall(&real, &normals(3, 500, &[0.1, 0.1], 0.0), 3).unwrap();
         assert!(precision > 0.95 && recall < 0.3, "{precision} {recall}");
         let (precision, recall) = precision_recall(&real, &normals(4, 500, &[1.0, 1.0], 9.0), 3).unwrap();

@@ -1,8 +1,9 @@
-//! The per-sample score: how surely robust discriminators call an image synthetic.
+//! The per-sample score: how confidently robust discriminators call an image synthetic.
 
 /// Trapezoid weights of a grid of radii, summing to 1: `score = Σ w_j · p_j(synthetic | image)`.
 ///
-/// The mean over ε of the probability, as ARC integrates over ε. `epsilons` ascends; one radius weighs 1.
+/// The mean over ε of the probability, as ARC integrates over ε. `epsilons` ascends; a single radius has the weight
+/// 1.
 pub fn trapezoid_weights(epsilons: &[f64]) -> Vec<f64> {
     let n = epsilons.len();
     if n < 2 {

@@ -16,10 +16,10 @@ use crate::{
 /// A small convolutional network.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SmallCnnSettings {
-    /// Channels of each stage of the network; from the second on a stage halves the image.
+    /// Channels of each stage of the network; every stage after the first halves the image.
     #[arg(long, value_delimiter = ',', default_values_t = [32, 64, 64])]
     pub channels: Vec<usize>,
-    /// Groups of the norms.
+    /// Number of groups in the group norms.
     #[arg(long, default_value_t = 8)]
     pub groups: usize,
 }
@@ -27,13 +27,13 @@ pub struct SmallCnnSettings {
 /// A residual network.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResNetSettings {
-    /// Channels of each stage of the network; from the second on a stage halves the image.
+    /// Channels of each stage of the network; every stage after the first halves the image.
     #[arg(long, value_delimiter = ',', default_values_t = [64, 128, 256, 512])]
     pub channels: Vec<usize>,
-    /// Blocks of each stage; if left out, two.
+    /// Residual blocks of each stage; two each if left out.
     #[arg(long, value_delimiter = ',')]
     pub blocks: Vec<usize>,
-    /// Standardise images by mean and deviation of the real training images.
+    /// Standardise images by the mean and standard deviation of the real training images.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub standardize: bool,
 }
@@ -41,22 +41,22 @@ pub struct ResNetSettings {
 /// A wide residual network.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WideResNetSettings {
-    /// Layers: 4 and a multiple of 6.
+    /// Number of layers: 4 plus a multiple of 6.
     #[arg(long, default_value_t = 28)]
     pub depth: usize,
-    /// By what the channels 16, 32 and 64 of the three groups are multiplied.
+    /// The factor that widens the 16, 32 and 64 channels of the three groups.
     #[arg(long, default_value_t = 10)]
     pub width: usize,
-    /// The function between the layers; with silu the parameters have the names of RobustBench's DMWideResNet, with relu
-    /// those of its WideResNet.
+    /// The activation function. With silu the parameters are named as in RobustBench's DMWideResNet, with relu as
+    /// in its WideResNet.
     #[arg(long, value_parser = named::<Activation>(), default_value_t = Activation::Relu)]
     pub activation: Activation,
-    /// Standardise images by mean and deviation of the real training images.
+    /// Standardise images by the mean and standard deviation of the real training images.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub standardize: bool,
 }
 
-/// Refuses channels of a network's stages that its norms cannot divide into `groups`.
+/// Refuses stages whose channels the norms cannot divide into `groups`.
 fn expect_channels(channels: &[usize], groups: usize) -> Result<()> {
     expect_within("groups", groups, 1, 4096)?;
     if channels.is_empty() || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(groups)) {
@@ -68,11 +68,12 @@ fn expect_channels(channels: &[usize], groups: usize) -> Result<()> {
 tagged! {
     /// The classifier's network.
     pub enum ArchitectureSettings("architecture", default "small-cnn") {
-        /// Convolutions with group norm and SiLU: small, and no image sees its batch.
+        /// A small network of convolutions with group norm and SiLU; an image's result does not depend on its
+        /// batch.
         SmallCnn(SmallCnnSettings) = "small-cnn",
-        /// ResNet in its form for small images; with the defaults ResNet-18.
+        /// ResNet in its form for small images; ResNet-18 with the defaults.
         Resnet(ResNetSettings) = "resnet",
-        /// WRN-depth-width; with the defaults WRN-28-10.
+        /// WRN-depth-width; WRN-28-10 with the defaults.
         WideResnet(WideResNetSettings) = "wide-resnet",
     }
 }
@@ -87,8 +88,8 @@ impl ArchitectureSettings {
         }
     }
 
-    /// The network for square images of a shape and so many classes. `standardize` is what it does to its images first, if
-    /// it [does](Self::standardizes).
+    /// The network for square images of a shape and this many classes. `standardize` is applied to the images
+    /// first, if the network [standardises](Self::standardizes) them.
     pub fn network(
         &self,
         shape: Shape,
@@ -128,12 +129,12 @@ impl ArchitectureSettings {
         }
     }
 
-    /// Whether the network normalises by statistics of the batch while it is trained.
+    /// Whether the network normalises by batch statistics in training.
     pub fn has_batch_norm(&self) -> bool {
         self.network(Shape { height: 32, width: 32, channels: 3 }, 2, None).has_batch_norm()
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         match self {
             Self::SmallCnn(SmallCnnSettings { channels, groups }) => expect_channels(channels, *groups),

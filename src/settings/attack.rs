@@ -1,4 +1,4 @@
-//! Attacks: the ball, and how hard PGD tries in it.
+//! Attacks: the ball, and how hard PGD searches it.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +22,7 @@ pub struct BallSettings {
 }
 
 impl BallSettings {
-    /// The ball. Fails with [`Error::Usage`](crate::Error::Usage) if the radius cannot be.
+    /// The ball. Fails with [`Error::Usage`](crate::Error::Usage) if the radius is impossible.
     pub fn threat(&self) -> Result<Threat> {
         Threat::new(self.norm, self.epsilon)
     }
@@ -31,17 +31,17 @@ impl BallSettings {
 /// The steps of PGD.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepSettings {
-    /// Steps of the attack.
+    /// Number of steps of the attack.
     #[arg(id = "attack_steps", long = "attack-steps", value_name = "STEPS", default_value_t = 10)]
     pub steps: usize,
-    /// The step of the attack as a multiple of epsilon / steps; 2.5 is Madry et al.'s.
+    /// The attack's step size as a multiple of epsilon / steps; 2.5 in Madry et al.
     #[arg(id = "attack_step_ratio", long = "attack-step-ratio", value_name = "RATIO", default_value_t = 2.5)]
     pub step_ratio: f64,
 }
 
 impl StepSettings {
-    /// The attack in a ball, from a random start. Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one
-    /// of them cannot be.
+    /// The attack in a ball, from a random start. Fails with [`Error::Usage`](crate::Error::Usage), naming the
+    /// value, if one of them is impossible.
     pub fn pgd(&self, norm: Norm, epsilon: Epsilon, seed: u64) -> Result<Pgd> {
         Pgd::new(norm, epsilon, self.steps, self.step_ratio, seed)
     }
@@ -61,7 +61,8 @@ pub struct AttackSettings {
 }
 
 impl AttackSettings {
-    /// The attack. Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them cannot be.
+    /// The attack. Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them is
+    /// impossible.
     pub fn pgd(&self, seed: u64) -> Result<Pgd> {
         self.steps.pgd(self.ball.norm, self.ball.epsilon, seed)
     }
@@ -75,16 +76,17 @@ pub struct PgdSettings {
     #[command(flatten)]
     #[serde(flatten)]
     pub attack: AttackSettings,
-    /// What the attack makes large.
+    /// The loss that the attack maximises.
     #[arg(id = "attack_loss", long = "attack-loss", value_name = "LOSS", value_parser = named::<PgdLoss>(), default_value_t = PgdLoss::Ce)]
     pub loss: PgdLoss,
-    /// Random starts of the attack; an image has to withstand all of them.
+    /// Number of random starts of the attack. An image has to withstand all of them.
     #[arg(long, default_value_t = 2)]
     pub restarts: usize,
 }
 
 impl PgdSettings {
-    /// The attack. Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them cannot be.
+    /// The attack. Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them is
+    /// impossible.
     pub fn search(&self, seed: u64) -> Result<PgdSearch> {
         let pgd = self.attack.pgd(seed)?;
         let config = PgdConfig { loss: self.loss, ..pgd.config };
@@ -95,22 +97,22 @@ impl PgdSettings {
 tagged! {
     /// How the classifier is attacked.
     pub enum EvaluationAttackSettings("attack", default "pgd") {
-        /// Not at all: clean accuracy only.
+        /// No attack: clean accuracy only.
         None(NoSettings) = "none",
         /// Projected gradient descent (Madry et al. 2018).
         Pgd(PgdSettings) = "pgd",
-        /// AutoAttack's version `standard` (Croce & Hein 2020): apgd-ce, apgd-t, fab-t and square, each on the images that
-        /// still stand.
+        /// AutoAttack's version `standard` (Croce & Hein 2020): apgd-ce, apgd-t, fab-t and square, each on the
+        /// images that withstood the ones before.
         AutoAttack(BallSettings) = "autoattack",
         /// APGD on the cross-entropy, 100 steps.
         ApgdCe(BallSettings) = "apgd-ce",
-        /// APGD on the difference of logits ratio, 100 steps.
+        /// APGD on the difference-of-logits ratio, 100 steps.
         ApgdDlr(BallSettings) = "apgd-dlr",
-        /// APGD towards each of nine classes, 100 steps each.
+        /// APGD towards nine target classes, 100 steps each.
         ApgdT(BallSettings) = "apgd-t",
-        /// FAB towards each of nine classes, 100 steps each.
+        /// FAB towards nine target classes, 100 steps each.
         FabT(BallSettings) = "fab-t",
-        /// Square, 5,000 queries.
+        /// Square, with 5,000 queries.
         Square(BallSettings) = "square",
     }
 }
@@ -130,7 +132,8 @@ impl EvaluationAttackSettings {
         }
     }
 
-    /// The ball. Fails with [`Error::Usage`](crate::Error::Usage) if there is no attack, or the radius cannot be.
+    /// The ball. Fails with [`Error::Usage`](crate::Error::Usage) if there is no attack, or if the radius is
+    /// impossible.
     pub fn threat(&self) -> Result<Threat> {
         match self.ball() {
             Some(ball) => ball.threat(),
@@ -138,7 +141,7 @@ impl EvaluationAttackSettings {
         }
     }
 
-    /// The attacks with their names, in their order. Fails as [`Self::validate`] does.
+    /// The attacks and their names, in order. Fails as [`Self::validate`] does.
     pub fn sequence(&self, seed: u64) -> Result<Vec<(&'static str, Box<dyn Attack>)>> {
         let Some(ball) = self.ball() else { return Ok(Vec::new()) };
         let threat = ball.threat()?;
@@ -150,7 +153,7 @@ impl EvaluationAttackSettings {
         })
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them is impossible.
     pub fn validate(&self) -> Result<()> {
         match self {
             Self::Pgd(pgd) => pgd.search(0).map(drop),
@@ -158,7 +161,7 @@ impl EvaluationAttackSettings {
         }
     }
 
-    /// What it is, in a few words.
+    /// A description in a few words.
     pub fn summary(&self) -> String {
         let Some(BallSettings { norm, epsilon }) = self.ball() else { return "clean".into() };
         match self {

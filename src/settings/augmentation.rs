@@ -4,13 +4,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Augment;
 
-/// What is done to training images at random.
+/// Random changes to training images.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AugmentationSettings {
-    /// Pixels of padding before a random crop.
+    /// Pixels of padding before a random crop; 0 for no crop.
     #[arg(long, default_value_t = 0)]
     pub crop_pad: usize,
-    /// Mirror half of the images. Wrong for digits.
+    /// Mirror images with probability 1/2. Unsuitable for digits.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub flip: bool,
 }

@@ -15,30 +15,32 @@ pub struct UNetSettings {
     /// Channels of each level of the U-Net; each level after the first halves the image.
     #[arg(long, value_delimiter = ',', default_values_t = [32, 64])]
     pub block_out_channels: Vec<usize>,
-    /// Residual blocks of each level on the way down; one more on the way up.
+    /// Residual blocks in each level on the way down; on the way up there is one more.
     #[arg(long, default_value_t = 1)]
     pub layers_per_block: usize,
-    /// The levels, from 0, that have attention; the middle always has.
+    /// The levels that have attention, counted from 0; the middle block always has it.
     #[arg(long, value_delimiter = ',')]
     pub attention_levels: Vec<usize>,
-    /// Channels of an attention head.
+    /// Channels per attention head.
     #[arg(long, default_value_t = 32)]
     pub attention_head_dim: usize,
-    /// Groups of the norms.
+    /// Number of groups in the group norms.
     #[arg(long, default_value_t = 8)]
     pub norm_num_groups: usize,
-    /// Let step and class scale and shift the features, instead of adding to them (Dhariwal & Nichol 2021, §3).
+    /// Let the timestep and class scale and shift the features instead of being added to them (Dhariwal & Nichol
+    /// 2021, §3).
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub scale_shift: bool,
-    /// The part of the features that residual blocks leave out while training (Ho et al. 2020: 0.1 for CIFAR-10).
+    /// Dropout rate of the residual blocks in training (Ho et al. 2020: 0.1 for CIFAR-10).
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
 }
 
 impl UNetSettings {
-    /// The network for square images of a shape. `num_class_embeds`: the classes that it is told, if any.
+    /// The network for square images of a shape. `num_class_embeds`: the number of classes that it is conditioned
+    /// on, if any.
     ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage) for images that cannot be halved so often.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) for images that cannot be halved that often.
     pub fn config(
         &self,
         shape: Shape,
@@ -75,7 +77,7 @@ impl UNetSettings {
         })
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         let Self { block_out_channels, attention_levels, norm_num_groups, .. } = self;
         expect_within("levels of block_out_channels", block_out_channels.len(), 1, 6)?;
@@ -98,7 +100,7 @@ impl UNetSettings {
 tagged! {
     /// The denoiser's network.
     pub enum DenoiserSettings("architecture", default "unet") {
-        /// The U-Net of Ho et al. 2020, `diffusers`' UNet2DModel.
+        /// The U-Net of Ho et al. 2020, as in `diffusers`' UNet2DModel.
         UNet(UNetSettings) = "unet",
     }
 }
@@ -118,14 +120,14 @@ impl DenoiserSettings {
         }
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         match self {
             Self::UNet(unet) => unet.validate(),
         }
     }
 
-    /// What it is, in a few words.
+    /// A description in a few words.
     pub fn summary(&self) -> String {
         match self {
             Self::UNet(unet) => format!("U-Net {:?}", unet.block_out_channels),

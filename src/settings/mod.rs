@@ -1,8 +1,9 @@
-//! Settings that several stages have, each group written once.
+//! Groups of settings that several stages share, each written once.
 //!
-//! A group is a struct: its fields are flags (`clap::Args`) and the keys of a table (`serde`). Where there is a choice,
-//! the group is an enum made by `tagged!`: a flag and the key `kind` choose the variant, and only that variant's settings
-//! can be set. Defaults are those of the flags; a stage may have [others](defaults).
+//! A group is a struct whose fields are both flags (`clap::Args`) and the keys of a table (`serde`). Where there is
+//! a choice, the group is an enum made by `tagged!`: a flag, or the key `kind`, chooses the variant, and only that
+//! variant's settings can be set. The defaults are those of the flags; a stage may have [defaults of its
+//! own](defaults).
 
 #[macro_use]
 pub(crate) mod tagged;
@@ -36,6 +37,6 @@ pub use self::{
     table::from_table,
 };
 
-/// The settings of a variant that has none.
+/// The settings of a variant without settings.
 #[derive(clap::Args, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct NoSettings {}

@@ -6,11 +6,12 @@ use super::{NoSettings, attack::AttackSettings, flags::named};
 use crate::{Result, attack::Pgd, error::expect_within, nn::BatchNormMode};
 
 named! {
-    /// By which statistics batch norms go while the training attack runs.
+    /// Which statistics batch norms use while the training attack runs.
     pub enum AttackBatchNorm {
-        /// The running ones, as at evaluation: the attack changes nothing in the network.
+        /// The running statistics, as in evaluation: the attack changes nothing in the network.
         Eval = "eval",
-        /// Those of the batch; the steps of the attack move the running ones too, as in the paper's released code.
+        /// The batch's statistics; the attack's steps also update the running ones, as in the paper's released
+        /// code.
         Train = "train",
     }
 }
@@ -24,7 +25,7 @@ impl From<AttackBatchNorm> for BatchNormMode {
     }
 }
 
-/// An attack in training, and on the held-out images.
+/// An attack for training and for the held-out images.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttackedSettings {
     /// The attack.
@@ -33,7 +34,7 @@ pub struct AttackedSettings {
     /// Steps over which the radius grows from 0 to epsilon.
     #[arg(long, default_value_t = 0)]
     pub epsilon_warmup_steps: usize,
-    /// By which statistics batch norms go while the attack runs, for networks that have them.
+    /// Which statistics batch norms use while the attack runs, in networks that have batch norms.
     #[arg(long, value_parser = named::<AttackBatchNorm>(), default_value_t = AttackBatchNorm::Eval)]
     pub attack_batch_norm: AttackBatchNorm,
 }
@@ -41,7 +42,7 @@ pub struct AttackedSettings {
 /// TRADES.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TradesSettings {
-    /// The weight of the divergence; 6 is the paper's.
+    /// The weight of the divergence; 6 in the paper.
     #[arg(long, default_value_t = 6.0)]
     pub beta: f64,
     /// The attack.
@@ -61,7 +62,7 @@ pub struct NoiseSettings {
 /// Stability training.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StabilitySettings {
-    /// The weight of the divergence; 6 is the paper's.
+    /// The weight of the divergence; 6 in the paper.
     #[arg(long, default_value_t = 6.0)]
     pub beta: f64,
     /// The noise.
@@ -71,18 +72,20 @@ pub struct StabilitySettings {
 }
 
 tagged! {
-    /// What is minimised.
+    /// The objective that training minimises.
     pub enum ObjectiveSettings("objective", default "pgd-at") {
-        /// Cross-entropy on the images as they are.
+        /// Cross-entropy on clean images.
         Plain(NoSettings) = "plain",
         /// Cross-entropy on PGD adversarial examples (Madry et al. 2018).
         PgdAt(AttackedSettings) = "pgd-at",
-        /// Cross-entropy on one step of 1.25 epsilon from a random start (Wong et al. 2020); the steps that are set are for
-        /// the held-out images.
+        /// Cross-entropy after one attack step of 1.25 epsilon from a random start (Wong et al. 2020); the attack's
+        /// settings apply to the held-out images only.
         FgsmRs(AttackedSettings) = "fgsm-rs",
-        /// Cross-entropy, and the divergence of the answers that an attack can reach (Zhang et al. 2019).
+        /// TRADES: cross-entropy plus the largest divergence of the predictions that an attack finds (Zhang et al.
+        /// 2019).
         Trades(TradesSettings) = "trades",
-        /// Cross-entropy, and the divergence of the answers under Gaussian noise (Zheng et al. 2016; Carmon et al. 2019).
+        /// Cross-entropy plus the divergence of the predictions under Gaussian noise (Zheng et al. 2016; Carmon et
+        /// al. 2019).
         Stability(StabilitySettings) = "stability",
         /// Cross-entropy under Gaussian noise (Cohen et al. 2019).
         Gaussian(NoiseSettings) = "gaussian",
@@ -90,7 +93,7 @@ tagged! {
 }
 
 impl ObjectiveSettings {
-    /// The attack that is trained against, if there is one.
+    /// The attack that training guards against, if there is one.
     pub fn attacked(&self) -> Option<&AttackedSettings> {
         match self {
             Self::PgdAt(attacked) | Self::FgsmRs(attacked) => Some(attacked),
@@ -99,7 +102,7 @@ impl ObjectiveSettings {
         }
     }
 
-    /// The noise that is trained against, if there is some.
+    /// The noise that training guards against, if there is any.
     pub fn noise(&self) -> Option<&NoiseSettings> {
         match self {
             Self::Stability(stability) => Some(&stability.noise),
@@ -121,12 +124,12 @@ impl ObjectiveSettings {
         attack.pgd(seed).map(Some)
     }
 
-    /// How batch norms go while the training attack runs.
+    /// Which statistics batch norms use while the training attack runs.
     pub fn attack_mode(&self) -> BatchNormMode {
         self.attacked().map_or(BatchNormMode::Eval, |attacked| attacked.attack_batch_norm.into())
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         if let Some(attacked) = self.attacked() {
             attacked.attack.pgd(0)?;
@@ -142,7 +145,7 @@ impl ObjectiveSettings {
         }
     }
 
-    /// What it is, in a few words.
+    /// A description in a few words.
     pub fn summary(&self) -> String {
         let at = |attacked: &AttackedSettings| {
             let AttackSettings { ball, steps } = &attacked.attack;

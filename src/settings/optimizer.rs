@@ -20,7 +20,7 @@ pub struct SgdSettings {
     /// Weight decay.
     #[arg(long, default_value_t = 5e-4)]
     pub weight_decay: f64,
-    /// Largest norm of the gradient; larger ones are scaled down.
+    /// The largest norm of the gradient; larger gradients are scaled down to it.
     #[arg(long, default_value_t = 5.0)]
     pub grad_clip: f64,
 }
@@ -34,13 +34,13 @@ pub struct AdamSettings {
     /// Weight decay, decoupled from the gradient.
     #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f64,
-    /// Largest norm of the gradient; larger ones are scaled down.
+    /// The largest norm of the gradient; larger gradients are scaled down to it.
     #[arg(long, default_value_t = 5.0)]
     pub grad_clip: f64,
 }
 
 tagged! {
-    /// What makes steps of gradients.
+    /// The optimiser, which turns gradients into steps.
     pub enum OptimizerSettings("optimizer", default "sgd") {
         /// Stochastic gradient descent with Nesterov's momentum (Sutskever et al. 2013).
         Sgd(SgdSettings) = "sgd",
@@ -62,7 +62,7 @@ impl OptimizerSettings {
         }
     }
 
-    /// Its name for people.
+    /// Its display name.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Sgd(_) => "SGD",
@@ -86,7 +86,7 @@ impl OptimizerSettings {
         }
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         let (Self::Sgd(SgdSettings { weight_decay, .. }) | Self::Adam(AdamSettings { weight_decay, .. })) =
             self;

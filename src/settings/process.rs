@@ -9,35 +9,36 @@ use crate::{
     error::expect_within,
 };
 
-/// A process in steps.
+/// A discrete process.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiscreteSettings {
     /// What the network predicts.
     #[arg(long, value_parser = named::<PredictionType>(), default_value_t = PredictionType::Epsilon)]
     pub prediction: PredictionType,
-    /// Diffusion steps T.
+    /// The number of diffusion steps, T.
     #[arg(long, default_value_t = 1000)]
     pub num_train_timesteps: usize,
     /// The noise schedule.
     #[arg(long, value_parser = named::<BetaSchedule>(), default_value_t = BetaSchedule::Linear)]
     pub beta_schedule: BetaSchedule,
-    /// The noise that ancestral sampling is to add (Ho et al. 2020, §3.2).
+    /// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2).
     #[arg(long, value_parser = named::<VarianceType>(), default_value_t = VarianceType::FixedSmall)]
     pub variance: VarianceType,
 }
 
 tagged! {
-    /// The noise that the network learns to remove.
+    /// The diffusion process: the noise that the network learns to remove.
     pub enum ProcessSettings("process", default "discrete") {
-        /// T steps (Ho et al. 2020).
+        /// A process in T discrete steps (Ho et al. 2020).
         Discrete(DiscreteSettings) = "discrete",
-        /// EDM's, for any σ from 0.002 to 80 (Karras et al. 2022), with data of standard deviation 0.5.
+        /// EDM's continuous process, with σ from 0.002 to 80 and data of standard deviation 0.5 (Karras et al.
+        /// 2022).
         Edm(NoSettings) = "edm",
     }
 }
 
 impl ProcessSettings {
-    /// The configuration under `diffusers`' names.
+    /// The configuration in `diffusers`' terms.
     pub fn scheduler(&self) -> SchedulerConfig {
         match self {
             Self::Discrete(discrete) => SchedulerConfig {
@@ -51,7 +52,7 @@ impl ProcessSettings {
         }
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         let steps = self.scheduler().num_train_timesteps;
         expect_within("num_train_timesteps", steps, 2, 100_000)?;
@@ -61,7 +62,7 @@ impl ProcessSettings {
         Ok(())
     }
 
-    /// What it is, in a few words.
+    /// A description in a few words.
     pub fn summary(&self) -> String {
         match self {
             Self::Discrete(DiscreteSettings { prediction, num_train_timesteps, beta_schedule, .. }) => {

@@ -15,11 +15,11 @@ use crate::{
 /// The steps of a sampler.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepsSettings {
-    /// Sampling steps; if not given, all with ddpm and ddim, 50 with the others. Heun's method calls the network twice in
-    /// each but the last.
+    /// Sampling steps. If not given, ddpm and ddim take all training steps, the others 50. Heun's method calls the
+    /// network twice in every step but the last.
     #[arg(long)]
     pub steps: Option<usize>,
-    /// Which of the training steps are visited; the model folder's if not given.
+    /// Which of the training steps the sampler visits; if not given, as the model folder says.
     #[arg(long, value_parser = named::<Spacing>())]
     pub spacing: Option<Spacing>,
 }
@@ -31,27 +31,27 @@ pub struct DdimSettings {
     #[command(flatten)]
     #[serde(flatten)]
     pub steps: StepsSettings,
-    /// DDIM's share of noise: 0 is deterministic, 1 is ancestral sampling.
+    /// How much noise DDIM adds: 0 is deterministic, 1 is ancestral sampling.
     #[arg(long, default_value_t = 0.0)]
     pub eta: f64,
 }
 
-/// A sampler that goes by σ.
+/// A sampler in terms of σ.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SigmaSettings {
     /// The steps.
     #[command(flatten)]
     #[serde(flatten)]
     pub steps: StepsSettings,
-    /// Let the noise fall as in Karras et al. 2022, Eq. 5. The model folder's if not given.
+    /// Space the noise levels as in Karras et al. 2022, Eq. 5. If not given, as the model folder says.
     #[arg(long, action = clap::ArgAction::Set)]
     pub karras_sigmas: Option<bool>,
 }
 
 tagged! {
-    /// The sampler.
+    /// The sampler, the method that turns noise into images.
     pub enum SamplerSettings("sampler", default "model") {
-        /// What the model folder's scheduler says.
+        /// The sampler of the model folder's scheduler.
         Model(StepsSettings) = "model",
         /// Ancestral sampling (Ho et al. 2020, Alg. 2).
         Ddpm(StepsSettings) = "ddpm",
@@ -61,9 +61,9 @@ tagged! {
         DpmSolver(SigmaSettings) = "dpm-solver++",
         /// Improved pseudo numerical methods of order 4 (Zhang & Chen 2023, App. H.2).
         Ipndm(StepsSettings) = "ipndm",
-        /// Heun's method, two calls of the network a step (Karras et al. 2022, Alg. 1).
+        /// Heun's method, with two network calls per step (Karras et al. 2022, Alg. 1).
         Heun(SigmaSettings) = "heun",
-        /// Euler's method (Karras et al. 2022, Alg. 1 without its correction).
+        /// Euler's method (Karras et al. 2022, Alg. 1 without the correction step).
         Euler(SigmaSettings) = "euler",
     }
 }
@@ -78,7 +78,7 @@ impl SamplerSettings {
         }
     }
 
-    /// The sampler for a model: what is not set here is as its scheduler has it.
+    /// The sampler for a model; what is not set here is taken from its scheduler.
     pub fn sampler(&self, scheduler: &SchedulerConfig) -> SamplerConfig {
         let mut sampler = scheduler.sampler();
         sampler.kind = match self {
@@ -103,7 +103,7 @@ impl SamplerSettings {
         sampler
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         if let Some(steps) = self.steps().steps {
             expect_within("steps", steps, 1, 100_000)?;

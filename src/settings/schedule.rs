@@ -11,12 +11,12 @@ use crate::{
 /// How a schedule begins.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WarmupSettings {
-    /// Steps of the learning rate's warm-up, at most half of all; a 20th of all if left out.
+    /// Steps of the learning rate's warm-up, at most half of all steps; a 20th of them if left out.
     #[arg(long)]
     pub warmup_steps: Option<usize>,
 }
 
-/// A warm-up, then half a cosine.
+/// A warm-up, followed by half a cosine.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CosineSettings {
     /// How it begins.
@@ -29,19 +29,19 @@ pub struct CosineSettings {
 }
 
 tagged! {
-    /// How the learning rate goes on after its warm-up.
+    /// The learning rate's schedule after the warm-up.
     pub enum ScheduleSettings("schedule", default "cosine") {
-        /// Half a cosine down.
+        /// Decrease along half a cosine.
         Cosine(CosineSettings) = "cosine",
-        /// PyTorch's OneCycleLR: up by half a cosine while it warms up, down by another to nearly 0.
+        /// PyTorch's OneCycleLR: up along half a cosine during the warm-up, then down along another to nearly 0.
         OneCycle(WarmupSettings) = "one-cycle",
-        /// It stays.
+        /// Keep it constant.
         Constant(WarmupSettings) = "constant",
     }
 }
 
 impl ScheduleSettings {
-    /// The learning rate of each of so many steps.
+    /// The learning rate at each of this many steps.
     pub fn schedule(&self, peak: f64, total_steps: usize) -> LrSchedule {
         let (warmup, decay) = match self {
             Self::Cosine(cosine) => (&cosine.warmup, LrDecay::Cosine { min: cosine.final_fraction * peak }),
@@ -52,7 +52,7 @@ impl ScheduleSettings {
         LrSchedule { peak, warmup_steps, total_steps, decay }
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first value that cannot be.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         match self {
             Self::Cosine(cosine) => expect_within("final_fraction", cosine.final_fraction, 0.0, 1.0),

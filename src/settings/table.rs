@@ -6,14 +6,15 @@ use toml::{Table, Value};
 
 use super::flags::{Settings, from_flags};
 
-/// Old keys whose new place does not follow from their name.
+/// Old keys whose new place does not follow from their names.
 const RENAMED: [(&str, &str); 3] =
     [("cosine", "schedule.kind"), ("split", "official_split"), ("part", "official_split")];
 
-/// Settings as `given`, and as the flags have them where it says nothing. `name` is that of the table, for messages.
+/// Settings from the table `given`, with the flags' defaults where it says nothing. `name` is the table's name, for
+/// messages.
 ///
-/// Fails, naming each of them, at keys that have no effect: keys that there are not, that belong to another kind, or that
-/// have another place now; and at a value that cannot be.
+/// Fails if keys have no effect, naming each of them (keys that do not exist, belong to another kind, or have
+/// moved), and if a value is impossible.
 pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
     let groups = groups::<S>();
     let mut flags = Vec::new();
@@ -29,7 +30,7 @@ pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
     }
     let (wanted, paths) = (json(given), keys(&json(given)));
     let settings = over::<S>(&flags, given).map_err(|problem| {
-        // serde does not say at which key: try each of them alone.
+        // serde does not say which key is at fault: try each of them alone.
         let alone = |path: &String| {
             let value = at(given, path).filter(|value| !value.is_table())?.clone();
             let table =
@@ -60,7 +61,7 @@ pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
     if problems.is_empty() { Ok(settings) } else { Err(problems.join("; ")) }
 }
 
-/// The settings of these flags, with a table laid over.
+/// The settings of these flags, overridden by a table.
 fn over<S: Settings>(flags: &[String], given: &Table) -> Result<S, String> {
     fn lay(table: &mut Table, over: &Table) {
         for (key, value) in over {
@@ -109,7 +110,7 @@ fn without_effect<S: Settings>(name: &str, path: &str, known: &Json, groups: &[G
     }
 }
 
-/// The path of a group that has kinds, and these. The flag of the kind is called as the group.
+/// The path of a group with kinds, and the kinds. The flag of the kind has the group's name.
 type Group = (String, Vec<String>);
 
 fn groups<S: Settings>() -> Vec<Group> {
@@ -124,7 +125,7 @@ fn groups<S: Settings>() -> Vec<Group> {
     with_flags::<S>(&[]).into_iter().filter_map(group).collect()
 }
 
-/// Every key of the settings, whatever the kinds, each with the kinds that have it; none if all do.
+/// Every key of the settings, whatever the kind, with the kinds that have it; `None` if all do.
 fn places<S: Settings>(groups: &[Group]) -> Vec<(String, Vec<String>)> {
     let mut places: Vec<_> = with_flags::<S>(&[]).into_iter().map(|path| (path, Vec::new())).collect();
     for (group, kinds) in groups {
@@ -152,7 +153,7 @@ fn with_flags<S: Settings>(flags: &[String]) -> Vec<String> {
     from_flags::<S>(flags).map_or_else(|_| Vec::new(), |settings| keys(&json(&settings)))
 }
 
-/// The paths of all keys, those of tables before those in them.
+/// The paths of all keys, tables before the keys in them.
 fn keys(value: &Json) -> Vec<String> {
     let below = value.as_object().into_iter().flatten().flat_map(|(key, value)| {
         let inner = keys(value).into_iter().map(move |below| format!("{key}.{below}"));

@@ -1,4 +1,4 @@
-//! Groups of settings of which there are several kinds.
+//! Groups of settings that come in several kinds.
 
 use std::ffi::OsString;
 
@@ -9,7 +9,7 @@ use clap::{
     parser::ValueSource,
 };
 
-/// A variant of a tagged group: its name, what it is, and its flags.
+/// A variant of a tagged group: its name, its description and its flags.
 pub(crate) struct Kind {
     name: &'static str,
     about: &'static str,
@@ -37,7 +37,7 @@ fn flags(kinds: &[Kind]) -> Vec<&Arg> {
     all
 }
 
-/// The kinds that have a flag.
+/// The kinds that have a given flag.
 fn owners<'a>(kinds: &'a [Kind], flag: &Id) -> Vec<&'a Kind> {
     kinds.iter().filter(|kind| kind.flag(flag).is_some()).collect()
 }
@@ -51,8 +51,8 @@ fn default_of(arg: &Arg) -> String {
     values.join(",")
 }
 
-/// Adds the flag of the kind, and the flags of all kinds. Their help names the kinds that have them; defaults stay where
-/// they are the same for all of these, and stand in the help where they are not.
+/// Adds the flag of the kind, and the flags of all kinds. Their help names the kinds that have them. A default that
+/// all of these share stays a default; otherwise the defaults are given in the help.
 pub(crate) fn augment(
     command: Command,
     flag: &'static str,
@@ -95,7 +95,7 @@ pub(crate) fn augment(
     })
 }
 
-/// The flag with another default of one kind in its help.
+/// The flag, with one kind's different default added to its help.
 pub(crate) fn with_default_of(arg: Arg, kind: &str, default: &str) -> Arg {
     let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
     let mark = format!("{kind}: ");
@@ -108,9 +108,9 @@ pub(crate) fn with_default_of(arg: Arg, kind: &str, default: &str) -> Arg {
     }
 }
 
-/// The kind that was chosen, and the values of its flags: those given, then the stage's defaults, then its own.
+/// The chosen kind, and the values of its flags: those given, then the stage's defaults, then its own.
 ///
-/// Fails if a flag was given that this kind has not.
+/// Fails if a flag was given that this kind does not have.
 pub(crate) fn chosen(
     flag: &str,
     kinds: &[Kind],
@@ -145,7 +145,7 @@ pub(crate) fn chosen(
     Ok((kind.name, kind.flags.clone().try_get_matches_from(given)?))
 }
 
-/// Declares a group of settings with several kinds: an enum whose variants hold the settings of a kind each.
+/// Declares a group of settings with several kinds: an enum in which each variant holds the settings of one kind.
 ///
 /// `pub enum Colour("colour", default "red") { Red(RedSettings) = "red", … }`: `--colour red` and, in a table,
 /// `kind = "red"` choose the variant. A variant may be `#[cfg(…)]`.
@@ -371,7 +371,7 @@ mod tests {
             ("shape.radius = 'wide'", "[drawing.shape] radius: invalid type: string \"wide\""),
             ("colur = 'red'", "[drawing] colur is not known, expected one of colour, shape, size"),
             ("size = -1", "[drawing] size: invalid value: integer `-1`"),
-            // As they were called before there were groups.
+            // Their names before there were groups.
             ("radius = 2", "[drawing] radius is now [drawing.shape] radius, of kind round"),
             ("number = 2", "[drawing] number is now [drawing.shape] number, of kind round or angular"),
             (

@@ -1,4 +1,4 @@
-//! The trait of a stage, and the same with its type forgotten.
+//! The trait of a stage, and its type-erased form.
 
 use serde_json::Value;
 
@@ -9,35 +9,35 @@ use crate::{Result, progress, settings::Settings};
 pub trait Stage: Settings + Default + Clone + Send + Sync + 'static {
     /// The verb, and the name of the pipeline's table.
     const NAME: &'static str;
-    /// What it is for, in one line.
+    /// What the stage does, in one line.
     const ABOUT: &'static str;
-    /// The keys that name inputs. In the fingerprint each is replaced by the fingerprint of what it names.
+    /// The keys that name inputs. In the fingerprint, each is replaced by the fingerprint of the input.
     const INPUTS: &'static [Input];
-    /// The keys that change no byte of the output, and so are no part of the fingerprint.
+    /// The keys that do not change a byte of the output and are therefore not part of the fingerprint.
     const RUNTIME: &'static [&'static str] = &[];
-    /// How often this stage alone came to write other bytes: added to the format version, so that its work is redone and
-    /// that of the stages before it is not.
+    /// How often the output of this stage alone has changed. It is added to the format version, so that this
+    /// stage's work is redone, but not that of the stages before it.
     const REVISION: u32 = 0;
 
-    /// Whether the output holds the inputs' names, so that they decide what is made as much as what they name.
+    /// Whether the output contains the inputs' names, so that these matter as much as the inputs themselves.
     const KEEPS_NAMES: bool = false;
 
-    /// The keys that have no effect beside the other settings, and so are no part of the fingerprint: for tables that several
-    /// pieces of work share.
+    /// The keys that have no effect given the other settings and are therefore not part of the fingerprint: for
+    /// tables that several pieces of work share.
     fn unused(&self) -> Vec<&'static str> {
         Vec::new()
     }
 
     /// Refuses impossible settings with [`Error::Usage`], before anything is read or written.
     fn validate(&self) -> Result<()>;
-    /// Refuses finished inputs that do not belong together, as [`Self::run`] would: so a run finds it before it does long work
-    /// for other stages. Cheap; says nothing of inputs that are not finished.
+    /// Refuses finished inputs that do not belong together, as [`Self::run`] would, so that a run notices before it
+    /// does long work for other stages. Cheap; ignores inputs that are not finished.
     fn check_inputs(&self) -> Result<()> {
         Ok(())
     }
     /// How much work this is, for `plan`: `5000 steps of 64 images`.
     fn amount(&self) -> String;
-    /// Does the work. Everything that can be wrong with the inputs is found before [`Job::open`] is called.
+    /// Does the work. All problems with the inputs are found before [`Job::open`] is called.
     ///
     /// Returns the summary that goes into `done.json` and, with `--json`, to stdout.
     fn run(&self, job: &Job) -> Result<Outcome>;
@@ -45,13 +45,13 @@ pub trait Stage: Settings + Default + Clone + Send + Sync + 'static {
 
 /// What a stage reports when it returns.
 pub enum Outcome {
-    /// All is made; the summary is kept in `done.json`.
+    /// Everything is made; the summary is kept in `done.json`.
     Done(Value),
-    /// This process's share is made, others' is not yet (`generate --shards`).
+    /// This process's share is made, but others' are not yet (`generate --shards`).
     Partial(Value),
 }
 
-/// A stage with its type forgotten.
+/// A stage with its type erased.
 pub trait AnyStage: Send + Sync {
     /// [`Stage::NAME`].
     fn name(&self) -> &'static str;
@@ -67,9 +67,9 @@ pub trait AnyStage: Send + Sync {
     fn run(&self, job: &Job) -> Result<Outcome>;
     /// The settings that are set, as JSON.
     fn settings(&self) -> Value;
-    /// The inputs that are set: key and what it names.
+    /// The inputs that are set, as keys and what they name.
     fn inputs(&self) -> Vec<(&'static str, String)>;
-    /// The settings that decide what is made: without inputs and run-time keys.
+    /// The settings that determine the output: all but inputs and run-time keys.
     fn identity(&self) -> Value;
 }
 

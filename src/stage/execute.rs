@@ -14,7 +14,7 @@ use crate::{
     device::{DeviceChoice, device_class},
 };
 
-/// Runs `stage` into `out`, or finds it done. Returns the summary.
+/// Runs `stage` with the output folder `out`, unless it is already done. Returns the summary.
 pub fn execute(
     stage: &dyn AnyStage,
     inputs: &[(&'static str, String)],

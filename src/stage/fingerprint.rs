@@ -8,12 +8,13 @@ use super::{
 };
 use crate::{Error, Result, data, fs};
 
-/// The version of what stages write. Part of every fingerprint: a change of format redoes the work.
+/// The version of what stages write. It is part of every fingerprint, so after a change of format all work is
+/// redone.
 const FORMAT: u32 = 6;
 
 /// The fingerprint of work: BLAKE3 over stage, identity, input fingerprints and format version, 64 hex digits.
 pub fn fingerprint(stage: &dyn AnyStage, inputs: &[(&'static str, String)]) -> String {
-    // serde_json's maps are sorted, so equal settings are equal text.
+    // serde_json's maps are sorted, so equal settings give equal text.
     let text = serde_json::json!({
         "format": FORMAT + stage.revision(),
         "stage": stage.name(),
@@ -23,7 +24,7 @@ pub fn fingerprint(stage: &dyn AnyStage, inputs: &[(&'static str, String)]) -> S
     blake3::hash(text.to_string().as_bytes()).to_hex().to_string()
 }
 
-/// The fingerprint of something that a stage reads: a stage's folder, another folder or file, a data source.
+/// The fingerprint of an input: a stage's folder, another folder or file, or a data source.
 ///
 /// Fails with [`Error::Usage`] if it is the folder of a stage that is not finished.
 pub fn input_fingerprint(input: &str) -> Result<String> {

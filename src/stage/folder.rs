@@ -1,4 +1,4 @@
-//! A stage's folder: what is computed there, what was made, and whether it is still as it was made.
+//! A stage's folder: what is computed there, what was made, and whether that is unchanged.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ pub fn is_stage_folder(dir: &Path) -> bool {
     dir.join(CONFIG).is_file() && read_config(dir).is_ok()
 }
 
-/// `config.toml` of a stage's folder: what is computed there.
+/// `config.toml` in a stage's folder: what is computed there.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct FolderConfig {
     /// `proxyset.config/1`.
@@ -24,7 +24,7 @@ pub struct FolderConfig {
     pub stage: String,
     /// See [`fingerprint`].
     pub fingerprint: String,
-    /// What the stage reads: key, name and fingerprint.
+    /// The stage's inputs: key, name and fingerprint.
     #[serde(default)]
     pub inputs: Vec<InputRecord>,
     /// All settings, defaults included.
@@ -42,7 +42,7 @@ pub struct InputRecord {
     pub fingerprint: String,
 }
 
-/// `done.json` of a stage's folder: what was made there.
+/// `done.json` in a stage's folder: what was made there.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Done {
     /// `proxyset.done/1`.
@@ -55,27 +55,27 @@ pub struct Done {
     pub device_class: String,
     /// The program's version.
     pub version: String,
-    /// Seconds of the run that finished it; earlier, interrupted runs are not in it.
+    /// Seconds taken by the run that finished it, without earlier, interrupted runs.
     pub seconds: f64,
     /// The stage's own figures.
     pub summary: Value,
-    /// Every file of the folder.
+    /// Every file in the folder.
     pub files: Vec<FileRecord>,
-    /// The BLAKE3 of this file with an empty seal: it vouches for the others, this vouches for it.
+    /// The BLAKE3 hash of this file with an empty seal: the file vouches for the others, and the seal for the file.
     #[serde(default)]
     pub seal: String,
 }
 
-/// [`Done::seal`] of a record's `text`, in which `found` is the seal.
+/// The [`Done::seal`] for a record's `text`, in which `found` stands as the seal.
 pub(super) fn seal(text: &str, found: &str) -> String {
     let unsealed = text.replacen(&format!(r#""seal": "{found}""#), r#""seal": """#, 1);
     blake3::hash(unsealed.as_bytes()).to_hex().to_string()
 }
 
-/// One file, as it was written.
+/// A file as it was written.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct FileRecord {
-    /// Relative to the folder, with `/`.
+    /// Its path relative to the folder, with `/`.
     pub path: String,
     /// Its size.
     pub bytes: u64,
@@ -97,7 +97,7 @@ pub fn read_done(dir: &Path) -> Result<Option<Done>> {
     if path.is_file() { fs::read_json(&path).map(Some) } else { Ok(None) }
 }
 
-/// What became of a stage.
+/// The state of a stage's folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// Nothing is there.
@@ -137,7 +137,7 @@ pub fn state(dir: &Path, fingerprint: &str) -> Result<State> {
     Ok(State::Missing)
 }
 
-/// Verifies every file of a finished stage's folder against `done.json`. Returns the problems found.
+/// Verifies every file in a finished stage's folder against `done.json`. Returns the problems found.
 pub fn verify_files(dir: &Path, done: &Done) -> Result<Vec<String>> {
     let mut problems = Vec::new();
     let record = dir.join(DONE);

@@ -1,18 +1,18 @@
-//! What a stage reads: finished folders of other stages, or something from elsewhere.
+//! The inputs of a stage: finished folders of other stages, or something from elsewhere.
 
 use std::path::{Path, PathBuf};
 
 use super::folder::{CONFIG, read_config, read_done};
 use crate::{Result, fs};
 
-/// A key of a stage's settings that names what it reads.
+/// A key of a stage's settings that names an input.
 #[derive(Clone, Copy, Debug)]
 pub struct Input {
     /// The key.
     pub key: &'static str,
-    /// Where a run takes it from, if the stage's table does not say.
+    /// Where a run takes the input from, if the stage's table does not say.
     pub from: Origin,
-    /// Whether the key is a list of such things.
+    /// Whether the key takes a list of inputs.
     pub several: bool,
 }
 
@@ -23,7 +23,7 @@ pub enum Origin {
     Stages(&'static [&'static str]),
     /// The real data that split divides.
     RealData,
-    /// Nowhere: only a table or a flag can name it.
+    /// Nowhere: only a table or a flag can name the input.
     Given,
 }
 
@@ -48,14 +48,14 @@ impl Input {
         Self { key, from: Origin::Given, several: false }
     }
 
-    /// Whether it is the folder of a stage of this name.
+    /// Whether the input is the folder of a stage of this name.
     pub fn is_of(&self, stage: &str) -> bool {
         matches!(self.from, Origin::Stages(stages) if stages.contains(&stage))
     }
 
-    /// `dir`, which must be the finished work of one of the stages that make this input.
+    /// Returns `dir`, which must be the finished work of one of the stages that make this input.
     ///
-    /// Fails with [`crate::Error::Usage`] if it is missing, of another stage, or not finished.
+    /// Fails with [`crate::Error::Usage`] if it is missing, belongs to another stage, or is not finished.
     pub fn finished(&self, dir: Option<&Path>) -> Result<PathBuf> {
         let key = self.key;
         let stages = match self.from {
@@ -95,15 +95,15 @@ impl Input {
         Ok(inputs.into_iter().find(|input| input.key == self.key).map(|input| input.fingerprint))
     }
 
-    /// Fails with [`crate::Error::Usage`] unless the stage in `dir`, which is the input `name`, was itself made with
-    /// `input` as this one.
+    /// Fails with [`crate::Error::Usage`] unless the stage in `dir`, the input `name`, was itself made with `input`
+    /// as its input of this kind.
     pub fn expect_in(&self, name: &str, dir: &Path, input: &Path) -> Result<()> {
         expect_same_input(name, dir, self.key, self.fingerprint_in(dir)?.as_deref(), input)
     }
 }
 
-/// Fails with [`crate::Error::Usage`] unless what `dir`, the input `name`, was made with as its `key` is `input`, by
-/// fingerprint.
+/// Fails with [`crate::Error::Usage`] unless `dir`, the input `name`, was made with `input` as its `key`;
+/// fingerprints are compared.
 pub(crate) fn expect_same_input(
     name: &str,
     dir: &Path,

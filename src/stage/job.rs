@@ -1,4 +1,4 @@
-//! What a stage is given to work with: its folder, locked, and where tensors live.
+//! What a stage is given to work with: its folder, locked, and the device.
 
 use std::{
     path::{Path, PathBuf},
@@ -16,21 +16,21 @@ const WHOLE: &str = "run";
 
 /// What a stage is given to work with.
 pub struct Job {
-    /// Where tensors live.
+    /// The device on which tensors live.
     pub device: Device,
-    /// The class of machines that give the same bits; see [`device_class`].
+    /// The class of machines that compute the same bits; see [`device_class`].
     pub device_class: String,
-    /// The fingerprint of the work: settings, inputs, format version.
+    /// The fingerprint of the work: settings, inputs and format version.
     pub fingerprint: String,
     pub(super) out: PathBuf,
     pub(super) config: String,
-    /// The lock, which is held until `done.json` is written, and whether it is on a share alone.
+    /// The lock, held until `done.json` is written, and whether it covers only a share of the work.
     pub(super) lock: OnceLock<(fs::Lock, bool)>,
 }
 
 impl Job {
-    /// Makes the output folder if need be, locks all of it until the work is done, removes what dead writers left in it,
-    /// and returns it.
+    /// Makes the output folder if necessary, locks all of it until the work is done, removes what interrupted
+    /// writers left in it, and returns it.
     ///
     /// The first thing that a stage writes; until then a failure leaves nothing behind.
     pub fn open(&self) -> Result<&Path> {
@@ -39,12 +39,12 @@ impl Job {
         Ok(out)
     }
 
-    /// [`Job::open`] for one of several processes that share the work: locks the share of this name alone. Who locks a
-    /// share looks after what dead writers left of it.
+    /// [`Job::open`] for one of several processes that share the work: locks only the share of this name. Whoever
+    /// locks a share also cleans up what interrupted writers left of it.
     pub fn open_share(&self, share: &str) -> Result<&Path> {
         fs::create_dir_all(&self.out)?;
         let lock = fs::Lock::acquire(&self.out, share)?;
-        // Another process may have been here between our look at the folder and the lock.
+        // Another process may have changed the folder between our check and the lock.
         if state(&self.out, &self.fingerprint)? == State::Done {
             bail!(
                 Stopped,
@@ -62,15 +62,16 @@ impl Job {
         Ok(&self.out)
     }
 
-    /// The hidden folder of unfinished work `name` in `dir`. Work of one device class is not gone on with by another.
+    /// The hidden folder in `dir` for the unfinished work `name`. Work begun on one device class is not continued
+    /// on another.
     pub fn hidden(&self, dir: &Path, name: &str) -> PathBuf {
         dir.join(format!(".{name}.{}", self.device_class))
     }
 
-    /// Writes `done.json`, and removes what is not needed any more.
+    /// Writes `done.json`, and removes what is no longer needed.
     pub(super) fn finish(&self, stage: &str, summary: Value, seconds: f64) -> Result<Value> {
         let out = &self.out;
-        // Of several processes that share the work one finishes it; the others find it finished.
+        // Of several processes that share the work, one finishes it and the others find it finished.
         let shared = self.lock.get().is_some_and(|(_, shared)| *shared);
         let _whole = shared.then(|| fs::Lock::wait(out, WHOLE)).transpose()?;
         if let Some(done) = read_done(out)? {
@@ -112,7 +113,7 @@ fn remove_hidden(out: &Path) -> Result<()> {
 
 #[cfg(test)]
 impl Job {
-    /// A job on the CPU for tests of a part of a stage: nothing finishes the folder.
+    /// A job on the CPU for tests of part of a stage; the folder is never finished.
     pub(crate) fn scratch(out: PathBuf) -> Self {
         let fingerprint = "0".repeat(64);
         let config = format!("schema = ''\nstage = ''\nfingerprint = '{fingerprint}'\nsettings = {{}}\n");

@@ -1,8 +1,8 @@
 //! What a stage is: the unit of composition of a run.
 //!
-//! A stage is a struct of settings: its fields are the verb's flags *and* the keys of the pipeline's TOML table, its
-//! defaults are written once (as flags), unknown keys are refused. It reads input folders, computes a pure function of
-//! them and of its settings, and writes one output folder:
+//! A stage is a struct of settings: its fields are the verb's flags *and* the keys of the pipeline's TOML table.
+//! Defaults are written once (as flags), and unknown keys are refused. A stage reads input folders, computes a pure
+//! function of them and its settings, and writes one output folder:
 //!
 //! ```text
 //! <stage>-<fingerprint8>/  config.toml   what is computed here: settings, inputs, fingerprint; written first
@@ -10,8 +10,8 @@
 //!                          done.json     what was made, how long it took, hashes; written last
 //! ```
 //!
-//! A folder with `done.json` is finished; one without goes on where it was. The stages themselves are in
-//! `stages`, the tables that they exchange in `tables`.
+//! A folder with `done.json` is finished; work in a folder without it continues where it stopped. The stages
+//! themselves are in `stages`, the tables that they exchange in `tables`.
 
 mod contract;
 mod execute;

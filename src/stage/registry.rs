@@ -1,4 +1,4 @@
-//! What the program knows of a stage before there is one.
+//! What the program knows about each stage before one is made.
 
 use clap::{ArgMatches, Command, Error};
 use toml::Table;
@@ -6,10 +6,10 @@ use toml::Table;
 use super::{AnyStage, Input, Stage};
 use crate::settings;
 
-/// The stage of a table, or what is wrong with it.
+/// The stage that a table describes, or what is wrong with the table.
 type OfTable = Result<Box<dyn AnyStage>, String>;
 
-/// A kind of stage: what verbs and pipelines need to make one.
+/// A kind of stage: what verbs and pipelines need in order to make one.
 #[derive(Clone, Copy, Debug)]
 pub struct StageKind {
     /// [`Stage::NAME`].
@@ -39,24 +39,24 @@ impl StageKind {
         }
     }
 
-    /// Adds its flags to a verb.
+    /// Adds the stage's flags to a verb.
     pub fn add_flags(&self, verb: Command) -> Command {
         (self.flags)(verb)
     }
 
-    /// The stage of these flags.
+    /// The stage with these flags.
     pub fn of_flags(&self, matches: &ArgMatches) -> Result<Box<dyn AnyStage>, Error> {
         (self.from_flags)(matches)
     }
 
-    /// The stage of the table called `name`; what it does not say has its default. See [`settings::from_table`].
+    /// The stage of the table called `name`, with defaults for what it does not say. See [`settings::from_table`].
     pub fn of_table(&self, name: &str, table: &Table) -> OfTable {
         (self.from_table)(name, table)
     }
 }
 
-/// Registers the stages of a folder, in the order in which a run meets them: each with its verb, its table, and its
-/// defaults, which are those of its flags.
+/// Registers the stages of a folder, in the order in which a run executes them: each with its verb, its table, and
+/// its defaults, which are those of its flags.
 macro_rules! register_stages {
     ($($module:ident::$stage:ident),+ $(,)?) => {
         $(
@@ -69,7 +69,7 @@ macro_rules! register_stages {
             }
         )+
 
-        /// The stages of this folder, in the order in which a run meets them.
+        /// The stages of this folder, in the order in which a run executes them.
         pub const STAGES: &[$crate::stage::StageKind] = &[$($crate::stage::StageKind::of::<$stage>()),+];
     };
 }

@@ -1,4 +1,5 @@
-//! The stages, one a file, in folders that follow the data: images are made, judged, chosen, learned from, and told about.
+//! The stages, one per file, in folders that follow the data: images are made, judged, chosen, learned from and
+//! reported on.
 //!
 //! A new stage is a file in one of the folders, and its name in the folder's list.
 
@@ -10,14 +11,14 @@ pub mod telling;
 
 use crate::stage::StageKind;
 
-/// Every stage, in the order in which a run meets them.
+/// Every stage, in the order in which a run executes them.
 pub fn all() -> impl Iterator<Item = &'static StageKind> {
     [making::STAGES, judging::STAGES, choosing::STAGES, learning::STAGES, telling::STAGES]
         .into_iter()
         .flatten()
 }
 
-/// The stage of this name, and its place in the order.
+/// The stage with this name, and its place in the order.
 pub fn find(name: &str) -> Option<(usize, &'static StageKind)> {
     all().enumerate().find(|(_, kind)| kind.name == name)
 }
@@ -33,7 +34,7 @@ mod tests {
 
     use super::*;
 
-    /// The settings with all their defaults, and some set.
+    /// The settings with all their defaults, some of them overridden.
     fn settings(stage: &str, given: &str) -> Value {
         let (_, kind) = find(stage).unwrap();
         kind.of_table(stage, &toml::from_str(given).unwrap()).map(|stage| stage.settings()).unwrap()

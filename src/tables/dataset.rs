@@ -1,4 +1,4 @@
-//! The data set that materialize makes of a selection, in files that are written or found written.
+//! The data set that materialize makes from a selection; files that already exist are not written again.
 //!
 //! | column of `curated` | |
 //! |---|---|
@@ -40,14 +40,14 @@ pub const DATA: Input = Input::several("data", &["materialize"]);
 /// The folder of the data set in its stage's folder.
 pub(crate) const FOLDER: &str = "dataset";
 
-/// A materialize stage's folder holds its data set in `dataset`; others are the data set.
+/// The data set's folder: `dataset` in a materialize stage's folder; any other folder is the data set itself.
 pub fn dataset_folder(dir: &Path) -> PathBuf {
     let inner = dir.join(FOLDER);
     if inner.is_dir() { inner } else { dir.to_path_buf() }
 }
 
-/// The name of the arm that the data set in `folder` is of, as its manifest says; `synthetic` if it has no manifest, or one of
-/// no arm.
+/// The name of the arm of the data set in `folder`, as its manifest says; `synthetic` if it has no manifest, or one
+/// without an arm.
 pub(crate) fn arm_of(folder: &Path) -> Result<String> {
     if !folder.join(manifest::FILE_NAME).is_file() {
         return Ok("synthetic".into());
@@ -80,14 +80,14 @@ pub(crate) fn columns(images: &[Vec<u8>], rows: &[&Selected], intended: bool) ->
     ])
 }
 
-/// The record of a file, if the file is written.
+/// The record of a file, if the file has been written.
 pub(crate) fn written_file(dataset: &Path, name: &str, work: &Parts) -> Result<Option<FileEntry>> {
     let kept = work.get(&record_key(name))?;
     let entry: Option<FileEntry> = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     Ok(entry.filter(|e| std::fs::metadata(dataset.join(&e.path)).is_ok_and(|m| m.len() == e.bytes)))
 }
 
-/// The file that `make` fills, written with a record in `work`, or found written.
+/// Writes the file that `make` fills, with a record in `work`, unless it has already been written.
 pub(crate) fn recorded_file(
     dataset: &Path,
     name: &str,
@@ -117,14 +117,14 @@ pub(crate) struct PoolConfiguration<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) tables: ScoreTables,
     pub(crate) class_names: &'a [String],
-    /// By row of the pool, whether it is in the other configuration.
+    /// For each row of the pool, whether it is in the other configuration.
     pub(crate) selected: Vec<bool>,
     pub(crate) rows_per_file: usize,
 }
 
 impl PoolConfiguration<'_> {
-    /// Writes the files in the pool's order, or finds them written: image, label, `uid`, the other columns of the score
-    /// table, and `selected`.
+    /// Writes the files that do not exist yet, in the pool's order: image, label, `uid`, the other columns of the
+    /// score table, and `selected`.
     pub(crate) fn write(&self, dataset: &Path, work: &Parts) -> Result<(Vec<FileEntry>, CardConfig)> {
         let schema = self.tables.schema()?;
         let features = self.features(&schema)?;
@@ -213,7 +213,7 @@ impl PoolConfiguration<'_> {
     }
 }
 
-/// A shard of the pool, read whole.
+/// A whole shard of the pool.
 struct Shard {
     number: usize,
     scores: RecordBatch,

@@ -1,4 +1,4 @@
-//! The discriminators of a finished fit-discriminator, and the record of their sets.
+//! The discriminators of a finished fit-discriminator stage, and the record of their sets.
 
 use std::{path::Path, sync::Arc};
 
@@ -28,7 +28,7 @@ use crate::{
 /// The input of stages that read discriminators.
 pub const DISCRIMINATORS: Input = Input::of("discriminators", &["fit-discriminator"]);
 
-/// `sets.json`: the networks of a finished fit-discriminator.
+/// `sets.json`: the networks of a finished fit-discriminator stage.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SetsRecord {
     /// `proxyset.discriminators/1`.
@@ -37,9 +37,9 @@ pub struct SetsRecord {
     pub norm: Norm,
     /// The grid of radii.
     pub epsilons: Vec<Epsilon>,
-    /// Folds of the pool that rank; one more fold is the judges'.
+    /// Number of pool folds for ranking; one more fold is the judges'.
     pub folds: usize,
-    /// One network a set for all radii, see [`RadiusConditioning::Plane`]; else one for each.
+    /// Whether each set has one network for all radii, see [`RadiusConditioning::Plane`], instead of one for each.
     pub conditioned: bool,
     /// The ranking sets in the order of their folds, then the judges, if there are any: a record for each radius.
     pub sets: Vec<Vec<NetRecord>>,
@@ -60,7 +60,7 @@ pub struct NetRecord {
     pub stop_accuracy: f64,
     /// The step whose weights were kept.
     pub kept_step: usize,
-    /// From its margins to probabilities, fitted to the clean stopping images.
+    /// Turns its margins into probabilities; fitted to the clean stopping images.
     pub calibration: Calibration,
 }
 
@@ -72,8 +72,9 @@ pub(crate) struct Discriminators {
 }
 
 impl Discriminators {
-    /// Loads a finished fit-discriminator's networks. Fails with [`Error::Usage`] unless they were trained with this division of
-    /// the real images and this pool: of others nothing tells which images they have seen.
+    /// Loads the networks of a finished fit-discriminator stage. Fails with [`Error::Usage`] unless they were
+    /// trained with this division of the real images and this pool: for others it is unknown which images they have
+    /// seen.
     pub(crate) fn load(dir: Option<&Path>, split: &Path, pool: &Pool, device: &Device) -> Result<Self> {
         let dir = DISCRIMINATORS.finished(dir)?;
         SPLIT.expect_in(DISCRIMINATORS.key, &dir, split)?;
@@ -113,7 +114,7 @@ impl Discriminators {
     }
 }
 
-/// What a network of the set is told at a radius of the grid.
+/// How a network of the set is conditioned on a radius of the grid.
 pub(crate) fn condition(conditioned: bool, epsilons: &[Epsilon], radius: usize) -> RadiusConditioning {
     let largest = epsilons.iter().map(|e| e.get()).fold(0.0, f64::max);
     if conditioned {

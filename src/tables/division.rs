@@ -1,4 +1,4 @@
-//! The division of the real images: which of them serve what.
+//! The division of the real images by purpose.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::{
     stage::Input,
 };
 
-/// The input of stages that read real images by their division.
+/// The input of stages that read the divided real images.
 pub const SPLIT: Input = Input::of("split", &["split"]);
 
 /// `split.json`: the indices of the training images that serve each purpose, ascending.
@@ -21,19 +21,19 @@ pub struct Division {
     pub schema: String,
     /// The real data.
     pub source: Source,
-    /// How many of the first training images it is of; 0 for all.
+    /// How many training images, from the first on, it divides; 0 for all.
     pub limit: usize,
     /// Unreadable rows that were tolerated.
     pub max_bad: usize,
     /// The fingerprint of the training file or files.
     pub source_fingerprint: String,
-    /// That of the test files, if there are any: what is held against them later are the same images.
+    /// The fingerprint of the test files, if there are any, so that later comparisons use the same images.
     pub test_fingerprint: Option<String>,
     /// The names of the classes.
     pub class_names: Vec<String>,
     /// For generators, classifiers and discriminators to learn from.
     pub fit: Vec<usize>,
-    /// For stopping, calibrating and measuring discriminators: unseen by generators.
+    /// For stopping, calibrating and measuring discriminators; unseen by generators.
     pub proxy: Vec<Vec<usize>>,
 }
 
@@ -41,7 +41,7 @@ pub struct Division {
 pub struct Real {
     /// All training images.
     pub train: Dataset,
-    /// Which of them serve what.
+    /// What each of them is used for.
     pub division: Division,
 }
 
@@ -50,9 +50,9 @@ impl Record for Division {
 }
 
 impl Real {
-    /// Reads `split.json` of `dir` and the data that it divides.
+    /// Reads `split.json` in `dir` and the data that it divides.
     ///
-    /// Fails with [`crate::Error::Data`] if the data has changed since.
+    /// Fails with [`crate::Error::Data`] if the data have changed since.
     pub fn load(dir: &Path) -> Result<Self> {
         let division = Division::read(dir)?;
         let found = division.source.fingerprint(data::OfficialSplit::Train)?;
@@ -103,7 +103,7 @@ pub(crate) fn test_fingerprint(source: &Source) -> Result<Option<String>> {
     source.has(data::OfficialSplit::Test).then(|| source.fingerprint(data::OfficialSplit::Test)).transpose()
 }
 
-/// The training images that are divided.
+/// The training images to divide.
 pub(crate) fn load_train(source: &Source, limit: usize, max_bad: usize) -> Result<Dataset> {
     source.load(data::OfficialSplit::Train, (limit > 0).then_some(limit), max_bad)
 }

@@ -1,5 +1,6 @@
-//! The features of images: score keeps those of a keyed sample of the pool and of real images, with which curate measures
-//! precision and recall of what is kept, and hashes of all images' features, by which it finds near-duplicates.
+//! The features of images: score keeps those of a keyed sample of the pool and of real images, from which curate
+//! measures the precision and recall of what it keeps, and hashes of all images' features, by which curate finds
+//! near-duplicates.
 
 use std::{collections::HashMap, path::Path};
 
@@ -24,27 +25,27 @@ use crate::{
 
 /// Images that go through the classifier together. Results do not depend on it.
 const CHUNK: usize = 256;
-/// The neighbour whose distance is the radius of a ball (Kynkäänniemi et al. 2019).
+/// Which nearest neighbour's distance is the radius of a ball (Kynkäänniemi et al. 2019).
 const NEIGHBOURS: usize = 3;
 
 const FOLDER: &str = "features";
 const REAL: &str = "real";
 
-/// Precision and recall, against proxy images, which no generator saw, of the kept and of as many images of the whole pool.
-/// Both depend on the classifier and on the numbers of images.
+/// Precision and recall of the kept images and of equally many from the whole pool, against proxy images, which no
+/// generator saw. Both depend on the classifier and on the numbers of images.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Coverage {
-    /// Images compared: real, and of each of the other two.
+    /// The numbers of images compared: real ones, and those of each of the other two kinds.
     pub images: [usize; 2],
-    /// The neighbour whose distance is the radius of a ball.
+    /// Which nearest neighbour's distance is the radius of a ball.
     pub neighbours: usize,
-    /// Precision and recall of a part of the pool.
+    /// Precision and recall of an equally large part of the pool.
     pub before: [f64; 2],
-    /// Precision and recall of the kept.
+    /// Precision and recall of the kept images.
     pub after: [f64; 2],
 }
 
-/// Makes the features.
+/// Computes features.
 pub(crate) struct Sampler {
     network: Extractor,
     /// The share of the pool in the sample.
@@ -52,7 +53,8 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// For about `sample` of `pool` images of this shape. Fails with [`Error::Data`] if the classifier does not take them.
+    /// Prepares to keep features of about `sample` out of `pool` images of this shape. Fails with [`Error::Data`]
+    /// if the classifier does not take them.
     pub(crate) fn new(
         classifier: &Path,
         (pool, shape): (u64, Shape),
@@ -64,7 +66,8 @@ impl Sampler {
         Ok(Self { network, share: sample as f64 / pool as f64 })
     }
 
-    /// Keeps in `out`, the stage's folder, the features of those of a shard's images, decoded, that are in the sample.
+    /// Keeps in `out`, the stage's folder, the features of those of a shard's decoded images that are in the
+    /// sample.
     pub(crate) fn shard(
         &self,
         out: &Path,
@@ -85,7 +88,7 @@ impl Sampler {
         self.keep(out, &file_name(shard), &images, &chosen, shape, device)
     }
 
-    /// The hash of features whose bits split the real images that were kept.
+    /// The hash of features whose bits split the kept real images in half.
     pub(crate) fn hash(&self, out: &Path) -> Result<FeatureHash> {
         let (_, dim, real) = read(&out.join(FOLDER).join(REAL))?;
         Ok(FeatureHash::new(&FeatureMatrix::new(dim, real)?))
@@ -103,7 +106,7 @@ impl Sampler {
         Ok(features.par_iter().map(|features| hash.of(features)).collect())
     }
 
-    /// Keeps the features of at most `sample` real images, unless they are there.
+    /// Keeps the features of at most `sample` real images, unless that is already done.
     pub(crate) fn real(&self, out: &Path, images: &Dataset, sample: usize, device: &Device) -> Result<()> {
         if out.join(FOLDER).join(REAL).is_file() {
             return Ok(());
@@ -132,7 +135,7 @@ impl Sampler {
         fs::publish(&out.join(FOLDER).join(name), &bytes)
     }
 
-    /// The features of images, a row each, on the CPU.
+    /// The features of images, one row each, on the CPU.
     fn features(&self, pixels: &[u8], shape: Shape, device: &Device) -> Result<Tensor> {
         let chunks: Vec<&[u8]> = pixels.chunks(CHUNK * shape.size()).collect();
         let one = |pixels: &&[u8]| -> Result<Tensor> {
@@ -164,8 +167,8 @@ fn read(path: &Path) -> Result<(Vec<u32>, usize, Vec<f32>)> {
     Ok((rows, dim, features))
 }
 
-/// Compares those of the sample that are kept, and as many of all of it, with the real images. None if score kept no
-/// features, or too few images of the sample are kept.
+/// Compares the kept images in the sample, and equally many from the whole sample, with the real images. `None` if
+/// score kept no features, or if too few images of the sample are kept.
 pub(crate) fn measure(
     scores: &Path,
     tables: &ScoreTables,

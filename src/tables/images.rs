@@ -1,4 +1,4 @@
-//! What became of each image: `images.parquet` of evaluate and of certify.
+//! The result for each image: `images.parquet` of evaluate and of certify.
 //!
 //! | column of evaluate | |
 //! |---|---|
@@ -7,7 +7,7 @@
 //! | `robust_correct` | whether it is still so after the attacks; null without one |
 //! | `broken_by` | the first attack that found an image in the ball that is answered wrongly |
 //!
-//! Certify has `prediction`, `radius`, `probability_at_least` and `correct` beside `index` and `label`.
+//! Certify has `prediction`, `radius`, `probability_at_least` and `correct` in addition to `index` and `label`.
 
 use std::{path::Path, sync::Arc};
 
@@ -28,12 +28,12 @@ const CLEAN_CORRECT: &str = "clean_correct";
 const ROBUST_CORRECT: &str = "robust_correct";
 const BROKEN_BY: &str = "broken_by";
 
-/// What an evaluation found of each image of a split, in its order.
+/// What an evaluation found for each image of a split, in order.
 pub(crate) struct Evaluated<'a> {
     pub(crate) labels: &'a [u32],
     pub(crate) logits: &'a [Vec<f32>],
     pub(crate) clean: &'a [bool],
-    /// None without an attack.
+    /// `None` without an attack.
     pub(crate) robust: Option<Vec<bool>>,
     pub(crate) broken_by: Vec<Option<&'a str>>,
 }
@@ -73,7 +73,7 @@ impl Evaluated<'_> {
     }
 }
 
-/// Whether each image of a finished evaluate is right, as it is and, if there was an attack, after it.
+/// Whether each image of a finished evaluate stage is right when clean and, if there was an attack, after it.
 pub(crate) fn read_correct(dir: &Path) -> Result<(Vec<bool>, Option<Vec<bool>>)> {
     let table = read_whole(&dir.join(FILE), &[CLEAN_CORRECT, ROBUST_CORRECT])?;
     let clean = table.column(CLEAN_CORRECT, |a: &BooleanArray, i| a.value(i))?;
@@ -81,8 +81,8 @@ pub(crate) fn read_correct(dir: &Path) -> Result<(Vec<bool>, Option<Vec<bool>>)>
     Ok((clean, robust.into_iter().collect()))
 }
 
-/// Writes what certify found of some images: their places in the split, their labels, and their certificates, which are
-/// predictions alone without `radii`.
+/// Writes what certify found for some images: their places in the split, their labels and their certificates, or
+/// only predictions if there are no `radii`.
 pub(crate) fn write_certified(
     dir: &Path,
     rows: &[usize],

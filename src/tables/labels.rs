@@ -1,4 +1,4 @@
-//! The label table beside a pool: what a classifier sees in each image.
+//! The label table of a pool: what a classifier sees in each image.
 //!
 //! | column | |
 //! |---|---|
@@ -25,20 +25,20 @@ pub const LABELS: Input = Input::of("labels", &["label"]);
 /// The folder of the table in its stage's folder.
 pub const FOLDER: &str = "labels";
 
-/// The class of an image, here and in the tables that take it from here.
+/// The class of an image, here and in the tables that copy it.
 pub(super) const LABEL: &str = "label";
-/// The classifier's probability of [`LABEL`], here and in the tables that take it from here.
+/// The classifier's probability of [`LABEL`], here and in the tables that copy it.
 pub(crate) const CONFIDENCE: &str = "label_confidence";
-/// Where the label is from, here and in data sets.
+/// Where the label comes from, here and in data sets.
 pub(super) const SOURCE: &str = "label_source";
 const PSEUDO: &str = "pseudo_label";
 
-/// Where an image's label is from, in the words of the column.
+/// Where an image's label comes from, in the words of the column.
 pub(crate) fn source(intended: bool) -> &'static str {
     if intended { "intended" } else { "pseudo" }
 }
 
-/// The columns of a shard, beside `uid`.
+/// The columns of a shard, except `uid`.
 #[derive(Default)]
 pub(crate) struct Labels {
     pub(crate) labels: Vec<i64>,
@@ -60,7 +60,7 @@ pub(crate) fn schema() -> SchemaRef {
 }
 
 impl Labels {
-    /// The rows of the table, of the images of a pool's shard.
+    /// The rows of the table for the images of a pool's shard.
     pub(crate) fn batch(self, schema: &SchemaRef, rows: &PoolShard) -> Result<RecordBatch> {
         let sources = self.intended.iter().map(|&intended| source(intended));
         shards::batch(
@@ -75,7 +75,7 @@ impl Labels {
         )
     }
 
-    /// Reads those of a shard.
+    /// Reads the columns of a shard.
     pub(crate) fn read(dir: &Path, shard: usize) -> Result<Self> {
         let table = read_table(dir, shard, &[LABEL, SOURCE, PSEUDO, CONFIDENCE])?;
         Ok(Self {
@@ -86,7 +86,8 @@ impl Labels {
         })
     }
 
-    /// Reads those of a shard. Fails with [`crate::Error::Data`] unless they are of the pool's images, in their order.
+    /// Reads the columns of a shard. Fails with [`crate::Error::Data`] unless they belong to the pool's images, in
+    /// order.
     pub(crate) fn read_beside(dir: &Path, shard: usize, rows: &PoolShard) -> Result<Self> {
         let uids = read_table(dir, shard, &[UID])?.column(UID, |a: &StringArray, i| a.value(i).to_owned())?;
         expect_same_rows("label table", shard, &uids, rows)?;

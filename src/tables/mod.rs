@@ -1,5 +1,5 @@
-//! The tables on disk that stages exchange. Each module owns one: its columns, types, reader and writer; no stage spells a
-//! column of its own. A new column goes here, a new file format for images goes to `data`.
+//! The tables on disk that stages exchange. Each module owns one of them: its columns, types, reader and writer;
+//! stages do not spell out column names. A new column goes here, a new file format for images goes to `data`.
 //!
 //! | table | made by | |
 //! |---|---|---|

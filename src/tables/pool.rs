@@ -1,5 +1,5 @@
-//! The pool: images of a generator, made here or imported, in shards, and the tables that other stages make beside them,
-//! row by row.
+//! The pool: a generator's images, made here or imported, in shards; and the tables that other stages write next to
+//! the shards, row by row.
 //!
 //! | column | |
 //! |---|---|
@@ -35,17 +35,17 @@ use crate::{
 /// The input of stages that read a pool.
 pub const POOL: Input = Input::of("pool", &["generate", "import"]);
 
-/// The key in [`PoolInfo::sampler`] of the hash of what was imported.
+/// The key in [`PoolInfo::sampler`] for the hash of what was imported.
 pub const IMPORTED: &str = "imported_blake3";
 
-/// The column that names an image, here and in all tables beside a pool.
+/// The column that names an image, here and in all tables that belong to a pool.
 pub const UID: &str = "uid";
 
 /// A finished pool.
 pub struct Pool {
     /// The stage's folder.
     pub dir: PathBuf,
-    /// What was generated.
+    /// What the pool consists of.
     pub info: PoolInfo,
 }
 
@@ -54,17 +54,17 @@ pub struct Pool {
 pub struct PoolInfo {
     /// `proxyset.pool/1`.
     pub schema: String,
-    /// Images.
+    /// Number of images.
     pub count: u64,
-    /// Shards.
+    /// Number of shards.
     pub shards: usize,
-    /// Their size and channels.
+    /// Size and channels of the images.
     pub shape: Shape,
     /// The class names; numbers if the model's folder does not name its classes.
     pub class_names: Vec<String>,
     /// Whether the model's folder names its classes.
     pub named: bool,
-    /// Whether images were made for a class; if not, `label` is null.
+    /// Whether the images were made for classes; if not, `label` is null.
     pub conditional: bool,
     /// The fingerprint of the stage that made it.
     pub generator: String,
@@ -84,7 +84,7 @@ impl PoolInfo {
         self.sampler[IMPORTED].is_string()
     }
 
-    /// A writer that holds the rows of a shard: images in HWC order, one after another, with their classes, if they have
+    /// A writer with the rows of a shard: images in HWC order, one after another, with their classes, if they have
     /// any.
     pub(crate) fn shard(
         &self,
@@ -118,14 +118,14 @@ impl PoolInfo {
 }
 
 impl Pool {
-    /// Opens a finished pool: generated, or imported.
+    /// Opens a finished pool, generated or imported.
     pub(crate) fn open(dir: Option<&Path>) -> Result<Self> {
         let dir = POOL.finished(dir)?;
         let info = PoolInfo::read(&dir)?;
         Ok(Self { dir, info })
     }
 
-    /// Fails unless the images have the shape of the real ones.
+    /// Fails unless the pool's images have the shape of the real ones.
     pub(crate) fn expect_shape(&self, real: Shape) -> Result<()> {
         if self.info.shape != real {
             bail!(Data, "pool has {} images, expected {real} like the real ones", self.info.shape);
@@ -147,7 +147,7 @@ impl Pool {
         (0..self.info.shards).map(of_shard).sum()
     }
 
-    /// Reads one shard whole.
+    /// Reads a whole shard.
     pub(crate) fn read(&self, shard: usize) -> Result<PoolShard> {
         let path = shard_file(&self.shards_dir(), shard);
         let mut rows = PoolShard { uids: Vec::new(), labels: Vec::new(), images: Vec::new() };
@@ -186,7 +186,8 @@ struct Drawn {
 }
 
 impl Pool {
-    /// The [`uid_order`] of the last of the first `n` images by it, from which those are known in another pass. `n` from 1.
+    /// The [`uid_order`] of the `n`-th image in that order, by which another pass can recognise the first `n`. `n`
+    /// is at least 1.
     pub(crate) fn last_of_first(&self, n: usize) -> Result<u128> {
         if n as u64 >= self.info.count {
             return Ok(u128::MAX);
@@ -199,9 +200,9 @@ impl Pool {
         Ok(*orders.select_nth_unstable(n - 1).1)
     }
 
-    /// For each slot, of the images that `slots` sends there, the first ones by [`uid_order`]: at most `wanted`, in the order
-    /// of the pool, with their classes. So a part is drawn evenly, however the pool is sorted. An image may go to several
-    /// slots. One pass; memory is that of the images drawn.
+    /// For each slot, the first of the images that `slots` sends there by [`uid_order`]: at most `wanted`, in the
+    /// order of the pool, with their classes. This draws evenly, however the pool is sorted. An image may go to
+    /// several slots. Takes one pass, and memory for the images drawn.
     pub(crate) fn draw(&self, wanted: &[usize], slots: impl Fn(&str) -> Vec<usize>) -> Result<Vec<Dataset>> {
         let mut drawn: Vec<BTreeMap<u128, Drawn>> = vec![BTreeMap::new(); wanted.len()];
         let mut place = 0;
@@ -238,7 +239,7 @@ impl PoolShard {
         self.uids.len()
     }
 
-    /// Keeps the rows of these images alone.
+    /// Keeps only the rows of these images.
     pub(crate) fn retain(&mut self, keep: impl Fn(&str) -> bool) {
         let kept: Vec<bool> = self.uids.iter().map(|uid| keep(uid)).collect();
         fn of<T>(rows: &mut Vec<T>, kept: &[bool]) {
@@ -260,9 +261,9 @@ impl PoolShard {
     }
 }
 
-/// Makes a table beside each shard of a pool: `work(shard number, its rows, parts)` gives the shard's table.
+/// Makes a table for each shard of a pool: `work(shard number, its rows, parts)` gives the shard's table.
 ///
-/// Finished shards are skipped; the work may keep parts of long shards in `parts`.
+/// Finished shards are skipped; for long shards, the work may keep parts in `parts`.
 pub(crate) fn for_each_shard(
     job: &Job,
     dir: &Path,

@@ -1,5 +1,5 @@
-//! Records that one stage writes and others read: of a generator, of a training, of an estimate of
-//! ARC, of an evaluation.
+//! Records that one stage writes and others read: of a generator, a training, an estimate of ARC, and an
+//! evaluation.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ use crate::{
 /// The input of stages that read a classifier's folder.
 pub const MODEL: Input = Input::of("model", &["train"]);
 
-/// The input of stages that see images with a classifier, the labeller.
+/// The input of stages that look at images through a classifier, the labeller.
 pub const CLASSIFIER: Input = Input::of("classifier", &["train"]);
 
 /// The input of stages that read an estimate of ARC.
@@ -25,20 +25,21 @@ pub const ARC: Input = Input::of("arc", &["arc"]);
 /// The input of stages that read evaluations.
 pub const METRICS: Input = Input::several("metrics", &["evaluate"]);
 
-/// `train.json`: what a classifier was trained on, for those who compare classifiers.
+/// `train.json`: what a classifier was trained on, for comparing classifiers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TrainRecord {
     /// `proxyset.train/1`.
     pub schema: String,
-    /// `real`, or the arm that the synthetic data is of; several arms joined by `+`.
+    /// `real`, or the arm of the synthetic data; several arms are joined by `+`.
     pub arm: String,
     /// The seed of the training.
     pub seed: u64,
-    /// Real images learned from.
+    /// Number of real images learned from.
     pub real: usize,
-    /// Synthetic images learned from.
+    /// Number of synthetic images learned from.
     pub synthetic: usize,
-    /// Accuracy of the kept checkpoint on the held-out real images, under attack or noise if trained so.
+    /// Accuracy of the kept checkpoint on the held-out real images, under attack or noise if it was trained that
+    /// way.
     pub held_out_accuracy: f64,
 }
 
@@ -56,12 +57,12 @@ pub struct ArcRecord {
     pub estimate: Estimate,
     /// `4 · ARC`: an estimate, not a certificate, of a lower bound on the Wasserstein distance.
     pub wasserstein_lower_bound_estimate: f64,
-    /// The signed area after PGD alone: how much weaker the weaker attack is.
+    /// The signed area after PGD alone, which shows how much weaker that attack is.
     pub signed_after_pgd: f64,
     /// The radii as they were written.
     pub epsilons: Vec<Epsilon>,
-    /// Each network's accuracy under the attack on its stopping images, by set and radius. At 1/2 and below it is replaced,
-    /// and there it is the accuracy after PGD alone, if that was enough.
+    /// Each network's accuracy under the attack on its stopping images, by set and radius. At 1/2 and below, the
+    /// network is replaced; the accuracy is then that after PGD alone, if PGD was enough.
     #[serde(default)]
     pub stop_accuracy: Vec<Vec<f64>>,
     /// The attack.
@@ -72,7 +73,7 @@ impl Record for ArcRecord {
     const FILE: &'static str = "arc.json";
 }
 
-/// What an estimate of ARC attacked with.
+/// The attack behind an estimate of ARC.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttackRecord {
     pub(crate) apgd_steps_on_what_stands: usize,
@@ -103,15 +104,15 @@ pub struct Metrics {
     pub schema: String,
     /// What the classifier was trained on, if it was trained here.
     pub train: Option<TrainRecord>,
-    /// Images measured.
+    /// Number of images measured.
     pub images: u64,
-    /// Images right as they are.
+    /// Images that are right when clean.
     pub clean_correct: u64,
     /// `clean_correct / images`.
     pub clean_accuracy: f64,
     /// 95 % Clopper-Pearson interval.
     pub clean_interval: [f64; 2],
-    /// Images right under attack *and* as they are; none without an attack.
+    /// Images that are right under attack *and* when clean; `None` without an attack.
     pub robust_correct: Option<u64>,
     /// `robust_correct / images`.
     pub robust_accuracy: Option<f64>,
@@ -119,21 +120,21 @@ pub struct Metrics {
     pub robust_interval: Option<[f64; 2]>,
     /// The attack's settings.
     pub attack: serde_json::Value,
-    /// Each attack in its turn: what it was given and what it left.
+    /// Each attack in turn: the images it was given and those that withstood it.
     #[serde(default)]
     pub survivors: Vec<Survivors>,
-    /// What the adversarial images are like; none without one.
+    /// Extremes of the adversarial images; `None` if there are none.
     #[serde(default)]
     pub perturbation: Option<Perturbation>,
-    /// What throws doubt on the figures.
+    /// Reasons to doubt the figures.
     #[serde(default)]
     pub warnings: Vec<String>,
     /// Seconds that this evaluation took, in the process that finished it.
     #[serde(default)]
     pub seconds: f64,
-    /// The data, its split, and the BLAKE3 of its files.
+    /// The data, its split, and the BLAKE3 hash of its files.
     pub data: serde_json::Value,
-    /// The BLAKE3 of the weights.
+    /// The BLAKE3 hash of the weights.
     pub model_blake3: String,
 }
 
@@ -141,16 +142,16 @@ impl Record for Metrics {
     const FILE: &'static str = "metrics.json";
 }
 
-/// What one attack left standing.
+/// What remained after one attack.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Survivors {
     /// The attack.
     pub attack: String,
-    /// Images that stood before it.
+    /// Images still right before it.
     pub before: u64,
-    /// Images that stood after it.
+    /// Images still right after it.
     pub after: u64,
-    /// `after` over all images: the robust accuracy so far.
+    /// `after` divided by the number of all images: the robust accuracy so far.
     pub accuracy: f64,
     /// 95 % Clopper-Pearson interval.
     pub interval: [f64; 2],
@@ -161,7 +162,7 @@ pub struct Survivors {
 pub struct Perturbation {
     /// The largest distance from the image, in the norm of the attack.
     pub largest: f64,
-    /// Pixels that are not numbers.
+    /// The number of pixels that are not numbers.
     pub nan: u64,
     /// The smallest pixel.
     pub min: f64,
@@ -169,12 +170,12 @@ pub struct Perturbation {
     pub max: f64,
 }
 
-/// `proxyset.json` of a generator's folder: what `diffusers`' files do not say.
+/// `proxyset.json` in a generator's folder: what `diffusers`' files do not say.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GeneratorInfo {
     /// `proxyset.generator/1`.
     pub schema: String,
-    /// The names of the classes that the model is, or is not, conditioned on.
+    /// The names of the classes, whether or not the model is conditioned on them.
     pub class_names: Vec<String>,
     /// The class that stands for none, if the model was trained with one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -183,7 +184,7 @@ pub struct GeneratorInfo {
     pub shape: Shape,
     /// What it was trained on.
     pub trained_on: String,
-    /// BLAKE3 of those files.
+    /// The BLAKE3 hash of those files.
     pub trained_on_fingerprint: String,
     /// Optimiser steps.
     pub steps: usize,

@@ -1,4 +1,5 @@
-//! The score table beside a pool, and what curation holds of it: some bytes an image, read shard by shard on all threads.
+//! The score table of a pool, and the few bytes per image that curation keeps of it, read shard by shard on all
+//! threads.
 //!
 //! | column | |
 //! |---|---|
@@ -49,7 +50,7 @@ pub const SCORES: Input = Input::of("scores", &["score"]);
 /// The folder of the table in its stage's folder.
 pub(crate) const FOLDER: &str = "scores";
 
-/// How far from real the image is: what ranks.
+/// How far from real the image is, by which the arm arc ranks.
 pub(crate) const SCORE: &str = "synthetic_score";
 /// The same by the judges; null on their own fold.
 const JUDGE: &str = "judge_score";
@@ -62,14 +63,14 @@ const FEATURE_HASH: &str = "feature_hash";
 const NEAREST_TRAIN: &str = "nearest_train";
 const TRAIN_DISTANCE: &str = "train_distance";
 const TRAIN_COPY: &str = "train_copy";
-/// How near the image is to being a copy of a training image.
+/// The distance to the training image of which it is most nearly a copy.
 pub(crate) const TRAIN_COPY_DISTANCE: &str = "train_copy_distance";
 /// Carlini et al.'s ratio of distances.
 pub(crate) const MEMORIZATION_RATIO: &str = "memorization_ratio";
 const NEAREST_TEST: &str = "nearest_test";
 const TEST_DISTANCE: &str = "test_distance";
 const TEST_COPY: &str = "test_copy";
-/// How near the image is to being a copy of a test image; null without a test split.
+/// The distance to the test image of which it is most nearly a copy; null without a test split.
 pub(crate) const TEST_COPY_DISTANCE: &str = "test_copy_distance";
 
 /// A hash of each image.
@@ -97,7 +98,7 @@ impl Hash {
 /// The nearest training image, and the nearest test image if there are any.
 pub(crate) type NearestReal = (Nearest, Option<Nearest>);
 
-/// The columns of a shard, beside `uid`.
+/// The columns of a shard, except `uid`.
 pub(crate) struct Scores {
     pub(crate) labels: Vec<i64>,
     pub(crate) confidence: Vec<f32>,
@@ -107,7 +108,7 @@ pub(crate) struct Scores {
     pub(crate) folds: Vec<usize>,
     pub(crate) pixel_hashes: Vec<u64>,
     pub(crate) perceptual_hashes: Vec<u64>,
-    /// None without `hash_features`.
+    /// `None` without `hash_features`.
     pub(crate) feature_hashes: Option<Vec<u64>>,
     pub(crate) nearest: Vec<NearestReal>,
     /// By radius.
@@ -115,7 +116,7 @@ pub(crate) struct Scores {
 }
 
 impl Scores {
-    /// The rows of the table, of the images of a pool's shard.
+    /// The rows of the table for the images of a pool's shard.
     pub(crate) fn batch(self, schema: &SchemaRef, rows: &PoolShard) -> Result<RecordBatch> {
         let train = |get: fn(&Nearest) -> f32| -> ArrayRef {
             Arc::new(Float32Array::from_iter_values(self.nearest.iter().map(|(train, _)| get(train))))
@@ -191,7 +192,8 @@ pub(crate) fn schema(epsilons: &[Epsilon], hash_features: bool) -> SchemaRef {
     shards::schema(&fields)
 }
 
-/// What a finished score says of its tables in `dir`: with `test`, also whether images were equal to one of the test split.
+/// What a finished score stage says about its tables in `dir`; with `test`, also whether images were equal to one
+/// in the test split.
 pub(crate) fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json::Value> {
     let (mut images, mut in_train, mut in_test) = (0u64, 0u64, 0u64);
     for shard in 0..pool.info.shards {
@@ -219,7 +221,7 @@ pub(crate) fn summary(pool: &Pool, dir: &Path, test: bool) -> Result<serde_json:
     }))
 }
 
-/// The key of a finished score's summary that says whether there was a test split.
+/// The key in a finished score stage's summary that says whether there was a test split.
 const LOOKED_FOR_LEAKS: &str = "looked_for_leaks";
 
 /// The quantiles that are reported.
@@ -246,25 +248,25 @@ pub(crate) struct ScoreTables {
     /// The stage's folder.
     pub(crate) folder: PathBuf,
     dir: PathBuf,
-    /// The number of the first row of each shard, then that of all rows.
+    /// The number of the first row of each shard, then the total number of rows.
     first: Vec<usize>,
     /// The classes' names.
     pub(crate) classes: Vec<String>,
     /// The fingerprint of the split that the pool was scored against.
     pub(crate) split: Option<String>,
-    /// Whether it was held against test images.
+    /// Whether the pool was compared with test images.
     pub(crate) looked_for_leaks: Option<bool>,
 }
 
-/// Columns of the score tables of a whole pool, in the pool's order: 15 bytes an image.
+/// Columns of the score tables of a whole pool, in the pool's order: 15 bytes per image.
 pub(crate) struct ScoreRows {
-    /// The first gate that refuses it: see [`verdicts`].
+    /// The first gate that refuses the image; see [`verdicts`].
     pub(crate) verdicts: Vec<u8>,
     pub(crate) labels: Vec<u16>,
     pub(crate) scores: Vec<f32>,
     /// Its place in the arm's order.
     pub(crate) ranks: Vec<u32>,
-    /// Not a number on the judges' own fold.
+    /// NaN on the judges' own fold.
     pub(crate) judges: Vec<f32>,
 }
 
@@ -276,7 +278,7 @@ impl ScoreRows {
 }
 
 impl ScoreTables {
-    /// Opens the tables of a finished score.
+    /// Opens the tables of a finished score stage.
     pub(crate) fn open(folder: Option<&Path>) -> Result<Self> {
         let folder = SCORES.finished(folder)?;
         let summary = read_done(&folder)?.map(|done| done.summary).unwrap_or_default();
@@ -306,12 +308,12 @@ impl ScoreTables {
         Ok(Self { folder, dir, first, classes, split, looked_for_leaks })
     }
 
-    /// Images of the pool.
+    /// Number of images in the pool.
     pub(crate) fn len(&self) -> usize {
         self.first[self.shards()]
     }
 
-    /// Shards of the pool.
+    /// Number of shards in the pool.
     pub(crate) fn shards(&self) -> usize {
         self.first.len() - 1
     }
@@ -321,12 +323,12 @@ impl ScoreTables {
         self.first[shard]..self.first[shard + 1]
     }
 
-    /// The number of a row of a shard; that of none if there is no such row.
+    /// The number in the pool of a shard's row; a number that no row has if there is no such row.
     pub(crate) fn row(&self, shard: usize, row: usize) -> usize {
         self.first.get(shard).map_or(usize::MAX, |first| first + row)
     }
 
-    /// The shard of a row, and its place there.
+    /// The shard of a row, and its place in the shard.
     pub(crate) fn place(&self, row: usize) -> (usize, usize) {
         let shard = self.first.partition_point(|&first| first <= row) - 1;
         (shard, row - self.first[shard])
@@ -337,7 +339,8 @@ impl ScoreTables {
         Ok(Table::open(&shard_file(&self.dir, 0))?.schema().clone())
     }
 
-    /// Some columns of one shard, batch by batch. Fails if they have not as many rows as the shard's record says.
+    /// Some columns of one shard, batch by batch. Fails if they do not have as many rows as the shard's record
+    /// says.
     pub(crate) fn batches(&self, shard: usize, columns: &[&str]) -> Result<Vec<RecordBatch>> {
         let path = shard_file(&self.dir, shard);
         let batches: Vec<RecordBatch> = Table::open(&path)?.read(columns, BATCH)?.collect::<Result<_>>()?;
@@ -353,7 +356,7 @@ impl ScoreTables {
         Ok(batches)
     }
 
-    /// The rows' verdicts, and their places in the order of an arm.
+    /// The verdicts on the rows, and their places in an arm's order.
     pub(crate) fn load(&self, gates: &[Gate], arm: Arm, seed: u64) -> Result<ScoreRows> {
         let mut wanted = vec![LABEL, CONFIDENCE, SCORE, JUDGE];
         for gate in gates {
@@ -433,7 +436,7 @@ impl ScoreTables {
         Ok(hashes)
     }
 
-    /// The order of equals for some rows: that of [`uid_order`].
+    /// The order that breaks ties among some rows: that of [`uid_order`].
     pub(crate) fn uid_orders(&self, rows: &[u32]) -> Result<Vec<u128>> {
         let mut by_shard: Vec<Vec<usize>> = vec![Vec::new(); self.shards()];
         for (i, &row) in rows.iter().enumerate() {
@@ -458,7 +461,7 @@ impl ScoreTables {
         Ok(orders)
     }
 
-    /// A column of all rows, cut into shards.
+    /// A column of all rows, divided by shard.
     fn by_shard<'a, T>(&self, mut all: &'a mut [T]) -> Vec<&'a mut [T]> {
         let mut parts = Vec::new();
         for shard in 0..self.shards() {

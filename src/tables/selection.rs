@@ -1,4 +1,4 @@
-//! What curate writes and others read: `selection.parquet`, `rejected.parquet`, `select.json`.
+//! What curate writes and other stages read: `selection.parquet`, `rejected.parquet` and `select.json`.
 //!
 //! | column of `selection.parquet` | |
 //! |---|---|
@@ -34,22 +34,22 @@ use crate::{
 /// The input of stages that read a selection.
 pub const SELECTION: Input = Input::of("selection", &["curate"]);
 
-/// Counts by name, in name order.
+/// Counts by name, in alphabetical order.
 pub type Counts = BTreeMap<String, u64>;
 
-/// `select.json`: the rule and what it did.
+/// `select.json`: the rule and its effect.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SelectRecord {
     /// `proxyset.select/1`.
     pub schema: String,
-    /// What ranked.
+    /// The arm that ranked the rows.
     pub arm: curate::Arm,
     /// All settings.
     pub rule: Value,
-    /// The fingerprint of the split whose real images the scores hold the pool against.
+    /// The fingerprint of the split whose real images the pool was scored against.
     #[serde(default)]
     pub split: Option<String>,
-    /// Whether the scores held the pool against test images; if the source has none, no leak could be found.
+    /// Whether the pool was compared with test images; if the source has none, no leak could be found.
     #[serde(default)]
     pub looked_for_leaks: Option<bool>,
     /// Rows of the score table.
@@ -62,11 +62,11 @@ pub struct SelectRecord {
     pub classes: Vec<ClassCounts>,
     /// Quantiles of `synthetic_score` over the pool.
     pub score_before: Value,
-    /// Quantiles of `synthetic_score` over the kept.
+    /// Quantiles of `synthetic_score` over the kept rows.
     pub score_after: Value,
-    /// What selection does to precision and recall, if score kept features.
+    /// The effect of the selection on precision and recall, if score kept features.
     pub coverage: Option<Coverage>,
-    /// Whether judges find the kept closer to real than an equally large random part.
+    /// Whether the judges find the kept images closer to real than an equally large random selection.
     pub judged: Option<Judged>,
 }
 
@@ -87,12 +87,12 @@ impl SelectRecord {
     }
 }
 
-/// What became of the rows of one class.
+/// What happened to the rows of one class.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ClassCounts {
     /// The class.
     pub class: String,
-    /// Its rows.
+    /// The number of its rows.
     pub total: u64,
     /// Those kept.
     pub kept: u64,
@@ -100,24 +100,25 @@ pub struct ClassCounts {
     pub rejected: Counts,
 }
 
-/// The kept against an equally large random part behind the same gates, class by class, judged by
-/// discriminators that share no training image and no seed with those that ranked. Lower is closer to real.
+/// The kept images compared with an equally large random selection behind the same gates, class by class, by
+/// discriminators that share no training image and no seed with the ranking ones. Lower is closer to real.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Judged {
-    /// Mean judge score of the kept.
+    /// Mean judge score of the kept images.
     pub kept: f64,
-    /// Mean judge score of the random part.
+    /// Mean judge score of the random selection.
     pub random: f64,
     /// Kept minus random.
     pub difference: f64,
-    /// 95 % interval of the difference, over images: Welch's. Images in both parts make it wider than need be.
+    /// Welch's 95 % interval of the difference, over images. Images in both selections make it wider than it need
+    /// be.
     pub interval: [f64; 2],
-    /// Judged images: kept, random. Those of the judges' own fold are left out.
+    /// The numbers of judged images: kept, random. Images of the judges' own fold are left out.
     pub images: [usize; 2],
 }
 
-/// Writes the rows that are kept, whose verdict is [`PASSED`], and those that are not with their reasons, the first of
-/// which belongs to verdict 1; on two threads.
+/// Writes the kept rows, whose verdict is [`PASSED`], and the others with their reasons, the first of which belongs
+/// to verdict 1. Uses two threads.
 pub(crate) fn write(out: &Path, tables: &ScoreTables, verdicts: &[u8], reasons: &[String]) -> Result<()> {
     let (selected, rejected) = rayon::join(
         || write_selected(&out.join(KEPT), tables, verdicts),
@@ -175,8 +176,8 @@ fn unfiltered(error: arrow_schema::ArrowError) -> Error {
     Error::Alarm(format!("rows cannot be picked from a table: {error}"))
 }
 
-/// The tables' batches, through `make(batch, which of its rows are wanted, shard, first row in the shard)`. Shards without
-/// such rows are not read.
+/// The tables' batches, passed through `make(batch, which of its rows are wanted, shard, first row in the shard)`.
+/// Shards without wanted rows are not read.
 fn masked<'a>(
     tables: &'a ScoreTables,
     columns: &'a [&'a str],
@@ -200,7 +201,7 @@ fn masked<'a>(
         made.collect()
     };
     let shards: Vec<usize> = (0..tables.shards()).filter(|&s| tables.rows_of(s).any(wanted)).collect();
-    // As many at a time as keep the threads busy.
+    // Takes as many at a time as keep the threads busy.
     let at_once = 2 * rayon::current_num_threads();
     let windows: Vec<Vec<usize>> = shards.chunks(at_once).map(<[usize]>::to_vec).collect();
     windows.into_iter().flat_map(move |shards| {
@@ -219,7 +220,7 @@ pub(crate) struct Selected {
     pub(crate) row: usize,
 }
 
-/// Reads `selection.parquet` of a finished curate, with its record.
+/// Reads `selection.parquet` of a finished curate stage, with its record.
 pub(crate) fn read(dir: Option<&Path>) -> Result<(Vec<Selected>, SelectRecord)> {
     let dir = SELECTION.finished(dir)?;
     let record = SelectRecord::read(&dir)?;

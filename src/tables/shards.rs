@@ -1,5 +1,5 @@
-//! Tables that lie in shards: `shard-00007.parquet` with its record `shard-00007.json`. A shard is there if, and only if,
-//! its record is.
+//! Tables in shards: `shard-00007.parquet` with its record `shard-00007.json`. A shard exists if and only if its
+//! record does.
 
 use std::{
     path::{Path, PathBuf},
@@ -24,7 +24,7 @@ pub struct ShardRecord {
     pub schema: String,
     /// The shard's number.
     pub shard: usize,
-    /// Its rows.
+    /// The number of its rows.
     pub rows: u64,
     /// The size of its file.
     pub bytes: u64,
@@ -32,14 +32,14 @@ pub struct ShardRecord {
     pub blake3: String,
     /// The fingerprint of the run that it belongs to.
     pub fingerprint: String,
-    /// The class of the machine that made it.
+    /// The class of machine that made it.
     pub device_class: String,
     /// The program's version.
     pub version: String,
 }
 
 impl ShardRecord {
-    /// Whether the shard's file is in `dir`, in its size.
+    /// Whether the shard's file is in `dir` and has the right size.
     pub(crate) fn has_file(&self, dir: &Path) -> bool {
         std::fs::metadata(shard_file(dir, self.shard)).is_ok_and(|m| m.len() == self.bytes)
     }
@@ -69,18 +69,18 @@ pub(crate) fn record_file(dir: &Path, shard: usize) -> PathBuf {
     dir.join(format!("shard-{shard:05}.json"))
 }
 
-/// The shard that a file with this name is of.
+/// The number of the shard to which a file with this name belongs.
 pub(crate) fn shard_number(file: &str) -> Option<usize> {
     file.strip_prefix("shard-")?.split_once('.')?.0.parse().ok()
 }
 
-/// The record of a shard, if the shard is there.
+/// The record of a shard, if the shard exists.
 pub(crate) fn read_record(dir: &Path, shard: usize) -> Result<Option<ShardRecord>> {
     let path = record_file(dir, shard);
     if path.is_file() { fs::read_json(&path).map(Some) } else { Ok(None) }
 }
 
-/// The BLAKE3 of the hashes of a finished pool's shards, in hexadecimal.
+/// The BLAKE3 hash of the hashes of a finished pool's shards, in hexadecimal.
 pub(crate) fn pool_hash(dir: &Path, shards: usize) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     for shard in 0..shards {
@@ -91,18 +91,18 @@ pub(crate) fn pool_hash(dir: &Path, shards: usize) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// Reads some columns of the table beside shard `shard` in `dir`, whole.
+/// Reads some columns of the whole table for shard `shard` in `dir`.
 pub(crate) fn read_table(dir: &Path, shard: usize, columns: &[&str]) -> Result<TableRows> {
     read_whole(&shard_file(dir, shard), columns)
 }
 
-/// Reads some columns of a table, whole.
+/// Reads some columns of a whole table.
 pub(crate) fn read_whole(path: &Path, columns: &[&str]) -> Result<TableRows> {
     let batches: Vec<RecordBatch> = Table::open(path)?.read(columns, 65_536)?.collect::<Result<_>>()?;
     Ok(TableRows { path: path.to_path_buf(), batches })
 }
 
-/// A table that was read whole.
+/// A table that was read as a whole.
 pub(crate) struct TableRows {
     path: PathBuf,
     batches: Vec<RecordBatch>,
@@ -123,7 +123,7 @@ impl TableRows {
         Ok(values)
     }
 
-    /// All values of a column, none where null.
+    /// All values of a column; `None` where null.
     pub(crate) fn optional<A: table::TypedArray, T>(
         &self,
         name: &str,

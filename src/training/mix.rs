@@ -1,8 +1,8 @@
-//! Which image each slot of a training batch shows: real ones first, then those of each synthetic source.
+//! Which image each slot of a training batch shows: first real images, then those of each synthetic source.
 
 use crate::{Result, data::Dataset, rng::Permutation};
 
-/// Images that draws are made from: an endless sequence of epochs, each in its own keyed order.
+/// Images to draw from: an endless sequence of epochs, each in its own keyed order.
 struct Source<'a> {
     data: &'a Dataset,
     /// Keeps the keys of two sources apart.
@@ -11,8 +11,8 @@ struct Source<'a> {
     slots: usize,
 }
 
-/// The batches of a training run. What a slot shows is a function of seed, step and slot, so that a resumed run goes
-/// on with the images that an uninterrupted one would have seen.
+/// The batches of a training run. What a slot shows is a function of seed, step and slot, so that a resumed run
+/// continues with the images that an uninterrupted one would have seen.
 pub(crate) struct Mix<'a> {
     sources: Vec<Source<'a>>,
     seed: u64,
@@ -22,13 +22,14 @@ pub(crate) struct Mix<'a> {
 pub(crate) struct Draw<'a> {
     pub(crate) pixels: &'a [u8],
     pub(crate) label: u32,
-    /// The key of all that is random about this draw.
+    /// The key of everything random about this draw.
     pub(crate) id: u64,
     pub(crate) real: bool,
 }
 
 impl<'a> Mix<'a> {
-    /// Batches of `batch` images: `synthetic_slots` of them synthetic, dealt to the sources by their weights.
+    /// Batches of `batch` images: `synthetic_slots` of them synthetic, distributed over the sources by their
+    /// weights.
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) if a source gets none.
     pub(crate) fn new(
@@ -77,7 +78,7 @@ impl<'a> Mix<'a> {
     }
 }
 
-/// Deals `slots` in proportion to `weights`, by largest remainders; the first source wins a tie.
+/// Distributes `slots` in proportion to `weights`, by largest remainders; the first source wins a tie.
 fn deal(slots: usize, weights: &[f64]) -> Vec<usize> {
     let total: f64 = weights.iter().sum();
     let exact: Vec<f64> = weights.iter().map(|w| slots as f64 * w / total).collect();

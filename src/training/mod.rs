@@ -1,5 +1,5 @@
-//! What the stages that train share: the loop over steps with its moving average and checkpoints, and which image a batch
-//! shows.
+//! What the training stages share: the loop over steps with its moving average and checkpoints, and the choice of
+//! the images in each batch.
 
 mod mix;
 mod trainer;

@@ -18,14 +18,14 @@ use crate::{
     progress::{self, checkpoint_interval},
 };
 
-/// Into how many parts a batch is cut on the CPU. Fixed, so that the number of threads changes no sum.
+/// Into how many parts a batch is divided on the CPU. Fixed, so that the number of threads does not change any sum.
 const CPU_PARTS: usize = 4;
 
-/// What some samples of a batch contribute to a step.
+/// The contribution of some samples of a batch to a step.
 pub(crate) struct Part {
     /// Their part of the loss.
     pub loss: Tensor,
-    /// Sum and number of the losses at each of some ranges of noise, for the log; empty where there is no noise.
+    /// Sum and number of the losses in each of several ranges of noise, for the log; empty where there is no noise.
     pub by_noise: Vec<(f64, u64)>,
 }
 
@@ -50,7 +50,7 @@ pub(crate) struct Trainer<'a> {
     saved: Instant,
     state: State,
     best: Weights,
-    /// What the moving average is of: all that a network is but its counters.
+    /// What is averaged: everything in the network except its counters.
     followed: Vec<(String, Var)>,
     parts: usize,
     accumulate: usize,
@@ -69,7 +69,7 @@ struct State {
 }
 
 impl<'a> Trainer<'a> {
-    /// Begins, or goes on from the newest checkpoint in `dir`: then `params` are overwritten by it.
+    /// Begins a run, or continues from the newest checkpoint in `dir`, which then overwrites `params`.
     pub(crate) fn resume(
         dir: PathBuf,
         params: &'a Params,
@@ -102,18 +102,18 @@ impl<'a> Trainer<'a> {
         Ok(Self { params, optimizer, ema, checkpoints, saved, state, best, followed, parts, accumulate: 1 })
     }
 
-    /// Leaves the batch whole: for networks that normalise by its statistics.
+    /// Keeps the batch whole, for networks that normalise by its statistics.
     pub(crate) fn whole(self) -> Self {
         Self { parts: 1, ..self }
     }
 
-    /// Computes the gradients of a batch in `rounds` rounds, one after the other: less memory, the same step but for
-    /// the last bits.
+    /// Computes the gradients of a batch in `rounds` rounds, one after the other. This takes less memory; the step
+    /// is the same except for the last bits.
     pub(crate) fn accumulating(self, rounds: usize) -> Self {
         Self { accumulate: rounds.max(1), ..self }
     }
 
-    /// Steps done.
+    /// The number of steps done.
     pub(crate) fn step(&self) -> usize {
         self.state.step
     }
@@ -197,8 +197,8 @@ impl<'a> Trainer<'a> {
         Ok((loss, by_noise, sum))
     }
 
-    /// Ends a step: saves a checkpoint if one is due or a stop was asked for; then fails with
-    /// [`crate::Error::Stopped`]. Call it when all that belongs to the step is done.
+    /// Ends a step: saves a checkpoint if one is due or if a stop was requested, and fails with
+    /// [`crate::Error::Stopped`] in the latter case. Call it when everything that belongs to the step is done.
     pub(crate) fn end_step(&mut self) -> Result<()> {
         let stopped = progress::check_stop();
         if stopped.is_err() || self.saved.elapsed() >= checkpoint_interval() {
@@ -219,7 +219,7 @@ impl<'a> Trainer<'a> {
         stopped
     }
 
-    /// Adds a line to the log: the step, the mean loss since the line before, and what else there is to say.
+    /// Adds a line to the log: the step, the mean loss since the previous line, and further entries.
     pub(crate) fn log(&mut self, mut line: Value) {
         let (sum, n) = std::mem::take(&mut self.state.losses);
         line["step"] = self.state.step.into();
@@ -242,13 +242,14 @@ impl<'a> Trainer<'a> {
         &self.state.log
     }
 
-    /// Runs `score` on the moving average of the weights; they become the best if it is as high as ever or higher.
+    /// Runs `score` on the moving average of the weights, which become the best if the score is at least the
+    /// highest so far.
     ///
     /// `averaged` holds parameters of the same network; it is overwritten with the average.
     pub(crate) fn consider(&mut self, averaged: &Params, score: impl FnOnce() -> Result<f64>) -> Result<f64> {
         self.load_average(averaged)?;
         let score = score()?;
-        // Of equals the later: it has learned more, and the learning rate has fallen.
+        // In a tie the later one wins: it has learned more, and the learning rate has fallen.
         if self.state.best_score.is_none_or(|best| score >= best) {
             self.state.best_score = Some(score);
             self.best = averaged

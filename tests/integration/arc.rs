@@ -1,4 +1,4 @@
-//! Sample sets from elsewhere: imported as pools, and ranked by ARC.
+//! Sample sets from elsewhere, imported as pools and ranked by ARC.
 
 use std::path::Path;
 

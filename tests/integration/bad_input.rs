@@ -1,4 +1,4 @@
-//! What cannot be: its exit code, a message with the value and what was expected, and nothing written.
+//! Impossible input: the exit code, a message with the value and what was expected, and nothing written.
 
 use std::{
     path::{Path, PathBuf},
@@ -13,7 +13,7 @@ use proxyset::data::{Shape, encode_png};
 
 use crate::run::{TINY_UNET, fails, files, made, ok, proxyset};
 
-/// A folder for output that must not come to be.
+/// An output folder that must not be created.
 struct Nothing {
     dir: tempfile::TempDir,
 }
@@ -129,7 +129,7 @@ fn pipeline_files_that_cannot_be_are_usage_errors() {
     nothing.fails("run /nowhere/p.toml", 2, &["/nowhere/p.toml"]);
 }
 
-/// Keys as they were before there were groups, and what is said of them.
+/// Keys from before there were groups, and what the program says about them.
 const OLD_KEYS: [(&str, &str); 22] = [
     ("[train]\nlearning_rate = 0.1", "[train] learning_rate is now [train.optimizer] learning_rate"),
     ("[train]\ngrad_clip = 1", "[train] grad_clip is now [train.optimizer] grad_clip"),
@@ -432,7 +432,7 @@ struct Mount {
 }
 
 impl Mount {
-    /// None where this process may not mount, which the test then says.
+    /// `None` if this process may not mount, which the test then reports.
     fn new(options: &str) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let mount =

@@ -1,4 +1,5 @@
-//! On a GPU: `make test-cuda`. Elsewhere these are listed as ignored. `PROXYSET_TEST_PRECISION`: what f32 is computed in.
+//! On a GPU: `make test-cuda`. Elsewhere these tests are listed as ignored. `PROXYSET_TEST_PRECISION`: the
+//! precision in which f32 is computed.
 //!
 //! Every op on fresh random numbers against its reference in double precision on the CPU, output and gradients.
 
@@ -34,7 +35,7 @@ fn gpu() -> Device {
     .clone()
 }
 
-/// Standard normals, others in each run; the seed is printed, and can be given: `PROXYSET_TEST_SEED`.
+/// Standard normals, different in each run; the seed is printed and can be set with `PROXYSET_TEST_SEED`.
 struct Random {
     seed: u64,
     drawn: u64,
@@ -97,13 +98,13 @@ struct Bounds {
     f32: f64,
     tf32: f64,
     bf16: Option<f64>,
-    /// Whether gradients are compared in less than f32: where ReLU's slopes flip they are others.
+    /// Whether gradients are compared in less than f32: where ReLU's slopes flip, they differ.
     all_gradients: bool,
 }
 
 const OP: Bounds = Bounds { f32: 1e-5, tf32: 1e-3, bf16: Some(1e-2), all_gradients: true };
 const F32_OP: Bounds = Bounds { bf16: None, ..OP };
-/// Several ops one after the other.
+/// Several ops in sequence.
 const BLOCK: Bounds = Bounds { tf32: 5e-3, bf16: Some(3e-2), all_gradients: false, ..OP };
 
 #[track_caller]

@@ -1,4 +1,4 @@
-//! Curation of a drawn score table, held against a plain search through all its rows.
+//! Curation of a random score table, compared with a plain search through all its rows.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -24,14 +24,14 @@ struct Row {
     agrees: bool,
     pixels: u64,
     looks: u64,
-    /// No column of them if all are 0.
+    /// There is no column for them if all are 0.
     features: u64,
     train_copy: f32,
     ratio: f32,
     test_copy: Option<f32>,
 }
 
-/// Few distinct scores, so that ties matter; some equal pixels, near looks, copies, and one score that is no number.
+/// Few distinct scores, so that ties matter; some equal pixels, near looks, copies, and one score that is NaN.
 fn drawn() -> Vec<Row> {
     let mut stream = Stream::new(7, 0, 0);
     let mut rows: Vec<Row> = (0..SHARDS.iter().sum::<usize>())
@@ -62,7 +62,7 @@ fn drawn() -> Vec<Row> {
     rows
 }
 
-/// The folder of a finished score with these rows.
+/// The folder of a finished score stage with these rows.
 fn write(folder: &Path, rows: &[Row]) {
     let mut first = 0;
     for (shard, n) in SHARDS.into_iter().enumerate() {
@@ -118,7 +118,7 @@ fn write(folder: &Path, rows: &[Row]) {
 /// Of an image, for near-duplicates.
 type Hash = fn(&Row) -> u64;
 
-/// What a rule is held against: the gates' reasons in their order, the rank, and how many of a class are kept.
+/// What a rule is compared with: the gates' reasons in order, the rank, and how many of each class are kept.
 struct Rule<'a> {
     flags: &'a str,
     refuse: fn(&Row) -> Option<&'static str>,
@@ -141,7 +141,7 @@ fn gates(row: &Row) -> Option<&'static str> {
     }
 }
 
-/// By uid the reason; kept rows have none.
+/// The reason by uid; kept rows have none.
 fn expected(rows: &[Row], rule: &Rule) -> BTreeMap<String, Option<&'static str>> {
     let mut found = BTreeMap::new();
     let mut passing: Vec<&Row> = Vec::new();

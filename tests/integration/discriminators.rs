@@ -1,4 +1,4 @@
-//! Discriminators tell real images from synthetic ones by what the images are, not by how they came.
+//! Discriminators tell real images from synthetic ones by their content, not by how they were delivered.
 
 use std::path::Path;
 
@@ -10,8 +10,9 @@ use crate::run::{fails, made, ok};
 /// Images that are real.
 const REAL: usize = 718;
 
-/// Real digits after the first 718, each pixel at least `least`, taken for synthetic ones beside those 718: the accuracies at
-/// each radius on stopping images of the sets that rank. Split, pool and discriminators are in folders of `dir`.
+/// Real digits after the first 718, each pixel at least `least`, taken as synthetic ones next to those 718: the
+/// accuracies at each radius on stopping images of the ranking sets. Split, pool and discriminators are in folders
+/// of `dir`.
 fn told_apart(dir: &Path, least: u8, epsilons: &str) -> Vec<Vec<f64>> {
     let path = |name: &str| dir.join(format!("{name}-{least}")).display().to_string();
     let digits = "builtin:digits".parse::<Source>().unwrap().load(OfficialSplit::Train, None, 0).unwrap();
@@ -96,7 +97,7 @@ fn networks_speak_of_the_split_and_the_pool_that_they_were_trained_with_alone() 
     let inputs =
         format!("--split {split} --pool {pool} --labels {labels} --discriminators {}", path("unjudged"));
     fails(&format!("score {inputs} --out {out}"), 2, &["judges = false"]);
-    // What ranks does not depend on whether there are judges.
+    // The ranking does not depend on whether there are judges.
     for net in ["rank0-0", "rank1-3"].map(|net| format!("{net}/model.safetensors")) {
         let weights = |nets: &str| std::fs::read(Path::new(nets).join(&net)).unwrap();
         assert!(weights(&nets) == weights(&path("unjudged")), "{net}");

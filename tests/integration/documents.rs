@@ -1,4 +1,4 @@
-//! The documents that are made by the program are as it would make them now.
+//! The documents generated from the program are up to date.
 
 use std::{fmt::Write, path::Path};
 

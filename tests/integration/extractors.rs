@@ -1,4 +1,4 @@
-//! Networks of the Hub in the place of a classifier: `make test-extractors`.
+//! Networks from the Hub in place of a classifier: `make test-extractors`.
 
 use proxyset::data::{OfficialSplit, Source, encode_png};
 use serde_json::Value;

@@ -65,7 +65,7 @@ fn every_sampler_makes_images_of_given_noise_with_every_prediction() {
     }
 }
 
-/// `tests/golden/diffusers_model` is as `DDPMPipeline.save_pretrained` wrote it (loops.py): it knows no classes.
+/// `tests/golden/diffusers_model` is as `DDPMPipeline.save_pretrained` wrote it (loops.py): it has no classes.
 #[test]
 fn an_unconditional_folder_of_diffusers_gives_images_that_the_classifier_labels() {
     let dir = tempfile::tempdir().unwrap();
@@ -100,7 +100,7 @@ fn given_noise_belongs_to_its_image_and_must_fit() {
     let whole = dir.path().join("whole.safetensors");
     save_noise(&whole, COUNT);
     let noise = candle_core::safetensors::load(&whole, &Device::Cpu).unwrap().remove("noise").unwrap();
-    // Ten classes go round, so that image 10 is of the first again. DDIM draws no noise of its own.
+    // There are ten classes in turn, so image 10 is of the first class again. DDIM draws no noise of its own.
     let part = noise.narrow(0, 10, 10).unwrap().contiguous().unwrap();
     candle_core::safetensors::save(&HashMap::from([("noise", part)]), path("part.safetensors")).unwrap();
     let run = |count: usize, noise: &str, more: &str| {
@@ -160,7 +160,7 @@ fn guidance_needs_a_null_class_and_changes_the_images() {
     assert!(!Path::new(&path("none")).exists());
 }
 
-/// The predictions of earlier steps are part of what is saved.
+/// The predictions of earlier steps are part of the saved state.
 #[test]
 fn samplers_that_remember_survive_kills() {
     let dir = tempfile::tempdir().unwrap();
@@ -220,7 +220,7 @@ fn a_generators_log_has_the_loss_by_noise_and_on_unseen_images_and_its_sheets_ar
     assert!(sheets.iter().all(|(_, bytes)| bytes.starts_with(b"\x89PNG")));
 }
 
-/// No image has a class when it is made; the labeller gives it one, and the rest of the way knows no difference.
+/// No image has a class when it is made; the labeller gives it one, and later stages see no difference.
 #[test]
 fn the_pool_of_an_unconditional_model_becomes_a_labelled_data_set() {
     let dir = tempfile::tempdir().unwrap();
@@ -254,7 +254,7 @@ fn quality_gives_every_figure_with_its_number_of_images() {
     let summary = summary.get("summary").unwrap_or(&summary);
     assert_eq!((&summary["real_images"], &summary["synthetic_images"]), (&200.into(), &96.into()));
     assert_eq!(summary["images_of_class_accuracy"], 96);
-    // Noise that was hardly trained on is further from digits than digits are from digits.
+    // Samples of a barely trained model are further from digits than digits are from digits.
     let (pool, halves) = (&summary["frechet_distance"], &summary["frechet_distance_of_real_halves"]);
     assert!(pool.as_f64().unwrap() > halves.as_f64().unwrap(), "{summary}");
 }

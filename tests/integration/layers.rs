@@ -1,4 +1,4 @@
-//! The layers: who imports whom. The list of layers is that of ARCHITECTURE.md.
+//! The layers: which module imports which. The list of layers is that in ARCHITECTURE.md.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +12,7 @@ type Module = Vec<String>;
 /// A name with its path as it stands in a source text.
 type Name = Vec<String>;
 
-/// The rows of the first code block behind "## Layers", from top to bottom.
+/// The rows of the first code block after "## Layers", from top to bottom.
 fn layers() -> Vec<Vec<String>> {
     let text = std::fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
     let block = text.split("## Layers").nth(1).unwrap().split("```").nth(1).unwrap();
@@ -24,7 +24,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// What is compiled without tests, without comments.
+/// The code compiled outside tests, without comments.
 fn code(text: &str) -> String {
     let tests = text.find("#[cfg(test)]\nmod tests {").unwrap_or(text.len());
     text[..tests].lines().map(|line| line.split("//").next().unwrap()).collect::<Vec<_>>().join("\n")
@@ -90,7 +90,7 @@ impl Source {
         source
     }
 
-    /// The module that a name leads into, and what is left of the name there; none for other crates.
+    /// The module that a name leads into, and the rest of the name there; `None` for other crates.
     fn resolve(&self, from: &Module, name: &Name) -> Option<(Module, Name)> {
         let mut rest = name.as_slice();
         let mut at = match rest.first()?.as_str() {
@@ -116,7 +116,7 @@ impl Source {
         Some((at, rest.to_vec()))
     }
 
-    /// The module that a name is defined in: what a module exports of one of its own counts as the latter's.
+    /// The module that a name is defined in: what a module re-exports from a child counts as the child's.
     fn home(&self, from: &Module, name: &Name) -> Option<Module> {
         let (mut at, rest) = self.resolve(from, name)?;
         while let Some(deeper) = rest.first().and_then(|name| self.exports.get(&at)?.get(name)) {
@@ -125,7 +125,8 @@ impl Source {
         Some(at)
     }
 
-    /// Which modules each one imports, `super::` and paths in the code included. What it exports of its own is no import.
+    /// Which modules each one imports, `super::` and paths in the code included. Re-exports from its own children
+    /// are not imports.
     fn imports(&self) -> BTreeMap<Module, BTreeSet<Module>> {
         let of = |(module, text): (&Module, &String)| {
             let trees = uses(text).into_iter().filter(|(public, _)| !public);
@@ -212,7 +213,7 @@ fn every_folder_imports_only_what_is_below_it() {
 #[test]
 fn no_modules_import_each_other_in_a_circle() {
     let mut imports = Source::read().imports();
-    // Takes away who imports nobody that is left, until nobody goes.
+    // Repeatedly removes modules that import none of the remaining ones, until none can be removed.
     loop {
         let left: BTreeSet<Module> = imports.keys().cloned().collect();
         imports.values_mut().for_each(|of| of.retain(|import| left.contains(import)));

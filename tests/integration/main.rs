@@ -1,4 +1,4 @@
-//! The real program, in fresh folders, as a user meets it.
+//! The real program, in fresh folders, as a user would run it.
 
 mod arc;
 mod bad_input;

@@ -1,4 +1,4 @@
-//! Whole runs: what is done again and what is not, and what `check` and `publish` make of the result.
+//! Whole runs: what is redone and what is not, and what `check` and `publish` do with the result.
 
 use std::{collections::BTreeMap, path::Path, time::SystemTime};
 

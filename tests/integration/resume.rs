@@ -1,10 +1,10 @@
-//! Killed anywhere, split over processes, with other threads and batches: the same bytes.
+//! Killed at any point, split over processes, with other numbers of threads and batch sizes: the same bytes.
 
 use std::{path::Path, time::Duration};
 
 use crate::run::{TINY_UNET, files, kill_after, made, ok, proxyset, shards, start};
 
-/// Ancestral sampling draws noise at every step, so every step has to come out again.
+/// Ancestral sampling draws noise at every step, so every step has to be reproduced.
 const POOL: &str = "--count 192 --shard-rows 64 --micro-batch 16 --sampler ddpm --steps 60 --seed 5";
 
 fn generate(out: &str, more: &str) -> String {
@@ -80,8 +80,8 @@ fn a_pool_survives_three_kills() {
     assert_eq!(files(Path::new(&killed)).len(), files(Path::new(&whole)).len(), "something was left over");
 }
 
-/// The named files come out of a run that is killed twice, on two threads, as they come out of a whole one on one thread.
-/// Returns the killed one's folder, in the one that keeps it.
+/// The named files are the same from a run that is killed twice, on two threads, as from an uninterrupted one on
+/// one thread. Returns the killed run's folder, inside the temporary folder that keeps it.
 fn survives_kills(verb: &str, files: &[&str]) -> (String, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let out = |name: &str| dir.path().join(name).display().to_string();
@@ -182,7 +182,7 @@ fn discriminators_arc_scores_the_selection_and_its_data_survive_kills_byte_for_b
 
     let rule = "--arm arc --keep-per-class 2 --allow-short true --require-agreement false \
         --near-duplicate-bits 1 --near-duplicate-by features";
-    // Over before it can be killed: here the threads are what counts.
+    // Finished before it can be killed: here only the threads matter.
     let verb = format!("curate --scores {scores} {rule}");
     let selection = ["selection.parquet", "rejected.parquet", "select.json"];
     let (selection, _kept) = survives_kills(&verb, &selection);

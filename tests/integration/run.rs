@@ -21,7 +21,7 @@ pub fn ok(args: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Runs the program, which must exit with `code` and say every one of `parts` on stderr.
+/// Runs the program, which must exit with `code` and print each of `parts` on stderr.
 #[track_caller]
 pub fn fails(args: &str, code: i32, parts: &[&str]) {
     let output = proxyset(args).output().unwrap();
@@ -70,7 +70,7 @@ impl Made {
     }
 }
 
-/// Flags of a diffusion model that trains in seconds.
+/// Flags for a diffusion model that trains in seconds.
 pub const TINY_UNET: &str = "--block-out-channels 8,8 --norm-num-groups 4 --attention-head-dim 4 --batch 16";
 
 /// `split`, `generator` (untrained but for a few steps), `pool` of 96 images in 3 shards, `classifier`, `labels`.

@@ -3,9 +3,9 @@
 use super::step::{Denoise, Noise, Step, Trajectory, mix};
 use crate::Result;
 
-/// The predicted image under the noise of the next level, of which `eta` says how much is fresh.
+/// The predicted image with the noise of the next level; `eta` says how much of that is fresh.
 ///
-/// The rest is the noise that was predicted, before the image was clipped.
+/// The rest is the noise as predicted before the image was clipped.
 pub(super) fn step(step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajectory> {
     let stride = step.stride();
     let x_start = denoise(step.x, stride.from)?;

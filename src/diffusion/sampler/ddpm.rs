@@ -8,7 +8,7 @@ use crate::Result;
 
 /// A draw from q(x_next | x, x_0) with the predicted x_0.
 ///
-/// That is Ho et al. 2020, Eq. 6 and 7, for images that are x_0 + σ ε: the mean goes from x to x_0 by the part of
+/// That is Ho et al. 2020, Eq. 6 and 7, for images that are x_0 + σ ε: the mean goes from x to x_0 by the share of
 /// the noise's variance that is removed.
 pub(super) fn step(step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajectory> {
     let stride = step.stride();

@@ -3,8 +3,8 @@
 use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
-/// A step of order 2 in λ = -ln σ, from the predicted images of this step and the one before. The first step is of
-/// order 1, and so is the last, where λ has no end.
+/// A step of order 2 in λ = -ln σ, from the predicted images of this step and the previous one. The first step is
+/// of order 1, and so is the last, where λ has no end.
 pub(super) fn step(step: &Step, denoise: Denoise) -> Result<Trajectory> {
     let stride = step.stride();
     let x_start = denoise(step.x, stride.from)?;

@@ -3,7 +3,7 @@
 use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
-/// Euler's step, corrected by the slope where it ended; the step to σ = 0 is Euler's alone.
+/// Euler's step, corrected by the slope where it ended; the step to σ = 0 is uncorrected.
 pub(super) fn step(step: &Step, denoise: Denoise) -> Result<Trajectory> {
     let stride = step.stride();
     let (from, to) = (stride.from.sigma, stride.to.sigma);

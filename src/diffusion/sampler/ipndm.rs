@@ -4,7 +4,7 @@
 use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
-/// The weights of Adams and Bashforth for equal steps, the latest slope first.
+/// The Adams-Bashforth weights for equal steps, the latest slope first.
 const WEIGHTS: [&[f64]; 4] = [
     &[1.0],
     &[3.0 / 2.0, -1.0 / 2.0],

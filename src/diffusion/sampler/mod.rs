@@ -1,8 +1,9 @@
-//! Samplers: from noise to images, one sampler a file.
+//! Samplers, which turn noise into images, one per file.
 //!
 //! A sampler is one function from an image at a noise level to the image at the next one. It sees the network only
-//! through the denoiser D(x; σ), the predicted image, and knows no schedule: see [`Level`](super::Level). [`sample`] does the
-//! rest, so that every sampler can be stopped, saved and resumed, and treats every element of a batch alike.
+//! through the denoiser D(x; σ), the predicted image, and knows no schedule: see [`Level`](super::Level).
+//! [`sample`] does the rest, so that every sampler can be stopped, saved and resumed, and treats all elements of a
+//! batch alike.
 
 mod ddim;
 mod ddpm;
@@ -37,15 +38,15 @@ pub enum SamplerKind {
     DpmSolver,
     /// Improved pseudo numerical methods of order 4 (Zhang & Chen 2023, App. H.2).
     Ipndm,
-    /// Heun's method, two calls of the network a step (Karras et al. 2022, Alg. 1).
+    /// Heun's method, with two network calls per step (Karras et al. 2022, Alg. 1).
     Heun,
     /// Euler's method (Karras et al. 2022, Alg. 1 without its correction).
     Euler,
 }
 
 impl SamplerKind {
-    /// How many steps are made if nobody says, for a model of `total` training steps: all of them with the samplers that
-    /// models are trained for, 50 with the solvers.
+    /// The default number of steps for a model with `total` training steps: all of them with ddpm and ddim, 50 with
+    /// the solvers.
     pub fn default_steps(self, total: usize) -> usize {
         match self {
             Self::Ddpm | Self::Ddim => total,
@@ -75,11 +76,11 @@ impl SamplerKind {
 named! {
     /// Which of the T training steps are visited when there are fewer sampling steps (Lin et al. 2024, Table 2).
     pub enum Spacing {
-        /// Every ⌊T / steps⌋-th, from 0.
+        /// Every ⌊T / steps⌋-th training step, from 0.
         Leading = "leading",
-        /// Every T / steps-th, from T - 1 down.
+        /// Every T / steps-th training step, from T - 1 downwards.
         Trailing = "trailing",
-        /// In equal steps from 0 to T - 1, both included.
+        /// Evenly spaced from 0 to T - 1, both included.
         Linspace = "linspace",
     }
 }
@@ -89,23 +90,23 @@ named! {
 pub struct SamplerConfig {
     /// Which sampler.
     pub kind: SamplerKind,
-    /// Steps: calls of the network, of which Heun's method makes twice as many less one.
+    /// The number of steps. Each is one call of the network; Heun's method makes twice as many, less one.
     pub steps: usize,
-    /// DDIM's share of noise: 0 is deterministic, 1 is ancestral sampling. Of no effect with the others.
+    /// How much noise DDIM adds: 0 is deterministic, 1 is ancestral sampling. No effect with other samplers.
     pub eta: f64,
-    /// To which absolute value DDPM, DDIM and Heun's method clip the predicted image at every step. Of no effect
-    /// with the others, as in `diffusers`.
+    /// The absolute value to which DDPM, DDIM and Heun's method clip the predicted image at every step. No effect
+    /// with other samplers, as in `diffusers`.
     pub clip: Option<f64>,
-    /// DDPM's noise. Of no effect with the others.
+    /// The variance of DDPM's noise. No effect with other samplers.
     pub variance: Variance,
-    /// Which steps are visited, of no effect with EDM.
+    /// Which steps are visited. No effect with EDM.
     pub spacing: Spacing,
-    /// Added to the steps of leading spacing.
+    /// An offset added to the steps with leading spacing.
     pub steps_offset: usize,
     /// Whether DDIM ends at ᾱ = 1, instead of the ᾱ of step 0.
     pub final_alpha_bar_is_one: bool,
-    /// Whether σ falls from the first to the last in equal steps of σ^(1/7) (Karras et al. 2022, Eq. 5), with Euler,
-    /// Heun and DPM-Solver++. EDM's always do.
+    /// Whether σ falls from the first to the last in equal steps of σ^(1/7) (Karras et al. 2022, Eq. 5), with
+    /// Euler, Heun and DPM-Solver++. EDM's σ always does.
     pub karras_sigmas: bool,
 }
 

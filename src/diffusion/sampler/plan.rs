@@ -9,18 +9,18 @@ use crate::{
 /// The ρ of Karras' levels on a discrete schedule.
 const RHO: f64 = 7.0;
 
-/// The way from noise to an image.
+/// The path from noise to an image.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     strides: Vec<Stride>,
     initial_scale: f64,
 }
 
-/// No noise: of a step that ends with the image.
+/// No noise, where a step ends with the image.
 const CLEAN: Level = Level { sigma: 0.0, t: 0.0 };
 
 impl Plan {
-    /// The way of a sampler through the levels of a model; on a discrete schedule the one of `diffusers`.
+    /// A sampler's path through the levels of a model; on a discrete schedule it is that of `diffusers`.
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) if `steps`, `steps_offset` or `eta` do not fit.
     pub fn new(config: &SamplerConfig, process: &Process) -> Result<Self> {
@@ -33,17 +33,18 @@ impl Plan {
         }
     }
 
-    /// The steps, each from where the one before ended; with DDIM that is so only where steps divide those of training.
+    /// The steps, each beginning where the one before ended; with DDIM this holds only if `steps` divides the
+    /// number of training steps.
     pub fn strides(&self) -> &[Stride] {
         &self.strides
     }
 
-    /// What noise from N(0, 1) is multiplied by.
+    /// The factor by which noise from N(0, 1) is multiplied.
     pub fn initial_scale(&self) -> f64 {
         self.initial_scale
     }
 
-    /// What the image is multiplied by behind step `i`, nearly always 1.
+    /// The factor by which the image is multiplied after step `i`, nearly always 1.
     ///
     /// DDIM ends each step ⌊T / steps⌋ below its beginning, as in `diffusers`, which need not be where the next one
     /// begins. What stays the same there is the image at variance 1, x / √(1 + σ²), which is also what is returned
@@ -65,7 +66,7 @@ impl Plan {
             bail!(Usage, "the sampler's steps are 0, expected at least 1");
         }
         let levels: Vec<Level> = range.sigmas(config.steps).map(continuous_level).collect();
-        // What noise and data of variance 1 have together at the first level.
+        // The total variance of noise and data of variance 1 at the first level.
         Ok(Self { strides: Self::through(&levels), initial_scale: (1.0 + range.max * range.max).sqrt() })
     }
 
@@ -118,7 +119,7 @@ impl SamplerConfig {
         if n == 0 || n > total {
             bail!(Usage, "the sampler's steps are {n}, expected from 1 to {total}, the steps in training");
         }
-        // diffusers' DPM-Solver++ places one step more, of which it leaves out the one without noise.
+        // diffusers' DPM-Solver++ places one more step, and leaves out the one without noise.
         let places = if self.kind == SamplerKind::DpmSolver { n + 1 } else { n };
         let skipped = places - n;
         let fractional = self.kind.goes_by_sigma();
@@ -131,7 +132,7 @@ impl SamplerConfig {
                 (0..n).map(|i| (total as f64 - i as f64 * ratio).round_ties_even() - 1.0).collect()
             }
             Spacing::Linspace => {
-                // Divided last, so that the first step is the last one of training exactly.
+                // The division comes last, so that the first step is exactly the last training step.
                 let last = (places - 1).max(1) as f64;
                 let exact = (skipped..places).rev().map(|i| (i * (total - 1)) as f64 / last);
                 exact.map(|t| if fractional { t } else { t.round_ties_even() }).collect()

@@ -10,12 +10,12 @@ use crate::Result;
 
 /// Turns noise into images.
 ///
-/// `start`: noise `(b, h, w, c)` f32 from N(0, 1), or what an earlier run had saved. `on_step(done, …)` is called after
-/// each step with the number of steps done; a run that saved them goes on to the same images.
+/// `start`: noise `(b, h, w, c)` f32 from N(0, 1), or what an earlier run saved. `on_step(done, …)` is called after
+/// each step with the number of steps done; a run that saved its state continues to the same images.
 ///
-/// Returns images in about [-1, 1], shaped like the noise. An element never depends on another one of the batch,
-/// unless `denoise` makes it so. Fails with what the closures fail with, and with
-/// [`Error::Usage`](crate::Error::Usage) if the plan has fewer steps than are done.
+/// Returns images in about [-1, 1], shaped like the noise. An element never depends on others in the batch, unless
+/// `denoise` makes it so. Fails with any error of the closures, and with [`Error::Usage`](crate::Error::Usage) if
+/// the plan has fewer steps than are done.
 pub fn sample(
     config: &SamplerConfig,
     plan: &Plan,

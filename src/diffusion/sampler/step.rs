@@ -1,4 +1,4 @@
-//! What a sampler sees of a step, and what it makes of it.
+//! A sampling step: what a sampler is given and what it returns.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use crate::{Result, diffusion::Level};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Variance {
-    /// β̃, right for data that are one point.
+    /// β̃, right for data that are a single point.
     FixedSmall,
     /// β, right for data that are N(0, 1).
     FixedLarge,
@@ -24,28 +24,28 @@ pub struct Stride {
     pub to: Level,
 }
 
-/// An image on its way, and what its sampler remembers of earlier steps.
+/// An image being sampled, and what its sampler remembers of earlier steps.
 #[derive(Clone, Debug)]
 pub struct Trajectory {
     /// The image and σ times its noise.
     pub x: Tensor,
-    /// Predicted images or noise of the steps before, the latest first.
+    /// Predicted images or noise of the previous steps, the latest first.
     pub history: Vec<Tensor>,
 }
 
 /// D(x; σ): the image predicted from `x`, an image and `level.sigma` times its noise.
 pub type Denoise<'a> = &'a mut dyn FnMut(&Tensor, Level) -> Result<Tensor>;
 
-/// Fresh noise for a sampling step, asked for only where some is added.
+/// Fresh noise for a sampling step, drawn only where some is added.
 pub type Noise<'a> = &'a mut dyn FnMut(u32) -> Result<Tensor>;
 
-/// What a sampler sees of a step.
+/// What a sampler is given for a step.
 pub(super) struct Step<'a> {
-    /// The part of the noise that is fresh, with DDIM.
+    /// The share of fresh noise, with DDIM.
     pub(super) eta: f64,
-    /// To which absolute value predicted images are clipped.
+    /// The absolute value to which predicted images are clipped.
     pub(super) clip: Option<f64>,
-    /// Of the noise of ancestral sampling.
+    /// The variance of ancestral sampling's noise.
     pub(super) variance: Variance,
     pub(super) strides: &'a [Stride],
     pub(super) i: usize,
@@ -67,7 +67,7 @@ impl Step<'_> {
     }
 }
 
-/// `a · x + b · y`; a term whose factor is 0 is left out, and not even read.
+/// `a · x + b · y`; a term whose factor is 0 is left out without being read.
 pub(super) fn mix(a: f64, x: &Tensor, b: f64, y: &Tensor) -> Result<Tensor> {
     Ok(match (a, b) {
         (_, 0.0) => (x * a)?,

@@ -1,5 +1,5 @@
-//! Convolution as a product of matrices that are never built: the micro-kernel reads the pixels of a window
-//! where they are, since in NHWC each row of a window is one run of neighbours.
+//! Convolution as a product of matrices that are never built: the micro-kernel reads the pixels of a window in
+//! place, since in NHWC each row of a window is contiguous.
 
 use rayon::prelude::*;
 
@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-/// Buffers that a thread keeps from block to block.
+/// Buffers that a thread keeps between blocks.
 #[derive(Default)]
 struct Scratch {
     padded: Vec<f32>,
@@ -27,7 +27,7 @@ struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// Copies the input of a block with its padding into `scratch`; without padding it stays where it is.
+    /// Copies the input of a block with its padding into `scratch`; without padding it is used in place.
     fn new(g: &Geometry, x: &'a [f32], block: &Block, scratch: &'a mut Scratch) -> Self {
         let (in_rows, in_cols) = ((g.out_h - 1) * g.stride + g.kh, (g.out_w - 1) * g.stride + g.kw);
         let (data, pitch, image) = if g.before == (0, 0) && in_rows <= g.h && in_cols <= g.w {
@@ -64,10 +64,10 @@ impl<'a> View<'a> {
     }
 }
 
-/// Weights as the micro-kernel reads them: panels of [`NR`] columns, in each a row for every tap and channel,
-/// columns past the last filled with zeros.
+/// Weights as the micro-kernel reads them: panels of [`NR`] columns, in each a row for every tap and channel, with
+/// columns beyond the last filled with zeros.
 ///
-/// `taps`: their places in a kernel, in the order of the window.
+/// `taps`: their positions in a kernel, in the order of the window.
 pub(super) fn pack(
     weight: &[f32],
     taps: &[usize],
@@ -95,22 +95,22 @@ pub(super) fn pack(
 /// Floats of the input that a block reads again for each panel of weights.
 const CACHED: usize = 1 << 14;
 
-/// Terms that are summed in registers: fixed, since it shows in the bits.
+/// Terms that are summed in registers: fixed, because it affects the bits.
 const TERMS: usize = 1024;
 
 /// The convolution with packed weights.
 pub(super) fn forward(level: CpuLevel, g: &Geometry, x: &[f32], panels: &[f32], bias: Bias) -> Vec<f32> {
     let per_image = matches!(bias, Bias::Samples(_));
     let g = if per_image { *g } else { g.flat() };
-    // Large enough to use a panel of weights often while it is in the cache, small enough to stay there with it,
-    // and for all threads to have work. Whole tiles at any level.
+    // Large enough to reuse a panel of weights while it is in the cache, small enough to stay there with it and to
+    // give all threads work. Whole tiles at any level.
     let cached = CACHED / (g.c_in * g.stride * g.stride);
     let mut pixels =
         (g.out_pixels() / (4 * rayon::current_num_threads())).min(cached).clamp(48, 240) / 12 * 12;
     if per_image {
         pixels = pixels.min(g.out_h * g.out_w);
     }
-    // Long sums are cut at the kernel's rows, which bounds their rounding error.
+    // Long sums are divided at the kernel's rows, which bounds their rounding error.
     let (cuts, rows) = if g.terms() > TERMS { (g.kh, 1) } else { (1, g.kh) };
     let blocks = g.blocks(pixels).into_iter().map(|block| (block.pixels(&g) * g.c_out, block));
     let parallel = g.work() >= PARALLEL_WORK;
@@ -133,8 +133,8 @@ pub(super) fn forward(level: CpuLevel, g: &Geometry, x: &[f32], panels: &[f32], 
     })
 }
 
-/// One of the convolutions that make the gradient of the input: of `dy`, at stride 1, for one residue of
-/// `(y, x)` modulo the stride, with the taps of the kernel that meet it, so that no zero is multiplied.
+/// One of the convolutions that make up the gradient of the input: over `dy`, at stride 1, for one residue of `(y,
+/// x)` modulo the stride, with the taps of the kernel that meet it, so that no zero is multiplied.
 pub(super) struct Phase {
     residue: (usize, usize),
     pub geometry: Geometry,
@@ -142,7 +142,7 @@ pub(super) struct Phase {
     taps: Vec<usize>,
 }
 
-/// The convolutions that make the gradient of the input.
+/// The convolutions that make up the gradient of the input.
 pub(super) fn phases(g: &Geometry) -> Vec<Phase> {
     let mut phases = Vec::new();
     for residue_y in 0..g.stride.min(g.h) {
@@ -222,23 +222,23 @@ fn meeting_taps(kernel: usize, stride: usize, before: isize, residue: usize) -> 
 /// Pixels whose products are summed in registers: fixed, since it shows in the bits of a weight's gradient.
 const PIXELS: usize = 256;
 
-/// Taps and channels whose inputs are brought together for the micro-kernel: whole tiles at any level.
+/// Taps and channels whose inputs are gathered for the micro-kernel: whole tiles at any level.
 const GROUP: usize = 12;
 
-/// The places of a group's inputs beside each other.
+/// The gathered inputs of a group.
 const ROWS: [usize; GROUP] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 
-/// Up to how many channels times the stride the inputs of a block stay in the first cache where they are.
+/// Up to this many channels times the stride, a block's inputs stay in the L1 cache in place.
 const FEW_CHANNELS: usize = 4;
 
-/// Up to how many weights parts of the images get sums of their own; with more, threads share the weights.
+/// Up to this many weights, parts of the images get sums of their own; with more, threads share the weights.
 const FEW_WEIGHTS: usize = 1 << 16;
 
-/// Floats of the output's gradient that are brought together at once when threads share the weights.
+/// Floats of the output's gradient that are gathered at a time when threads share the weights.
 const AT_ONCE: usize = 1 << 21;
 
 /// The gradient of the weights, in the weights' order. Each element adds the sums of blocks of pixels in an order
-/// that depends on the sizes only.
+/// that depends only on the sizes.
 pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f32]) -> Vec<f32> {
     let g = &g.flat();
     let pitch = g.c_out.next_multiple_of(NR);
@@ -287,14 +287,14 @@ pub(super) fn weight_gradient(level: CpuLevel, g: &Geometry, x: &[f32], dy: &[f3
     dw
 }
 
-/// Buffers that are kept from block to block.
+/// Buffers that are kept between blocks.
 #[derive(Default)]
 struct Buffers {
     input: Scratch,
     panels: Vec<f32>,
 }
 
-/// What a block of pixels brings to the gradient of the weights.
+/// The contribution of a block of pixels to the gradient of the weights.
 struct Pixels<'a> {
     input: View<'a>,
     /// Of an image.
@@ -346,7 +346,7 @@ impl<'a> Pixels<'a> {
         }
         for (taps, sums) in taps.chunks(GROUP).zip(sums.chunks_mut(GROUP * pitch)) {
             match taps {
-                // Neighbours in memory, nearly always.
+                // Nearly always contiguous in memory.
                 [first, .., last] if taps.len() == GROUP && last - first + 1 == GROUP => {
                     inputs.resize(pixels.len() * GROUP, 0.0);
                     for (inputs, pixel) in inputs.as_chunks_mut::<GROUP>().0.iter_mut().zip(pixels) {

@@ -38,8 +38,8 @@ pub fn conv2d(
     of_operands(x, weight, bias, stride, padding, None)
 }
 
-/// [`conv2d`] with weights that stay the same from call to call: what the inner loops read of them is made once
-/// and kept in `packed`, which belongs to these weights alone.
+/// [`conv2d`] with weights that stay the same from call to call: the form that the inner loops read is made once
+/// and kept in `packed`, which belongs to these weights only.
 pub fn conv2d_packed(
     x: &Tensor,
     weight: &Tensor,
@@ -73,8 +73,9 @@ fn of_operands(
     }
 }
 
-/// What the inner loops read of weights that do not change, made at first use. By Winograd's filtering that is four
-/// times the weights for each direction, more where there are few output channels, which are padded to 16.
+/// Constant weights in the form that the inner loops read, made at first use. For Winograd's filtering it is four
+/// times as large as the weights for each direction, and larger where there are few output channels, which are
+/// padded to 16.
 #[derive(Debug, Default)]
 pub struct PackedWeights {
     forward: Slots<Kernels>,
@@ -106,7 +107,7 @@ impl<T> Default for Slots<T> {
 }
 
 impl<T> Slots<T> {
-    /// `make` must not wait for other tasks: one of these could ask for the same weights, and wait for the lock.
+    /// `make` must not wait for other tasks, since one of these could need the same weights and wait for the lock.
     fn get(&self, key: Key, make: impl FnOnce() -> T) -> Arc<T> {
         let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, packed)) = slots.iter().find(|(of, _)| *of == key) {
@@ -118,7 +119,7 @@ impl<T> Slots<T> {
     }
 }
 
-/// All that packing depends on, besides the weights.
+/// Everything that packing depends on, apart from the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Key {
     winograd: bool,

@@ -2,8 +2,8 @@
 //! for 16 outputs instead of 144.
 //!
 //! Tiles of 6 × 6 pixels, 4 apart, are transformed; then each of the 36 elements is a matrix product of tiles and
-//! channels; then 4 × 4 outputs are transformed back. The three steps go over few tiles at a time, so that what
-//! is between them stays in the cache.
+//! channels; then 4 × 4 outputs are transformed back. The three steps work on few tiles at a time, so that
+//! intermediate results stay in the cache.
 
 use std::{cell::Cell, ops::Range};
 
@@ -19,22 +19,23 @@ use crate::{
     },
 };
 
-/// Between the 36 elements: else they are powers of two apart, and in one set of the cache.
+/// A gap between the 36 elements, which otherwise would be powers of two apart and fall into one set of the cache.
 const GAP: usize = NR;
 
-/// Whether the tiles fit the image and there are input channels enough to be worth their transforms. Independent of
-/// the number of images, whose bits may not depend on it.
+/// Whether the tiles fit the image and there are enough input channels to make the transforms worthwhile.
+/// Independent of the number of images, on which an image's bits must not depend.
 pub(super) fn suits(g: &Geometry) -> bool {
     let tiles = g.out_h.div_ceil(OUTPUT) * g.out_w.div_ceil(OUTPUT);
     (g.kh, g.kw, g.stride) == (3, 3, 1) && g.c_in >= 8 && 2 * INPUT * tiles <= TAPS * g.out_h * g.out_w
 }
 
 thread_local! {
-    /// Buffers that a thread keeps from call to call: megabytes that would be cleared and faulted in each time.
+    /// Buffers that a thread keeps between calls: megabytes that would otherwise be cleared and faulted in each
+    /// time.
     static BUFFERS: Cell<[Vec<f32>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
 }
 
-/// Runs `body` with buffers of at least these lengths, which hold anything.
+/// Runs `body` with buffers of at least these lengths and arbitrary contents.
 fn with_buffers<T>(lengths: [usize; 2], body: impl FnOnce(&mut [f32], &mut [f32]) -> T) -> T {
     let mut buffers = BUFFERS.take();
     for (buffer, length) in buffers.iter_mut().zip(lengths) {
@@ -154,7 +155,7 @@ const TILES: usize = 32;
 /// Columns that are multiplied before they are transformed back.
 const COLUMNS: usize = 64;
 
-/// The convolution with transformed kernels, added to `onto` if there is that.
+/// The convolution with transformed kernels, added to `onto` if given.
 pub(super) fn forward(
     level: CpuLevel,
     g: &Geometry,
@@ -170,7 +171,7 @@ pub(super) fn forward(
     }
     let tiles = Tiles::new(g);
     let rows = tiles.all_rows();
-    // As many tiles as the caches hold, fewer if threads would go idle. No bit depends on it.
+    // As many tiles as the caches hold, or fewer if threads would be idle. The bits do not depend on it.
     let budget = TILES.min((rows * tiles.columns).div_ceil(rayon::current_num_threads()));
     let step = (budget / tiles.columns).max(1);
     let mut tasks = Vec::new();
@@ -226,7 +227,7 @@ pub(super) fn forward(
 }
 
 /// Tiles that a task transforms for the gradient of the weights, and how many times that are summed in registers
-/// before they are added to the rest: fixed, since it shows in the bits.
+/// before they are added to the rest: fixed, because it affects the bits.
 const CHUNK: usize = 32;
 const CHUNKS: usize = 4;
 

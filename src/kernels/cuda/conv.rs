@@ -1,5 +1,5 @@
-//! Convolution by cuDNN, NHWC. Descriptors and workspace are made once for each shape and device; which algorithm is used is
-//! measured once, among those that give the same bits each time: [`super::super::algorithms`].
+//! Convolution by cuDNN, NHWC. Descriptors and workspace are made once for each shape and device. The algorithm is
+//! chosen by measuring once, among those that give the same bits each time: [`super::super::algorithms`].
 
 use std::{
     any::Any,
@@ -37,8 +37,8 @@ use crate::{
     device::{Precision, device_class},
 };
 
-/// Convolution without a bias: see [`fn@super::super::conv2d::conv2d`], which has checked the shapes. `weight`: `(c_out, c_in, kh, kw)` f32.
-/// `kept`: the weights as cuDNN takes them, if they stay the same.
+/// Convolution without a bias: see [`fn@super::super::conv2d::conv2d`], which has checked the shapes. `weight`:
+/// `(c_out, c_in, kh, kw)` f32. `kept`: the weights in cuDNN's form, if they stay the same.
 pub(in crate::kernels) fn conv2d(
     x: &Tensor,
     weight: &Tensor,
@@ -46,7 +46,7 @@ pub(in crate::kernels) fn conv2d(
     (before, after): (usize, usize),
     kept: Option<&CudaWeights>,
 ) -> Result<Tensor> {
-    // cuDNN pads both ends alike.
+    // cuDNN pads both ends equally.
     let (x, padding) = match before == after {
         true => (x.contiguous()?, before),
         false => (x.pad_with_zeros(1, before, after)?.pad_with_zeros(2, before, after)?.contiguous()?, 0),
@@ -62,7 +62,7 @@ pub(in crate::kernels) fn conv2d(
     apply_cuda(convolution, [&x, &filter])
 }
 
-/// A copy if the elements do not begin at a multiple of 16 bytes, which cuDNN's fastest kernels ask for.
+/// A copy if the elements do not begin at a multiple of 16 bytes, which cuDNN's fastest kernels require.
 fn aligned(t: Tensor) -> Result<Tensor> {
     let start = t.layout().start_offset() * t.dtype().size_in_bytes();
     Ok(if start.is_multiple_of(16) { t } else { t.copy()? })
@@ -84,10 +84,10 @@ impl CudaWeights {
     }
 }
 
-/// Algorithms that need more bytes to work in are not taken.
+/// Algorithms that need a larger workspace, in bytes, are not used.
 const LARGEST_WORKSPACE: usize = 1 << 30;
 
-/// What of a convolution is computed.
+/// Which part of a convolution is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Pass {
     /// The output, from image and filter.
@@ -112,7 +112,7 @@ struct Convolution {
 
 impl fmt::Display for Convolution {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Without the number of images: what an image becomes must not depend on those beside it.
+        // Without the number of images: the result for an image must not depend on the others.
         let ((_, h, w, c), (c_out, kh, kw, _)) = (self.image, self.filter);
         let Self { stride, padding, pass, .. } = self;
         write!(f, "{pass:?} {h}x{w}x{c} {c_out}x{kh}x{kw} stride {stride} padding {padding}")
@@ -186,15 +186,15 @@ impl CudaNode<2> for Convolution {
     }
 }
 
-/// What cuDNN needs of a device: one handle, one workspace, whatever the number of threads. They launch one after the other, on
-/// one stream.
+/// What cuDNN needs for a device: one handle and one workspace, whatever the number of threads, which launch one
+/// after the other on one stream.
 struct State {
     device: CudaDevice,
     /// [`device_class`]: algorithms are chosen for all of it.
     class: String,
     cudnn: Arc<Cudnn>,
     plans: RefCell<HashMap<(Convolution, DType), Rc<dyn Any>>>,
-    /// As large as the largest that was needed, and never cleared: what runs on one stream can share it.
+    /// As large as the largest needed so far, and never cleared: everything on one stream can share it.
     workspace: RefCell<Option<CudaSlice<u8>>>,
 }
 
@@ -207,7 +207,7 @@ type OfDevice = Arc<Mutex<Option<State>>>;
 
 static STATES: LazyLock<Mutex<HashMap<DeviceId, OfDevice>>> = LazyLock::new(Mutex::default);
 
-/// See [`algorithms::keep_in`]. What was chosen until now is forgotten.
+/// See [`algorithms::keep_in`]. Choices made until now are forgotten.
 pub(in crate::kernels) fn keep_algorithms_in(folder: Option<&Path>) {
     algorithms::keep_in(folder);
     for state in lock(&STATES).values() {
@@ -255,11 +255,11 @@ impl State {
         Ok(plan)
     }
 
-    /// At least so many bytes.
+    /// At least this many bytes.
     fn reserve(&self, bytes: usize) -> candle_core::Result<()> {
         let mut workspace = self.workspace.borrow_mut();
         if workspace.as_ref().is_none_or(|w| w.len() < bytes) {
-            // What is there is freed first, in the stream's order.
+            // The present workspace is freed first, in the stream's order.
             *workspace = None;
             // SAFETY: cuDNN asks nothing of what is in it.
             *workspace = Some(unsafe { self.device.alloc::<u8>(bytes.max(1)) }?);
@@ -268,7 +268,7 @@ impl State {
     }
 }
 
-/// The descriptors of a convolution, and the algorithm that one of its passes goes by.
+/// The descriptors of a convolution, and the algorithm for one of its passes.
 struct Plan<T> {
     image: TensorDescriptor<T>,
     filter: FilterDescriptor<T>,
@@ -276,7 +276,7 @@ struct Plan<T> {
     /// Sums are f32, whatever the elements are.
     convolution: ConvDescriptor<f32>,
     algorithm: Cell<Option<u32>>,
-    /// The algorithm that cuDNN was last asked about, and the bytes that it works in.
+    /// The algorithm that cuDNN was last asked about, and the size of its workspace in bytes.
     bytes: Cell<Option<(u32, usize)>>,
 }
 
@@ -293,7 +293,7 @@ const FORWARD: [sys::cudnnConvolutionFwdAlgo_t; 7] = {
         CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED,
     ]
 };
-/// The same for the image's gradient: all but 0, whose sums come in any order.
+/// The same for the image's gradient: all but 0, whose summation order varies.
 const IMAGE: [sys::cudnnConvolutionBwdDataAlgo_t; 5] = {
     use sys::cudnnConvolutionBwdDataAlgo_t::*;
     [
@@ -363,7 +363,7 @@ impl<T: Element> Plan<T> {
         })
     }
 
-    /// The algorithm that was chosen before or, the first time, the fastest.
+    /// The algorithm chosen before or, the first time, the fastest.
     fn algorithm(
         &self,
         convolution: &Convolution,
@@ -379,14 +379,14 @@ impl<T: Element> Plan<T> {
         let algorithm = algorithms::choose(&state.class, &name, || {
             let (mut best, mut refused) = (None, String::new());
             for algorithm in candidates(convolution.pass) {
-                // What does not take these sizes, or not this memory, is passed over.
+                // Algorithms that do not support these sizes, or this memory, are skipped.
                 match self.time(convolution.pass, algorithm, state, first, second, out) {
                     Ok(time) if best.is_none_or(|(least, _)| time < least) => best = Some((time, algorithm)),
                     Ok(_) => {}
                     Err(error) => refused += &format!("; {algorithm}: {error}"),
                 }
             }
-            // It may have grown for one that was not chosen.
+            // It may have grown for an algorithm that was not chosen.
             *state.workspace.borrow_mut() = None;
             match best {
                 Some((_, algorithm)) => Ok(algorithm),
@@ -399,7 +399,7 @@ impl<T: Element> Plan<T> {
         Ok(algorithm)
     }
 
-    /// Bytes that an algorithm works in. cuDNN is asked once for the one that was chosen.
+    /// The size of an algorithm's workspace in bytes. cuDNN is asked once for the chosen one.
     fn workspace(&self, pass: Pass, algorithm: u32) -> candle_core::Result<usize> {
         if let Some((known, bytes)) = self.bytes.get()
             && known == algorithm
@@ -420,7 +420,7 @@ impl<T: Element> Plan<T> {
         Ok(bytes)
     }
 
-    /// Milliseconds of three runs, after one to warm up. Fails for what needs more than [`LARGEST_WORKSPACE`].
+    /// Milliseconds of three runs, after one to warm up. Fails if it needs more than [`LARGEST_WORKSPACE`].
     fn time(
         &self,
         pass: Pass,

@@ -1,7 +1,7 @@
-//! What the ops need on a GPU: convolutions by cuDNN ([`conv`]), and the launch of the kernels of `kernels.cu`, which the build
-//! turns into PTX. Images are f32 or bf16, statistics and parameters f32.
+//! What the ops need on a GPU: convolutions by cuDNN ([`conv`]), and launching the kernels in `kernels.cu`, which
+//! the build compiles to PTX. Images are f32 or bf16, statistics and parameters f32.
 //!
-//! Everything runs on the device's one stream, in the order in which it is asked for.
+//! Everything runs on the device's single stream, in the order in which it is launched.
 
 pub(super) mod conv;
 pub(super) mod norm;
@@ -27,7 +27,7 @@ use half::bf16;
 /// The kernels, compiled by build.rs.
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
-/// What the elements of an image can be.
+/// The element types of images.
 pub(super) trait Element:
     CudaDType + DeviceRepr + CudnnDataType + ValidAsZeroBits + candle_core::WithDType
 {
@@ -109,7 +109,7 @@ pub(super) fn per_segment(n: usize, segments: usize) -> LaunchConfig {
     config((blocks, rows_of_grid(segments), 1), (THREADS, 1, 1))
 }
 
-/// The second dimension of a grid for so many segments, over which kernels loop: CUDA's largest is 65,535.
+/// The second dimension of a grid for this many segments, over which kernels loop: CUDA's largest is 65,535.
 fn rows_of_grid(segments: usize) -> usize {
     segments.clamp(1, 65_535)
 }
@@ -148,7 +148,7 @@ pub(super) fn uninitialized<T: Element>(device: &CudaDevice, n: usize) -> candle
     unsafe { device.alloc::<T>(n) }
 }
 
-/// A tensor outside of any graph.
+/// A tensor outside any graph.
 pub(super) fn tensor<T: Element>(
     device: &CudaDevice,
     slice: CudaSlice<T>,

@@ -17,7 +17,7 @@ use crate::Result;
 const LANES: usize = 32;
 const ROWS: usize = 8;
 
-/// The activation behind a norm, numbered as in kernels.cu.
+/// The activation after a norm, numbered as in kernels.cu.
 #[derive(Clone, Copy)]
 enum After {
     Nothing = 0,
@@ -36,7 +36,7 @@ pub(in crate::kernels) fn group_norm(
 ) -> Result<Tensor> {
     let (b, c) = (x.dim(0)?, x.dim(D::Minus1)?);
     let sizes = Sizes { segments: b, rows: x.elem_count() / (b * c).max(1), c, groups };
-    // Of each sample its own, or of all: one rule for both.
+    // One set per sample or one for all, by the same rule.
     let own = weight.rank() == 2 || bias.rank() == 2;
     let spread = |t: &Tensor| if own { t.broadcast_as((b, c))?.contiguous() } else { t.contiguous() };
     let after = if silu { After::Silu } else { After::Nothing };
@@ -70,7 +70,7 @@ pub(in crate::kernels) struct Sizes {
 }
 
 impl Sizes {
-    /// How the rows are cut for the sums: enough blocks for a large GPU, a multiple of [`ROWS`] rows each.
+    /// How the rows are divided for the sums: enough blocks for a large GPU, each a multiple of [`ROWS`] rows.
     fn chunks(&self) -> (usize, usize) {
         const BLOCKS: usize = 1024;
         let tiles = self.segments * self.c.div_ceil(LANES);
@@ -90,7 +90,7 @@ impl Sizes {
     }
 }
 
-/// Of each segment and group, f32, `(segments, groups)`.
+/// The moments of each segment and group, f32, `(segments, groups)`.
 #[derive(Clone)]
 pub(in crate::kernels) struct Moments {
     pub mean: Tensor,

@@ -1,4 +1,4 @@
-//! Products in full f32 by cuBLAS, beside candle's, which go by the precision that was set.
+//! Products in full f32 by cuBLAS, in addition to candle's, which follow the precision that was set.
 
 use candle_core::{
     Tensor,
@@ -20,7 +20,7 @@ pub(in crate::kernels) fn linear_in_full(x: &Tensor, weight: &Tensor) -> Result<
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     Ok(with_views::<f32, 2, _>([&x, &weight], |device, [x, weight]| {
         let mut out = uninitialized::<f32>(device, m * n)?;
-        // cuBLAS has columns where we have rows: it is asked for the transpose, weight · xᵀ.
+        // cuBLAS is column-major, so we ask it for the transpose, weight · xᵀ.
         let config = GemmConfig {
             transa: cublasOperation_t::CUBLAS_OP_T,
             transb: cublasOperation_t::CUBLAS_OP_N,

@@ -50,7 +50,7 @@ pub(super) use dispatch;
 
 /// A plain loop that [`run`] compiles once for each level.
 ///
-/// `run` must be `#[inline(always)]`, else it is not compiled with the features of the caller.
+/// `run` must be `#[inline(always)]`; otherwise it is not compiled with the caller's features.
 pub(in super::super) trait Loop {
     /// What the loop returns.
     type Output;

@@ -4,7 +4,8 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-/// `vec![0.0; len]`, cleared by all threads if it is long: one thread alone would be seen in every operation.
+/// `vec![0.0; len]`, cleared by all threads if it is long: on a single thread, clearing would slow down every
+/// operation.
 pub(in super::super) fn zeros(len: usize) -> Vec<f32> {
     const CHUNK: usize = 1 << 16;
     if len < 4 * CHUNK {
@@ -18,11 +19,11 @@ pub(in super::super) fn zeros(len: usize) -> Vec<f32> {
     zeros
 }
 
-/// A vector made of pieces of given lengths, which `write` fills, with a scratch of type `S` for each thread: not
-/// cleared first, which would cost as much again where a result has few terms.
+/// A vector made of pieces of given lengths, which `write` fills, with a scratch of type `S` for each thread: it is
+/// not cleared first, which would double the cost where a result has few terms.
 ///
 /// # Panics
-/// If the pieces are not `len` elements together, or `write` returns another slice than the one that it got.
+/// If the pieces do not add up to `len` elements, or if `write` returns a slice other than the one it got.
 pub(in super::super) fn filled<T: Send, S: Default>(
     len: usize,
     pieces: impl Iterator<Item = (usize, T)>,

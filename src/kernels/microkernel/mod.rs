@@ -1,4 +1,4 @@
-//! The innermost loops, and the switch between instruction sets: the only place of the kernels with `unsafe`.
+//! The innermost loops, and the switch between instruction sets: the only place in the kernels with `unsafe`.
 //!
 //! A micro-kernel is written once over [`Vector`](vector::Vector) and compiled for each level. AVX-512 and AVX2
 //! do the same operations in the same order on each element, so that their bits are the same.

@@ -1,4 +1,4 @@
-//! The product of rows that lie anywhere and panels of columns.
+//! The product of rows at arbitrary positions and panels of columns.
 
 use std::mem::MaybeUninit;
 
@@ -11,8 +11,8 @@ pub(in super::super) const NR: usize = 16;
 /// The order in which a row of the left operand is read: `count` segments that begin `stride` elements apart,
 /// of `len` elements that are `step` apart.
 ///
-/// A pixel of a `kh × kw` convolution over `c` channels is `kh` segments of `kw · c` neighbours, so that
-/// no patch is ever copied; a row of a matrix is one segment.
+/// A pixel of a `kh × kw` convolution over `c` channels is `kh` segments of `kw · c` contiguous elements, so no
+/// patch is ever copied; a row of a matrix is one segment.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) struct Segments {
     pub count: usize,
@@ -25,7 +25,7 @@ pub(in super::super) struct Segments {
 }
 
 impl Segments {
-    /// Segments over panels that hold a row for each term, one behind the other.
+    /// Segments over panels that hold a row for each term, one after another.
     pub fn new(count: usize, len: usize, stride: usize, step: usize) -> Self {
         Self { count, len, stride, step, panel_stride: len * NR }
     }
@@ -51,15 +51,15 @@ impl Segments {
     }
 }
 
-/// What the sums begin with.
+/// The initial values of the sums.
 #[derive(Clone, Copy, Debug)]
 pub(in super::super) enum Start<'a> {
     /// Zero.
     Zero,
     /// A value for each column, as long as all panels are wide: see [`pad_columns`].
     Bias(&'a [f32]),
-    /// Zero, and the finished sums are added to what is in the output: one more rounding, so that long sums can
-    /// be cut into blocks.
+    /// Zero, with the finished sums added to the output: one more rounding, so that long sums can be divided into
+    /// blocks.
     Add,
 }
 
@@ -77,7 +77,7 @@ pub(in super::super) struct Product<'a> {
     pub a: &'a [f32],
     /// Where each row begins.
     pub rows: &'a [usize],
-    /// How a row goes on.
+    /// How a row continues.
     pub segments: Segments,
     /// Panels of [`NR`] columns; columns past the last hold anything.
     pub panels: &'a [f32],
@@ -87,8 +87,8 @@ pub(in super::super) struct Product<'a> {
     pub columns: usize,
 }
 
-/// `out[r · pitch + j] = Σ_k a[rows[r] + offset(k)] · panels[j][k]` for every row `r` and column `j`, `k` in
-/// the order of the segments, one sum per element: so an element's bits depend on its row and its column only.
+/// `out[r · pitch + j] = Σ_k a[rows[r] + offset(k)] · panels[j][k]` for every row `r` and column `j`, `k` in the
+/// order of the segments, one sum per element: so an element's bits depend only on its row and its column.
 ///
 /// # Panics
 /// If a row, a panel or an element of the output is out of bounds, or there are no terms.
@@ -104,7 +104,7 @@ pub(in super::super) fn product(
     checked(level, operands, start, out, pitch);
 }
 
-/// [`product`] from zero or a bias into rows one behind another, which need not hold anything yet.
+/// [`product`] from zero or a bias into contiguous rows, which need not be initialised.
 ///
 /// # Panics
 /// As [`product`], or if the output has not exactly the result's size.

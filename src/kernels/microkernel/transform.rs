@@ -32,8 +32,8 @@ const F0: f32 = 1.0 / (P2 * Q2);
 const FP: f32 = 1.0 / (2.0 * P2 * (P2 - Q2));
 const FQ: f32 = 1.0 / (2.0 * Q2 * (Q2 - P2));
 
-/// Pixels around which everything is zero: those with rows and columns in these ranges of a tile are in `data`,
-/// the first one at `start`, pixels `channels` apart and rows `pitch` apart.
+/// Pixels surrounded by zeros: those with rows and columns in these ranges of a tile are in `data`, the first one
+/// at `start`, pixels `channels` apart and rows `pitch` apart.
 #[derive(Clone, Debug)]
 pub(in super::super) struct Window {
     pub start: usize,
@@ -125,11 +125,11 @@ pub(in super::super) struct Transformed<'a> {
     /// Element `p` of channel `c` is `m[p · element + c]`.
     pub m: &'a [f32],
     pub element: usize,
-    /// How many channels there are: of an output pixel the first so many.
+    /// The number of channels: the first this many of an output pixel.
     pub channels: usize,
-    /// What is added to each channel.
+    /// The value added to each channel.
     pub bias: Option<&'a [f32]>,
-    /// Whether it is added to what is in the output.
+    /// Whether the result is added to the output.
     pub add: bool,
 }
 

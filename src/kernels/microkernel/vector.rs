@@ -1,4 +1,4 @@
-//! Registers of f32 lanes: what the micro-kernels are written with, once for all levels.
+//! Registers of f32 lanes, with which the micro-kernels are written once for all levels.
 
 use super::arithmetic::{Apart, Arithmetic};
 
@@ -27,7 +27,7 @@ pub(super) trait Vector: Copy {
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
 }
 
-/// One lane with the arithmetic of a level: the ends of rows that are no multiple of a register.
+/// One lane with the arithmetic of a level, for the ends of rows that are not a multiple of a register.
 #[derive(Clone, Copy)]
 pub(super) struct Lane<A>(f32, std::marker::PhantomData<A>);
 

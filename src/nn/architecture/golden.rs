@@ -1,4 +1,4 @@
-//! Classifiers held against PyTorch's: the files that tests/golden/resnet.py and wide_resnet.py write.
+//! Classifiers compared with PyTorch's, from the files that tests/golden/resnet.py and wide_resnet.py write.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -75,7 +75,7 @@ impl Golden {
         assert_eq!(loaded.to_safetensors(&[]).unwrap(), self.params.to_safetensors(&[]).unwrap());
     }
 
-    /// Logits by running statistics, which they do not move.
+    /// Logits with running statistics, which are not changed.
     pub fn evaluates_alike<N: ClassifierNetwork>(&self, build: impl Fn(&Builder) -> Result<N>) {
         let before = self.params.to_safetensors(&[]).unwrap();
         let net = self.params.frozen(build).unwrap();

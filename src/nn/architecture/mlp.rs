@@ -1,5 +1,5 @@
-//! A denoiser of two linear layers for small images: that another network than the U-Net trains, samples and resumes
-//! takes this file and its lines in `mod.rs`.
+//! A denoiser of two linear layers for small images. It shows that for another network to train, sample and resume,
+//! one file and its lines in `mod.rs` are enough.
 
 use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use crate::{
     },
 };
 
-/// Sines and cosines of the noise level that the first layer gets beside the pixels.
+/// Number of sines and cosines of the noise level that the first layer gets in addition to the pixels.
 const FREQUENCIES: usize = 4;
 
 /// The shape of an [`Mlp`].

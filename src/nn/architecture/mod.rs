@@ -1,4 +1,4 @@
-//! The networks, one a file, and the two lists by which the rest of the program finds them.
+//! The networks, one per file, and the two lists by which the rest of the program finds them.
 
 #[cfg(test)]
 mod golden;
@@ -26,7 +26,7 @@ use crate::{Error, Result};
 /// The version of `diffusers` whose file layout is written.
 pub(crate) const DIFFUSERS_VERSION: &str = "0.42.1";
 
-/// An enum of configurations, each under its name in files, which stands for the one that it holds.
+/// Declares an enum of configurations, each under its name in files, which behaves like the one it holds.
 macro_rules! networks {
     (
         $(#[$meta:meta])*
@@ -69,7 +69,7 @@ macro_rules! networks {
 }
 
 networks! {
-    /// Which classifier, and its shape: tagged by `arch` in `config.json`.
+    /// The configuration of a classifier, tagged by `arch` in `config.json`.
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     #[serde(tag = "arch")]
     Architecture: dyn ClassifierArchitecture {
@@ -80,7 +80,7 @@ networks! {
 }
 
 networks! {
-    /// Which denoiser, and its shape: tagged by `_class_name` in `unet/config.json`.
+    /// The configuration of a denoiser, tagged by `_class_name` in `unet/config.json`.
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     #[serde(tag = "_class_name")]
     DenoiserConfig: dyn DenoiserArchitecture {
@@ -90,10 +90,10 @@ networks! {
 }
 
 impl DenoiserConfig {
-    /// What `unet/config.json` says of the network `class`, one of [`DenoiserConfig::TAGS`]. Keys that start with `_` say who
-    /// wrote it and are not part of the shape.
+    /// Reads `unet/config.json` for the network `class`, one of [`DenoiserConfig::TAGS`]. Keys that start with `_`
+    /// say who wrote it and are not part of the configuration.
     ///
-    /// Fails with [`Error::Data`], naming all that is wrong and what was expected.
+    /// Fails with [`Error::Data`], naming everything that is wrong and what was expected.
     pub fn from_json(class: &str, mut json: Map<String, Value>) -> Result<Self> {
         match json.remove("_class_name") {
             Some(found) if found != class => bail!(Data, "_class_name is {found}, expected \"{class}\""),

@@ -12,28 +12,29 @@ use crate::{
     },
 };
 
-/// ResNet (He et al. 2016) in its form for small images: a 3 × 3 stem without pooling, stages of basic blocks, the mean
-/// over what is left of the image, and a linear layer. `widths` and `blocks` are by default those of ResNet-18.
+/// ResNet (He et al. 2016) in its form for small images: a 3 × 3 stem without pooling, stages of basic blocks, the
+/// mean over the remaining positions, and a linear layer. By default `widths` and `blocks` are those of ResNet-18.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResNetConfig {
-    /// Channels of the images: 1 or 3, as a rule.
+    /// Channels of the images, usually 1 or 3.
     pub in_channels: usize,
     /// Height and width of the images.
     pub image_size: usize,
-    /// How many logits come out.
+    /// The number of logits.
     pub num_classes: usize,
-    /// Channels of each stage; from the second on a stage halves the image.
+    /// Channels of each stage; every stage after the first halves the image.
     #[serde(default = "resnet18_widths")]
     pub widths: Vec<usize>,
     /// Residual blocks of each stage.
     #[serde(default = "resnet18_blocks")]
     pub blocks: Vec<usize>,
-    /// The side of the windows whose means go into the linear layer: 4 in the form for CIFAR, which for other sizes
-    /// than 32 has as many inputs more. Without it the mean goes over all of the image (adaptive pooling).
+    /// The side of the windows whose means go into the linear layer: 4 in the form for CIFAR, where image sizes
+    /// other than 32 change the number of inputs accordingly. Without it the mean is over the whole image (adaptive
+    /// pooling).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<usize>,
-    /// What is done to the images first.
+    /// The standardisation applied to the images first, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standardize: Option<Standardization>,
 }
@@ -53,7 +54,7 @@ impl ResNetConfig {
         Self { in_channels, image_size, num_classes, widths, blocks, pool: None, standardize: None }
     }
 
-    /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
+    /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, num_classes, widths, blocks, .. } = self;
         expect_positive(&[
@@ -78,7 +79,7 @@ impl ResNetConfig {
         self.standardize.as_ref().map_or(Ok(()), |s| s.validate(*in_channels))
     }
 
-    /// The side of the images behind the last stage.
+    /// The side of the images after the last stage.
     fn last_side(&self) -> usize {
         (1..self.widths.len()).fold(self.image_size, |side, _| side.div_ceil(2))
     }

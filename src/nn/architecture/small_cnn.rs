@@ -1,5 +1,5 @@
-//! A small convolutional classifier without batch statistics: the logits of an image never depend on the
-//! images beside it, which a real/synthetic discriminator and any attack need.
+//! A small convolutional classifier without batch statistics: the logits of an image never depend on the rest of
+//! the batch, which real/synthetic discriminators and attacks require.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -16,25 +16,25 @@ use crate::{
 /// PyTorch's default for norms.
 const NORM_EPS: f64 = 1e-5;
 
-/// A 3 × 3 stem and two 3 × 3 convolutions a stage, each with GroupNorm and SiLU, then the mean over the image and a
-/// linear layer.
+/// A 3 × 3 stem and two 3 × 3 convolutions per stage, each with GroupNorm and SiLU, then the mean over the image
+/// and a linear layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SmallCnnConfig {
-    /// Channels of the images: 1 or 3, as a rule.
+    /// Channels of the images, usually 1 or 3.
     pub in_channels: usize,
     /// Height and width of the images.
     pub image_size: usize,
-    /// Channels of each stage; from the second on a stage halves the image.
+    /// Channels of each stage; every stage after the first halves the image.
     pub channels: Vec<usize>,
-    /// How many logits come out.
+    /// The number of logits.
     pub num_classes: usize,
     /// Groups of the norms: a divisor of all `channels`.
     pub groups: usize,
 }
 
 impl SmallCnnConfig {
-    /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
+    /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, channels, num_classes, groups } = self;
         expect_positive(&[

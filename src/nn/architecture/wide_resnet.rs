@@ -1,4 +1,4 @@
-//! The wide residual networks of the robustness benchmarks, in both forms that RobustBench holds.
+//! The wide residual networks of the robustness benchmarks, in both forms found in RobustBench.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use crate::{
 };
 
 named! {
-    /// The function between the layers.
+    /// The activation function.
     pub enum Activation default Relu {
         /// max(x, 0).
         Relu = "relu",
@@ -34,33 +34,33 @@ pub enum WideResNetLayout {
 }
 
 /// WRN-depth-width (Zagoruyko & Komodakis 2016): a 3 × 3 stem, three groups of pre-activation blocks, the mean over
-/// what is left of the image, and a linear layer.
+/// the remaining positions, and a linear layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WideResNetConfig {
-    /// Channels of the images: 1 or 3, as a rule.
+    /// Channels of the images, usually 1 or 3.
     pub in_channels: usize,
     /// Height and width of the images.
     pub image_size: usize,
-    /// How many logits come out.
+    /// The number of logits.
     pub num_classes: usize,
-    /// Layers: 4 and a multiple of 6.
+    /// Number of layers: 4 plus a multiple of 6.
     pub depth: usize,
-    /// By what the channels 16, 32, 64 of the three groups are multiplied.
+    /// The factor that widens the 16, 32 and 64 channels of the three groups.
     pub width: usize,
-    /// The function between the layers.
+    /// The activation function.
     #[serde(default)]
     pub activation: Activation,
     /// Names and padding.
     #[serde(default)]
     pub layout: WideResNetLayout,
-    /// What is done to the images first.
+    /// The standardisation applied to the images first, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standardize: Option<Standardization>,
 }
 
 impl WideResNetConfig {
-    /// Fails with [`Error::Data`](crate::Error::Data) at the first value that cannot be built.
+    /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, num_classes, depth, width, layout, .. } = self;
         expect_positive(&[
@@ -183,8 +183,8 @@ impl Norm {
     }
 }
 
-/// Norm, activation, convolution, twice; then what came in is added. Where the number of channels changes it goes
-/// through a 1 × 1 convolution, behind the first activation.
+/// Norm, activation and convolution, twice; then the input is added. Where the number of channels changes, the
+/// shortcut is a 1 × 1 convolution after the first activation.
 struct Block {
     norms: [Norm; 2],
     convs: [Conv2d; 2],
@@ -288,7 +288,7 @@ mod tests {
         each(|golden, build| golden.trains_alike(build));
     }
 
-    /// The counts of the benchmark's largest networks, which need no memory to be counted.
+    /// The counts of the benchmark's largest networks, which can be counted without allocating them.
     #[test]
     fn the_networks_of_the_benchmark_have_the_known_parameters_and_multiply_adds() {
         for (depth, width, parameters, macs) in

@@ -1,4 +1,4 @@
-//! Curate: a selection from a pool by its score table. Seconds, no GPU; the pool stays as it is.
+//! Curate: a selection from a pool by its score table. It takes seconds and needs no GPU; the pool stays as it is.
 
 use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
 
@@ -24,61 +24,65 @@ use crate::{
     },
 };
 
-/// Selects from a pool: gates that remove, an arm that ranks, quotas.
+/// Selects images from a pool: gates refuse images, an arm ranks the rest, and quotas say how many are kept.
 ///
-/// A sample is refused by the first gate that it does not meet: scores that are no numbers, a copy of a test image, of a
-/// training image, memorised, then label, confidence, score, filters, duplicates. Of those that pass, the arm keeps the first.
+/// An image is refused by the first gate that it does not pass, in this order: scores that are not numbers, copies
+/// of test images, copies of training images, memorisation, label, confidence, score, filters, duplicates. Of those
+/// that pass, the first in the arm's order are kept.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Curate {
-    /// The folder of a finished score.
+    /// The folder of a finished score stage.
     #[arg(long)]
     pub scores: Option<PathBuf>,
-    /// What ranks.
+    /// How the images that pass the gates are ranked.
     #[arg(long, value_parser = settings::named::<Arm>(), default_value_t = Arm::Score)]
     pub arm: Arm,
-    /// How many of each class are kept; 0 to use keep_total or keep_fraction.
+    /// How many images of each class to keep; 0 to use keep_total or keep_fraction.
     #[arg(long, default_value_t = 0)]
     pub keep_per_class: usize,
-    /// How many are kept in all, whatever their class; 0 to use keep_per_class or keep_fraction.
+    /// How many images to keep in all, whatever their class; 0 to use keep_per_class or keep_fraction.
     #[arg(long, default_value_t = 0)]
     pub keep_total: usize,
-    /// The share kept of those that pass the gates, if no number is given. The paper keeps 2/3; with 1 the gates alone decide.
+    /// The share to keep of the images that pass the gates, if no number is given. The paper keeps 2/3; with 1, the
+    /// gates alone decide.
     #[arg(long, default_value_t = 0.67)]
     pub keep_fraction: f64,
-    /// Whether keep_fraction is of each class or of all.
+    /// Whether keep_fraction applies to each class or to all images together.
     #[arg(long, value_enum, default_value_t = Within::Class)]
     pub within: Within,
-    /// How many are kept of one class, by name or number, instead of what the other settings say: cat=500.
+    /// How many images of one class to keep, given by its name or number, whatever the other settings say: cat=500.
     #[arg(long, value_delimiter = ',')]
     pub quota: Vec<Quota>,
-    /// Fewer images behind the gates than are to be kept are an error (exit 1) unless this is set.
+    /// Accept a selection with fewer images than asked for. Otherwise it is an error (exit 1) if too few pass the
+    /// gates.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub allow_short: bool,
-    /// Keep only what meets this condition on a column of the score table: 'label_confidence >= 0.9'. A null meets none.
+    /// Keep only images that meet this condition on a column of the score table: 'label_confidence >= 0.9'. A null
+    /// meets no condition.
     #[arg(long)]
     pub filter: Vec<Condition>,
-    /// Refuse images that are this near to being a copy of a real image, mirrored or not, up to a shift by a pixel: the
-    /// root mean square of the differences of pixels in [0, 1].
+    /// Refuse images within this distance of a real image, mirrored or not, up to a shift by a pixel: the root mean
+    /// square difference of pixels in [0, 1].
     #[arg(long, default_value_t = 0.02)]
     pub copy_tolerance: f64,
-    /// Refuse images whose distance to the nearest training image is a smaller part of the mean distance to the nearest
-    /// ones. Carlini et al. 2023 take 0.5; 0 refuses none.
+    /// Refuse images whose distance to the nearest training image, divided by the mean distance to the nearest
+    /// ones, is smaller than this. Carlini et al. 2023 use 0.5; 0 refuses none.
     #[arg(long, default_value_t = 0.0)]
     pub min_memorization_ratio: f64,
-    /// Refuse images whose hash, of 64 bits, differs in at most this many bits from that of an image before it that
-    /// passed. Equal pixels are always refused.
+    /// Refuse images whose 64-bit hash differs in at most this many bits from that of an earlier image that passed.
+    /// Images with equal pixels are always refused.
     #[arg(long)]
     pub near_duplicate_bits: Option<u32>,
-    /// Of what near_duplicate_bits compares the hashes.
+    /// Which hashes near_duplicate_bits compares.
     #[arg(long, value_enum, default_value_t = Likeness::Looks)]
     pub near_duplicate_by: Likeness,
-    /// Refuse images whose label the classifier does not share.
+    /// Refuse images if the classifier does not agree with their label.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub require_agreement: bool,
-    /// Refuse images with less confidence in their label.
+    /// Refuse images whose label has less confidence than this.
     #[arg(long, default_value_t = 0.0)]
     pub min_confidence: f64,
-    /// Refuse images with a higher synthetic_score.
+    /// Refuse images whose synthetic_score is higher than this.
     #[arg(long, default_value_t = 1.0)]
     pub max_score: f64,
     /// Seed of the random arm and of rejection sampling.
@@ -90,23 +94,23 @@ pub struct Curate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Likeness {
-    /// How they look: the column perceptual_hash.
+    /// Their looks: the column perceptual_hash.
     Looks,
-    /// What a network sees in them: the column feature_hash, which score writes with hash_features.
+    /// Their features: the column feature_hash, which score writes if hash_features is set.
     Features,
 }
 
-/// What a fraction is of.
+/// What a fraction refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Within {
-    /// Of each class.
+    /// Each class by itself.
     Class,
-    /// Of all.
+    /// All images together.
     All,
 }
 
-/// How many of one class are kept: `cat=500`.
+/// How many images of one class are kept: `cat=500`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "crate::text::Written", into = "String")]
 pub struct Quota {
@@ -137,7 +141,7 @@ serde_as_text!(Quota);
 
 impl Stage for Curate {
     const NAME: &'static str = "curate";
-    const ABOUT: &'static str = "Select from a pool by its scores.";
+    const ABOUT: &'static str = "Select images from a pool by their scores";
     const INPUTS: &'static [Input] = &[SCORES];
     const REVISION: u32 = 1;
 
@@ -271,12 +275,12 @@ impl Stage for Curate {
 }
 
 impl Curate {
-    /// Whether what is kept is counted over all classes.
+    /// Whether the number to keep is counted over all classes.
     fn counts_over_all(&self) -> bool {
         self.keep_total > 0 || self.keep_per_class == 0 && self.within == Within::All
     }
 
-    /// The gates, in the order in which their reasons are given.
+    /// The gates, in the order in which they are tried.
     fn gates(&self) -> Vec<Gate> {
         let gate = |reason: &str, condition| Gate { reason: reason.into(), condition, null_passes: false };
         let number =
@@ -298,7 +302,7 @@ impl Curate {
         gates
     }
 
-    /// Who competes for how many places. Fails if there are fewer candidates than are to be kept.
+    /// Which candidates compete for how many places. Fails if there are fewer candidates than images to keep.
     fn groups(&self, candidates: &[u32], rows: &ScoreRows, classes: &[String]) -> Result<Vec<Group>> {
         let share = |n: usize| (n as f64 * self.keep_fraction - 1e-9).ceil() as usize;
         if self.arm == Arm::All {
@@ -333,7 +337,7 @@ impl Curate {
         Ok(groups)
     }
 
-    /// By class, the quotas of single classes.
+    /// The quotas of single classes, by class.
     fn quotas(&self, classes: &[String]) -> Result<BTreeMap<usize, usize>> {
         let mut quotas = BTreeMap::new();
         for quota in &self.quota {
@@ -354,7 +358,7 @@ impl Curate {
         Ok(quotas)
     }
 
-    /// The random part that the kept are judged against: as many of each class, behind the same gates.
+    /// A random selection to compare the kept images with: equally many of each class, behind the same gates.
     fn random_part(
         &self,
         candidates: &[u32],
@@ -443,7 +447,7 @@ impl Curate {
     }
 }
 
-/// Each class's candidates; none of them are kept yet.
+/// The candidates of each class; none of them is kept yet.
 fn by_class(candidates: &[u32], rows: &ScoreRows, classes: usize) -> Vec<Group> {
     let mut groups = vec![Group { rows: Vec::new(), limit: 0 }; classes];
     for &row in candidates {
@@ -452,7 +456,7 @@ fn by_class(candidates: &[u32], rows: &ScoreRows, classes: usize) -> Vec<Group> 
     groups
 }
 
-/// Refuses those rows that passed so far and whose hash repeats one of theirs before it.
+/// Refuses the rows that have passed so far and whose hash repeats that of an earlier one among them.
 fn refuse_repeated(
     rows: &mut ScoreRows,
     mut hashes: Vec<u64>,

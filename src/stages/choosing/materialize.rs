@@ -1,4 +1,5 @@
-//! Materialize: a selection as a data set in the Hugging Face layout. Image bytes are copied, once, unchanged.
+//! Materialize: writes a selection as a data set in the Hugging Face layout. Image bytes are copied once,
+//! unchanged.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +31,7 @@ use crate::{
     },
 };
 
-/// Bytes of images that are held in memory at a time, unless one file has more.
+/// Bytes of images held in memory at a time, unless a single file has more.
 const BYTES_IN_MEMORY: u64 = 1 << 30;
 
 /// Writes the kept images as `dataset/`: Parquet files in the layout of Hugging Face `datasets`, a card, a manifest.
@@ -39,40 +40,41 @@ const BYTES_IN_MEMORY: u64 = 1 << 30;
 /// before the stage is done.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Materialize {
-    /// The folder of a finished split: named in the card.
+    /// The folder of a finished split stage, which is named in the card.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate or import: the images.
+    /// The folder of a finished generate or import stage: the images.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// The folder of a finished curate: which of them.
+    /// The folder of a finished curate stage, which says which images to write.
     #[arg(long)]
     pub selection: Option<PathBuf>,
-    /// The folder of a finished score of the pool: for with_pool.
+    /// The folder of a finished score stage for the pool; needed for with_pool.
     #[arg(long)]
     pub scores: Option<PathBuf>,
-    /// Write the whole pool too, with its scores and what was selected, as a second configuration `pool`.
+    /// Also write the whole pool, with its scores and what was selected, as a second configuration `pool`.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub with_pool: bool,
-    /// Largest number of rows in a file.
+    /// The largest number of rows in a file.
     #[arg(long, default_value_t = 131_072)]
     pub rows_per_file: usize,
-    /// Largest size of a file in millions of bytes, about: by the mean size of the pool's images.
+    /// The approximate largest size of a file in millions of bytes, estimated from the mean size of the pool's
+    /// images.
     #[arg(long, default_value_t = 500)]
     pub file_megabytes: u64,
-    /// The data set's name for people; made from the real data's if empty.
+    /// The data set's display name; derived from the real data's if empty.
     #[arg(long, default_value = "")]
     pub pretty_name: String,
-    /// The licence of the card, a Hub id. The real data's licence applies to what is made from it.
+    /// The licence in the card, as a Hub id. The real data's licence applies to what is made from it.
     #[arg(long, default_value = "other")]
     pub license: String,
-    /// Seed of the order.
+    /// Seed of the order of the rows.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
 impl Materialize {
-    /// Rows of a file of images that have this many bytes on average.
+    /// The rows of a file whose images have this many bytes on average.
     fn rows_of_file(&self, image_bytes: u64) -> usize {
         self.rows_per_file.min((1_000_000 * self.file_megabytes / image_bytes).max(1) as usize)
     }
@@ -80,14 +82,14 @@ impl Materialize {
 
 impl Stage for Materialize {
     const NAME: &'static str = "materialize";
-    const ABOUT: &'static str = "Write a selection as a Hugging Face data set.";
+    const ABOUT: &'static str = "Write a selection as a Hugging Face data set";
     const INPUTS: &'static [Input] = &[SPLIT, POOL, SELECTION, Input::given(SCORES.key)];
 
     fn validate(&self) -> Result<()> {
         if !self.with_pool && self.scores.is_some() {
             bail!(Usage, "scores is set, but with_pool is false, expected both or neither");
         }
-        // Arrow's offsets end at 2 GiB, and the images of one file may be larger than the pool's are on average.
+        // Arrow's offsets end at 2 GiB, and the images of one file may be larger than the pool's average.
         expect("file_megabytes", self.file_megabytes, 1, 1000)?;
         expect("rows_per_file", self.rows_per_file, 1, 1 << 24)
     }
@@ -177,15 +179,15 @@ struct Writing<'a> {
     pool: &'a Pool,
     class_names: &'a [String],
     rows_per_file: usize,
-    /// Files in all.
+    /// The total number of files.
     files: usize,
-    /// Records of the files that are written.
+    /// Records of the files written so far.
     work: &'a Parts,
     bar: Progress,
 }
 
 impl Writing<'_> {
-    /// Writes the files that hold `rows`, the first of them number `first_file`, with each pool shard read once.
+    /// Writes the files that hold `rows`, numbered from `first_file`, reading each pool shard once.
     fn files(&self, rows: &[&Selected], first_file: usize) -> Result<Vec<FileEntry>> {
         let Self { dataset, pool, class_names, files, work, bar, .. } = self;
         let name = |file: usize| format!("data/train-{file:05}-of-{files:05}.parquet");
@@ -234,7 +236,7 @@ impl Writing<'_> {
 
 impl Materialize {
     fn provenance(&self, pool: &Pool, record: &SelectRecord, division: &Division) -> Result<Value> {
-        // What was computed, not where: the same work gives the same manifest in any folder.
+        // Says what was computed, not where: the same work gives the same manifest in any folder.
         let mut generate = read_config(&pool.dir)?;
         let inputs = Generate::INPUTS.iter().chain(Import::INPUTS).map(|input| input.key);
         for key in inputs.chain(Generate::RUNTIME.iter().copied()) {

@@ -1,4 +1,5 @@
-//! Choosing images: a selection by scores and gates, written as a data set. The gates themselves are in `curate`.
+//! Choosing images: selecting by scores and gates, and writing the selection as a data set. The gates themselves
+//! are in `curate`.
 
 mod curate;
 mod materialize;

@@ -38,49 +38,52 @@ pub struct ArcAttackSettings {
     #[command(flatten)]
     #[serde(flatten)]
     pub steps: StepSettings,
-    /// Random starts of PGD; an image has to withstand all of them, at every point on the way. APGD brings one more.
+    /// Random starts of PGD. An image has to withstand all of them, at every step on the way. APGD adds one more
+    /// start.
     #[arg(long, default_value_t = 1)]
     pub restarts: usize,
-    /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then tries what PGD left standing; 0 for none.
+    /// Steps of APGD on the cross-entropy (Croce & Hein 2020), which then attacks the images that withstood PGD; 0
+    /// for none.
     #[arg(long, default_value_t = 50)]
     pub apgd_steps: usize,
 }
 
-/// Estimates ARC: each ranking set's accuracy under attack on images that it has seen in no way before.
+/// Estimates ARC from each ranking set's accuracy under attack on images that it has not seen in any way before.
 ///
-/// Real images: the proxy folds on which the set was not stopped. Synthetic images: held-out pool images of
-/// other folds. Both sides in equal numbers. A network that the same attack leaves right on at most half of its stopping
-/// images is worse than an answer that is always the same, and is replaced by it: its accuracy is then 1/2, a real image's 0
-/// and a synthetic one's 1. ARC is blind to labels: see the agreement that label reports.
+/// The real images are the proxy folds on which the set was not stopped; the synthetic ones are held-out pool
+/// images of other folds, in equal number. A network that is right on at most half of its stopping images under the
+/// same attack is no better than a constant answer and is replaced by one: its accuracy is then 1/2, made of 0 on
+/// real images and 1 on synthetic ones. ARC does not see labels; for these, see the agreement that the label stage
+/// reports.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[command(mut_args(settings::defaults(&[("attack_steps", "20", &[])])))]
 pub struct EstimateArc {
-    /// The folder of a finished split: the real data.
+    /// The folder of a finished split stage: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate or import.
+    /// The folder of a finished generate or import stage.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// The folder of a finished fit-discriminator.
+    /// The folder of a finished fit-discriminator stage.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
     /// The attack.
     #[command(flatten)]
     pub attack: ArcAttackSettings,
-    /// Largest number of images of each source that measure a set.
+    /// The largest number of images from each source on which a set is measured.
     #[arg(long, default_value_t = 5000)]
     pub max_images: usize,
-    /// Largest number of stopping images of each source that decide whether a network is replaced.
+    /// The largest number of stopping images from each source that decide whether a network is replaced.
     #[arg(long, default_value_t = 500)]
     pub max_stop: usize,
-    /// Bootstrap draws.
+    /// Number of bootstrap draws.
     #[arg(long, default_value_t = 1000)]
     pub bootstrap: usize,
-    /// Images that are attacked together, on each thread of a CPU or on a GPU; 0 for as many as suit the device. No result
-    /// depends on it.
+    /// How many images are attacked together, on each CPU thread or on the GPU; 0 chooses a number that suits the
+    /// device. Results do not depend on it.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
-    /// Seed of the attack and the bootstrap.
+    /// Seed of the attack and of the bootstrap.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
@@ -92,7 +95,7 @@ impl EstimateArc {
         PgdSearch::new(pgd, self.attack.restarts, Counted::Every)
     }
 
-    /// How often an image is attacked, or looked at, at one radius.
+    /// How often an image is attacked, or evaluated, at one radius.
     fn passes(&self, epsilon: f64) -> usize {
         1 + usize::from(epsilon > 0.0 && self.attack.apgd_steps > 0)
     }
@@ -124,7 +127,7 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    /// Which of the images that are `standing` an attack leaves standing. What is found is kept under `key`.
+    /// Which of the images still `standing` withstand an attack. The findings are kept under `key`.
     fn stands(
         &self,
         images: &Dataset,
@@ -143,12 +146,12 @@ impl Trial<'_> {
         evaluation.stands(key, standing, attack)
     }
 
-    /// Which images PGD leaves standing.
+    /// Which images withstand PGD.
     fn after_pgd(&self, images: &Dataset, key: &str) -> Result<Vec<bool>> {
         self.stands(images, &vec![true; images.len()], &self.pgd, &format!("{key}-pgd"))
     }
 
-    /// Which of those that are `standing` after PGD APGD leaves standing, too.
+    /// Which of those still `standing` after PGD withstand APGD too.
     fn after_apgd(&self, images: &Dataset, standing: Vec<bool>, key: &str) -> Result<Vec<bool>> {
         let (arc, threat) = (self.arc, self.pgd.threat());
         if arc.passes(threat.epsilon()) == 1 {
@@ -174,7 +177,7 @@ impl Trial<'_> {
 impl Stage for EstimateArc {
     const NAME: &'static str = "arc";
     const ABOUT: &'static str =
-        "Estimate ARC, the area under the robust discrimination curve, or rank sample sets by it.";
+        "Estimate ARC, the area under the robust discrimination curve, or rank sample sets by it";
     const INPUTS: &'static [Input] = &[SPLIT, POOL, DISCRIMINATORS];
     const REVISION: u32 = 1;
     const RUNTIME: &'static [&'static str] = &["batch"];
@@ -291,12 +294,12 @@ impl Stage for EstimateArc {
     }
 }
 
-/// A plot of robust discrimination curves: a name and points (ε, accuracy) each.
+/// A plot of robust discrimination curves, each with a name and points (ε, accuracy).
 pub(super) fn discrimination_svg(curves: &[(String, Vec<(f64, f64)>)]) -> Result<String> {
     lines("Robust discrimination of real and synthetic images", "ε", "accuracy under attack", curves)
 }
 
-/// The curve, and its two parts.
+/// The curve and its two parts.
 fn curves(estimate: &Estimate) -> Vec<(String, Vec<(f64, f64)>)> {
     let of = |name: &str, get: fn(&Point) -> f64| {
         (name.to_owned(), estimate.curve.iter().map(|p| (p.epsilon, get(p))).collect())
@@ -308,8 +311,8 @@ fn curves(estimate: &Estimate) -> Vec<(String, Vec<(f64, f64)>)> {
     ]
 }
 
-/// Pool images that measure and that stop each ranking set, as many as `wanted`: of folds that it did not learn from, with
-/// their classes.
+/// The pool images that measure and that stop each ranking set, as many as `wanted`, with their classes: from folds
+/// that the set did not learn from.
 fn held_out_images(
     pool: &Pool,
     discriminators: &Discriminators,

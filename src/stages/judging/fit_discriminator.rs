@@ -46,7 +46,7 @@ pub struct GridAttackSettings {
     /// The norm of the attack.
     #[arg(long, value_parser = settings::named::<Norm>(), default_value_t = Norm::Linf)]
     pub norm: Norm,
-    /// The grid of radii, ascending, at least four, the first 0; for pixels in [0, 1].
+    /// The grid of radii for pixels in [0, 1]: at least four, ascending, the first 0.
     #[arg(long, value_delimiter = ',', default_values = ["0", "4/255", "8/255", "16/255"])]
     pub epsilons: Vec<Epsilon>,
     /// The steps.
@@ -55,12 +55,12 @@ pub struct GridAttackSettings {
     pub steps: StepSettings,
 }
 
-/// Trains discriminators under attack: `folds` sets that rank, and one set that judges.
+/// Trains discriminators under attack: `folds` sets for ranking, and one set of judges.
 ///
-/// Ranking set `f` learns from the real `fit` images and the pool images of fold `f`; it is stopped and
-/// calibrated on proxy fold `f` and on held-out pool images. The judges learn from the proxy images and a pool fold
-/// of their own: they share no training image with those that rank. Each set has one network per radius or, conditioned,
-/// one that is told the radius.
+/// Ranking set `f` learns from the real `fit` images and the pool images of fold `f`; it is stopped and calibrated
+/// on proxy fold `f` and on held-out pool images. The judges learn from the proxy images and a pool fold of their
+/// own, so they share no training image with the ranking sets. Each set has one network per radius or, if
+/// conditioned, a single network that is told the radius.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[command(mut_args(settings::defaults(&[
     ("attack_steps", "7", &[]),
@@ -69,27 +69,28 @@ pub struct GridAttackSettings {
     ("final_fraction", "0.05", &[]),
 ])))]
 pub struct FitDiscriminator {
-    /// The folder of a finished split: the real data.
+    /// The folder of a finished split stage: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate or import: the synthetic data.
+    /// The folder of a finished generate or import stage: the synthetic data.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// Folds of the pool for ranking, at least 2: an image is scored by sets that were not trained on its fold.
+    /// Number of pool folds for ranking, at least 2. An image is scored by the sets that were not trained on its
+    /// fold.
     #[arg(long, default_value_t = 2)]
     pub folds: usize,
-    /// The attack in training and stopping.
+    /// The attack for training and stopping.
     #[command(flatten)]
     pub attack: GridAttackSettings,
-    /// One network a set, which sees the radius as one more channel, instead of one for each radius: its steps are shared
-    /// between the radii.
+    /// Train one network per set, which sees the radius as an extra channel, instead of one per radius. Its steps
+    /// are shared among the radii.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub conditioned: bool,
-    /// Also train the judges, which score wants and ARC does without.
+    /// Also train the judges, which score needs and arc does not.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub judges: bool,
-    /// The share of the steps over which the radius grows to its full size. Under the full attack from the first step on,
-    /// networks for large radii learn nothing.
+    /// The share of the steps over which the radius grows to its full size. Networks for large radii learn nothing
+    /// if they meet the full attack from the first step.
     #[arg(long, default_value_t = 0.5)]
     pub epsilon_warmup: f64,
     /// The networks.
@@ -101,7 +102,7 @@ pub struct FitDiscriminator {
     /// Images per step, half of them real.
     #[arg(long, default_value_t = 64)]
     pub batch: usize,
-    /// What makes the steps.
+    /// The optimiser.
     #[command(flatten)]
     pub optimizer: OptimizerSettings,
     /// The learning rate over the steps.
@@ -110,19 +111,19 @@ pub struct FitDiscriminator {
     /// Decay of the moving average of the weights.
     #[arg(long, default_value_t = 0.99)]
     pub ema_decay: f64,
-    /// What is done to the images of both sides at random.
+    /// Random augmentation of the images of both sides.
     #[command(flatten)]
     pub augmentation: AugmentationSettings,
-    /// Steps between looks at the stopping images.
+    /// Steps between evaluations on the stopping images.
     #[arg(long, default_value_t = 50)]
     pub eval_every: usize,
-    /// Largest number of synthetic images that a set learns from.
+    /// The largest number of synthetic images that a set learns from.
     #[arg(long, default_value_t = 50_000)]
     pub max_synthetic: usize,
-    /// Largest number of images of each source that stop and calibrate a network.
+    /// The largest number of images from each source that are used to stop and calibrate a network.
     #[arg(long, default_value_t = 1000)]
     pub max_stop: usize,
-    /// Seed of initial weights, order, augmentation and attack.
+    /// Seed of the initial weights, the order of the images, the augmentation and the attack.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
@@ -192,7 +193,7 @@ impl FitDiscriminator {
             bar.skip(self.steps as u64);
             return fs::read_json(&record_path);
         }
-        // Another seed for every network: what they agree on is not an accident of their start.
+        // Every network has a seed of its own, so that what they agree on is not an accident of initialisation.
         let seed = self.seed ^ (((set as u64 + 1) << 16 | (radii.start as u64 + 1)) << 32);
         let shape = data.real.shape;
         let net = Classifier::init(config.clone(), seed, &job.device)?;
@@ -237,7 +238,7 @@ impl FitDiscriminator {
                 let losses = pgd_at(&tracked, &frozen, &x, &y, &grown[turn], 0.0, &ids)?;
                 Ok((losses.sum_all()? / (2 * half) as f64)?)
             };
-            // With several radii each quarter of the batch has one, in turn.
+            // With several radii, each quarter of the batch gets one of them in turn.
             let turn_of = |slot: usize| (step + slot * 4 / (2 * half)) % radii.len();
             let contribution = |slots: Span<usize>| -> Result<Part> {
                 let mut loss: Option<Tensor> = None;
@@ -255,7 +256,7 @@ impl FitDiscriminator {
                 Ok(Part::from(loss.ok_or_else(none)?))
             };
             trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), 2 * half, &contribution)?;
-            // What has not met the full radius yet is no candidate.
+            // A network that has not met the full radius yet is not a candidate.
             let full = trainer.step() >= warmup;
             if full && trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
                 let mut by_radius = Vec::new();
@@ -302,7 +303,7 @@ impl FitDiscriminator {
 
 impl Stage for FitDiscriminator {
     const NAME: &'static str = "fit-discriminator";
-    const ABOUT: &'static str = "Train robust real/synthetic discriminators.";
+    const ABOUT: &'static str = "Train robust real/synthetic discriminators";
     const INPUTS: &'static [Input] = &[SPLIT, POOL];
     const REVISION: u32 = 1;
 
@@ -413,7 +414,7 @@ impl PoolParts {
         let sets = config.sets();
         let wanted = [vec![config.max_synthetic; sets], vec![config.max_stop; sets]].concat();
         let mut learn = pool.draw(&wanted, |uid| {
-            // The judges' fold is theirs even where there are none.
+            // The judges' fold stays reserved even if there are no judges.
             let fold = fold_of(uid, config.folds + 1);
             let stops = (0..sets).filter(|&set| set != fold && held_out(uid) == HeldOut::Stop);
             (fold..=fold).filter(|&set| set < sets).chain(stops.map(|set| sets + set)).collect()
@@ -458,7 +459,7 @@ mod tests {
     fn rounding_and_png_make_of_a_generators_floats_what_a_real_image_of_those_levels_is() {
         let real = digits(50);
         let levels = to_tensor(&real.pixels, real.shape, Range::Signed, &Device::Cpu).unwrap();
-        // A generator's pixels lie anywhere around a level.
+        // A generator's pixels lie anywhere around a grey level.
         let mut stream = Stream::new(1, 0, 0);
         let noise: Vec<f32> =
             real.pixels.iter().map(|_| 0.98 / 127.5 * (stream.uniform() as f32 - 0.5)).collect();

@@ -22,23 +22,23 @@ use crate::{
 /// Images that go through the classifier together. Results do not depend on it.
 const CHUNK: usize = 256;
 
-/// Gives every pool image a label with the classifier's confidence in it.
+/// Gives every pool image a label and the classifier's confidence in it.
 ///
-/// An image made for a class keeps that class (`label_source` = intended); the classifier says whether it
-/// agrees. An image of an unconditional generator gets the classifier's first choice (pseudo).
+/// An image made for a class keeps that class (`label_source` = intended); the classifier says whether it agrees.
+/// An image from an unconditional generator gets the classifier's first choice (pseudo).
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Label {
-    /// The folder of a finished generate or import.
+    /// The folder of a finished generate or import stage.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train stage.
     #[arg(long)]
     pub classifier: Option<PathBuf>,
 }
 
 impl Stage for Label {
     const NAME: &'static str = "label";
-    const ABOUT: &'static str = "Give pool images labels, or confidence in the labels they have.";
+    const ABOUT: &'static str = "Give pool images labels, or confidence in the labels they have";
     const INPUTS: &'static [Input] = &[POOL, CLASSIFIER];
 
     fn validate(&self) -> Result<()> {
@@ -89,13 +89,13 @@ impl Stage for Label {
     }
 }
 
-/// Fails with [`Error::Data`] unless a classifier's classes are those that a pool was made for, if it was for any.
+/// Fails with [`Error::Data`] if the pool was made for classes, and they are not the classifier's.
 pub(super) fn expect_same_classes(classifier: &Classifier, dir: &Path, pool: &Pool) -> Result<()> {
     let names = &classifier.config().class_names;
     let differ = if pool.info.named {
         *names != pool.info.class_names
     } else {
-        // Of imported images only the largest label is known.
+        // For imported images only the largest label is known.
         let (known, found) = (names.len(), pool.info.class_names.len());
         pool.info.conditional && if pool.info.imported() { known < found } else { known != found }
     };
@@ -111,7 +111,7 @@ pub(super) fn expect_same_classes(classifier: &Classifier, dir: &Path, pool: &Po
     Ok(())
 }
 
-/// How many images get from the classifier the label that they were made for, in all and by class.
+/// How many images the classifier gives the label that they were made for, in all and by class.
 fn agreement(pool: &Pool, dir: &Path, classes: usize) -> Result<serde_json::Value> {
     let (mut counts, mut agreed, mut confidence) = (vec![0u64; classes], vec![0u64; classes], 0.0);
     for shard in 0..pool.info.shards {

@@ -1,4 +1,4 @@
-//! Judging images: labels and confidence, distance from real ones, discriminators, scores, ARC.
+//! Judging images: labels and confidence, distance from real images, discriminators, scores, ARC.
 
 mod arc;
 mod fit_discriminator;

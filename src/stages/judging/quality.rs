@@ -1,4 +1,4 @@
-//! Quality: how far a pool is from real images, in the features of a classifier.
+//! Quality: how far a pool is from real images, in a classifier's features.
 
 use std::path::PathBuf;
 
@@ -30,19 +30,20 @@ use crate::{
 /// Images that go through the classifier together. Results do not depend on it.
 const CHUNK: usize = 256;
 
-/// Measures a pool against real images in the features of a classifier, what its last linear layer gets, or of a network of
-/// the Hub.
+/// Measures a pool against real images in the features of a classifier (the inputs of its last linear layer) or of
+/// a network from the Hub.
 ///
-/// Fréchet distance (Heusel et al. 2017) beside that of two halves of the real images, each class halved, precision and recall
-/// (Kynkäänniemi et al. 2019), and the part of the images that the classifier gives the class they were made for. All
-/// depend on the classifier and on the numbers of images, which stand beside them: compare at equal numbers.
+/// Reports the Fréchet distance (Heusel et al. 2017), next to that between two halves of the real images (each
+/// class halved), precision and recall (Kynkäänniemi et al. 2019), and the share of the images that the classifier
+/// gives the class they were made for. All of them depend on the classifier and on the numbers of images, which are
+/// reported too: compare at equal numbers.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Quality {
-    /// The folder of a finished generate or import.
+    /// The folder of a finished generate or import stage.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train; or, in a program built
-    /// with the feature `extractors`, that of a ResNet, a DINOv2 or a CLIP from the Hub.
+    /// A classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train stage; or, if
+    /// the program was built with the feature `extractors`, the folder of a ResNet, DINOv2 or CLIP from the Hub.
     #[arg(long)]
     pub classifier: Option<PathBuf>,
     /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
@@ -54,19 +55,21 @@ pub struct Quality {
     /// Use only the first N real images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
-    /// Use only N images of the pool, drawn by the hash of their uid; 0 for all.
+    /// Use only N images of the pool, drawn by the hashes of their uids; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub pool_limit: usize,
-    /// The neighbour whose distance is the radius of a ball, for precision and recall.
+    /// Which nearest neighbour's distance is the radius of a ball, for precision and recall.
     #[arg(long, default_value_t = 3)]
     pub neighbours: usize,
-    /// Largest number of images of each kind, drawn, for precision and recall, whose work grows with its square.
+    /// The largest number of images of each kind to draw for precision and recall, whose cost grows with its
+    /// square.
     #[arg(long, default_value_t = 5000)]
     pub max_manifold: usize,
-    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    /// How many unreadable rows of the source to tolerate; they are skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
-    /// Seed of the halves of the real images, and of those drawn for precision and recall; the pool's go by their uid.
+    /// Seed of the halves of the real images and of the draw for precision and recall; pool images are drawn by
+    /// their uids.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
@@ -74,7 +77,7 @@ pub struct Quality {
 impl Stage for Quality {
     const NAME: &'static str = "quality";
     const ABOUT: &'static str =
-        "Measure a pool against real images: Fréchet distance, precision, recall, class accuracy.";
+        "Measure a pool against real images: Fréchet distance, precision, recall, class accuracy";
     const INPUTS: &'static [Input] = &[POOL, CLASSIFIER, Input::real_data("data")];
     const REVISION: u32 = 1;
 
@@ -144,7 +147,8 @@ impl Stage for Quality {
 
         let order = Permutation::new(self.seed, 0, real.len() as u64);
         let mut shuffled: Vec<usize> = (0..real.len()).map(|i| order.at(i as u64) as usize).collect();
-        // Of each class as many in both: halves that differ in their classes are further apart than a balanced pool.
+        // Both get equally many of each class: halves that differ in their classes are further apart than a
+        // balanced pool.
         shuffled.sort_by_key(|&image| real.labels[image]);
         let half = |from: usize| shuffled.iter().copied().skip(from).step_by(2).collect::<Vec<_>>();
         let (first, second) = (half(0), half(1));
@@ -194,7 +198,7 @@ impl Stage for Quality {
 struct Seen {
     dim: usize,
     features: Vec<f32>,
-    /// Empty if the network is no classifier.
+    /// Empty if the network is not a classifier.
     classes: Vec<u32>,
 }
 

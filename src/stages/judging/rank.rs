@@ -19,17 +19,19 @@ const LABELLED: Input = Input::several("labelled", &["label"]);
 
 /// Ranks generators by their signed ARC, lowest first: `rank.json`, and the curves in `rank.svg`.
 ///
-/// Each estimate must come from the same division of the real images and radii under the same attack. The intervals of differences take
-/// the estimates as independent; that they share real images makes them wider than need be.
+/// All estimates must come from the same division of the real images and use the same radii and attack. The
+/// intervals of the differences treat the estimates as independent; since they share real images, the intervals are
+/// wider than they need be.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Rank {
-    /// The folders of finished arcs, one a generator.
+    /// The folders of finished arc stages, one for each generator.
     #[arg(long, value_delimiter = ',')]
     pub arcs: Vec<PathBuf>,
-    /// The folders of finished labels of the same pools, in the same order: the agreement, to which ARC is blind.
+    /// The folders of finished label stages for the same pools, in the same order; they add the label agreement,
+    /// which ARC does not see.
     #[arg(long, value_delimiter = ',')]
     pub labelled: Vec<PathBuf>,
-    /// The generators' names, in the same order.
+    /// The generators' names, in the order of the arc folders.
     #[arg(long, value_delimiter = ',')]
     pub names: Vec<String>,
 }
@@ -38,7 +40,7 @@ pub struct Rank {
 #[derive(Clone, Debug, Serialize)]
 struct Ranked {
     name: String,
-    /// The signed area: what ranks.
+    /// The signed area, by which generators are ranked.
     signed_arc: f64,
     interval: [f64; 2],
     /// The same after PGD alone.
@@ -46,9 +48,9 @@ struct Ranked {
     truncated: bool,
     /// See [`Estimate::largest_rise_se`].
     largest_rise_se: f64,
-    /// Images measured, in all sets: real, synthetic.
+    /// Images measured in all sets: real, synthetic.
     images: [usize; 2],
-    /// How often a classifier sees the class that an image was made for; none without labels.
+    /// How often a classifier sees the class that an image was made for; `None` without labels.
     label_agreement: Option<f64>,
     /// The signed area minus that of the one before, and its 95 % interval.
     behind_the_last: Option<f64>,
@@ -57,7 +59,7 @@ struct Ranked {
 
 impl Stage for Rank {
     const NAME: &'static str = "rank";
-    const ABOUT: &'static str = "Rank generators whose ARC is estimated.";
+    const ABOUT: &'static str = "Rank generators by their estimated ARC";
     const INPUTS: &'static [Input] = &[ARCS, LABELLED];
     const REVISION: u32 = 1;
 

@@ -24,43 +24,44 @@ use crate::{
     },
 };
 
-/// Images whose scores are kept together: what a kill can lose.
+/// Images whose scores are kept together: the most that an interruption can lose.
 const CHUNK: usize = 2048;
 
 /// Scores every pool image.
 ///
 /// `synthetic_score`, low is close to real: the mean over ε (trapezoid weights) of the calibrated probability of
 /// "synthetic" on the clean image, averaged over the ranking sets that were not trained on the image's fold.
-/// `judge_score` is the same by the judges, null on their own fold. Beside them: the label's confidence and whether
-/// the classifier agrees; hashes of the pixels and of what the image looks like; and the nearest training and test
-/// images, by number in their split, with distances: by pixels, and as a copy (up to a shift by a pixel and mirroring, of
-/// `train_copy` and `test_copy`).
+/// `judge_score` is the same quantity from the judges, null on their own fold. Further columns hold the label's
+/// confidence and whether the classifier agrees; hashes of the pixels and of what the image looks like; and the
+/// nearest training and test images, by number in their split, with distances: by pixels, and as a copy (up to
+/// mirroring and a shift by a pixel, for `train_copy` and `test_copy`).
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Score {
-    /// The folder of a finished split: the real data.
+    /// The folder of a finished split stage: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// The folder of a finished generate or import.
+    /// The folder of a finished generate or import stage.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// The folder of a finished label.
+    /// The folder of a finished label stage.
     #[arg(long)]
     pub labels: Option<PathBuf>,
-    /// The folder of a finished fit-discriminator.
+    /// The folder of a finished fit-discriminator stage.
     #[arg(long)]
     pub discriminators: Option<PathBuf>,
-    /// A classifier's folder, or a network's of the Hub, see quality: features of a sample of the images are kept, for the
-    /// precision and recall of what is selected.
+    /// The folder of a classifier, or of a network from the Hub (see quality). The features of a sample of the
+    /// images are kept, from which curate measures the precision and recall of its selection.
     #[arg(long)]
     pub classifier: Option<PathBuf>,
-    /// How many images of the pool, about, and real ones, at most, are in the sample.
+    /// The size of that sample: about this many pool images, and at most this many real ones.
     #[arg(long, default_value_t = 5000)]
     pub sample: usize,
-    /// Also keep a hash of each image's features, by which curate finds near-duplicates. All images then go through the
-    /// classifier, which it needs.
+    /// Also keep a hash of each image's features, by which curate can find near-duplicates. Needs the classifier,
+    /// which then sees all images.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub hash_features: bool,
-    /// Nearest training images whose mean distance memorization_ratio divides that of the nearest by (Carlini et al. 2023: 50).
+    /// How many nearest training images memorization_ratio averages over: it is the distance to the nearest one,
+    /// divided by the mean distance to these (Carlini et al. 2023: 50).
     #[arg(long, default_value_t = 50)]
     pub neighbours: usize,
 }
@@ -70,10 +71,10 @@ fn pixel_hash(pixels: &[u8]) -> u64 {
     blake3::hash(pixels).as_bytes()[..8].iter().fold(0, |hash, &byte| hash << 8 | u64::from(byte))
 }
 
-/// The real images that the pool's are held against.
+/// The real images that the pool's images are compared with.
 struct RealImages {
     train: Neighbours,
-    /// If the source has a test split.
+    /// Present if the source has a test split.
     test: Option<Neighbours>,
     looks: PerceptualHash,
     neighbours: usize,
@@ -118,7 +119,7 @@ struct Scorer<'a> {
 }
 
 impl Scorer<'_> {
-    /// For each image: per set its mean probability, and per radius the mean over the sets that may speak.
+    /// For each image: its mean probability per set, and per radius the mean over the sets that may score it.
     ///
     /// The layout of one image: `sets` scores, then `radii` probabilities.
     fn chunk(&self, uids: &[String], pixels: &[u8]) -> Result<Vec<f32>> {
@@ -154,7 +155,7 @@ impl Scorer<'_> {
 
 impl Stage for Score {
     const NAME: &'static str = "score";
-    const ABOUT: &'static str = "Score every pool image: how far from real.";
+    const ABOUT: &'static str = "Score how far from real each pool image is";
     const INPUTS: &'static [Input] = &[SPLIT, POOL, LABELS, DISCRIMINATORS, CLASSIFIER];
     const REVISION: u32 = 1;
 

@@ -27,58 +27,58 @@ use crate::{
 /// Certificates.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CertificateSettings {
-    /// Noisy copies that choose the class to certify.
+    /// Number of noisy copies that choose the class to certify.
     #[arg(long, default_value_t = 100)]
     pub n0: u64,
 }
 
 tagged! {
-    /// What is made.
+    /// What is computed.
     pub enum Mode("mode", default "certify") {
-        /// Certificates: a class and the radius within which it stays (CERTIFY).
+        /// Certificates: a class and the radius within which it does not change (CERTIFY).
         Certify(CertificateSettings) = "certify",
-        /// Predictions alone, which take far fewer copies (PREDICT).
+        /// Predictions only, which need far fewer copies (PREDICT).
         Predict(NoSettings) = "predict",
     }
 }
 
-/// Smooths a classifier with Gaussian noise and certifies it (Cohen et al. 2019): for each image the class and the ℓ2
-/// radius within which the smoothed classifier's answer stays, with probability 1 - alpha.
+/// Smooths a classifier with Gaussian noise and certifies it (Cohen et al. 2019): for each image the class and the
+/// ℓ2 radius within which the smoothed classifier's answer does not change, with probability 1 - alpha.
 ///
 /// The classifier should have been trained on such noise: `train --objective gaussian` or `stability`.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Certify {
-    /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train stage.
     #[arg(long)]
     pub model: Option<PathBuf>,
     /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
-    /// The official split to measure on. Test is for measuring, never to choose anything.
+    /// The official split to measure on. The test split is for measuring only, never for choosing anything.
     #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
     pub official_split: data::OfficialSplit,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
-    /// Of these only every N-th, from the first.
+    /// Use only every N-th of these images, starting with the first.
     #[arg(long, default_value_t = 1)]
     pub skip: usize,
-    /// Certificates, or predictions alone.
+    /// Certificates, or predictions only.
     #[command(flatten)]
     pub mode: Mode,
     /// The standard deviation of the noise, for pixels in [0, 1].
     #[arg(long, default_value_t = 0.25)]
     pub sigma: f64,
-    /// Noisy copies that bound its probability, or that predict.
+    /// Number of noisy copies that bound the probability of that class, or that predict.
     #[arg(long, default_value_t = 10_000)]
     pub n: u64,
     /// The probability that a certificate or prediction is wrong.
     #[arg(long, default_value_t = 0.001)]
     pub alpha: f64,
-    /// Noisy copies that go through the network together. No result depends on it.
+    /// Noisy copies that go through the network together. Results do not depend on it.
     #[arg(long, default_value_t = 128)]
     pub batch: u64,
-    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    /// How many unreadable rows of the source to tolerate; they are skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
     /// Seed of the noise.
@@ -86,12 +86,12 @@ pub struct Certify {
     pub seed: u64,
 }
 
-/// One row of `certify.json`: how many images are right, certain at this radius.
+/// One row of `certify.json`: how many images are certified as right at this radius.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AtRadius {
     /// The ℓ2 radius.
     pub radius: f64,
-    /// Images whose class is right and certain within it.
+    /// Images whose class is right and certified within the radius.
     pub certified: u64,
     /// `certified` over all images.
     pub accuracy: f64,
@@ -151,7 +151,7 @@ impl Certify {
 impl Stage for Certify {
     const NAME: &'static str = "certify";
     const ABOUT: &'static str =
-        "Smooth a classifier with noise and certify radii within which its answers stay.";
+        "Smooth a classifier with noise and certify radii within which its answers hold";
     const INPUTS: &'static [Input] = &[MODEL, Input::real_data("data")];
     const RUNTIME: &'static [&'static str] = &["batch"];
 
@@ -188,7 +188,7 @@ impl Stage for Certify {
         let rows: Vec<usize> = (0..data.len()).step_by(self.skip).collect();
         let bar = Progress::new(Self::NAME, rows.len() as u64, "images");
         let mut certificates = Vec::with_capacity(rows.len());
-        // One image after the other: the network's kernels have work for all threads.
+        // One image at a time: the network's kernels have work for all threads.
         for &row in &rows {
             let key = format!("{row:08}");
             let kept = parts.get(&key)?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -216,7 +216,7 @@ impl Stage for Certify {
             let hold = certificates.iter().zip(&right).filter(|(c, right)| **right && c.radius >= radius);
             hold.count() as u64
         };
-        // At 0, 0.25, 0.5, … as in the paper's tables, up to the first radius at which nothing is certain.
+        // At 0, 0.25, 0.5, … as in the paper's tables, up to the first radius at which nothing is certified.
         let largest = certificates.iter().zip(&right).filter(|(_, right)| **right).map(|(c, _)| c.radius);
         let rows_of_table = (largest.fold(0.0, f64::max) / 0.25).floor() as usize + 2;
         let table: Vec<AtRadius> = (0..rows_of_table)
@@ -253,7 +253,7 @@ impl Stage for Certify {
             let mut radii: Vec<f64> =
                 certificates.iter().zip(&right).filter(|(_, r)| **r).map(|(c, _)| c.radius).collect();
             radii.sort_by(f64::total_cmp);
-            // The curve steps down at each radius that ends.
+            // The curve steps down where a certified radius ends.
             let mut curve = vec![(0.0, correct as f64 / n as f64)];
             for (i, &radius) in radii.iter().enumerate() {
                 let [before, after] =

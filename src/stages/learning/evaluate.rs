@@ -30,16 +30,16 @@ use crate::{
     },
 };
 
-/// Measures a classifier on real images: counts, not only percentages, with Clopper-Pearson intervals.
+/// Measures a classifier on real images: counts as well as percentages, with Clopper-Pearson intervals.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Evaluate {
-    /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train.
+    /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train stage.
     #[arg(long)]
     pub model: Option<PathBuf>,
     /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
     #[arg(long, default_value = "builtin:digits")]
     pub data: Source,
-    /// The official split to measure on. Test is for measuring, never to choose anything.
+    /// The official split to measure on. The test split is for measuring only, never for choosing anything.
     #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
     pub official_split: data::OfficialSplit,
     /// Use only the first N images; 0 for all.
@@ -48,15 +48,15 @@ pub struct Evaluate {
     /// How the classifier is attacked.
     #[command(flatten)]
     pub attack: EvaluationAttackSettings,
-    /// Keep the adversarial images that were found: `adversarial.safetensors`, tensor `images` (n×c×h×w, in [0, 1]; the
-    /// image itself where none was found).
+    /// Keep the adversarial images that were found, in `adversarial.safetensors`: tensor `images` (n×c×h×w, in [0,
+    /// 1]), with the image itself where none was found.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub save_adversarial: bool,
-    /// Images that are attacked together, on each thread of a CPU or on a GPU; 0 for as many as suit the device. No result
-    /// depends on it.
+    /// How many images are attacked together, on each CPU thread or on the GPU; 0 chooses a number that suits the
+    /// device. Results do not depend on it.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
-    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    /// How many unreadable rows of the source to tolerate; they are skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
     /// Seed of the attack's random starts.
@@ -95,7 +95,7 @@ impl Evaluate {
 
 impl Stage for Evaluate {
     const NAME: &'static str = "evaluate";
-    const ABOUT: &'static str = "Evaluate a classifier, clean and under attack.";
+    const ABOUT: &'static str = "Evaluate a classifier, clean and under attack";
     const INPUTS: &'static [Input] = &[MODEL, Input::real_data("data")];
     const RUNTIME: &'static [&'static str] = &["batch"];
 
@@ -160,7 +160,7 @@ impl Stage for Evaluate {
                 self,
                 &format!("{name}: {after} of {before} stand, robust accuracy {:.2} %", 100.0 * accuracy),
             );
-            // AutoAttack's figure, in images: more than 0.2 % of them.
+            // AutoAttack's threshold, counted in images: more than 0.2 % of them.
             if name == SQUARE.name() && sequence.len() > 1 && (before - after) * 500 > n {
                 let doubt = format!(
                     "Square lowered the robust accuracy by {:.2} points, which gradient attacks should have done: \
@@ -221,7 +221,8 @@ impl Stage for Evaluate {
     }
 }
 
-/// Over all images, adversarial where one was found, else as they are: as AutoAttack's last line has it.
+/// Over all images, taking the adversarial one where it was found and the clean one elsewhere, as in AutoAttack's
+/// last line.
 fn extremes(norm: Norm, of: &Evaluation, adversarial: &BTreeMap<usize, Vec<f32>>) -> Perturbation {
     let mut found = Perturbation { largest: 0.0, nan: 0, min: f64::INFINITY, max: f64::NEG_INFINITY };
     for row in 0..of.data.len() {

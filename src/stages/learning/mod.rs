@@ -1,4 +1,4 @@
-//! Learning from images: classifiers trained, attacked and certified. The attacks themselves are in `attack`.
+//! Learning from images: training, attacking and certifying classifiers. The attacks themselves are in `attack`.
 
 mod certify;
 mod evaluate;

@@ -1,4 +1,4 @@
-//! Train: a classifier on real and synthetic data, plainly, adversarially, or to be smoothed.
+//! Train: trains a classifier on real and synthetic data, plainly, adversarially, or for randomised smoothing.
 
 use std::path::PathBuf;
 
@@ -35,32 +35,32 @@ use crate::{
 /// Trains a classifier on the real `fit` images and, if given, synthetic data sets:
 /// `γ · L(real) + (1 − γ) · L(synthetic)` (PORT, Sehwag et al. 2022, §2.1).
 ///
-/// The checkpoint that is kept is the best, in the moving average of its weights and statistics, on a part of the real
-/// training images that is held out from training; the test split is not touched.
+/// The checkpoint that is kept is the one whose moving average of weights and statistics does best on a held-out
+/// part of the real training images; the test split is not touched.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 #[command(mut_args(settings::defaults(&[("warmup_steps", "100", &[]), ("final_fraction", "0.01", &[])])))]
 pub struct Train {
-    /// The folder of a finished split: the real data.
+    /// The folder of a finished split stage: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
-    /// Synthetic data: the folder of a finished materialize, or Hugging Face Parquet; several for a mixture. Without
-    /// it, real data alone.
+    /// Synthetic data: the folder of a finished materialize stage, or Hugging Face Parquet; several of them make a
+    /// mixture. If left out, only real data are used.
     #[arg(long)]
     #[serde(deserialize_with = "one_or_many")]
     pub data: Vec<PathBuf>,
-    /// How much of the synthetic part of a batch each of several sources gets; equal shares if left out.
+    /// The share of the synthetic part of a batch that each of several sources gets; equal shares if left out.
     #[arg(long, value_delimiter = ',')]
     pub data_weights: Vec<f64>,
     /// What is minimised.
     #[command(flatten)]
     pub objective: ObjectiveSettings,
-    /// γ, the weight of the real loss, when there is synthetic data. 0.4 as in the paper (Fig. 7).
+    /// γ, the weight of the loss on real images if there are synthetic data. The paper uses 0.4 (Fig. 7).
     #[arg(long, default_value_t = 0.4)]
     pub gamma: f64,
-    /// The share of a batch that is synthetic, when there is synthetic data.
+    /// The share of a batch that is synthetic, if there are synthetic data.
     #[arg(long, default_value_t = 0.5)]
     pub synthetic_fraction: f64,
-    /// The share of the target that all classes get.
+    /// The share of the target probability that is spread evenly over all classes.
     #[arg(long, default_value_t = 0.0)]
     pub label_smoothing: f64,
     /// The network.
@@ -69,40 +69,40 @@ pub struct Train {
     /// Optimiser steps.
     #[arg(long, default_value_t = 2000)]
     pub steps: usize,
-    /// Instead of steps: an epoch is as many draws, real and synthetic together, as there are real images to learn
-    /// from.
+    /// Train for this many epochs instead of steps. An epoch is as many draws, real and synthetic together, as
+    /// there are real images to learn from.
     #[arg(long)]
     pub epochs: Option<f64>,
     /// Images per step, real and synthetic together.
     #[arg(long, default_value_t = 128)]
     pub batch: usize,
-    /// What makes the steps.
+    /// The optimiser.
     #[command(flatten)]
     pub optimizer: OptimizerSettings,
     /// The learning rate over the steps.
     #[command(flatten)]
     pub schedule: ScheduleSettings,
-    /// Decay of the moving average of weights and batch statistics, at most (1 + n) / (10 + n) in step n.
+    /// Decay of the moving average of weights and batch statistics; in step n it is at most (1 + n) / (10 + n).
     #[arg(long, default_value_t = 0.995)]
     pub ema_decay: f64,
-    /// What is done to the images at random.
+    /// Random augmentation of the images.
     #[command(flatten)]
     pub augmentation: AugmentationSettings,
     /// Use only this many of the real training images, drawn by the seed; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub real_images: usize,
-    /// The share of the real training images held out to choose the checkpoint.
+    /// The share of the real training images that is held out to choose the checkpoint.
     #[arg(long, default_value_t = 0.15)]
     pub held_out: f64,
-    /// Steps between looks at the held-out images.
+    /// Steps between evaluations on the held-out images.
     #[arg(long, default_value_t = 200)]
     pub eval_every: usize,
-    /// Seed of initial weights, order, augmentation and attack.
+    /// Seed of the initial weights, the order of the images, the augmentation and the attack.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
-/// A network as it is trained, and without gradients to its parameters, as attacks see it.
+/// A network as it is trained, and as attacks see it: without gradients to its parameters.
 struct Views<'a> {
     tracked: &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync),
     frozen: &'a (dyn Fn(&Tensor) -> Result<Tensor> + Sync),
@@ -134,8 +134,8 @@ impl Train {
         }
     }
 
-    /// The accuracy on held-out images under what the objective guards against, and, if that is something, the
-    /// accuracy on the images as they are.
+    /// The accuracy on held-out images under what the objective guards against and, if there is such a thing, the
+    /// accuracy on the clean images.
     fn held_out_accuracies(
         &self,
         classifier: &Classifier,
@@ -160,7 +160,7 @@ impl Train {
         Ok((share(&guarded), Some(clean)))
     }
 
-    /// Synthetic images in a batch, when there is synthetic data.
+    /// Synthetic images in a batch, if there are synthetic data.
     fn synthetic_in_batch(&self) -> usize {
         (self.batch as f64 * self.synthetic_fraction).round() as usize
     }
@@ -199,7 +199,7 @@ impl Train {
         self.architecture.network(real.shape, real.class_names.len(), standardize)
     }
 
-    /// Optimiser steps for so many real images.
+    /// Optimiser steps for this many real images.
     fn steps_for(&self, real: usize) -> usize {
         match self.epochs {
             None => self.steps,
@@ -208,8 +208,7 @@ impl Train {
     }
 }
 
-/// Mean and standard deviation of each channel of all pixels, in [0, 1]. A channel that is the same everywhere is not
-/// scaled.
+/// The mean and standard deviation of each channel over all pixels, in [0, 1]. A constant channel is not scaled.
 fn standardization(data: &Dataset) -> Standardization {
     let channels = data.shape.channels;
     let (mut sums, mut squares) = (vec![0u64; channels], vec![0u64; channels]);
@@ -228,7 +227,7 @@ fn standardization(data: &Dataset) -> Standardization {
 
 impl Stage for Train {
     const NAME: &'static str = "train";
-    const ABOUT: &'static str = "Train a classifier, plainly or adversarially, on real and synthetic data.";
+    const ABOUT: &'static str = "Train a classifier, plainly or adversarially, on real and synthetic data";
     const INPUTS: &'static [Input] = &[SPLIT, DATA];
 
     fn unused(&self) -> Vec<&'static str> {

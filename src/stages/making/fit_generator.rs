@@ -41,56 +41,57 @@ use crate::{
     ("warmup_steps", "500", &[]), // Ho et al.'s code: 5000
 ])))]
 pub struct FitGenerator {
-    /// The folder of a finished split: the real data.
+    /// The folder of a finished split stage: the real data.
     #[arg(long)]
     pub split: Option<PathBuf>,
     /// Condition on the class by an embedding.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     pub conditional: bool,
-    /// The part of the training images that is shown without its class, for guidance when sampling (Ho & Salimans
-    /// 2022 take 0.1 to 0.2).
+    /// The share of the training images that the network sees without their class, which classifier-free guidance
+    /// needs (Ho & Salimans 2022 use 0.1 to 0.2).
     #[arg(long, default_value_t = 0.0)]
     pub null_class_probability: f64,
     /// The network.
     #[command(flatten)]
     pub architecture: DenoiserSettings,
-    /// The noise that it learns to remove.
+    /// The noise that the network learns to remove.
     #[command(flatten)]
     pub process: ProcessSettings,
-    /// Optimiser steps. Ho et al. (Appendix B) train 800,000 for CIFAR-10.
+    /// Optimiser steps. Ho et al. (Appendix B) train for 800,000 on CIFAR-10.
     #[arg(long, default_value_t = 10_000)]
     pub steps: usize,
     /// Images per step.
     #[arg(long, default_value_t = 128)]
     pub batch: usize,
-    /// Rounds in which the gradients of a step are computed: more of them need less memory.
+    /// Number of parts in which the gradients of a step are computed; more parts need less memory.
     #[arg(long, default_value_t = 1)]
     pub accumulate: usize,
-    /// What makes the steps.
+    /// The optimiser.
     #[command(flatten)]
     pub optimizer: OptimizerSettings,
-    /// The learning rate over the steps. Short trainings gain by a cosine; Ho et al. keep it constant.
+    /// The learning rate over the steps. Short trainings gain from a cosine; Ho et al. keep it constant.
     #[command(flatten)]
     pub schedule: ScheduleSettings,
     /// Decay of the moving average of the weights.
     #[arg(long, default_value_t = 0.999)]
     pub ema_decay: f64,
-    /// What is done to the images at random.
+    /// Random augmentation of the images.
     #[command(flatten)]
     pub augmentation: AugmentationSettings,
-    /// Steps between validations: the loss of the moving average on images that are not learned from. 0 for none.
+    /// Steps between validations, which measure the loss of the moving average on images that are not trained on; 0
+    /// for none.
     #[arg(long, default_value_t = 1000)]
     pub validate_every: usize,
-    /// Steps between sheets of samples of the moving average, in `samples/`. 0 for none.
+    /// Steps between sheets of samples from the moving average, written to `samples/`; 0 for none.
     #[arg(long, default_value_t = 1000)]
     pub sample_every: usize,
-    /// Seed of initial weights, order, timesteps and noise.
+    /// Seed of the initial weights, the order of the images, the timesteps and the noise.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
 impl FitGenerator {
-    /// The classes as the network is told them: of some draws none, `null`.
+    /// The classes as the network is told them; some draws have none, which is `null`.
     fn shown(&self, classes: &mut [u32], draws: &[u64], null: Option<u32>) {
         let Some(null) = null else { return };
         for (class, &draw) in classes.iter_mut().zip(draws) {
@@ -102,7 +103,7 @@ impl FitGenerator {
         }
     }
 
-    /// The noise level and the noise of draws.
+    /// The noise level and the noise of each draw.
     fn noise(
         &self,
         process: &Process,
@@ -121,7 +122,7 @@ impl FitGenerator {
         ))
     }
 
-    /// The mean loss of a model on images that it did not learn from, at the same noise each time.
+    /// The mean loss of a model on images that it was not trained on, with the same noise each time.
     fn validate_on(
         &self,
         model: &DiffusionModel,
@@ -150,7 +151,7 @@ impl FitGenerator {
         Ok(sums.into_iter().sum::<f64>() / images.len().max(1) as f64)
     }
 
-    /// A sheet of samples, a column for each of the first 20 classes; the same noise each time.
+    /// A sheet of samples with a column for each of the first 20 classes, from the same noise each time.
     fn sheet(
         &self,
         model: &DiffusionModel,
@@ -193,21 +194,21 @@ impl FitGenerator {
     }
 }
 
-/// Images of a validation.
+/// Images in a validation.
 const VALIDATED: usize = 512;
 
-/// A bit that no draw in training has.
+/// A bit that no draw in training has set.
 const VALIDATION: u64 = 1 << 62;
 
-/// Steps of the samples on a sheet.
+/// Sampling steps for the samples on a sheet.
 const SHEET_STEPS: usize = 20;
 
-/// Into how many ranges of equally many draws the noise is cut for the log.
+/// Into how many ranges, each with equally many draws, the noise levels are divided for the log.
 const NOISE_RANGES: usize = 4;
 
 impl Stage for FitGenerator {
     const NAME: &'static str = "fit-generator";
-    const ABOUT: &'static str = "Train a diffusion model.";
+    const ABOUT: &'static str = "Train a diffusion model";
     const INPUTS: &'static [Input] = &[SPLIT];
 
     fn validate(&self) -> Result<()> {
@@ -395,7 +396,7 @@ mod tests {
         stages::making::{Generate, Split},
     };
 
-    /// Runs `work` on one thread, which is stopped at a look from now, 0 for none.
+    /// Runs `work` on one thread, which is stopped at the given check from now on; 0 for never.
     fn stopped_at(look: u32, work: impl FnOnce() -> Result<Outcome> + Send) -> Result<Outcome> {
         let thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         thread.install(|| {

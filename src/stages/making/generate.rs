@@ -61,13 +61,13 @@ impl std::fmt::Display for ShardRange {
 
 serde_as_text!(ShardRange);
 
-/// How many shards are made at a time.
+/// How many shards are made at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "crate::text::Written", into = "String")]
 pub enum Workers {
     /// One on each GPU of the device's class; one on the CPU.
     Auto,
-    /// So many, on as many GPUs.
+    /// This many, each on a GPU of its own.
     Count(NonZeroUsize),
 }
 
@@ -115,58 +115,60 @@ impl Workers {
     }
 }
 
-/// Pixels in flight on a GPU, unless `batch` says how many images are.
+/// Pixels in flight on a GPU, unless `batch` gives the number of images.
 const PIXELS_IN_FLIGHT: usize = 1 << 18;
 
-/// Bytes of pixels that a shard has at most: 21,845 images of 256x256 RGB. While it is written, its file, which is about as
-/// large at most, and the pixels of the next one are in memory too.
+/// The most bytes of pixels that a shard may have: 21,845 images of 256x256 RGB. While a shard is being written,
+/// its file, which is at most about as large, and the pixels of the next shard are in memory too.
 const SHARD_BYTES: u64 = 4 << 30;
 
 /// Samples a pool of images.
 ///
-/// Image `i` is a function of model, sampler and (seed, i) alone: no batch, thread, kill or machine of the same
-/// device class changes a bit. A conditional model is asked for class `i mod classes`. Without sampler flags the
-/// model folder's scheduler rules.
+/// Image `i` is a function of the model, the sampler and (seed, i) alone: batch size, threads, interruptions and
+/// the choice of machine within a device class do not change a bit. A conditional model is asked for class `i mod
+/// classes`. Without sampler flags, the model folder's scheduler decides.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Generate {
     /// The model's folder, in the layout of `diffusers`.
     #[arg(long)]
     pub model: Option<PathBuf>,
-    /// Images in the pool.
+    /// Number of images in the pool.
     #[arg(long, default_value_t = 10_000)]
     pub count: u64,
-    /// Make only shards A..B of the pool (B excluded); other processes make the rest, into the same folder.
+    /// Make only shards A..B of the pool (B excluded); other processes make the rest in the same folder.
     #[arg(long)]
     pub shards: Option<ShardRange>,
     /// The sampler.
     #[command(flatten)]
     pub sampler: SamplerSettings,
-    /// Classifier-free guidance: 1 is none, more is more of the class. For a model that was trained with a null class.
+    /// Strength of classifier-free guidance: 1 is none, larger values follow the class more closely. The model must
+    /// have been trained with a null class.
     #[arg(long, default_value_t = 1.0)]
     pub guidance: f64,
-    /// Begin with the noise in this file, tensor `noise` of shape (count, channels, height, width), instead of the
-    /// seed's.
+    /// Start from the noise in this file instead of the seed's: tensor `noise` of shape (count, channels, height,
+    /// width).
     #[arg(long)]
     pub initial_noise: Option<PathBuf>,
-    /// Also write the images before they are rounded, tensor `images` of shape (count, channels, height, width) in
-    /// about [-1, 1], to this safetensors file. Part of what is made: with another file, another pool.
+    /// Also write the images before rounding to this safetensors file: tensor `images` of shape (count, channels,
+    /// height, width), about in [-1, 1]. Part of the pool's identity: another file means another pool.
     #[arg(long)]
     pub save_float: Option<PathBuf>,
-    /// Images in a shard: a multiple of micro_batch.
+    /// Images in a shard; a multiple of micro_batch.
     #[arg(long, default_value_t = 16_384)]
     pub shard_rows: usize,
-    /// Images that go through the network together. Part of what is made: on some devices it changes last bits.
+    /// Images that go through the network together. Part of the pool's identity, because on some devices it changes
+    /// the last bits.
     #[arg(long, default_value_t = 64)]
     pub micro_batch: usize,
-    /// Images in flight, for memory and speed only; 0 for one micro-batch per thread, on a GPU no more of them than have 2^18
-    /// pixels, as 256 images of 32x32.
+    /// Images in flight; affects memory and speed only. 0 for one micro-batch per thread, on a GPU limited to 2^18
+    /// pixels in all, such as 256 images of 32x32.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
-    /// Shards that are made at a time: auto for one on each GPU like the device, or a number of GPUs.
+    /// Shards that are made at the same time: `auto` for one on each GPU of the device's kind, or a number of GPUs.
     #[arg(long, default_value_t = Workers::Count(NonZeroUsize::MIN))]
     pub workers: Workers,
-    /// Go on with a pool of which shards were made on another class of devices or in another precision: its images are then
-    /// no function of model, sampler and seed to the last bit.
+    /// Continue a pool that has shards made on another class of devices or in another precision. Its images are
+    /// then no longer determined by model, sampler and seed to the last bit.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub mix_device_classes: bool,
     /// Seed of the noise.
@@ -174,7 +176,7 @@ pub struct Generate {
     pub seed: u64,
 }
 
-/// What all shards of one run share.
+/// What all shards of a run have in common.
 struct Run<'a> {
     config: &'a Generate,
     job: &'a Job,
@@ -185,9 +187,9 @@ struct Run<'a> {
     /// In the order of the file, (c, h, w).
     initial_noise: Option<Vec<f32>>,
     dir: PathBuf,
-    /// Micro-batches before they were rounded.
+    /// Micro-batches before rounding.
     floats: Parts,
-    /// The shards that no worker has taken.
+    /// The shards that no worker has taken yet.
     left: Mutex<Span<usize>>,
     bar: Progress,
 }
@@ -214,13 +216,13 @@ fn load(dir: &Path, devices: Vec<Device>) -> Result<Vec<(Arc<DiffusionModel>, De
 
 /// A micro-batch.
 enum Sampled {
-    /// The pixels, which were kept before.
+    /// The pixels, which an earlier run kept.
     Kept(Vec<u8>),
-    /// Images on the device, with those that fill it up.
+    /// Images on the device, padding included.
     Images(Tensor),
 }
 
-/// A shard's images, and what waits until they are written.
+/// A shard's images, and what has to wait until they are written.
 struct Made {
     shard: usize,
     pixels: Vec<u8>,
@@ -230,7 +232,7 @@ struct Made {
 }
 
 impl Generate {
-    /// The given noise. Fails with [`Error::Data`] if the file does not hold it for this pool.
+    /// The given noise. Fails with [`Error::Data`] if the file's noise does not fit this pool.
     fn read_noise(&self, path: &Path, shape: Shape) -> Result<Vec<f32>> {
         let of_file = |e: candle_core::Error| Error::Data(format!("{}: {e}", path.display()));
         let mut tensors = candle_core::safetensors::load(path, &Device::Cpu).map_err(of_file)?;
@@ -254,8 +256,8 @@ impl Generate {
         }
     }
 
-    /// Micro-batches that are sampled side by side. On a GPU kernels of small images end before the next is launched, so that
-    /// several threads launch them; large ones fill it, and its memory.
+    /// Micro-batches that are sampled side by side. On a GPU, kernels on small images end before the next one is
+    /// launched, so several threads launch them; large images fill the GPU and its memory.
     fn in_flight(&self, on_cpu: bool, shape: Shape) -> usize {
         let threads = rayon::current_num_threads();
         match self.batch {
@@ -265,7 +267,7 @@ impl Generate {
         }
     }
 
-    /// Refuses images of which a shard has too many to hold in memory.
+    /// Refuses images so large that those of a shard do not fit in memory.
     fn expect_shards_of(&self, shape: Shape) -> Result<()> {
         let (rows, size) = (self.count.min(self.shard_rows as u64), shape.size() as u64);
         if rows * size > SHARD_BYTES {
@@ -287,7 +289,7 @@ impl Generate {
 
 impl Stage for Generate {
     const NAME: &'static str = "generate";
-    const ABOUT: &'static str = "Sample a pool of images from a diffusion model.";
+    const ABOUT: &'static str = "Sample a pool of images from a diffusion model";
     const INPUTS: &'static [Input] = &[Input::of("model", &["fit-generator"]), Input::given("initial_noise")];
     const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers", "mix_device_classes"];
 
@@ -342,7 +344,7 @@ impl Stage for Generate {
         self.expect_shards_of(info.shape)?;
         let initial_noise =
             self.initial_noise.as_deref().map(|path| self.read_noise(path, info.shape)).transpose()?;
-        // Machines with different shares work side by side, so the lock is the share's.
+        // Machines with different shares work side by side, so only the share is locked.
         let out = job.open_share(&format!("shards-{}-{}", share.start, share.end))?;
         let dir = out.join("pool");
         (0..all).try_for_each(|shard| self.expect_class(job, &dir, read_record(&dir, shard)?.as_ref()))?;
@@ -352,7 +354,7 @@ impl Stage for Generate {
         fs::remove_leftovers(&dir, &ours)?;
         let rows = |shard: usize| self.rows(shard).end - self.rows(shard).start;
         let bar = Progress::new(Self::NAME, share.clone().map(rows).sum(), "images");
-        // Gone when the stage is done, and not before.
+        // Removed when the stage is done, and not before.
         let floats = Parts::new(job.hidden(out, "floats"));
         let left = Mutex::new(share);
         let run =
@@ -360,7 +362,7 @@ impl Stage for Generate {
         kernels::with_algorithms_of(out, || run.make(models))?;
         let mut missing = Vec::new();
         for shard in 0..all {
-            // Those that others made at the same time.
+            // Those that other processes made at the same time.
             match read_record(&run.dir, shard)? {
                 Some(record) => self.expect_class(job, &run.dir, Some(&record))?,
                 None => missing.push(shard),
@@ -382,7 +384,7 @@ impl Stage for Generate {
 }
 
 impl Generate {
-    /// Refuses a shard that another class of devices made, unless the pool may have several.
+    /// Refuses a shard that another class of devices made, unless the pool may mix them.
     fn expect_class(&self, job: &Job, dir: &Path, record: Option<&ShardRecord>) -> Result<()> {
         match record.filter(|r| !self.mix_device_classes && r.device_class != job.device_class) {
             Some(record) => bail!(
@@ -476,7 +478,7 @@ impl Generate {
 }
 
 impl Run<'_> {
-    /// Makes what is left, one worker for each of the models.
+    /// Makes the remaining shards, with one worker for each model.
     fn make(&self, models: Vec<(Arc<DiffusionModel>, Device)>) -> Result<()> {
         let work = |(model, device)| {
             let worker = Worker { run: self, model, device };
@@ -489,7 +491,7 @@ impl Run<'_> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner).next()
     }
 
-    /// Leaves nothing to the other workers.
+    /// Takes all remaining shards, so that the other workers stop.
     fn give_up(&self) {
         *self.left.lock().unwrap_or_else(PoisonError::into_inner) = 0..0;
     }
@@ -514,7 +516,7 @@ impl Worker<'_> {
         }
     }
 
-    /// The images of a shard; `None` if it was made before.
+    /// The images of a shard; `None` if the shard already exists.
     fn make(&self, shard: usize) -> Result<Option<Made>> {
         let Run { config, dir, job, bar, .. } = self.run;
         // Ranges may overlap: a shard and its record must come from one machine.
@@ -538,7 +540,7 @@ impl Worker<'_> {
         let (mut pixels, mut before) = (Vec::with_capacity(bytes), Vec::new());
         for group in firsts.chunks(in_flight).chain([&[][..]]) {
             let sample = |&first: &u64| Ok((samples(first), self.sample(samples(first), &parts)?));
-            // While a group is computed, the images of the one before come from the device and are kept.
+            // While a group is computed, the images of the previous group are copied from the device and kept.
             let (sampled, kept) = rayon::join(
                 || group.par_iter().map(sample).collect::<Result<Vec<_>>>(),
                 || {
@@ -552,7 +554,7 @@ impl Worker<'_> {
         Ok(Some(Made { shard, pixels, record, parts, _lock: lock }))
     }
 
-    /// A micro-batch; found if it was made before.
+    /// A micro-batch, read back if it was made before.
     fn sample(&self, span: Span<u64>, parts: &Parts) -> Result<Sampled> {
         let Run { config, sampler, plan, info, initial_noise, bar, .. } = self.run;
         let (shape, first) = (info.shape, span.start);
@@ -614,7 +616,7 @@ impl Worker<'_> {
         Ok(Sampled::Images(images))
     }
 
-    /// The pixels of a micro-batch, which are kept.
+    /// The pixels of a micro-batch, which are written to disk.
     fn keep(&self, span: Span<u64>, sampled: Sampled, parts: &Parts) -> Result<Vec<u8>> {
         let images = match sampled {
             Sampled::Kept(pixels) => return Ok(pixels),
@@ -622,7 +624,7 @@ impl Worker<'_> {
         };
         let Run { config, info, floats, bar, .. } = self.run;
         let wanted = (span.end - span.start) as usize * info.shape.size();
-        // Before the pixels, which say that all of it was kept.
+        // Written before the pixels, whose presence means that the micro-batch is complete.
         if config.save_float.is_some() {
             let chw = images.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?;
             floats.put(&floats_key(span.start), &bytes_of(&chw[..wanted]))?;
@@ -636,7 +638,7 @@ impl Worker<'_> {
 }
 
 impl Run<'_> {
-    /// Writes the images of the whole pool as they were before they were rounded.
+    /// Writes the images of the whole pool as they were before rounding.
     fn write_floats(&self, path: &Path) -> Result<()> {
         let Shape { height, width, channels } = self.info.shape;
         let bytes = 4 * self.info.count * self.info.shape.size() as u64;
@@ -645,7 +647,7 @@ impl Run<'_> {
             "shape": [self.info.count, channels as u64, height as u64, width as u64],
             "data_offsets": [0, bytes],
         }});
-        // The numbers are aligned, as safetensors wants it.
+        // The numbers are aligned, as safetensors requires.
         let mut header = header.to_string();
         header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
         fs::publish_with(path, |file| {
@@ -667,7 +669,7 @@ impl Run<'_> {
         })
     }
 
-    /// Publishes the shard, then its record. Then its parts are not needed any more.
+    /// Publishes the shard, then its record. After that its parts are no longer needed.
     fn write(&self, made: Made) -> Result<()> {
         self.publish(&made)?;
         made.parts.clear()
@@ -676,7 +678,7 @@ impl Run<'_> {
     fn publish(&self, Made { shard, pixels, record, .. }: &Made) -> Result<()> {
         let shard = *shard;
         let classes = self.info.class_names.len() as u64;
-        // Not `then_some`: an unconditional model may know no classes.
+        // Not `then_some`: an unconditional model may have no classes.
         let label = |i: u64| self.info.conditional.then(|| (i % classes) as i64);
         let writer = self.info.shard(self.config.rows(shard), pixels, label)?;
         let name = |suffix: &str| format!("shard-{shard:05}{suffix}.parquet");
@@ -685,7 +687,7 @@ impl Run<'_> {
             let record = ShardRecord::of(self.job, shard, entry.rows, entry.blake3, entry.bytes);
             return fs::publish_json(&record_file(&self.dir, shard), &record);
         };
-        // The record says what these bytes were on this class of machine: they must come out again.
+        // The record says what these bytes were on this class of machine: the same bytes must come out again.
         let again = writer.finish(&self.dir, &name(".again"))?;
         if again.blake3 != record.blake3 {
             bail!(
@@ -701,7 +703,7 @@ impl Run<'_> {
     }
 }
 
-/// The given noise of some samples, `(samples, h, w, c)`; a sample past the last has the last one's.
+/// The given noise of some samples, `(samples, h, w, c)`; samples beyond the last one get the last one's noise.
 fn given_noise(noise: &[f32], samples: &[u64], shape: Shape, device: &Device) -> Result<Tensor> {
     let last = noise.len() / shape.size() - 1;
     let of = |sample: &u64| &noise[(*sample as usize).min(last) * shape.size()..][..shape.size()];
@@ -726,7 +728,7 @@ fn write_state(done: usize, at: &Trajectory) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Steps done, and tensors of `len` elements each; `None` if these are no such bytes.
+/// The number of steps done, and tensors of `len` elements each; `None` if the bytes have another form.
 fn read_state(bytes: &[u8], len: usize) -> Option<(usize, Vec<Vec<f32>>)> {
     let (done, tensors) = bytes.split_first_chunk::<8>()?;
     let whole = !tensors.is_empty() && tensors.len().is_multiple_of(4 * len);

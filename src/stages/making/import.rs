@@ -17,22 +17,22 @@ use crate::{
     },
 };
 
-/// Makes a pool of images that were made elsewhere: decoded once, written like generated ones.
+/// Makes a pool from images that were made elsewhere: they are decoded once and written like generated ones.
 ///
-/// Everything that works on a pool then works on them: labels, scores, ARC, curation. Images keep their order.
+/// Everything that works on a pool then works on them: labels, scores, ARC, curation. The images keep their order.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Import {
-    /// The images: Hugging Face Parquet (file or folder), a folder of PNG or JPEG files (flat, or a folder a class), or an
-    /// .npz file with `image`, (n, h, w, c) u8, and `label`, (n,).
+    /// The images: Hugging Face Parquet (file or folder), a folder of PNG or JPEG files (flat, or with a subfolder
+    /// for each class), or an .npz file with the arrays `image`, (n, h, w, c) u8, and `label`, (n,).
     #[arg(long)]
     pub source: Option<Source>,
-    /// Which official split of it.
+    /// The official split to import.
     #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Train)]
     pub official_split: data::OfficialSplit,
     /// Use only the first N images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
-    /// Unreadable images that are tolerated, skipped and counted.
+    /// How many unreadable images to tolerate; they are skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
     /// Images in a shard.
@@ -42,7 +42,7 @@ pub struct Import {
 
 impl Stage for Import {
     const NAME: &'static str = "import";
-    const ABOUT: &'static str = "Make a pool of images made elsewhere.";
+    const ABOUT: &'static str = "Make a pool from images made elsewhere";
     const INPUTS: &'static [Input] = &[Input::given("source")];
 
     fn validate(&self) -> Result<()> {

@@ -1,4 +1,4 @@
-//! Making images: the real data divided, a diffusion model trained, a pool sampled from it or imported.
+//! Making images: dividing the real data, training a diffusion model, sampling a pool from it or importing one.
 
 mod fit_generator;
 mod generate;

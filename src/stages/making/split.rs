@@ -1,4 +1,4 @@
-//! Split: which real image serves what. Made once, obeyed by every stage.
+//! Split: decides what each real image is used for. Made once, respected by every stage.
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -13,11 +13,11 @@ use crate::{
     tables::division::{Division, load_train, test_fingerprint},
 };
 
-/// Divides the training images of a data set, class by class, into `fit` and the proxy folds.
+/// Divides the training images of a data set, class by class, into the `fit` images and the proxy folds.
 ///
-/// `fit` is what generators, classifiers and discriminators learn from. The proxy images are seen by no
-/// generator: with `k` folds, the discriminators of set `f` are stopped on fold `f mod k` (proxy-stop) and measured on
-/// the others (proxy-measure), so that a small set wastes none. The test split is not touched here.
+/// Generators, classifiers and discriminators learn from the `fit` images. No generator sees the proxy images: with
+/// `k` folds, the discriminators of set `f` are stopped on fold `f mod k` (proxy-stop) and measured on the others
+/// (proxy-measure), so that a small data set wastes none. The test split is not touched here.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Split {
     /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
@@ -26,13 +26,13 @@ pub struct Split {
     /// Use only the first N training images; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub limit: usize,
-    /// The share of the training images that no generator sees.
+    /// The share of the training images that is kept from all generators: the proxy images.
     #[arg(long, default_value_t = 0.3)]
     pub proxy_fraction: f64,
-    /// Folds of the proxy images, at least 2.
+    /// Number of folds of the proxy images, at least 2.
     #[arg(long, default_value_t = 2)]
     pub proxy_folds: usize,
-    /// Unreadable rows of the source that are tolerated, skipped and counted.
+    /// How many unreadable rows of the source to tolerate; they are skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
     /// Seed of the division.
@@ -42,7 +42,7 @@ pub struct Split {
 
 impl Stage for Split {
     const NAME: &'static str = "split";
-    const ABOUT: &'static str = "Divide the real data into what is learned from and what is measured on.";
+    const ABOUT: &'static str = "Divide the real data into images to learn from and images to measure on";
     const INPUTS: &'static [Input] = &[Input::given("source")];
     const KEEPS_NAMES: bool = true;
 
@@ -85,7 +85,7 @@ impl Stage for Split {
     }
 }
 
-/// Deals the images of each class, in a keyed order, first to the proxy folds in turn, then to `fit`.
+/// Deals out the images of each class, in a keyed order: first to the proxy folds in turn, then to `fit`.
 fn divide(train: &Dataset, config: &Split) -> Result<(Vec<usize>, Vec<Vec<usize>>)> {
     let mut fit = Vec::new();
     let mut proxy = vec![Vec::new(); config.proxy_folds];

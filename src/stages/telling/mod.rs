@@ -1,4 +1,4 @@
-//! Telling people what was made.
+//! Telling people about the results.
 
 mod report;
 

@@ -1,4 +1,4 @@
-//! Report: what a run made, for people: tables, the comparison of arms, contact sheets.
+//! Report: a run's results for people to read, as tables, comparisons of arms and contact sheets.
 
 use std::{
     collections::BTreeMap,
@@ -29,39 +29,39 @@ use crate::{
 /// Bootstrap draws of the comparison of arms.
 const DRAWS: usize = 2000;
 
-/// Writes `report.md`, `report.json`, and `contact.png`: of each class one row, its lowest-scored samples (closest
-/// to real) on the left, its highest-scored on the right.
+/// Writes `report.md`, `report.json`, and `contact.png`: one row for each class, with its lowest-scored samples
+/// (closest to real) on the left and its highest-scored on the right.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
-    /// The folder of a finished generate.
+    /// The folder of a finished generate stage.
     #[arg(long)]
     pub pool: Option<PathBuf>,
-    /// The folder of a finished label.
+    /// The folder of a finished label stage.
     #[arg(long)]
     pub labels: Option<PathBuf>,
-    /// The folder of a finished score.
+    /// The folder of a finished score stage.
     #[arg(long)]
     pub scores: Option<PathBuf>,
-    /// The folder of a finished arc.
+    /// The folder of a finished arc stage.
     #[arg(long)]
     pub arc: Option<PathBuf>,
-    /// The folder of a finished curate.
+    /// The folder of a finished curate stage.
     #[arg(long)]
     pub selection: Option<PathBuf>,
-    /// The folders of finished evaluates.
+    /// The folders of finished evaluate stages.
     #[arg(long)]
     pub metrics: Vec<PathBuf>,
-    /// Samples of each class at each end of the contact sheet.
+    /// Number of samples of each class at either end of the contact sheet.
     #[arg(long, default_value_t = 8)]
     pub samples: usize,
-    /// Pixels of the contact sheet per pixel of an image; 0 for what makes images about 64 wide.
+    /// Pixels of the contact sheet per pixel of an image; 0 makes images about 64 pixels wide.
     #[arg(long, default_value_t = 0)]
     pub scale: usize,
 }
 
 impl Stage for Report {
     const NAME: &'static str = "report";
-    const ABOUT: &'static str = "Tables, comparisons and contact sheets of what was made.";
+    const ABOUT: &'static str = "Write tables, comparisons and contact sheets of the results";
     const INPUTS: &'static [Input] = &[POOL, LABELS, SCORES, ARC, SELECTION, METRICS];
 
     fn validate(&self) -> Result<()> {
@@ -114,7 +114,7 @@ struct Evaluation {
     robust: Option<Vec<bool>>,
 }
 
-/// An arm against another one.
+/// A comparison of two arms.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct ArmComparison {
     arm: String,
@@ -139,7 +139,7 @@ impl Report {
     fn contact_sheet(&self, pool: &Pool, scores: &Path) -> Result<Vec<u8>> {
         let shape = pool.info.shape;
         let extremes = extremes(scores, self.samples)?;
-        // Each shard is opened once, whatever is wanted from it.
+        // Each shard is opened only once, however many of its images are needed.
         let mut wanted: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for [low, high] in &extremes {
             low.iter().chain(high).for_each(|&(shard, row)| wanted.entry(shard).or_default().push(row));
@@ -175,7 +175,8 @@ fn finished(input: &Input, dir: Option<&Path>) -> Result<Option<PathBuf>> {
 /// The order of arms: each is compared with every one before it. Arms of other names come last.
 const ARMS: [&str; 6] = ["real", "all", "random", "confidence", "rejection", "arc"];
 
-/// Every two arms, the later one against the earlier, over the seeds that both have, if they were measured alike.
+/// All pairs of arms, the later one against the earlier, over the seeds that both have, if they were measured in
+/// the same way.
 fn compare_arms(evaluations: &[Evaluation]) -> Result<Vec<ArmComparison>> {
     let mut arms: BTreeMap<(usize, &str), BTreeMap<u64, &Evaluation>> = BTreeMap::new();
     for evaluation in evaluations {
@@ -222,7 +223,7 @@ fn compare_arms(evaluations: &[Evaluation]) -> Result<Vec<ArmComparison>> {
 /// Where pool images are: shard and row.
 type Places = Vec<(usize, usize)>;
 
-/// Where the lowest- and the highest-scored images of each class that has any are.
+/// Where the lowest- and the highest-scored images are, for each class that has any.
 fn extremes(scores: &Path, per_class: usize) -> Result<Vec<[Places; 2]>> {
     let tables = ScoreTables::open(Some(scores))?;
     let scored = tables.load(&[], Arm::Score, 0)?;

@@ -14,7 +14,7 @@ use crate::{
     rng,
 };
 
-/// What residual blocks leave out while training: before the second convolution, as in `diffusers`.
+/// Dropout in residual blocks in training, before the second convolution as in `diffusers`.
 pub(super) struct Dropout<'a> {
     pub(super) rate: f64,
     pub(super) seed: u64,
@@ -24,7 +24,7 @@ pub(super) struct Dropout<'a> {
 }
 
 impl Dropout<'_> {
-    /// Zeros, and 1 / (1 - rate) for what stays, for `channels` at the positions of `x`.
+    /// Zeros, and 1 / (1 - rate) for what is kept, for `channels` at the positions of `x`.
     pub(super) fn mask(&self, x: &Tensor, channels: usize) -> Result<Tensor> {
         let (b, h, w, _) = x.dims4()?;
         if b != self.ids.len() {
@@ -81,7 +81,7 @@ impl ResnetBlock {
         Ok(Self { theta, shape, packed })
     }
 
-    /// `x`: `(b, h, w, c_in)`; `temb`: `(b, time)`, behind its SiLU. Returns `(b, h, w, c_out)`.
+    /// `x`: `(b, h, w, c_in)`; `temb`: `(b, time)`, after its SiLU. Returns `(b, h, w, c_out)`.
     pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
         let packed = self.packed.each_ref().map(Packed::get);
         let mask = dropout.map(|dropout| dropout.mask(x, self.shape.c_out)).transpose()?;
@@ -98,7 +98,7 @@ impl ResnetBlock {
     }
 }
 
-/// `Attention` of all positions to all others, and the input added.
+/// `Attention` from all positions to all others, plus the input.
 pub(super) struct Attention {
     group_norm: Option<GroupNorm>,
     to_q: Linear,
@@ -168,7 +168,7 @@ impl Attention {
     }
 }
 
-/// One residual block, with attention behind it or without.
+/// A residual block, optionally followed by attention.
 struct Layer {
     resnet: ResnetBlock,
     attention: Option<Attention>,
@@ -249,7 +249,7 @@ impl DownBlock {
         Ok(x)
     }
 
-    /// The multiply-adds, and the positions that are left.
+    /// The multiply-adds, and the remaining positions.
     pub(super) fn macs(&self, positions: usize) -> (u64, usize) {
         let layers: u64 = self.layers.iter().map(|layer| layer.macs(positions)).sum();
         match &self.downsampler {
@@ -341,7 +341,7 @@ impl UpBlock {
         }
     }
 
-    /// The multiply-adds, and the positions that there are then.
+    /// The multiply-adds, and the resulting positions.
     pub(super) fn macs(&self, positions: usize) -> (u64, usize) {
         let layers: u64 = self.layers.iter().map(|layer| layer.macs(positions)).sum();
         match &self.upsampler {
@@ -351,7 +351,7 @@ impl UpBlock {
     }
 }
 
-/// A residual sum over its scale, which is 1 nearly always.
+/// A residual sum divided by its scale, which is nearly always 1.
 fn scaled(sum: candle_core::Result<Tensor>, scale: f64) -> Result<Tensor> {
     let sum = sum?;
     if scale == 1.0 { Ok(sum) } else { Ok((sum / scale)?) }

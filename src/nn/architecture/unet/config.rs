@@ -1,4 +1,4 @@
-//! `unet/config.json`: the keys of `diffusers`' `UNet2DModel`, and which of their values are built here.
+//! `unet/config.json`: the keys of `diffusers`' `UNet2DModel`, and which of their values are supported here.
 
 use std::fmt::Debug;
 
@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 /// The U-Net of denoising diffusion models (Ho et al. 2020, App. B): `config.json` of `diffusers`' `UNet2DModel`, key by
 /// key.
 ///
-/// Defaults are `diffusers`' own, since its files leave out nothing but what was added later. Options
-/// that are not built here are kept as they are written, and are among the faults.
+/// Defaults are `diffusers`' own, since its files only leave out keys that were added later. Options that are not
+/// supported here are kept as written and reported as faults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct UNetConfig {
@@ -22,7 +22,7 @@ pub struct UNetConfig {
     pub center_input_sample: bool,
     /// Only `positional`: sines and cosines of the step.
     pub time_embedding_type: String,
-    /// Features of the time embedding behind its two linear layers; by default 4 · `block_out_channels[0]`.
+    /// Features of the time embedding after its two linear layers; by default 4 · `block_out_channels[0]`.
     pub time_embedding_dim: Option<usize>,
     /// Subtracted from the number of frequencies in their exponent: 1 in Ho et al.'s code, else 0.
     pub freq_shift: f64,
@@ -36,9 +36,9 @@ pub struct UNetConfig {
     pub up_block_types: Vec<String>,
     /// Channels at each resolution, from fine to coarse.
     pub block_out_channels: Vec<usize>,
-    /// Residual blocks at each resolution on the way down; one more on the way up.
+    /// Residual blocks at each resolution on the way down; on the way up there is one more.
     pub layers_per_block: usize,
-    /// What the sums of the residual connections in the middle are divided by.
+    /// The divisor of the residual sums in the middle.
     pub mid_block_scale_factor: f64,
     /// 1: the convolutions that halve the image pad all sides; 0: the lower and right ones only.
     pub downsample_padding: usize,
@@ -46,7 +46,7 @@ pub struct UNetConfig {
     pub downsample_type: String,
     /// Only `conv`.
     pub upsample_type: String,
-    /// The part of the second convolutions' inputs that residual blocks leave out while training.
+    /// Dropout rate before the second convolution of residual blocks, in training.
     pub dropout: f64,
     /// Only `silu`, or `swish`, its other name.
     pub act_fn: String,
@@ -54,11 +54,11 @@ pub struct UNetConfig {
     pub attention_head_dim: Option<usize>,
     /// Groups of all norms.
     pub norm_num_groups: usize,
-    /// Groups of the norm before the attention in the middle, if they are others.
+    /// Groups of the norm before the attention in the middle, if different.
     pub attn_norm_num_groups: Option<usize>,
     /// Added to the variance in all norms.
     pub norm_eps: f64,
-    /// How the step enters a residual block: added (`default`), or as scale and shift behind the second norm
+    /// How the step enters a residual block: added (`default`), or as scale and shift after the second norm
     /// (`scale_shift`, Dhariwal & Nichol 2021, §3).
     pub resnet_time_scale_shift: String,
     /// Whether the middle has attention.
@@ -67,7 +67,7 @@ pub struct UNetConfig {
     pub class_embed_type: Option<String>,
     /// How many classes the network is conditioned on; absent if it is not.
     pub num_class_embeds: Option<usize>,
-    /// Of no effect with positional embeddings.
+    /// No effect with positional embeddings.
     pub num_train_timesteps: Option<usize>,
 }
 
@@ -128,7 +128,7 @@ impl SampleSize {
 }
 
 impl UNetConfig {
-    /// Every key whose value cannot be built.
+    /// Every key with an unsupported value.
     pub(super) fn find_faults(&self) -> Vec<String> {
         let mut faults = Faults::default();
         self.find(&mut faults);
@@ -207,7 +207,7 @@ impl UNetConfig {
         }
     }
 
-    /// What height and width of an image must be multiples of.
+    /// The number of which an image's height and width must be multiples.
     pub fn size_multiple(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }

@@ -101,7 +101,7 @@ impl UNet {
         Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?.to_dtype(given)?)
     }
 
-    /// The embedding of step and class, behind the SiLU that all residual blocks begin with: `(b, time)`.
+    /// The embedding of step and class after the SiLU with which all residual blocks begin: `(b, time)`.
     fn embed(&self, t: &Tensor, class_labels: Option<&Tensor>) -> Result<Tensor> {
         let (first, second) = &self.time_embedding;
         let sinusoids = sinusoids(t, &self.config)?;
