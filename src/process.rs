@@ -1,4 +1,4 @@
-//! Setting up the process before anything is computed.
+//! Setting up the process before anything is computed: the memory allocator.
 
 /// `mi_option_purge_delay` of mimalloc 3: milliseconds until freed memory goes back to the system. The
 /// bindings do not name it.

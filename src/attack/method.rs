@@ -1,4 +1,4 @@
-//! Named attacks.
+//! What an attack that `evaluate --attack` knows by a name consists of. The list of them is `METHODS`, in the module above.
 
 use std::fmt;
 

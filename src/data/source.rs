@@ -1,4 +1,5 @@
-//! Where images come from: the digits in this program, or the user's own files.
+//! Where images come from: the digits in this program, or the user's own files, each form of which has a variant here. A new
+//! form is a file beside this one.
 
 use std::{
     fmt,

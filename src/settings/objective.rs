@@ -1,4 +1,4 @@
-//! What classifiers are trained to minimise.
+//! Settings of what classifiers are trained to minimise. The losses themselves are in `objective`.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Optimisers.
+//! Settings of the optimisers, gradient clipping included. What they do is in `nn::optim`.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! What the program knows about each stage before one is made.
+//! What the program knows about each stage before one is made: the entries of the lists in `stages`.
 
 use clap::{ArgMatches, Command, Error};
 use toml::Table;
