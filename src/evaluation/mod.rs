@@ -1,7 +1,7 @@
 //! Which images of a data set a network gets right: clean, perturbed, or under attack.
 //!
-//! Each image has a [`Search`](crate::attack::Search), even if it only looks up the logits. Up to
-//! [`Evaluation::batch`] of them are evaluated together, and a finished image makes room for the next.
+//! Each image has a [`Search`], even if it only looks up the logits. Up to
+//! [`Evaluation`]`::batch` of them are evaluated together, and a finished image makes room for the next.
 
 mod doubts;
 mod examined;

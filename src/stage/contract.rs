@@ -28,7 +28,7 @@ pub trait Stage: Settings + Default + Clone + Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Refuses impossible settings with [`Error::Usage`], before anything is read or written.
+    /// Refuses impossible settings with [`Error::Usage`](crate::Error::Usage), before anything is read or written.
     fn validate(&self) -> Result<()>;
     /// Refuses finished inputs that do not belong together, as [`Self::run`] would, so that a run notices before it
     /// does long work for other stages. Cheap; ignores inputs that are not finished.

@@ -20,9 +20,9 @@ pub fn is_stage_folder(dir: &Path) -> bool {
 pub struct FolderConfig {
     /// `proxyset.config/1`.
     pub schema: String,
-    /// [`Stage::NAME`].
+    /// [`Stage::NAME`](super::Stage::NAME).
     pub stage: String,
-    /// See [`fingerprint`].
+    /// See [`fingerprint`](fn@super::fingerprint).
     pub fingerprint: String,
     /// The stage's inputs: key, name and fingerprint.
     #[serde(default)]
@@ -47,9 +47,9 @@ pub struct InputRecord {
 pub struct Done {
     /// `proxyset.done/1`.
     pub schema: String,
-    /// [`Stage::NAME`].
+    /// [`Stage::NAME`](super::Stage::NAME).
     pub stage: String,
-    /// See [`fingerprint`].
+    /// See [`fingerprint`](fn@super::fingerprint).
     pub fingerprint: String,
     /// The class of machine that finished it.
     pub device_class: String,

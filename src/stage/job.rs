@@ -18,7 +18,7 @@ const WHOLE: &str = "run";
 pub struct Job {
     /// The device on which tensors live.
     pub device: Device,
-    /// The class of machines that compute the same bits; see [`device_class`].
+    /// The class of machines that compute the same bits; see [`device_class`](crate::device::device_class).
     pub device_class: String,
     /// The fingerprint of the work: settings, inputs and format version.
     pub fingerprint: String,

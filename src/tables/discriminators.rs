@@ -72,7 +72,7 @@ pub(crate) struct Discriminators {
 }
 
 impl Discriminators {
-    /// Loads the networks of a finished fit-discriminator stage. Fails with [`Error::Usage`] unless they were
+    /// Loads the networks of a finished fit-discriminator stage. Fails with [`Error::Usage`](crate::Error::Usage) unless they were
     /// trained with this division of the real images and this pool: for others it is unknown which images they have
     /// seen.
     pub(crate) fn load(dir: Option<&Path>, split: &Path, pool: &Pool, device: &Device) -> Result<Self> {
@@ -100,7 +100,7 @@ impl Discriminators {
         Ok(Self { record, nets })
     }
 
-    /// Fails with [`Error::Usage`] if there are no judges.
+    /// Fails with [`Error::Usage`](crate::Error::Usage) if there are no judges.
     pub(crate) fn expect_judges(&self) -> Result<()> {
         if self.nets.len() == self.record.folds {
             bail!(Usage, "discriminators were trained with judges = false, expected judges");

@@ -2,7 +2,7 @@
 //!
 //! A sampler is one function from an image at a noise level to the image at the next one. It sees the network only
 //! through the denoiser D(x; σ), the predicted image, and knows no schedule: see [`Level`](super::Level).
-//! [`sample`] does the rest, so that every sampler can be stopped, saved and resumed, and treats all elements of a
+//! [`sample()`] does the rest, so that every sampler can be stopped, saved and resumed, and treats all elements of a
 //! batch alike.
 
 mod ddim;
