@@ -41,6 +41,11 @@ mod tests {
     }
 
     #[test]
+    fn the_report_is_last_since_a_run_ends_with_it() {
+        assert_eq!(names().last(), Some(&"report"));
+    }
+
+    #[test]
     fn every_stage_has_defaults_and_what_it_writes_it_reads() {
         for kind in all() {
             let command = kind.add_flags(clap::Command::new(kind.name));
