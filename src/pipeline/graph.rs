@@ -108,10 +108,11 @@ fn refuse_contradictions(file: &PipelineFile) -> Result<()> {
         return Err(file
             .error("train", &"data is set, but [experiment] gives each arm its own; expected one of them"));
     }
-    if file.has("certify") && !makes_classifiers {
-        return Err(
-            file.error("certify", &"there is no classifier to certify, expected [train] or [experiment]")
-        );
+    for stage in ["evaluate", "certify"] {
+        if file.has(stage) && !makes_classifiers {
+            let problem = format!("there is no classifier to {stage}, expected [train] or [experiment]");
+            return Err(file.error(stage, &problem));
+        }
     }
     if file.has("rank") {
         return Err(
@@ -242,10 +243,12 @@ impl<'a> Graph<'a> {
         self.add_as(Call::of(stage))
     }
 
-    /// Adds the stages before `stage` that have a table and have not been added yet.
+    /// Adds the stages before `stage` that have a table, have not been added yet, and only look: what other stages read is
+    /// made where it is wanted.
     fn add_asked_for(&mut self, stage: &str) -> Result<()> {
         for kind in stages::all().take_while(|kind| kind.name != stage) {
-            if self.file.has(kind.name) && !self.made.contains_key(kind.name) {
+            let is_read = stages::all().flat_map(|reader| reader.inputs).any(|input| input.is_of(kind.name));
+            if self.file.has(kind.name) && !self.made.contains_key(kind.name) && !is_read {
                 self.add(kind.name)?;
             }
         }
@@ -328,7 +331,6 @@ impl<'a> Graph<'a> {
                 let folders: Vec<Value> = given.map(path).collect();
                 match table.get_mut(input.key) {
                     Some(Value::Array(several)) => several.extend(folders),
-                    // What the table itself names takes precedence.
                     Some(_) => {}
                     None if folders.is_empty() => {}
                     None => drop(table.insert(input.key.into(), Value::Array(folders))),

@@ -54,6 +54,9 @@ pub fn plan(file: &PipelineFile, run: &Path, until: Option<&str>) -> Result<Vec<
 /// Two processes may not drive one run folder: the second fails with [`Error::Stopped`].
 pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceChoice) -> Result<Vec<Step>> {
     let nodes = nodes(file, run, until)?;
+    if let Some(problem) = publishing_problem(file).filter(|_| until.is_none()) {
+        return Err(file.error("publish", &problem));
+    }
     run_nodes(&nodes, run, device)?;
     if let Some(table) = file.publish.as_ref().filter(|_| until.is_none()) {
         let made = nodes.iter().find(|node| node.name == "materialize").map(|node| &node.folder);
@@ -64,6 +67,13 @@ pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceC
         progress::note(&format!("publish: {} files are in {}", published.files, table.to.display()));
     }
     steps(file, nodes, until, "done")
+}
+
+/// What is wrong with the data set that the file names to be published, if it names one.
+fn publishing_problem(file: &PipelineFile) -> Option<String> {
+    let dataset = file.publish.as_ref()?.dataset.as_ref()?;
+    let there = dataset_folder(dataset).join("manifest.json").is_file();
+    (!there).then(|| format!("dataset is '{}', expected a folder with manifest.json", dataset.display()))
 }
 
 /// The state of each stage, and of publishing, which has no state of its own: `publishing` stands for it.
@@ -105,7 +115,7 @@ fn steps(
             amount: format!("a checked copy in {}", table.to.display()),
             seconds: None,
             summary: None,
-            problem: None,
+            problem: publishing_problem(file),
         });
     }
     Ok(steps)

@@ -16,6 +16,7 @@ const RENAMED: [(&str, &str); 3] =
 /// Fails if keys have no effect, naming each of them (keys that do not exist, belong to another kind, or have
 /// moved), and if a value is impossible.
 pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
+    expect_plain(name, given)?;
     let groups = groups::<S>();
     let mut flags = Vec::new();
     for (group, kinds) in &groups {
@@ -59,6 +60,16 @@ pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
     let problems: Vec<String> =
         unknown.map(|path| without_effect::<S>(name, path, &known, &groups)).collect();
     if problems.is_empty() { Ok(settings) } else { Err(problems.join("; ")) }
+}
+
+/// Refuses keys in quotes that look like paths: `"optimizer.momentum"` is one key, which no settings have.
+fn expect_plain(name: &str, given: &Table) -> Result<(), String> {
+    given.iter().try_for_each(|(key, value)| {
+        if key.contains(['.', '/', '~']) {
+            return Err(format!("[{name}] \"{key}\" is not known: what is in quotes is one key"));
+        }
+        value.as_table().map_or(Ok(()), |table| expect_plain(&format!("{name}.{key}"), table))
+    })
 }
 
 /// The settings of these flags, overridden by a table.

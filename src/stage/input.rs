@@ -33,7 +33,7 @@ impl Input {
         Self { key, from: Origin::Stages(stages), several: false }
     }
 
-    /// The folders of these finished stages.
+    /// The folders of all finished stages of these kinds that a run has, and those that the table names.
     pub const fn several(key: &'static str, stages: &'static [&'static str]) -> Self {
         Self { key, from: Origin::Stages(stages), several: true }
     }

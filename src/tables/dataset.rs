@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// The input of stages that read data sets.
-pub const DATA: Input = Input::several("data", &["materialize"]);
+pub const DATA: Input = Input::given("data");
 
 /// The folder of the data set in its stage's folder.
 pub(crate) const FOLDER: &str = "dataset";

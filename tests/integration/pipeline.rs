@@ -180,3 +180,40 @@ fn every_pipeline_passes_plan_without_its_data_and_writes_nothing() {
         }
     }
 }
+
+/// The stages that `plan` shows for a file with these lines.
+fn planned(lines: &str, more: &str) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("p.toml");
+    std::fs::write(&file, format!("name = 'p'\n{lines}")).unwrap();
+    let printed = ok(&format!("plan {} --json --out {}/run {more}", file.display(), dir.path().display()));
+    let printed: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    printed["steps"].as_array().unwrap().iter().map(|s| s["stage"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_run_has_the_stages_that_are_wanted_and_those_that_only_look_if_they_are_asked_for() {
+    let model = format!("--set generate.model={}/models/digits-ddpm", env!("CARGO_MANIFEST_DIR"));
+    let way = ["label", "fit-discriminator", "score", "arc", "curate", "materialize", "report"];
+    let has = |planned: &[String], stage: &str| planned.iter().any(|name| name == stage);
+    for lines in ["", "[fit-generator]\nsteps = 5"] {
+        let found = planned(lines, &model);
+        assert!(way.iter().all(|stage| has(&found, stage)), "{found:?}");
+        assert!(!has(&found, "fit-generator"), "a generator that nobody samples is trained: {found:?}");
+    }
+    let found = planned("[quality]\n[train]\n[certify]", &model);
+    for stage in ["quality", "train", "evaluate", "certify"] {
+        assert!(has(&found, stage), "{stage}: {found:?}");
+    }
+}
+
+#[test]
+fn data_that_the_table_names_are_what_is_trained_on() {
+    let dir = tempfile::tempdir().unwrap();
+    for data in ["'builtin:digits'", "['builtin:digits']"] {
+        let file = dir.path().join("p.toml");
+        let lines = format!("name = 'p'\n[train]\ndata = {data}\ndata_weights = [1.0]\n");
+        std::fs::write(&file, lines).unwrap();
+        ok(&format!("plan {} --out {}/run", file.display(), dir.path().display()));
+    }
+}

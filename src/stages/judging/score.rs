@@ -159,6 +159,10 @@ impl Stage for Score {
     const INPUTS: &'static [Input] = &[SPLIT, POOL, LABELS, DISCRIMINATORS, CLASSIFIER];
     const REVISION: u32 = 1;
 
+    fn unused(&self) -> Vec<&'static str> {
+        if self.classifier.is_none() { vec!["sample"] } else { Vec::new() }
+    }
+
     fn validate(&self) -> Result<()> {
         if self.hash_features && self.classifier.is_none() {
             bail!(Usage, "hash_features is true, which needs a classifier; expected one");

@@ -67,7 +67,10 @@ pub struct Evaluate {
 impl Evaluate {
     /// What the attacks are, for the record.
     fn attack_settings(&self) -> serde_json::Value {
-        let mut settings = json!({ "kind": self.attack.kind(), "seed": self.seed });
+        let mut settings = json!({ "kind": self.attack.kind() });
+        if self.unused().is_empty() {
+            settings["seed"] = self.seed.into();
+        }
         if let Some(BallSettings { norm, epsilon }) = self.attack.ball() {
             settings["norm"] = json!(norm);
             settings["epsilon"] = json!(epsilon);
@@ -98,6 +101,13 @@ impl Stage for Evaluate {
     const ABOUT: &'static str = "Evaluate a classifier, clean and under attack";
     const INPUTS: &'static [Input] = &[MODEL, Input::real_data("data")];
     const RUNTIME: &'static [&'static str] = &["batch"];
+
+    fn unused(&self) -> Vec<&'static str> {
+        // FAB begins with the image itself, and draws nothing.
+        let draws =
+            !matches!(self.attack, EvaluationAttackSettings::None(_) | EvaluationAttackSettings::FabT(_));
+        if draws { Vec::new() } else { vec!["seed"] }
+    }
 
     fn validate(&self) -> Result<()> {
         expect("batch", self.batch, 0, 1 << 20)?;
