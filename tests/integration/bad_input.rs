@@ -154,9 +154,15 @@ const OLD_KEYS: [(&str, &str); 22] = [
     ("[train]\ndepth = 34", "[train] depth is now [train.architecture] depth, of kind wide-resnet"),
     ("[train]\nflip = true", "[train] flip is now [train.augmentation] flip"),
     ("[labeller]\nchannels = [8]", "[labeller] channels is now [labeller.architecture] channels"),
-    ("[evaluate]\nrestarts = 3\n[train]", "[evaluate] restarts is now [evaluate.attack] restarts, of kind pgd"),
+    (
+        "[evaluate]\nrestarts = 3\n[train]",
+        "[evaluate] restarts is now [evaluate.attack] restarts, of kind pgd",
+    ),
     ("[evaluate]\nattack_loss = 'cw'\n[train]", "[evaluate] attack_loss is now [evaluate.attack] loss"),
-    ("[evaluate]\nattack = 'none'\n[train]", "[evaluate] attack is now a table: [evaluate.attack] kind = \"none\""),
+    (
+        "[evaluate]\nattack = 'none'\n[train]",
+        "[evaluate] attack is now a table: [evaluate.attack] kind = \"none\"",
+    ),
     ("[arc]\nattack_step_ratio = 2", "[arc] attack_step_ratio is now [arc.attack] step_ratio"),
     (
         "[fit-discriminator]\nepsilons = [0]",
