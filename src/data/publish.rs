@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::check::check_dataset;
+use super::{check::check_dataset, manifest};
 use crate::{
     Error, Result, fs,
     progress::{Progress, check_stop},
@@ -23,13 +23,19 @@ pub struct Published {
     pub rows: u64,
 }
 
+/// Fails with [`Error::Usage`] unless there is a data set in this folder.
+pub fn expect_dataset(dataset: &Path) -> Result<()> {
+    if !dataset.join(manifest::FILE_NAME).is_file() {
+        bail!(Usage, "dataset is '{}', expected a folder with {}", dataset.display(), manifest::FILE_NAME);
+    }
+    Ok(())
+}
+
 /// The files of a data set, the manifest last.
 fn files(dataset: &Path) -> Result<Vec<PathBuf>> {
-    if !dataset.join("manifest.json").is_file() {
-        bail!(Usage, "dataset is '{}', expected a folder with manifest.json", dataset.display());
-    }
+    expect_dataset(dataset)?;
     let mut files = fs::files_below(dataset)?;
-    files.sort_by_key(|f| (f == Path::new("manifest.json"), f.clone()));
+    files.sort_by_key(|f| (f == Path::new(manifest::FILE_NAME), f.clone()));
     Ok(files)
 }
 

@@ -13,7 +13,7 @@ pub use graph::{Node, nodes, ranking_nodes};
 
 use crate::{
     Error, Result, ResultExt,
-    data::publish::publish,
+    data::publish::{expect_dataset, publish},
     device::DeviceChoice,
     fs, progress,
     stage::{self, State},
@@ -72,8 +72,7 @@ pub fn run(file: &PipelineFile, run: &Path, until: Option<&str>, device: DeviceC
 /// What is wrong with the data set that the file names to be published, if it names one.
 fn publishing_problem(file: &PipelineFile) -> Option<String> {
     let dataset = file.publish.as_ref()?.dataset.as_ref()?;
-    let there = dataset_folder(dataset).join("manifest.json").is_file();
-    (!there).then(|| format!("dataset is '{}', expected a folder with manifest.json", dataset.display()))
+    expect_dataset(&dataset_folder(dataset)).err().map(|e| e.to_string())
 }
 
 /// The state of each stage, and of publishing, which has no state of its own: `publishing` stands for it.
