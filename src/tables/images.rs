@@ -9,7 +9,7 @@
 //!
 //! Certify has `prediction`, `radius`, `probability_at_least` and `correct` in addition to `index` and `label`.
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 use arrow_array::{
     BooleanArray, Float64Array, Int64Array, StringArray,
@@ -17,12 +17,14 @@ use arrow_array::{
 };
 use arrow_schema::{DataType, Field};
 
-use super::shards::{self, read_whole};
+use super::{
+    labels::LABEL,
+    shards::{self, Column, nullable, read_whole, required},
+};
 use crate::{Result, certify::Certificate, data::table};
 
 const FILE: &str = "images.parquet";
 const INDEX: &str = "index";
-const LABEL: &str = "label";
 const CLEAN_LOGITS: &str = "clean_logits";
 const CLEAN_CORRECT: &str = "clean_correct";
 const ROBUST_CORRECT: &str = "robust_correct";
@@ -41,15 +43,6 @@ pub(crate) struct Evaluated<'a> {
 impl Evaluated<'_> {
     /// Writes the table to the stage's folder.
     pub(crate) fn write(self, dir: &Path) -> Result<()> {
-        let list = DataType::List(Arc::new(Field::new_list_field(DataType::Float32, false)));
-        let schema = shards::schema(&[
-            (INDEX, DataType::Int64, false),
-            (LABEL, DataType::Int64, false),
-            (CLEAN_LOGITS, list, false),
-            (CLEAN_CORRECT, DataType::Boolean, false),
-            (ROBUST_CORRECT, DataType::Boolean, true),
-            (BROKEN_BY, DataType::Utf8, true),
-        ]);
         let mut logits = ListBuilder::new(Float32Builder::new())
             .with_field(Field::new_list_field(DataType::Float32, false));
         for row in self.logits {
@@ -58,19 +51,23 @@ impl Evaluated<'_> {
         }
         let n = self.labels.len();
         let robust = self.robust.map_or_else(|| BooleanArray::new_null(n), BooleanArray::from);
-        let batch = shards::batch(
-            &schema,
-            vec![
-                Arc::new(Int64Array::from_iter_values(0..n as i64)),
-                Arc::new(Int64Array::from_iter_values(self.labels.iter().map(|&l| i64::from(l)))),
-                Arc::new(logits.finish()),
-                Arc::new(BooleanArray::from(self.clean.to_vec())),
-                Arc::new(robust),
-                Arc::new(StringArray::from(self.broken_by)),
+        write(
+            dir,
+            [
+                required(INDEX, Int64Array::from_iter_values(0..n as i64)),
+                required(LABEL, Int64Array::from_iter_values(self.labels.iter().map(|&l| i64::from(l)))),
+                required(CLEAN_LOGITS, logits.finish()),
+                required(CLEAN_CORRECT, BooleanArray::from(self.clean.to_vec())),
+                nullable(ROBUST_CORRECT, robust),
+                nullable(BROKEN_BY, StringArray::from(self.broken_by)),
             ],
-        )?;
-        table::write(&dir.join(FILE), &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[]).map(drop)
+        )
     }
+}
+
+fn write<const N: usize>(dir: &Path, columns: [Column; N]) -> Result<()> {
+    let batch = shards::batch(columns)?;
+    table::write(&dir.join(FILE), &batch.schema(), [Ok(batch)], table::ROW_GROUP_ROWS, &[]).map(drop)
 }
 
 /// Whether each image of a finished evaluate stage is right when clean and, if there was an attack, after it.
@@ -90,26 +87,24 @@ pub(crate) fn write_certified(
     certificates: &[Certificate],
     radii: bool,
 ) -> Result<()> {
-    let schema = shards::schema(&[
-        (INDEX, DataType::Int64, false),
-        (LABEL, DataType::Int64, false),
-        ("prediction", DataType::Int64, true),
-        ("radius", DataType::Float64, true),
-        ("probability_at_least", DataType::Float64, true),
-        ("correct", DataType::Boolean, false),
-    ]);
+    let label = |&row: &usize| i64::from(labels[row]);
     let only = |value: f64| radii.then_some(value);
     let correct = rows.iter().zip(certificates).map(|(&row, c)| c.class == Some(labels[row]));
-    let batch = shards::batch(
-        &schema,
-        vec![
-            Arc::new(Int64Array::from_iter_values(rows.iter().map(|&row| row as i64))),
-            Arc::new(Int64Array::from_iter_values(rows.iter().map(|&row| i64::from(labels[row])))),
-            Arc::new(Int64Array::from_iter(certificates.iter().map(|c| c.class.map(i64::from)))),
-            Arc::new(Float64Array::from_iter(certificates.iter().map(|c| only(c.radius)))),
-            Arc::new(Float64Array::from_iter(certificates.iter().map(|c| only(c.lower)))),
-            Arc::new(BooleanArray::from(correct.collect::<Vec<_>>())),
+    write(
+        dir,
+        [
+            required(INDEX, Int64Array::from_iter_values(rows.iter().map(|&row| row as i64))),
+            required(LABEL, Int64Array::from_iter_values(rows.iter().map(label))),
+            nullable(
+                "prediction",
+                Int64Array::from_iter(certificates.iter().map(|c| c.class.map(i64::from))),
+            ),
+            nullable("radius", Float64Array::from_iter(certificates.iter().map(|c| only(c.radius)))),
+            nullable(
+                "probability_at_least",
+                Float64Array::from_iter(certificates.iter().map(|c| only(c.lower))),
+            ),
+            required("correct", BooleanArray::from(correct.collect::<Vec<_>>())),
         ],
-    )?;
-    table::write(&dir.join(FILE), &schema, [Ok(batch)], table::ROW_GROUP_ROWS, &[]).map(drop)
+    )
 }

@@ -8,14 +8,13 @@
 //! | `pseudo_label` | the classifier's first choice |
 //! | `label_confidence` | the classifier's probability of `label` |
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 use arrow_array::{Float32Array, Int64Array, RecordBatch, StringArray};
-use arrow_schema::{DataType, SchemaRef};
 
 use super::{
     pool::{PoolShard, UID, expect_same_rows},
-    shards::{self, read_table},
+    shards::{batch, read_table, required},
 };
 use crate::{Result, stage::Input};
 
@@ -48,31 +47,17 @@ pub(crate) struct Labels {
     pub(crate) confidence: Vec<f32>,
 }
 
-/// The schema of the table.
-pub(crate) fn schema() -> SchemaRef {
-    shards::schema(&[
-        (UID, DataType::Utf8, false),
-        (LABEL, DataType::Int64, false),
-        (SOURCE, DataType::Utf8, false),
-        (PSEUDO, DataType::Int64, false),
-        (CONFIDENCE, DataType::Float32, false),
-    ])
-}
-
 impl Labels {
     /// The rows of the table for the images of a pool's shard.
-    pub(crate) fn batch(self, schema: &SchemaRef, rows: &PoolShard) -> Result<RecordBatch> {
+    pub(crate) fn batch(self, rows: &PoolShard) -> Result<RecordBatch> {
         let sources = self.intended.iter().map(|&intended| source(intended));
-        shards::batch(
-            schema,
-            vec![
-                Arc::new(StringArray::from_iter_values(&rows.uids)),
-                Arc::new(Int64Array::from(self.labels)),
-                Arc::new(StringArray::from_iter_values(sources)),
-                Arc::new(Int64Array::from(self.pseudo)),
-                Arc::new(Float32Array::from(self.confidence)),
-            ],
-        )
+        batch([
+            required(UID, StringArray::from_iter_values(&rows.uids)),
+            required(LABEL, Int64Array::from(self.labels)),
+            required(SOURCE, StringArray::from_iter_values(sources)),
+            required(PSEUDO, Int64Array::from(self.pseudo)),
+            required(CONFIDENCE, Float32Array::from(self.confidence)),
+        ])
     }
 
     /// Reads the columns of a shard.

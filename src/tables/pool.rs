@@ -15,7 +15,6 @@ use std::{
 };
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, UInt64Array};
-use arrow_schema::SchemaRef;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -269,7 +268,6 @@ pub(crate) fn for_each_shard(
     dir: &Path,
     pool: &Pool,
     what: &str,
-    schema: &SchemaRef,
     mut work: impl FnMut(usize, &PoolShard, &Parts, &Progress) -> Result<RecordBatch>,
 ) -> Result<()> {
     fs::create_dir_all(dir)?;
@@ -285,13 +283,8 @@ pub(crate) fn for_each_shard(
         let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
         let batch = work(shard, &rows, &parts, &bar)?;
         let path = shard_file(dir, shard);
-        let n = table::write(
-            &path,
-            schema,
-            [Ok(batch)],
-            table::ROW_GROUP_ROWS,
-            &[("fingerprint", &job.fingerprint)],
-        )?;
+        let about = [("fingerprint", job.fingerprint.as_str())];
+        let n = table::write(&path, &batch.schema(), [Ok(batch)], table::ROW_GROUP_ROWS, &about)?;
         let (hash, bytes) = fs::hash_file(&path)?;
         fs::publish_json(&record_file(dir, shard), &ShardRecord::of(job, shard, n, hash, bytes))?;
         parts.clear()?;

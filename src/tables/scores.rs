@@ -17,14 +17,12 @@
 use std::{
     ops::Range,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use arrow_array::{
-    Array, ArrayRef, BooleanArray, Float32Array, Int32Array, Int64Array, RecordBatch, StringArray,
-    UInt64Array,
+    Array, BooleanArray, Float32Array, Int32Array, Int64Array, RecordBatch, StringArray, UInt64Array,
 };
-use arrow_schema::{DataType, SchemaRef};
+use arrow_schema::SchemaRef;
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -32,7 +30,7 @@ use super::{
     division::SPLIT,
     labels::{CONFIDENCE, LABEL},
     pool::{Pool, PoolShard, UID},
-    shards::{self, read_record, read_table, shard_file},
+    shards::{batch, nullable, read_record, read_table, required, shard_file},
 };
 use crate::{
     Error, Result,
@@ -57,9 +55,12 @@ const JUDGE: &str = "judge_score";
 /// Whether the classifier shares the label.
 pub(crate) const AGREES: &str = "label_agrees";
 const FOLD: &str = "fold";
-const PIXEL_HASH: &str = "pixel_hash";
-const PERCEPTUAL_HASH: &str = "perceptual_hash";
-const FEATURE_HASH: &str = "feature_hash";
+/// A hash of the image's pixels.
+pub(crate) const PIXEL_HASH: &str = "pixel_hash";
+/// A hash of what the image looks like.
+pub(crate) const PERCEPTUAL_HASH: &str = "perceptual_hash";
+/// A hash of the image's features; only with `hash_features`.
+pub(crate) const FEATURE_HASH: &str = "feature_hash";
 const NEAREST_TRAIN: &str = "nearest_train";
 const TRAIN_DISTANCE: &str = "train_distance";
 const TRAIN_COPY: &str = "train_copy";
@@ -72,28 +73,6 @@ const TEST_DISTANCE: &str = "test_distance";
 const TEST_COPY: &str = "test_copy";
 /// The distance to the test image of which it is most nearly a copy; null without a test split.
 pub(crate) const TEST_COPY_DISTANCE: &str = "test_copy_distance";
-
-/// A hash of each image.
-#[derive(Clone, Copy)]
-pub(crate) enum Hash {
-    /// Of its pixels.
-    Pixels,
-    /// Of what it looks like.
-    Looks,
-    /// Of its features.
-    Features,
-}
-
-impl Hash {
-    /// Its column.
-    pub(crate) fn column(self) -> &'static str {
-        match self {
-            Self::Pixels => PIXEL_HASH,
-            Self::Looks => PERCEPTUAL_HASH,
-            Self::Features => FEATURE_HASH,
-        }
-    }
-}
 
 /// The nearest training image, and the nearest test image if there are any.
 pub(crate) type NearestReal = (Nearest, Option<Nearest>);
@@ -117,79 +96,40 @@ pub(crate) struct Scores {
 
 impl Scores {
     /// The rows of the table for the images of a pool's shard.
-    pub(crate) fn batch(self, schema: &SchemaRef, rows: &PoolShard) -> Result<RecordBatch> {
-        let train = |get: fn(&Nearest) -> f32| -> ArrayRef {
-            Arc::new(Float32Array::from_iter_values(self.nearest.iter().map(|(train, _)| get(train))))
-        };
-        let train_image = |get: fn(&Nearest) -> u32| -> ArrayRef {
-            Arc::new(Int32Array::from_iter_values(self.nearest.iter().map(|(train, _)| get(train) as i32)))
-        };
-        let test = |get: fn(&Nearest) -> f32| -> ArrayRef {
-            Arc::new(Float32Array::from_iter(self.nearest.iter().map(|(_, test)| test.as_ref().map(get))))
-        };
-        let test_image = |get: fn(&Nearest) -> u32| -> ArrayRef {
-            let images = self.nearest.iter().map(|(_, test)| test.as_ref().map(|test| get(test) as i32));
-            Arc::new(Int32Array::from_iter(images))
-        };
-        let mut columns: Vec<ArrayRef> = vec![
-            Arc::new(StringArray::from_iter_values(&rows.uids)),
-            Arc::new(Int64Array::from(self.labels)),
-            Arc::new(Float32Array::from(self.scores)),
-            Arc::new(Float32Array::from(self.judges)),
-            Arc::new(Float32Array::from(self.confidence)),
-            Arc::new(BooleanArray::from(self.agrees)),
-            Arc::new(Int32Array::from_iter_values(self.folds.iter().map(|&fold| fold as i32))),
-            Arc::new(UInt64Array::from(self.pixel_hashes)),
-            Arc::new(UInt64Array::from(self.perceptual_hashes)),
-            train_image(|n| n.index),
-            train(|n| n.distance),
-            train_image(|n| n.copy),
-            train(|n| n.copy_distance),
-            train(|n| n.ratio),
-            test_image(|n| n.index),
-            test(|n| n.distance),
-            test_image(|n| n.copy),
-            test(|n| n.copy_distance),
+    pub(crate) fn batch(self, epsilons: &[Epsilon], rows: &PoolShard) -> Result<RecordBatch> {
+        let train = || self.nearest.iter().map(|(train, _)| train);
+        let test = || self.nearest.iter().map(|(_, test)| test.as_ref());
+        let mut columns = vec![
+            required(UID, StringArray::from_iter_values(&rows.uids)),
+            required(LABEL, Int64Array::from(self.labels)),
+            required(SCORE, Float32Array::from(self.scores)),
+            nullable(JUDGE, Float32Array::from(self.judges)),
+            required(CONFIDENCE, Float32Array::from(self.confidence)),
+            required(AGREES, BooleanArray::from(self.agrees)),
+            required(FOLD, Int32Array::from_iter_values(self.folds.iter().map(|&fold| fold as i32))),
+            required(PIXEL_HASH, UInt64Array::from(self.pixel_hashes)),
+            required(PERCEPTUAL_HASH, UInt64Array::from(self.perceptual_hashes)),
+            required(NEAREST_TRAIN, Int32Array::from_iter_values(train().map(|n| n.index as i32))),
+            required(TRAIN_DISTANCE, Float32Array::from_iter_values(train().map(|n| n.distance))),
+            required(TRAIN_COPY, Int32Array::from_iter_values(train().map(|n| n.copy as i32))),
+            required(TRAIN_COPY_DISTANCE, Float32Array::from_iter_values(train().map(|n| n.copy_distance))),
+            required(MEMORIZATION_RATIO, Float32Array::from_iter_values(train().map(|n| n.ratio))),
+            nullable(NEAREST_TEST, Int32Array::from_iter(test().map(|n| Some(n?.index as i32)))),
+            nullable(TEST_DISTANCE, Float32Array::from_iter(test().map(|n| Some(n?.distance)))),
+            nullable(TEST_COPY, Int32Array::from_iter(test().map(|n| Some(n?.copy as i32)))),
+            nullable(TEST_COPY_DISTANCE, Float32Array::from_iter(test().map(|n| Some(n?.copy_distance)))),
         ];
-        columns.extend(self.feature_hashes.map(|hashes| Arc::new(UInt64Array::from(hashes)) as ArrayRef));
-        columns.extend(self.probabilities.into_iter().map(|p| Arc::new(Float32Array::from(p)) as ArrayRef));
-        shards::batch(schema, columns)
+        columns.extend(self.feature_hashes.map(|hashes| required(FEATURE_HASH, UInt64Array::from(hashes))));
+        let radii: Vec<String> = epsilons.iter().map(radius_column).collect();
+        let of_radii = radii.iter().zip(self.probabilities);
+        columns.extend(of_radii.map(|(name, p)| required(name, Float32Array::from(p))));
+        batch(columns)
     }
 }
 
 /// The column with the mean probability at one radius: `p_synthetic_0`, `p_synthetic_8_255`.
 fn radius_column(epsilon: &Epsilon) -> String {
     format!("p_synthetic_{}", epsilon.to_string().replace(['/', '.'], "_"))
-}
-
-/// The schema of the table for a grid of radii, with or without hashes of features.
-pub(crate) fn schema(epsilons: &[Epsilon], hash_features: bool) -> SchemaRef {
-    let radii: Vec<String> = epsilons.iter().map(radius_column).collect();
-    let mut fields = vec![
-        (UID, DataType::Utf8, false),
-        (LABEL, DataType::Int64, false),
-        (SCORE, DataType::Float32, false),
-        (JUDGE, DataType::Float32, true),
-        (CONFIDENCE, DataType::Float32, false),
-        (AGREES, DataType::Boolean, false),
-        (FOLD, DataType::Int32, false),
-        (PIXEL_HASH, DataType::UInt64, false),
-        (PERCEPTUAL_HASH, DataType::UInt64, false),
-        (NEAREST_TRAIN, DataType::Int32, false),
-        (TRAIN_DISTANCE, DataType::Float32, false),
-        (TRAIN_COPY, DataType::Int32, false),
-        (TRAIN_COPY_DISTANCE, DataType::Float32, false),
-        (MEMORIZATION_RATIO, DataType::Float32, false),
-        (NEAREST_TEST, DataType::Int32, true),
-        (TEST_DISTANCE, DataType::Float32, true),
-        (TEST_COPY, DataType::Int32, true),
-        (TEST_COPY_DISTANCE, DataType::Float32, true),
-    ];
-    if hash_features {
-        fields.push((FEATURE_HASH, DataType::UInt64, false));
-    }
-    fields.extend(radii.iter().map(|name| (name.as_str(), DataType::Float32, false)));
-    shards::schema(&fields)
 }
 
 /// What a finished score stage says about its tables in `dir`; with `test`, also whether images were equal to one
@@ -335,7 +275,7 @@ impl ScoreTables {
     }
 
     /// The columns of all tables.
-    pub(crate) fn schema(&self) -> Result<arrow_schema::SchemaRef> {
+    pub(crate) fn schema(&self) -> Result<SchemaRef> {
         Ok(Table::open(&shard_file(&self.dir, 0))?.schema().clone())
     }
 
@@ -412,14 +352,8 @@ impl ScoreTables {
         Ok(rows)
     }
 
-    /// Whether there are hashes of this kind.
-    pub(crate) fn has_hashes(&self, of: Hash) -> Result<bool> {
-        Ok(self.schema()?.column_with_name(of.column()).is_some())
-    }
-
-    /// The hashes of all rows.
-    pub(crate) fn hashes(&self, of: Hash) -> Result<Vec<u64>> {
-        let column = of.column();
+    /// A column of hashes.
+    pub(crate) fn hashes(&self, column: &str) -> Result<Vec<u64>> {
         let mut hashes = vec![0; self.len()];
         self.by_shard(&mut hashes).into_par_iter().enumerate().try_for_each(
             |(shard, hashes)| -> Result<()> {

@@ -10,7 +10,7 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use arrow_array::{ArrayRef, BooleanArray, Float32Array, Int32Array, Int64Array, RecordBatch, StringArray};
-use arrow_schema::DataType;
+use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use arrow_select::filter::{filter, filter_record_batch};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -134,13 +134,13 @@ const ROW: &str = "row";
 const REASON: &str = "reason";
 
 fn write_selected(path: &Path, tables: &ScoreTables, verdicts: &[u8]) -> Result<()> {
-    let schema = shards::schema(&[
-        (UID, DataType::Utf8, false),
-        (LABEL, DataType::Int64, false),
-        (SCORE, DataType::Float32, false),
-        (CONFIDENCE, DataType::Float32, false),
-        (SHARD, DataType::Int32, false),
-        (ROW, DataType::Int32, false),
+    let schema = schema(&[
+        (UID, DataType::Utf8),
+        (LABEL, DataType::Int64),
+        (SCORE, DataType::Float32),
+        (CONFIDENCE, DataType::Float32),
+        (SHARD, DataType::Int32),
+        (ROW, DataType::Int32),
     ]);
     let wanted = [UID, LABEL, SCORE, CONFIDENCE];
     let kept = |row: usize| verdicts[row] == PASSED;
@@ -154,22 +154,33 @@ fn write_selected(path: &Path, tables: &ScoreTables, verdicts: &[u8]) -> Result<
         }
         all.push(Arc::new(Int32Array::from(vec![shard as i32; batch.num_rows()])));
         all.push(Arc::new(Int32Array::from_iter_values(rows)));
-        filter_record_batch(&shards::batch(&schema, all)?, mask).map_err(unfiltered)
+        filter_record_batch(&batch_of(&schema, all)?, mask).map_err(unfiltered)
     });
     table::write(path, &schema, batches, table::ROW_GROUP_ROWS, &[]).map(drop)
 }
 
 fn write_rejected(path: &Path, tables: &ScoreTables, verdicts: &[u8], reasons: &[String]) -> Result<()> {
-    let schema = shards::schema(&[(UID, DataType::Utf8, false), (REASON, DataType::Utf8, false)]);
+    let schema = schema(&[(UID, DataType::Utf8), (REASON, DataType::Utf8)]);
     let refused = |row: usize| verdicts[row] != PASSED;
     let batches = masked(tables, &[UID], refused, |batch, mask, shard, first| {
         let uids = filter(batch.column(0), mask).map_err(unfiltered)?;
         let start = tables.rows_of(shard).start + first as usize;
         let rows = mask.values().set_indices().map(|i| start + i);
         let reasons: Vec<&str> = rows.map(|row| &*reasons[usize::from(verdicts[row] - PASSED) - 1]).collect();
-        shards::batch(&schema, vec![uids, Arc::new(StringArray::from(reasons))])
+        batch_of(&schema, vec![uids, Arc::new(StringArray::from(reasons))])
     });
     table::write(path, &schema, batches, table::ROW_GROUP_ROWS, &[]).map(drop)
+}
+
+/// A schema of columns without nulls.
+fn schema(columns: &[(&str, DataType)]) -> SchemaRef {
+    let fields = columns.iter().map(|(name, kind)| Field::new(*name, kind.clone(), false));
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+}
+
+fn batch_of(schema: &SchemaRef, columns: Vec<ArrayRef>) -> Result<RecordBatch> {
+    RecordBatch::try_new(schema.clone(), columns)
+        .map_err(|e| Error::Alarm(format!("a table does not fit: {e}")))
 }
 
 fn unfiltered(error: arrow_schema::ArrowError) -> Error {

@@ -6,8 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use arrow_array::RecordBatch;
-use arrow_schema::SchemaRef;
+use arrow_array::{Array, ArrayRef, RecordBatch};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -138,17 +137,21 @@ impl TableRows {
     }
 }
 
-/// A schema of named, typed columns; `true` allows nulls.
-pub(crate) fn schema(fields: &[(&str, arrow_schema::DataType, bool)]) -> SchemaRef {
-    let fields: Vec<_> = fields
-        .iter()
-        .map(|(name, kind, null)| arrow_schema::Field::new(*name, kind.clone(), *null))
-        .collect();
-    Arc::new(arrow_schema::Schema::new(fields))
+/// A column of a table to write: its name, its values, and whether they may be null.
+pub(crate) type Column<'a> = (&'a str, ArrayRef, bool);
+
+/// A column without nulls.
+pub(crate) fn required(name: &str, values: impl Array + 'static) -> Column<'_> {
+    (name, Arc::new(values), false)
 }
 
-/// A batch of `schema` from its columns.
-pub(crate) fn batch(schema: &SchemaRef, columns: Vec<arrow_array::ArrayRef>) -> Result<RecordBatch> {
-    RecordBatch::try_new(schema.clone(), columns)
+/// A column that may have nulls.
+pub(crate) fn nullable(name: &str, values: impl Array + 'static) -> Column<'_> {
+    (name, Arc::new(values), true)
+}
+
+/// A batch of these columns, whose types are those of their values.
+pub(crate) fn batch<'a>(columns: impl IntoIterator<Item = Column<'a>>) -> Result<RecordBatch> {
+    RecordBatch::try_from_iter_with_nullable(columns)
         .map_err(|e| Error::Alarm(format!("a table does not fit: {e}")))
 }

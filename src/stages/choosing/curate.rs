@@ -17,8 +17,8 @@ use crate::{
         features,
         labels::CONFIDENCE,
         scores::{
-            AGREES, Hash, MEMORIZATION_RATIO, SCORE, SCORES, ScoreRows, ScoreTables, TEST_COPY_DISTANCE,
-            TRAIN_COPY_DISTANCE, quantiles,
+            AGREES, FEATURE_HASH, MEMORIZATION_RATIO, PERCEPTUAL_HASH, PIXEL_HASH, SCORE, SCORES, ScoreRows,
+            ScoreTables, TEST_COPY_DISTANCE, TRAIN_COPY_DISTANCE, quantiles,
         },
         selection::{self, ClassCounts, Counts, Judged, SelectRecord},
     },
@@ -215,14 +215,13 @@ impl Stage for Curate {
         let schema = tables.schema()?;
         self.filter.iter().try_for_each(|filter| filter.expect_in(&schema))?;
         let likeness = match self.near_duplicate_by {
-            Likeness::Looks => Hash::Looks,
-            Likeness::Features => Hash::Features,
+            Likeness::Looks => PERCEPTUAL_HASH,
+            Likeness::Features => FEATURE_HASH,
         };
-        if !tables.has_hashes(likeness)? {
+        if schema.column_with_name(likeness).is_none() {
             bail!(
                 Usage,
-                "near_duplicate_by is features, but there is no column '{}'; expected scores made with hash_features",
-                likeness.column()
+                "near_duplicate_by is features, but there is no column '{likeness}'; expected scores made with hash_features"
             );
         }
         let gates = self.gates();
@@ -235,7 +234,7 @@ impl Stage for Curate {
             ["duplicate", "near-duplicate", "over-quota"].map(&mut verdict_for);
 
         let mut rows = tables.load(&gates, self.arm, self.seed)?;
-        refuse_repeated(&mut rows, tables.hashes(Hash::Pixels)?, duplicate, repeated);
+        refuse_repeated(&mut rows, tables.hashes(PIXEL_HASH)?, duplicate, repeated);
         if let Some(bits) = self.near_duplicate_bits {
             let mut near = NearDuplicates::new(bits);
             let hashes = tables.hashes(likeness)?;

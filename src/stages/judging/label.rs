@@ -60,9 +60,8 @@ impl Stage for Label {
         expect_same_classes(&classifier, dir, &pool)?;
         let names = &classifier.config().class_names;
         let out = job.open()?;
-        let schema = labels::schema();
         let dir = out.join(labels::FOLDER);
-        for_each_shard(job, &dir, &pool, Self::NAME, &schema, |_, rows, parts, bar| {
+        for_each_shard(job, &dir, &pool, Self::NAME, |_, rows, parts, bar| {
             let mut found = Labels::default();
             for from in (0..rows.len()).step_by(CHUNK) {
                 crate::progress::check_stop()?;
@@ -83,7 +82,7 @@ impl Stage for Label {
                 }
                 bar.add((to - from) as u64);
             }
-            found.batch(&schema, rows)
+            found.batch(rows)
         })?;
         Ok(Outcome::Done(agreement(&pool, &dir, names.len())?))
     }

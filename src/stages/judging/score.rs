@@ -190,7 +190,6 @@ impl Stage for Score {
         let epsilons = &discriminators.record.epsilons;
         let weights = trapezoid_weights(&epsilons.iter().map(|e| e.get()).collect::<Vec<_>>());
         let scorer = Scorer { job, discriminators: &discriminators, weights, shape: pool.info.shape };
-        let schema = scores::schema(epsilons, self.hash_features);
         let of_pool = (pool.info.count, pool.info.shape);
         let sampler = |dir: &PathBuf| Sampler::new(dir, of_pool, self.sample, &job.device);
         let sampler = self.classifier.as_ref().map(sampler).transpose()?;
@@ -200,7 +199,7 @@ impl Stage for Score {
         }
         let hash = sampler.as_ref().filter(|_| self.hash_features).map(|s| s.hash(out)).transpose()?;
         let dir = out.join(scores::FOLDER);
-        for_each_shard(job, &dir, &pool, Self::NAME, &schema, |shard, rows, parts, bar| {
+        for_each_shard(job, &dir, &pool, Self::NAME, |shard, rows, parts, bar| {
             let Labels { labels, pseudo, confidence, .. } = Labels::read_beside(&labelled, shard, rows)?;
             let size = pool.info.shape.size();
             let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
@@ -257,7 +256,7 @@ impl Stage for Score {
                 probabilities: (0..radii).map(probability).collect(),
                 folds: fold.clone(),
             };
-            scores.batch(&schema, rows)
+            scores.batch(epsilons, rows)
         })?;
         let mut summary = scores::summary(&pool, &dir, real.test.is_some())?;
         summary["classes"] = json!(classes);
