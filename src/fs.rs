@@ -115,16 +115,13 @@ pub fn create_dir_all(dir: &Path) -> Result<()> {
 /// Removes what interrupted writers left behind in `dir` and the folders in it: files whose final names are `ours`.
 /// Call it only while holding the lock on them.
 pub fn remove_leftovers(dir: &Path, ours: &dyn Fn(&str) -> bool) -> Result<()> {
-    for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
-        let entry = entry.map_err(Error::io(dir))?;
-        let path = entry.path();
-        if entry.file_type().map_err(Error::io(&path))?.is_dir() {
-            remove_leftovers(&path, ours)?;
-        } else if final_name(&entry.file_name().to_string_lossy()).is_some_and(ours) {
+    each_file(dir, true, &mut |path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if final_name(&name).is_some_and(ours) {
             fs::remove_file(&path).map_err(Error::io(&path))?;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// The final name of a file being written: `a.json` for `.a.json.123-4.partial-write`.
@@ -136,26 +133,30 @@ fn final_name(aside: &str) -> Option<&str> {
 
 /// All files below `dir` except hidden ones, relative to it and sorted.
 pub fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
-    fn walk(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-        let dir = root.join(below);
-        for entry in fs::read_dir(&dir).map_err(Error::io(&dir))? {
-            let entry = entry.map_err(Error::io(&dir))?;
-            let relative = below.join(entry.file_name());
-            if entry.file_name().to_string_lossy().starts_with('.') {
-                continue;
-            }
-            if entry.file_type().map_err(Error::io(&dir))?.is_dir() {
-                walk(root, &relative, files)?;
-            } else {
-                files.push(relative);
-            }
-        }
-        Ok(())
-    }
     let mut files = Vec::new();
-    walk(dir, Path::new(""), &mut files)?;
+    each_file(dir, false, &mut |path| {
+        files.push(path.strip_prefix(dir).unwrap_or(&path).to_path_buf());
+        Ok(())
+    })?;
     files.sort();
     Ok(files)
+}
+
+/// Calls `visit` for every file below `dir`; for hidden files, and those in hidden folders, only if `hidden`.
+pub fn each_file(dir: &Path, hidden: bool, visit: &mut dyn FnMut(PathBuf) -> Result<()>) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
+        let entry = entry.map_err(Error::io(dir))?;
+        let path = entry.path();
+        if !hidden && entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
+        if entry.file_type().map_err(Error::io(&path))?.is_dir() {
+            each_file(&path, hidden, visit)?;
+        } else {
+            visit(path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes a folder and everything in it; a folder that does not exist is fine.

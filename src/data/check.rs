@@ -133,7 +133,14 @@ struct FileCheck {
 
 fn check_listing(dir: &Path, manifest: &Manifest, problems: &mut Problems) {
     let mut found = BTreeSet::new();
-    problems.keep(list(dir, dir, &mut found));
+    let listing = fs::each_file(dir, true, &mut |path| {
+        if path.extension().is_some_and(|extension| extension == "parquet") {
+            let parts = path.strip_prefix(dir).unwrap_or(&path).iter().map(|part| part.to_string_lossy());
+            found.insert(parts.collect::<Vec<_>>().join("/"));
+        }
+        Ok(())
+    });
+    problems.keep(listing);
     let listed: BTreeSet<_> = manifest.files.iter().map(|file| file.path.clone()).collect();
     if listed.len() < manifest.files.len() {
         problems.add("manifest.json lists a file twice");
@@ -142,21 +149,6 @@ fn check_listing(dir: &Path, manifest: &Manifest, problems: &mut Problems) {
     problems
         .0
         .extend(listed.difference(&found).map(|file| format!("{file}: in manifest.json, but not there")));
-}
-
-/// Collects the Parquet files in a folder and its folders, relative to `root` and with `/`.
-fn list(root: &Path, dir: &Path, found: &mut BTreeSet<String>) -> Result<()> {
-    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
-        let entry = entry.map_err(Error::io(dir))?;
-        let path = entry.path();
-        if entry.file_type().map_err(Error::io(&path))?.is_dir() {
-            list(root, &path, found)?;
-        } else if path.extension().is_some_and(|extension| extension == "parquet") {
-            let parts = path.strip_prefix(root).unwrap_or(&path).iter().map(|part| part.to_string_lossy());
-            found.insert(parts.collect::<Vec<_>>().join("/"));
-        }
-    }
-    Ok(())
 }
 
 /// Checks one file against the manifest; `None` if its rows could not be read.
