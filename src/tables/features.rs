@@ -48,6 +48,8 @@ pub struct Coverage {
 /// Computes features.
 pub(crate) struct Sampler {
     network: Extractor,
+    shape: Shape,
+    device: Device,
     /// The share of the pool in the sample.
     share: f64,
 }
@@ -63,29 +65,21 @@ impl Sampler {
     ) -> Result<Self> {
         let network = Extractor::load(classifier, device)?;
         network.expect_shape(classifier, &"the pool", shape)?;
-        Ok(Self { network, share: sample as f64 / pool as f64 })
+        Ok(Self { network, shape, device: device.clone(), share: sample as f64 / pool as f64 })
     }
 
     /// Keeps in `out`, the stage's folder, the features of those of a shard's decoded images that are in the
     /// sample.
-    pub(crate) fn shard(
-        &self,
-        out: &Path,
-        shard: usize,
-        rows: &PoolShard,
-        pixels: &[u8],
-        shape: Shape,
-        device: &Device,
-    ) -> Result<()> {
+    pub(crate) fn shard(&self, out: &Path, shard: usize, rows: &PoolShard, pixels: &[u8]) -> Result<()> {
         let chosen: Vec<u32> =
             (0..).zip(&rows.uids).filter(|(_, uid)| in_sample(uid, self.share)).map(|(row, _)| row).collect();
-        let size = shape.size();
+        let size = self.shape.size();
         let images: Vec<u8> = chosen
             .iter()
             .flat_map(|&row| &pixels[row as usize * size..(row as usize + 1) * size])
             .copied()
             .collect();
-        self.keep(out, &file_name(shard), &images, &chosen, shape, device)
+        self.keep(out, &file_name(shard), &images, &chosen)
     }
 
     /// The hash of features whose bits split the kept real images in half.
@@ -95,40 +89,26 @@ impl Sampler {
     }
 
     /// The hashes of images' features.
-    pub(crate) fn hashes(
-        &self,
-        hash: &FeatureHash,
-        pixels: &[u8],
-        shape: Shape,
-        device: &Device,
-    ) -> Result<Vec<u64>> {
-        let features = self.features(pixels, shape, device)?.to_vec2()?;
+    pub(crate) fn hashes(&self, hash: &FeatureHash, pixels: &[u8]) -> Result<Vec<u64>> {
+        let features = self.features(pixels)?.to_vec2()?;
         Ok(features.par_iter().map(|features| hash.of(features)).collect())
     }
 
-    /// Keeps the features of at most `sample` real images, unless that is already done.
-    pub(crate) fn real(&self, out: &Path, images: &Dataset, sample: usize, device: &Device) -> Result<()> {
+    /// Keeps the features of at most `sample` real images, which have the pool's shape, unless that is already done.
+    pub(crate) fn real(&self, out: &Path, images: &Dataset, sample: usize) -> Result<()> {
         if out.join(FOLDER).join(REAL).is_file() {
             return Ok(());
         }
         let chosen = images.subset(&spread(images.len(), sample.min(images.len()), 0));
         let rows: Vec<u32> = (0..chosen.len() as u32).collect();
-        self.keep(out, REAL, &chosen.pixels, &rows, images.shape, device)
+        self.keep(out, REAL, &chosen.pixels, &rows)
     }
 
-    fn keep(
-        &self,
-        out: &Path,
-        name: &str,
-        pixels: &[u8],
-        rows: &[u32],
-        shape: Shape,
-        device: &Device,
-    ) -> Result<()> {
+    fn keep(&self, out: &Path, name: &str, pixels: &[u8], rows: &[u32]) -> Result<()> {
         if rows.is_empty() {
             return Ok(());
         }
-        let features = self.features(pixels, shape, device)?;
+        let features = self.features(pixels)?;
         let tensors = [("rows", Tensor::new(rows, &Device::Cpu)?), ("features", features)];
         let bytes = safetensors::serialize(tensors, None)
             .map_err(|e| Error::Alarm(format!("features cannot be written: {e}")))?;
@@ -136,13 +116,13 @@ impl Sampler {
     }
 
     /// The features of images, one row each, on the CPU.
-    fn features(&self, pixels: &[u8], shape: Shape, device: &Device) -> Result<Tensor> {
-        let chunks: Vec<&[u8]> = pixels.chunks(CHUNK * shape.size()).collect();
+    fn features(&self, pixels: &[u8]) -> Result<Tensor> {
+        let chunks: Vec<&[u8]> = pixels.chunks(CHUNK * self.shape.size()).collect();
         let one = |pixels: &&[u8]| -> Result<Tensor> {
-            let x = to_tensor(pixels, shape, Range::Unit, device)?;
+            let x = to_tensor(pixels, self.shape, Range::Unit, &self.device)?;
             Ok(self.network.features(&x)?.0.to_device(&Device::Cpu)?)
         };
-        Ok(Tensor::cat(&side_by_side(device, &chunks, one)?, 0)?.contiguous()?)
+        Ok(Tensor::cat(&side_by_side(&self.device, &chunks, one)?, 0)?.contiguous()?)
     }
 }
 
@@ -206,19 +186,14 @@ pub(crate) fn measure(
     }
     let chosen = spread(before.len(), after.len(), 0);
     let before: Vec<f32> = chosen.into_iter().flat_map(|i| std::mem::take(&mut before[i])).collect();
-    let (real, before, after) = (
-        FeatureMatrix::new(dim, real)?,
-        FeatureMatrix::new(dim, before)?,
-        FeatureMatrix::new(dim, after.concat())?,
-    );
-    let of = |features: &FeatureMatrix| -> Result<[f64; 2]> {
-        let (precision, recall) = precision_recall(&real, features, NEIGHBOURS)?;
-        Ok([precision, recall])
+    let (images, real) = (after.len(), FeatureMatrix::new(dim, real)?);
+    let of = |features: Vec<f32>| -> Result<[f64; 2]> {
+        Ok(precision_recall(&real, &FeatureMatrix::new(dim, features)?, NEIGHBOURS)?.into())
     };
     Ok(Some(Coverage {
-        images: [real.len(), after.len()],
+        images: [real.len(), images],
         neighbours: NEIGHBOURS,
-        before: of(&before)?,
-        after: of(&after)?,
+        before: of(before)?,
+        after: of(after.concat())?,
     }))
 }

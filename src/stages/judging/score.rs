@@ -195,7 +195,7 @@ impl Stage for Score {
         let sampler = self.classifier.as_ref().map(sampler).transpose()?;
         let out = job.open()?;
         if let (Some(sampler), Some(unseen)) = (&sampler, unseen) {
-            sampler.real(out, &unseen, self.sample, &job.device)?;
+            sampler.real(out, &unseen, self.sample)?;
         }
         let hash = sampler.as_ref().filter(|_| self.hash_features).map(|s| s.hash(out)).transpose()?;
         let dir = out.join(scores::FOLDER);
@@ -204,7 +204,7 @@ impl Stage for Score {
             let size = pool.info.shape.size();
             let pixels = rows.pixels(0..rows.len(), pool.info.shape)?;
             if let Some(sampler) = &sampler {
-                sampler.shard(out, shard, rows, &pixels, pool.info.shape, &job.device)?;
+                sampler.shard(out, shard, rows, &pixels)?;
             }
             let (mut values, mut found, mut feature_hashes) = (Vec::new(), Vec::new(), Vec::new());
             for from in (0..rows.len()).step_by(CHUNK) {
@@ -224,7 +224,7 @@ impl Stage for Score {
                 found.extend(serde_json::from_slice::<Vec<NearestReal>>(&nearest).map_err(unreadable)?);
                 if let (Some(sampler), Some(hash)) = (&sampler, &hash) {
                     let part = parts.get_or_make(&format!("{from:08}-features"), keep, || {
-                        let hashes = sampler.hashes(hash, pixels, pool.info.shape, &job.device)?;
+                        let hashes = sampler.hashes(hash, pixels)?;
                         Ok(hashes.iter().flat_map(|hash| hash.to_le_bytes()).collect())
                     })?;
                     feature_hashes.extend(part.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)));
