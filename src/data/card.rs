@@ -9,7 +9,10 @@ use std::{collections::BTreeMap, path::Path};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value as Json, json};
 
-use super::hub::{Feature, Features};
+use super::{
+    hub::{Feature, Features},
+    manifest::FileEntry,
+};
 use crate::{Error, Result, fs};
 
 /// The name of the card in its data-set folder.
@@ -47,17 +50,31 @@ pub struct Config {
     pub splits: Vec<CardSplit>,
 }
 
-/// A split of a [`Config`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A split of a [`Config`]; without its files, an item of `splits` as the Hub spells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CardSplit {
     /// `train` or `test`.
     pub name: String,
-    /// The pattern of its files, relative to the card, such as `data/train-*`.
+    /// The pattern of its files, relative to the card, such as `data/train-*`. The Hub has it in `configs`.
+    #[serde(skip)]
     pub path: String,
     /// The size of its files in bytes.
     pub num_bytes: u64,
     /// The number of its rows. `datasets` refuses to load a split with a different number.
     pub num_examples: u64,
+}
+
+impl Config {
+    /// A configuration whose only split is `train`, in these files.
+    pub fn train(name: &str, path: &str, features: Features, files: &[FileEntry]) -> Self {
+        let split = CardSplit {
+            name: "train".into(),
+            path: path.into(),
+            num_bytes: files.iter().map(|file| file.bytes).sum(),
+            num_examples: files.iter().map(|file| file.rows).sum(),
+        };
+        Self { name: name.into(), features, splits: vec![split] }
+    }
 }
 
 /// An item of `configs`, as the Hub spells it.
@@ -81,16 +98,9 @@ pub(super) struct InfoItem {
     pub(super) config_name: String,
     /// What [`feature_items`] makes.
     pub(super) features: Vec<Json>,
-    pub(super) splits: Vec<SplitItem>,
+    pub(super) splits: Vec<CardSplit>,
     pub(super) download_size: u64,
     pub(super) dataset_size: u64,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct SplitItem {
-    pub(super) name: String,
-    pub(super) num_bytes: u64,
-    pub(super) num_examples: u64,
 }
 
 /// The features as a card lists them. Class numbers are keys, quoted.
@@ -102,7 +112,7 @@ pub(super) fn feature_items(features: &Features) -> Vec<Json> {
                 names.iter().enumerate().map(|(i, name)| (i.to_string(), name.as_str().into())).collect();
             json!({"class_label": {"names": names}})
         }
-        Feature::Value(dtype) => json!(dtype.name()),
+        Feature::Value(dtype) => json!(dtype),
     };
     features.iter().map(|(name, feature)| json!({"name": name, "dtype": dtype(feature)})).collect()
 }
@@ -146,17 +156,12 @@ impl Card {
     }
 
     fn info_items(&self) -> Vec<InfoItem> {
-        let split = |split: &CardSplit| SplitItem {
-            name: split.name.clone(),
-            num_bytes: split.num_bytes,
-            num_examples: split.num_examples,
-        };
         let item = |config: &Config| {
             let bytes = config.splits.iter().map(|split| split.num_bytes).sum();
             InfoItem {
                 config_name: config.name.clone(),
                 features: feature_items(&config.features),
-                splits: config.splits.iter().map(split).collect(),
+                splits: config.splits.clone(),
                 download_size: bytes,
                 dataset_size: bytes,
             }

@@ -26,8 +26,8 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        CardConfig, CardSplit, Dtype, Feature, Features, FileEntry, ImageWriter, Manifest,
-        SYNTHETIC_SOURCE_TYPE, image_column, manifest, table,
+        CardConfig, Dtype, Feature, Features, FileEntry, ImageWriter, Manifest, SYNTHETIC_SOURCE_TYPE,
+        image_column, manifest, table,
     },
     fs::Parts,
     progress::{Progress, check_stop},
@@ -152,14 +152,8 @@ impl PoolConfiguration<'_> {
                 Ok(writer)
             })?);
         }
-        let sum = |f: fn(&FileEntry) -> u64| entries.iter().map(f).sum();
-        let split = CardSplit {
-            name: "train".into(),
-            path: "pool/train-*".into(),
-            num_bytes: sum(|f| f.bytes),
-            num_examples: sum(|f| f.rows),
-        };
-        Ok((entries, CardConfig { name: "pool".into(), features, splits: vec![split] }))
+        let config = CardConfig::train("pool", "pool/train-*", features, &entries);
+        Ok((entries, config))
     }
 
     fn features(&self, schema: &SchemaRef) -> Result<Features> {

@@ -12,10 +12,7 @@ use serde_json::{Value, json};
 use crate::{
     Error, Result,
     curate::Arm,
-    data::{
-        Card, CardConfig, CardSplit, FileEntry, ImageWriter, Manifest, SYNTHETIC_SOURCE_TYPE,
-        check::check_dataset,
-    },
+    data::{Card, CardConfig, FileEntry, ImageWriter, Manifest, SYNTHETIC_SOURCE_TYPE, check::check_dataset},
     error::expect_within as expect,
     fs::{Parts, Record},
     progress::{Progress, check_stop},
@@ -319,7 +316,6 @@ impl Materialize {
             before = record.score_before,
             after = record.score_after,
         );
-        let sum = |f: fn(&FileEntry) -> u64| files.iter().map(f).sum();
         Ok(Card {
             pretty_name,
             license: self.license.clone(),
@@ -331,16 +327,12 @@ impl Materialize {
                 .chain((!imported).then_some("ddpm"))
                 .map(String::from)
                 .collect(),
-            configs: vec![CardConfig {
-                name: "curated".into(),
-                features: features(&division.class_names),
-                splits: vec![CardSplit {
-                    name: "train".into(),
-                    path: "data/train-*".into(),
-                    num_bytes: sum(|f| f.bytes),
-                    num_examples: sum(|f| f.rows),
-                }],
-            }],
+            configs: vec![CardConfig::train(
+                "curated",
+                "data/train-*",
+                features(&division.class_names),
+                files,
+            )],
             text,
         })
     }
