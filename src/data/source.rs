@@ -184,7 +184,7 @@ impl Source {
     /// with [`Error::Usage`] if there is no such file or split, and with [`Error::Data`] on bad rows, no rows,
     /// missing columns and damaged files.
     pub fn load(&self, split: OfficialSplit, limit: Option<usize>, max_bad: usize) -> Result<Dataset> {
-        let mut loader = Loader::new(limit.unwrap_or(usize::MAX), max_bad);
+        let mut loader = Loader { limit: limit.unwrap_or(usize::MAX), max_bad, ..Loader::default() };
         match self {
             Self::Digits => loader.add(Table::new(format!("{DIGITS}/{split}"), in_memory(digits(split)))?)?,
             Self::Path(path) => match find(path, split)? {
@@ -315,12 +315,8 @@ fn search(path: &Path, split: OfficialSplit) -> Result<Option<Found>> {
     };
     if !metadata.is_dir() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let found = if ["test.", "test-"].iter().any(|start| name.starts_with(start)) {
-            OfficialSplit::Test
-        } else {
-            OfficialSplit::Train
-        };
-        if found != split {
+        let is_test = ["test.", "test-"].iter().any(|start| name.starts_with(start));
+        if is_test != (split == OfficialSplit::Test) {
             return Ok(None);
         }
         let npz = path.extension().is_some_and(|extension| extension == "npz");
@@ -457,6 +453,7 @@ fn shard_number(file: &Path) -> Option<(usize, usize)> {
 type Row = std::result::Result<(Shape, Vec<u8>, u32), String>;
 
 /// Collects good rows over the files of a split.
+#[derive(Default)]
 struct Loader {
     limit: usize,
     max_bad: usize,
@@ -469,18 +466,6 @@ struct Loader {
 }
 
 impl Loader {
-    fn new(limit: usize, max_bad: usize) -> Self {
-        Self {
-            limit,
-            max_bad,
-            shape: None,
-            pixels: Vec::new(),
-            labels: Vec::new(),
-            class_names: None,
-            bad_rows: 0,
-        }
-    }
-
     fn add<R: ChunkReader>(&mut self, table: Table<R>) -> Result<()> {
         let file = table.file().to_path_buf();
         let has = |name: &str| table.schema().index_of(name).is_ok();
@@ -541,32 +526,19 @@ impl Loader {
         };
         let arrays = NpzTensors::new(file).map_err(unreadable)?;
         let bytes = fs::metadata(file).map_err(Error::io(file))?.len();
-        let read = |name: &str,
-                    expected: &str,
-                    fits: fn(&[usize], DType) -> bool|
-         -> Result<Option<Tensor>> {
+        let read = |name: &str, expected: &str, fits: fn(&[usize], DType) -> bool| {
             if !arrays.names().iter().any(|found| *found == name) {
                 return Ok(None);
             }
             let (shape, kind) = arrays.get_shape_and_dtype(name).map_err(unreadable)?;
-            if !fits(shape.dims(), kind) {
-                bail!(
-                    Data,
-                    "{}: '{name}' is {kind:?} {:?}, expected {expected}",
-                    file.display(),
-                    shape.dims()
-                );
+            let dims = shape.dims();
+            if !fits(dims, kind) {
+                bail!(Data, "{}: '{name}' is {kind:?} {dims:?}, expected {expected}", file.display());
             }
             // Deflate expands a byte to at most 1,032, so larger claims are false.
-            let size =
-                shape.dims().iter().try_fold(kind.size_in_bytes() as u64, |n, &d| n.checked_mul(d as u64));
+            let size = dims.iter().try_fold(kind.size_in_bytes() as u64, |n, &d| n.checked_mul(d as u64));
             if size.is_none_or(|size| size / 1032 > bytes) {
-                bail!(
-                    Data,
-                    "{}: '{name}' is {:?}, but the file has {bytes} bytes",
-                    file.display(),
-                    shape.dims()
-                );
+                bail!(Data, "{}: '{name}' is {dims:?}, but the file has {bytes} bytes", file.display());
             }
             arrays.get(name).map_err(unreadable)
         };
@@ -637,21 +609,18 @@ impl Loader {
                     self.pixels.extend_from_slice(&pixels);
                     self.labels.push(label);
                 }
-                Err(problem) => self.add_bad(&place(row), &problem)?,
+                Err(problem) => {
+                    self.bad_rows += 1;
+                    let Self { bad_rows: bad, max_bad: allowed, .. } = *self;
+                    if bad > allowed {
+                        bail!(
+                            Data,
+                            "{}: {problem} (bad row {bad}, and max_bad allows {allowed})",
+                            place(row)
+                        );
+                    }
+                }
             }
-        }
-        Ok(())
-    }
-
-    fn add_bad(&mut self, place: &str, problem: &str) -> Result<()> {
-        self.bad_rows += 1;
-        if self.bad_rows > self.max_bad {
-            bail!(
-                Data,
-                "{place}: {problem} (bad row {}, and max_bad allows {})",
-                self.bad_rows,
-                self.max_bad
-            );
         }
         Ok(())
     }
