@@ -13,22 +13,20 @@ use std::{
 use arrow_array::{
     Array, ArrayRef, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray, cast::AsArray,
 };
-use arrow_buffer::NullBuffer;
 use arrow_schema::{DataType, Field, Fields, Schema, SchemaRef};
 use parquet::{
     basic::{Compression, Encoding},
     file::properties::EnabledStatistics,
     schema::types::ColumnPath,
 };
-use rayon::prelude::*;
+use serde::Deserialize;
 use serde_json::Value as Json;
 
 use super::{
-    image::{self, Shape},
     manifest::FileEntry,
-    table::{self, Batches, ROW_GROUP_ROWS, RowGroupWriter, Table, TypedArray},
+    table::{self, Batches, ROW_GROUP_ROWS, RowGroupWriter, Table},
 };
-use crate::{Error, Result, ResultExt, fs};
+use crate::{Error, Result, fs};
 
 /// The metadata key under which the features of a file are declared.
 pub const METADATA_KEY: &str = "huggingface";
@@ -37,53 +35,29 @@ pub const METADATA_KEY: &str = "huggingface";
 pub const SYNTHETIC_SOURCE_TYPE: &str =
     "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia";
 
-/// The type of a plain column, by its name in `datasets`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// `bool`.
-    Bool,
-    /// `int32`.
-    Int32,
-    /// `int64`.
-    Int64,
-    /// `uint32`.
-    Uint32,
-    /// `uint64`.
-    Uint64,
-    /// `float32`.
-    Float32,
-    /// `float64`.
-    Float64,
-    /// `string`.
-    String,
+named! {
+    /// The type of a plain column, by its name in `datasets`.
+    pub enum Dtype {
+        /// `bool`.
+        Bool = "bool",
+        /// `int32`.
+        Int32 = "int32",
+        /// `int64`.
+        Int64 = "int64",
+        /// `uint32`.
+        Uint32 = "uint32",
+        /// `uint64`.
+        Uint64 = "uint64",
+        /// `float32`.
+        Float32 = "float32",
+        /// `float64`.
+        Float64 = "float64",
+        /// `string`.
+        String = "string",
+    }
 }
 
 impl Dtype {
-    const ALL: [Self; 8] = [
-        Self::Bool,
-        Self::Int32,
-        Self::Int64,
-        Self::Uint32,
-        Self::Uint64,
-        Self::Float32,
-        Self::Float64,
-        Self::String,
-    ];
-
-    /// The name in `datasets`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bool => "bool",
-            Self::Int32 => "int32",
-            Self::Int64 => "int64",
-            Self::Uint32 => "uint32",
-            Self::Uint64 => "uint64",
-            Self::Float32 => "float32",
-            Self::Float64 => "float64",
-            Self::String => "string",
-        }
-    }
-
     fn arrow(self) -> DataType {
         match self {
             Self::Bool => DataType::Boolean,
@@ -123,24 +97,15 @@ impl Feature {
         match self {
             Self::Image => serde_json::json!({"_type": "Image"}),
             Self::ClassLabel(names) => serde_json::json!({"names": names, "_type": "ClassLabel"}),
-            Self::Value(dtype) => serde_json::json!({"dtype": dtype.name(), "_type": "Value"}),
+            Self::Value(dtype) => serde_json::json!({"dtype": dtype, "_type": "Value"}),
         }
     }
 
     fn from_json(json: &Json) -> Option<Self> {
         match json["_type"].as_str()? {
             "Image" => Some(Self::Image),
-            "ClassLabel" => {
-                let names = json["names"].as_array()?.iter();
-                names
-                    .map(|name| name.as_str().map(str::to_owned))
-                    .collect::<Option<_>>()
-                    .map(Self::ClassLabel)
-            }
-            "Value" => {
-                let name = json["dtype"].as_str()?;
-                Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).map(Self::Value)
-            }
+            "ClassLabel" => Vec::deserialize(&json["names"]).ok().map(Self::ClassLabel),
+            "Value" => json["dtype"].as_str()?.parse().ok().map(Self::Value),
             _ => None,
         }
     }
@@ -289,11 +254,6 @@ impl ImageWriter {
         Ok(Self { features, schema, writer, class_counts, largest_group, group })
     }
 
-    /// The features that were declared.
-    pub fn features(&self) -> &Features {
-        &self.features
-    }
-
     /// Appends rows: a column for each feature, in their order; [`image_column`] makes the images.
     ///
     /// Fails with [`Error::Alarm`] if the columns are different, or if a label is not the index of a class.
@@ -383,31 +343,6 @@ pub struct ImageBatch {
 }
 
 impl ImageBatch {
-    /// The number of rows.
-    pub fn len(&self) -> usize {
-        self.rows.num_rows()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The number, within the file, of the first of these rows.
-    pub fn first_row(&self) -> usize {
-        self.first_row
-    }
-
-    /// The rows as an Arrow batch.
-    pub fn rows(&self) -> &RecordBatch {
-        &self.rows
-    }
-
-    /// A column by name and type; see [`table::column()`].
-    pub fn column<A: TypedArray>(&self, name: &str) -> Result<&A> {
-        table::column(&self.file, &self.rows, name)
-    }
-
     /// The column `uid`, without nulls.
     pub fn uids(&self) -> Result<&StringArray> {
         table::required(&self.file, &self.rows, "uid")
@@ -415,33 +350,15 @@ impl ImageBatch {
 
     /// The column `label`. `None` is an unknown label.
     pub fn labels(&self) -> Result<&Int64Array> {
-        self.column("label")
+        table::column(&self.file, &self.rows, "label")
     }
 
     /// The encoded images. Fails with [`Error::Data`] if one is null.
     pub fn images(&self) -> Result<Vec<&[u8]>> {
-        let images = image_bytes(&self.file, &self.rows, "image")?.into_iter().enumerate();
-        images.map(|(i, bytes)| bytes.ok_or_else(|| self.error(i, "image is null"))).collect()
-    }
-
-    /// The pixels of all images, one after another, in parallel. Fails with [`Error::Data`], naming the row,
-    /// on an image that is damaged or not of `shape`.
-    pub fn decode(&self, shape: Shape) -> Result<Vec<u8>> {
-        let images = self.images()?;
-        let mut pixels = vec![0; images.len() * shape.size()];
-        pixels.par_chunks_exact_mut(shape.size()).zip(images).enumerate().try_for_each(
-            |(i, (pixels, image))| {
-                let decoded = image::decode_as(image, shape)
-                    .context(|| format!("{}: row {}", self.file.display(), self.first_row + i))?;
-                pixels.copy_from_slice(&decoded);
-                Ok::<_, Error>(())
-            },
-        )?;
-        Ok(pixels)
-    }
-
-    fn error(&self, row: usize, problem: &str) -> Error {
-        Error::Data(format!("{}: row {}: {problem}", self.file.display(), self.first_row + row))
+        let image = |(row, bytes): (usize, Option<_>)| {
+            bytes.ok_or_else(|| Error::Data(format!("{}: row {row}: image is null", self.file.display())))
+        };
+        (self.first_row..).zip(image_bytes(&self.file, &self.rows, "image")?).map(image).collect()
     }
 }
 
@@ -461,24 +378,18 @@ pub(super) fn image_bytes<'a>(
     };
     let images = array.as_any().downcast_ref::<StructArray>().ok_or_else(wrong_type)?;
     let bytes = images.column_by_name("bytes").ok_or_else(wrong_type)?;
-    let nulls = NullBuffer::union(images.nulls(), bytes.nulls());
-    let value: Box<dyn Fn(usize) -> &'a [u8]> = match bytes.data_type() {
-        DataType::Binary => {
-            let bytes = bytes.as_binary::<i32>();
-            Box::new(|i| bytes.value(i))
-        }
-        DataType::LargeBinary => {
-            let bytes = bytes.as_binary::<i64>();
-            Box::new(|i| bytes.value(i))
-        }
-        DataType::BinaryView => {
-            let bytes = bytes.as_binary_view();
-            Box::new(|i| bytes.value(i))
-        }
-        _ => return Err(wrong_type()),
-    };
-    let valid = |i| nulls.as_ref().is_none_or(|nulls| nulls.is_valid(i));
-    Ok((0..bytes.len()).map(|i| valid(i).then(|| value(i))).collect())
+    fn present<'a>(
+        bytes: impl Iterator<Item = Option<&'a [u8]>>,
+        images: &StructArray,
+    ) -> Vec<Option<&'a [u8]>> {
+        bytes.enumerate().map(|(row, bytes)| bytes.filter(|_| images.is_valid(row))).collect()
+    }
+    match bytes.data_type() {
+        DataType::Binary => Ok(present(bytes.as_binary::<i32>().iter(), images)),
+        DataType::LargeBinary => Ok(present(bytes.as_binary::<i64>().iter(), images)),
+        DataType::BinaryView => Ok(present(bytes.as_binary_view().iter(), images)),
+        _ => Err(wrong_type()),
+    }
 }
 
 #[cfg(test)]
@@ -486,7 +397,7 @@ mod tests {
     use arrow_array::Float32Array;
 
     use super::*;
-    use crate::data::image::encode_png;
+    use crate::data::image::{Shape, decode_as, encode_png};
 
     const SHAPE: Shape = Shape { height: 2, width: 2, channels: 3 };
 
@@ -607,7 +518,9 @@ mod tests {
         }
         let mut read = Vec::new();
         for batch in ImageReader::open(&dir.path().join("one"), &["image"], 7).unwrap() {
-            read.extend(batch.unwrap().decode(shape).unwrap());
+            for image in batch.unwrap().images().unwrap() {
+                read.extend(decode_as(image, shape).unwrap());
+            }
         }
         assert!(read == noise);
     }
@@ -621,27 +534,17 @@ mod tests {
         let mut rows = 0;
         for batch in ImageReader::open(&dir.path().join("file"), &columns, 5).unwrap() {
             let batch = batch.unwrap();
-            assert_eq!(batch.first_row(), rows);
-            let pixels = batch.decode(SHAPE).unwrap();
-            for i in 0..batch.len() {
+            assert_eq!(batch.first_row, rows);
+            let images = batch.images().unwrap();
+            for (i, image) in images.iter().enumerate() {
                 let row = rows + i;
-                assert_eq!(pixels[i * 12..(i + 1) * 12], [row as u8; 12]);
+                assert_eq!(decode_as(image, SHAPE).unwrap(), [row as u8; 12]);
                 assert_eq!(batch.uids().unwrap().value(i), format!("u{row}"));
                 assert_eq!(batch.labels().unwrap().is_null(i), row % 3 == 2);
             }
-            rows += batch.len();
+            rows += images.len();
         }
         assert_eq!(rows, 8);
-    }
-
-    #[test]
-    fn an_image_of_another_size_is_named_by_its_row() {
-        let dir = tempfile::tempdir().unwrap();
-        publish(dir.path(), "file", &[0, 3]);
-        let mut batches = ImageReader::open(&dir.path().join("file"), &["image"], 5).unwrap();
-        let error = batches.next().unwrap().unwrap().decode(Shape { height: 1, ..SHAPE }).unwrap_err();
-        assert_eq!(error.exit_code(), 65);
-        assert!(error.to_string().ends_with("row 0: image is 2x2 RGB, expected 1x2 RGB"), "{error}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
 use super::image::Shape;
-use crate::{Error, Result, ResultExt, fs};
+use crate::{Error, Result, fs};
 
 /// The name of the manifest in its data-set folder.
 pub const FILE_NAME: &str = "manifest.json";
@@ -66,9 +66,9 @@ impl Manifest {
         if json["schema"] != SCHEMA {
             bail!(Data, "{}: schema is {}, expected \"{SCHEMA}\"", path.display(), json["schema"]);
         }
-        let manifest: Self = serde_json::from_value(json)
-            .map_err(|e| Error::Data(format!("not the fields that were expected: {e}")))
-            .context(|| path.display().to_string())?;
+        let manifest: Self = serde_json::from_value(json).map_err(|e| {
+            Error::Data(format!("{}: not the fields that were expected: {e}", path.display()))
+        })?;
         let outside = |entry: &&FileEntry| {
             let mut parts = Path::new(&entry.path).components();
             entry.path.is_empty() || !parts.all(|part| matches!(part, Component::Normal(_)))

@@ -218,13 +218,6 @@ impl<R: ChunkReader + 'static> Table<R> {
         let reader = guarded(&self.file, || builder.build())?;
         Ok(Batches { file: self.file, reader: Some(reader) })
     }
-
-    /// Streams the rows of all columns; see [`Table::read`].
-    pub fn read_all(self, batch_rows: usize) -> Result<Batches> {
-        let schema = self.schema().clone();
-        let columns: Vec<_> = schema.fields.iter().map(|field| field.name().as_str()).collect();
-        self.read(&columns, batch_rows)
-    }
 }
 
 /// The rows of a [`Table`], batch by batch. Ends after the first error.
@@ -373,7 +366,7 @@ mod tests {
         assert_eq!((table.rows(), table.key_value("a"), table.key_value("c")), (250, Some("1"), None));
         let groups: Vec<_> = table.metadata().row_groups().iter().map(|g| g.num_rows()).collect();
         assert_eq!(groups, [100, 100, 50]);
-        let batches: Vec<_> = table.read_all(64).unwrap().map(Result::unwrap).collect();
+        let batches: Vec<_> = table.read(&["uid", "score"], 64).unwrap().map(Result::unwrap).collect();
         assert_eq!(concat_batches(&scores(0..1).schema(), &batches).unwrap(), scores(0..250));
     }
 
@@ -419,7 +412,7 @@ mod tests {
         let whole = write_scores(&path, &[0, 60]);
         let read = |bytes: &[u8]| -> Result<usize> {
             std::fs::write(&path, bytes).unwrap();
-            let batches = Table::open(&path)?.read_all(64)?;
+            let batches = Table::open(&path)?.read(&["uid", "score"], 64)?;
             batches.map(|batch| Ok(batch?.num_rows())).sum()
         };
         for length in 0..whole.len() {
