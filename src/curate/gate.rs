@@ -3,7 +3,8 @@
 use std::{fmt, str::FromStr};
 
 use arrow_array::{
-    Array, BooleanArray, PrimitiveArray, RecordBatch,
+    Array, RecordBatch,
+    cast::AsArray,
     types::{ArrowPrimitiveType, Float32Type, Int32Type, Int64Type, UInt64Type},
 };
 use arrow_schema::{DataType, Schema};
@@ -118,81 +119,60 @@ impl Condition {
     pub fn expect_in(&self, schema: &Schema) -> Result<()> {
         let Ok(field) = schema.field_with_name(&self.column) else {
             let names: Vec<&str> = schema.fields().iter().map(|f| f.name().as_str()).collect();
-            bail!(
-                Usage,
-                "filter '{self}': no column '{}', expected one of {}",
-                self.column,
-                names.join(", ")
-            );
+            let names = names.join(", ");
+            bail!(Usage, "filter '{self}': no column '{}', expected one of {names}", self.column);
         };
-        let expected = match field.data_type() {
+        let (column, kind) = (&self.column, field.data_type());
+        let (fits, expected) = match kind {
             DataType::Float32 | DataType::Int32 | DataType::Int64 | DataType::UInt64 => {
-                self.constant.float().is_none().then_some("a number")
+                (self.constant.float().is_some(), "a number")
             }
-            DataType::Boolean => {
-                (!matches!(self.constant, Constant::Truth(_))).then_some("== or != true or false")
-            }
-            _ => Some("a column of numbers or truths"),
+            DataType::Boolean => (matches!(self.constant, Constant::Truth(_)), "== or != true or false"),
+            _ => (false, "a column of numbers or truths"),
         };
-        match expected {
-            Some(expected) => {
-                bail!(
-                    Usage,
-                    "filter '{self}': column '{}' is {}, expected {expected}",
-                    self.column,
-                    field.data_type()
-                )
-            }
-            None => Ok(()),
+        if !fits {
+            bail!(Usage, "filter '{self}': column '{column}' is {kind}, expected {expected}");
         }
+        Ok(())
     }
 
     /// Calls `visit(row, holds)` for every row of `array`; `holds` is `None` for a null.
-    fn each(&self, array: &dyn Array, mut visit: impl FnMut(usize, Option<bool>)) -> Result<()> {
+    fn each(&self, array: &dyn Array, visit: impl FnMut(usize, Option<bool>)) -> Result<()> {
+        fn all<T>(
+            values: impl Iterator<Item = Option<T>>,
+            holds: impl Fn(T) -> bool,
+            mut visit: impl FnMut(usize, Option<bool>),
+        ) {
+            values.enumerate().for_each(|(row, value)| visit(row, value.map(&holds)));
+        }
         fn integers<T: ArrowPrimitiveType<Native: Into<i128>>>(
             array: &dyn Array,
             condition: &Condition,
-            visit: &mut impl FnMut(usize, Option<bool>),
-        ) -> Option<()> {
-            let array: &PrimitiveArray<T> = array.as_any().downcast_ref()?;
+            to: f64,
+            visit: impl FnMut(usize, Option<bool>),
+        ) {
+            let values = array.as_primitive::<T>().iter().map(|v| v.map(Into::<i128>::into));
             let comparison = condition.comparison;
             match condition.constant {
-                Constant::Integer(to) => array.iter().enumerate().for_each(|(row, v)| {
-                    visit(row, v.map(|v| comparison.holds::<i128>(v.into(), to)));
-                }),
-                constant => {
-                    let to = constant.float()?;
-                    array.iter().enumerate().for_each(|(row, v)| {
-                        visit(row, v.map(|v| comparison.holds(Into::<i128>::into(v) as f64, to)));
-                    });
-                }
+                Constant::Integer(to) => all(values, |v| comparison.holds(v, to), visit),
+                _ => all(values, |v| comparison.holds(v as f64, to), visit),
             }
-            Some(())
         }
-        let done = match array.data_type() {
-            DataType::Float32 => self.constant.float().and_then(|to| {
-                let array: &PrimitiveArray<Float32Type> = array.as_any().downcast_ref()?;
-                array.iter().enumerate().for_each(|(row, v)| {
-                    visit(row, v.map(|v| self.comparison.holds(v, to as f32)));
-                });
-                Some(())
-            }),
-            DataType::Int32 => integers::<Int32Type>(array, self, &mut visit),
-            DataType::Int64 => integers::<Int64Type>(array, self, &mut visit),
-            DataType::UInt64 => integers::<UInt64Type>(array, self, &mut visit),
-            DataType::Boolean => (|| {
-                let Constant::Truth(to) = self.constant else { return None };
-                let array: &BooleanArray = array.as_any().downcast_ref()?;
-                array.iter().enumerate().for_each(|(row, v)| {
-                    visit(row, v.map(|v| self.comparison.holds(v, to)));
-                });
-                Some(())
-            })(),
-            _ => None,
-        };
-        done.ok_or_else(|| {
-            Error::Data(format!("column '{}' is {}, unlike in other shards", self.column, array.data_type()))
-        })
+        let comparison = self.comparison;
+        match (array.data_type(), self.constant, self.constant.float()) {
+            (DataType::Float32, _, Some(to)) => {
+                let values = array.as_primitive::<Float32Type>().iter();
+                all(values, |v| comparison.holds(v, to as f32), visit);
+            }
+            (DataType::Int32, _, Some(to)) => integers::<Int32Type>(array, self, to, visit),
+            (DataType::Int64, _, Some(to)) => integers::<Int64Type>(array, self, to, visit),
+            (DataType::UInt64, _, Some(to)) => integers::<UInt64Type>(array, self, to, visit),
+            (DataType::Boolean, Constant::Truth(to), _) => {
+                all(array.as_boolean().iter(), |v| comparison.holds(v, to), visit);
+            }
+            (other, ..) => bail!(Data, "column '{}' is {other}, unlike in other shards", self.column),
+        }
+        Ok(())
     }
 }
 
@@ -265,7 +245,7 @@ pub fn verdicts(gates: &[Gate], batch: &RecordBatch) -> Result<Vec<u8>> {
 mod tests {
     use std::sync::Arc;
 
-    use arrow_array::{Float32Array, Int64Array, StringArray, UInt64Array};
+    use arrow_array::{BooleanArray, Float32Array, Int64Array, StringArray, UInt64Array};
 
     use super::*;
 
