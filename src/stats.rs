@@ -9,19 +9,17 @@ use crate::rng::{Stream, stream};
 
 /// The Clopper-Pearson interval of a proportion: `x` of `n`, two-sided at `alpha`. Conservative.
 pub fn clopper_pearson(x: u64, n: u64, alpha: f64) -> [f64; 2] {
-    let quantile = |a: f64, b: f64, p: f64| Beta::new(a, b).map_or(f64::NAN, |d| d.inverse_cdf(p));
-    let (x, n) = (x as f64, n as f64);
-    let low = if x == 0.0 { 0.0 } else { quantile(x, n - x + 1.0, alpha / 2.0) };
-    let high = if x == n { 1.0 } else { quantile(x + 1.0, n - x, 1.0 - alpha / 2.0) };
-    [low, high]
+    let high = if x == n { 1.0 } else { beta_quantile(x as f64 + 1.0, (n - x) as f64, 1.0 - alpha / 2.0) };
+    [proportion_at_least(x, n, alpha / 2.0), high]
 }
 
 /// The one-sided lower Clopper-Pearson bound of a proportion, `x` of `n`: below it with probability at most `alpha`.
 pub fn proportion_at_least(x: u64, n: u64, alpha: f64) -> f64 {
-    if x == 0 {
-        return 0.0;
-    }
-    Beta::new(x as f64, (n - x) as f64 + 1.0).map_or(f64::NAN, |d| d.inverse_cdf(alpha))
+    if x == 0 { 0.0 } else { beta_quantile(x as f64, (n - x) as f64 + 1.0, alpha) }
+}
+
+fn beta_quantile(a: f64, b: f64, p: f64) -> f64 {
+    Beta::new(a, b).map_or(f64::NAN, |beta| beta.inverse_cdf(p))
 }
 
 /// The probability that a fair coin splits `n` throws at least as unevenly as `x` to `n - x`: the two-sided

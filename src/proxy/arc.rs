@@ -97,16 +97,19 @@ pub fn estimate(sets: &[SetResult], epsilons: &[f64], bootstrap: usize, seed: u6
         })
         .collect();
 
-    let areas: Vec<f64> = draws.iter().map(|c| area(c, epsilons)).collect();
-    let (se_images, se_sets) = (sd(&areas), sd(&signed_by_set) / (sets.len() as f64).sqrt());
+    // The standard errors of what `f` makes of a curve, over images and over sets.
+    let errors = |f: &dyn Fn(&[f64]) -> f64| {
+        let sd = |curves: &[Vec<f64>]| variance(&curves.iter().map(|c| f(c)).collect::<Vec<_>>()).sqrt();
+        (sd(&draws), sd(&curves) / (sets.len() as f64).sqrt())
+    };
+    let se_of = |f: &dyn Fn(&[f64]) -> f64| {
+        let (images, sets) = errors(f);
+        images.hypot(sets)
+    };
+    let (se_images, se_sets) = errors(&|c| area(c, epsilons));
     let se = se_images.hypot(se_sets);
     let images = sets.iter().map(|s| s.synthetic.len()).sum::<usize>();
     let t = student_975(&[(se_images.powi(2), images - 1), (se_sets.powi(2), sets.len() - 1)]);
-    let se_of = |f: &dyn Fn(&[f64]) -> f64| {
-        let images = sd(&draws.iter().map(|c| f(c)).collect::<Vec<_>>());
-        let sets = sd(&curves.iter().map(|c| f(c)).collect::<Vec<_>>()) / (sets.len() as f64).sqrt();
-        images.hypot(sets)
-    };
     let curve: Vec<Point> = epsilons
         .iter()
         .enumerate()
@@ -204,11 +207,6 @@ fn strata_of(set: &SetResult) -> Vec<Vec<usize>> {
 
 fn mean_of(curves: &[Vec<f64>]) -> Vec<f64> {
     (0..curves[0].len()).map(|j| curves.iter().map(|c| c[j]).sum::<f64>() / curves.len() as f64).collect()
-}
-
-/// Sample standard deviation; 0 for fewer than two values.
-fn sd(values: &[f64]) -> f64 {
-    variance(values).sqrt()
 }
 
 #[cfg(test)]
