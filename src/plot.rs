@@ -13,19 +13,6 @@ pub fn lines(
     y_label: &str,
     series: &[(String, Vec<(f64, f64)>)],
 ) -> Result<String> {
-    let mut svg = String::new();
-    draw(&mut svg, title, x_label, y_label, series)
-        .map_err(|e| Error::Alarm(format!("the plot '{title}' cannot be drawn: {e}")))?;
-    Ok(svg)
-}
-
-fn draw(
-    svg: &mut String,
-    title: &str,
-    x_label: &str,
-    y_label: &str,
-    series: &[(String, Vec<(f64, f64)>)],
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let finite = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
         points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
     };
@@ -34,30 +21,35 @@ fn draw(
         all.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, r), (x, _)| (l.min(*x), r.max(*x)));
     let (left, right) = if left < right { (left.min(0.0), right) } else { (0.0, right.max(1.0)) };
     let top = all.iter().fold(1.0, |top: f64, (_, y)| top.max(*y));
-    let root = SVGBackend::with_string(svg, (720, 480)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 20))
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(52)
-        .build_cartesian_2d(left..right, 0.0..top)?;
-    chart.configure_mesh().x_desc(x_label).y_desc(y_label).light_line_style(WHITE).draw()?;
-    for (i, (name, points)) in series.iter().enumerate() {
-        let colour = Palette99::pick(i).to_rgba();
+    let mut svg = String::new();
+    let draw = |svg: &mut String| -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let root = SVGBackend::with_string(svg, (720, 480)).into_drawing_area();
+        root.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption(title, ("sans-serif", 20))
+            .margin(12)
+            .x_label_area_size(40)
+            .y_label_area_size(52)
+            .build_cartesian_2d(left..right, 0.0..top)?;
+        chart.configure_mesh().x_desc(x_label).y_desc(y_label).light_line_style(WHITE).draw()?;
+        for (i, (name, points)) in series.iter().enumerate() {
+            let colour = Palette99::pick(i).to_rgba();
+            chart
+                .draw_series(LineSeries::new(finite(points), colour.stroke_width(2)))?
+                .label(name)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+        }
         chart
-            .draw_series(LineSeries::new(finite(points), colour.stroke_width(2)))?
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerLeft)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK.mix(0.2))
-        .draw()?;
-    root.present()?;
-    Ok(())
+            .configure_series_labels()
+            .position(SeriesLabelPosition::LowerLeft)
+            .background_style(WHITE.mix(0.8))
+            .border_style(BLACK.mix(0.2))
+            .draw()?;
+        root.present()?;
+        Ok(())
+    };
+    draw(&mut svg).map_err(|e| Error::Alarm(format!("the plot '{title}' cannot be drawn: {e}")))?;
+    Ok(svg)
 }
 
 #[cfg(test)]
