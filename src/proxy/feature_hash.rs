@@ -1,6 +1,9 @@
 //! A hash of an image's features: images that look alike to a network differ in few of its 64 bits.
 
-use super::quality::FeatureMatrix;
+use super::{
+    perceptual_hash::{above, medians},
+    quality::FeatureMatrix,
+};
 use crate::rng::{self, stream};
 
 const BITS: usize = 64;
@@ -25,13 +28,7 @@ impl FeatureHash {
             rng::normals(0, bit, stream::DIRECTION, direction);
         }
         let mut hash = Self { dim, directions, medians: Vec::new() };
-        let projections: Vec<Vec<f64>> = real.rows().map(|row| hash.projections(row).collect()).collect();
-        let median = |bit: usize| {
-            let mut values: Vec<f64> = projections.iter().map(|p| p[bit]).collect();
-            let middle = values.len() / 2;
-            *values.select_nth_unstable_by(middle, f64::total_cmp).1
-        };
-        hash.medians = (0..BITS).map(median).collect();
+        hash.medians = medians(BITS, real.rows().map(|row| hash.projections(row)));
         hash
     }
 
@@ -41,8 +38,7 @@ impl FeatureHash {
     /// If the number of features is not that of the images that the hash was made from.
     pub fn of(&self, features: &[f32]) -> u64 {
         assert_eq!(features.len(), self.dim, "features of an image");
-        let above = self.projections(features).zip(&self.medians).map(|(p, median)| p > *median);
-        above.enumerate().fold(0, |hash, (i, above)| hash | u64::from(above) << i)
+        above(self.projections(features), &self.medians)
     }
 
     fn projections(&self, features: &[f32]) -> impl Iterator<Item = f64> {

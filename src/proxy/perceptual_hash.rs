@@ -44,17 +44,9 @@ impl PerceptualHash {
             columns: waves(width, shape.width),
             medians: Vec::new(),
         };
-        let mut values = vec![Vec::new(); hash.frequencies.len()];
-        for i in (0..images.len()).step_by(images.len().div_ceil(SAMPLE)) {
-            for (values, value) in values.iter_mut().zip(hash.coefficients(images.image(i))) {
-                values.push(value);
-            }
-        }
-        let median = |values: &mut Vec<f64>| {
-            let middle = values.len() / 2;
-            *values.select_nth_unstable_by(middle, f64::total_cmp).1
-        };
-        hash.medians = values.iter_mut().map(median).collect();
+        let sample = (0..images.len()).step_by(images.len().div_ceil(SAMPLE));
+        let coefficients = sample.map(|i| hash.coefficients(images.image(i)));
+        hash.medians = medians(hash.frequencies.len(), coefficients);
         hash
     }
 
@@ -64,8 +56,7 @@ impl PerceptualHash {
     /// If the image does not have the shape of those that the hash was made from.
     pub fn of(&self, image: &[u8]) -> u64 {
         assert_eq!(image.len(), self.shape.size(), "pixels of a {} image", self.shape);
-        let above = self.coefficients(image).into_iter().zip(&self.medians).map(|(c, median)| c > *median);
-        above.enumerate().fold(0, |hash, (i, above)| hash | u64::from(above) << i)
+        above(self.coefficients(image), &self.medians)
     }
 
     /// The coefficients of [`Self::frequencies`], first along the rows, then along the columns.
@@ -86,6 +77,25 @@ impl PerceptualHash {
         };
         self.frequencies.iter().map(coefficient).collect()
     }
+}
+
+/// The median of each column, of which there are `columns`.
+pub(super) fn medians(columns: usize, rows: impl Iterator<Item = impl IntoIterator<Item = f64>>) -> Vec<f64> {
+    let mut values = vec![Vec::new(); columns];
+    for row in rows {
+        values.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
+    }
+    let median = |column: &mut Vec<f64>| {
+        let middle = column.len() / 2;
+        *column.select_nth_unstable_by(middle, f64::total_cmp).1
+    };
+    values.iter_mut().map(median).collect()
+}
+
+/// The bits that say which of the values are above their medians.
+pub(super) fn above(values: impl IntoIterator<Item = f64>, medians: &[f64]) -> u64 {
+    let above = values.into_iter().zip(medians).map(|(value, median)| value > *median);
+    above.enumerate().fold(0, |hash, (i, above)| hash | u64::from(above) << i)
 }
 
 /// `cos(π (2 x + 1) f / 2 n)` for frequency `f` of `count` and position `x` of `n`.
