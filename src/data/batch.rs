@@ -101,23 +101,14 @@ pub struct Augment {
     pub flip: bool,
 }
 
-/// The window of each image, and whether it is mirrored, from the image's own draw.
-fn windows(
-    samples: &[u64],
-    seed: u64,
-    stream: u32,
-    augment: Augment,
-) -> impl Iterator<Item = (usize, usize, bool)> {
-    samples.iter().map(move |&sample| {
-        let mut draws = [0.0; 3];
-        rng::uniforms(seed, sample, stream, &mut draws);
-        let offsets = 2 * augment.pad + 1;
-        let offset = |u: f32| ((u * offsets as f32) as usize).min(offsets - 1);
-        (offset(draws[0]), offset(draws[1]), augment.flip && draws[2] < 0.5)
-    })
-}
-
-/// What [`augment`] makes of the images with [`rng::stream::AUGMENT`], as [`to_tensor`] has it; on a GPU it is done there.
+/// Pads, crops and flips each image of a batch according to its own draw; as [`to_tensor`] has it, and on a GPU it is
+/// done there.
+///
+/// `pixels`: images of `shape`; `samples`: what identifies each of them, the key of its draw together with `seed`, so
+/// that the result for an image does not depend on its batch.
+///
+/// # Panics
+/// If `pixels` is not `samples.len()` images.
 pub fn augmented(
     pixels: &[u8],
     shape: Shape,
@@ -127,32 +118,15 @@ pub fn augmented(
     range: Range,
     device: &Device,
 ) -> Result<Tensor> {
-    let windows = windows(samples, seed, rng::stream::AUGMENT, settings);
-    let table = range.table();
-    kernels::crop_images(pixels, windows, &table, dims(samples, shape), settings.pad, device)
-}
-
-fn dims(samples: &[u64], shape: Shape) -> (usize, usize, usize, usize) {
-    (samples.len(), shape.height, shape.width, shape.channels)
-}
-
-/// Pads, crops and flips each image of a batch according to its own draw.
-///
-/// `pixels`: images of `shape`; `samples`: what identifies each of them, the key of its draw together with
-/// `seed` and `stream` (the epoch, say), so that the result for an image does not depend on its batch.
-///
-/// # Panics
-/// If `pixels` is not `samples.len()` images.
-pub fn augment(
-    pixels: &[u8],
-    shape: Shape,
-    samples: &[u64],
-    seed: u64,
-    stream: u32,
-    augment: Augment,
-) -> Vec<u8> {
-    let windows = windows(samples, seed, stream, augment);
-    kernels::crop_pixels(pixels, windows, dims(samples, shape), augment.pad)
+    let windows = samples.iter().map(|&sample| {
+        let mut draws = [0.0; 3];
+        rng::uniforms(seed, sample, rng::stream::AUGMENT, &mut draws);
+        let offsets = 2 * settings.pad + 1;
+        let offset = |u: f32| ((u * offsets as f32) as usize).min(offsets - 1);
+        (offset(draws[0]), offset(draws[1]), settings.flip && draws[2] < 0.5)
+    });
+    let dims = (samples.len(), shape.height, shape.width, shape.channels);
+    kernels::crop_images(pixels, windows, &range.table(), dims, settings.pad, device)
 }
 
 #[cfg(test)]
@@ -160,6 +134,12 @@ mod tests {
     use super::*;
 
     const SHAPE: Shape = Shape { height: 4, width: 3, channels: 3 };
+
+    fn augment(pixels: &[u8], shape: Shape, samples: &[u64], seed: u64, settings: Augment) -> Vec<u8> {
+        let range = Range::Unit;
+        to_u8(&augmented(pixels, shape, samples, seed, settings, range, &Device::Cpu).unwrap(), range)
+            .unwrap()
+    }
 
     #[test]
     fn every_pixel_value_survives_both_ranges() {
@@ -195,7 +175,7 @@ mod tests {
     #[test]
     fn without_padding_and_flip_nothing_changes() {
         let pixels: Vec<u8> = (0..72).collect();
-        assert_eq!(augment(&pixels, SHAPE, &[5, 6], 1, 0, Augment { pad: 0, flip: false }), pixels);
+        assert_eq!(augment(&pixels, SHAPE, &[5, 6], 1, Augment { pad: 0, flip: false }), pixels);
     }
 
     #[test]
@@ -214,15 +194,15 @@ mod tests {
     fn the_draw_belongs_to_the_image_and_not_to_its_batch() {
         let settings = Augment { pad: 2, flip: true };
         let pixels: Vec<u8> = (0..72).map(|i| i + 1).collect();
-        let both = augment(&pixels, SHAPE, &[5, 6], 1, 3, settings);
-        assert_eq!(augment(&pixels[36..], SHAPE, &[6], 1, 3, settings), both[36..]);
+        let both = augment(&pixels, SHAPE, &[5, 6], 1, settings);
+        assert_eq!(augment(&pixels[36..], SHAPE, &[6], 1, settings), both[36..]);
     }
 
     #[test]
     fn all_offsets_occur_about_equally_often() {
         let shape = Shape { height: 1, width: 1, channels: 1 };
         let samples: Vec<u64> = (0..9_000).collect();
-        let kept = augment(&vec![1; 9_000], shape, &samples, 7, 0, Augment { pad: 1, flip: false });
+        let kept = augment(&vec![1; 9_000], shape, &samples, 7, Augment { pad: 1, flip: false });
         let kept = kept.iter().filter(|&&pixel| pixel == 1).count();
         // One of nine windows shows the only pixel: 1000 ± 30 (one standard deviation).
         assert!((880..1120).contains(&kept), "{kept}");
