@@ -181,17 +181,8 @@ fn dino_weights(
     weights.insert("pos_embed".into(), take("embeddings.position_embeddings")?);
     // candle's network ends in a linear layer on the class token and the mean of the other tokens; the one made
     // here copies the class token.
-    let copy = Tensor::cat(
-        &[
-            Tensor::cat(
-                &[Tensor::eye(dim, DType::F32, device)?, Tensor::zeros((dim, dim), DType::F32, device)?],
-                1,
-            )?,
-            Tensor::zeros((DINO.1 - dim, 2 * dim), DType::F32, device)?,
-        ],
-        0,
-    )?;
-    weights.insert("head.weight".into(), copy);
+    let copy = Tensor::eye(dim, DType::F32, device)?.pad_with_zeros(1, 0, dim)?;
+    weights.insert("head.weight".into(), copy.pad_with_zeros(0, 0, DINO.1 - dim)?);
     weights.insert("head.bias".into(), Tensor::zeros(DINO.1, DType::F32, device)?);
     for end in ["weight", "bias"] {
         let mut rename = |from: &str, to: &str| -> candle_core::Result<()> {
@@ -225,39 +216,32 @@ fn dino_weights(
 
 type MakeResNet = fn(VarBuilder<'static>) -> candle_core::Result<Func<'static>>;
 
+/// Each ResNet's name, kind of layers, and number of layers in each stage.
+const RESNETS: [(&str, &str, [u64; 4], MakeResNet); 5] = [
+    ("resnet18", "basic", [2, 2, 2, 2], |vb| resnet::resnet18_no_final_layer(vb)),
+    ("resnet34", "basic", [3, 4, 6, 3], |vb| resnet::resnet34_no_final_layer(vb)),
+    ("resnet50", "bottleneck", [3, 4, 6, 3], |vb| resnet::resnet50_no_final_layer(vb)),
+    ("resnet101", "bottleneck", [3, 4, 23, 3], |vb| resnet::resnet101_no_final_layer(vb)),
+    ("resnet152", "bottleneck", [3, 8, 36, 3], |vb| resnet::resnet152_no_final_layer(vb)),
+];
+
 fn resnet_of(config: &Value, kind: &str) -> std::result::Result<MakeResNet, String> {
-    let depth = if kind == "resnet" {
-        expect(config, "downsample_in_first_stage", &false.into())?;
-        expect(config, "downsample_in_bottleneck", &false.into())?;
-        expect(config, "embedding_size", &64.into())?;
-        let depths: Vec<u64> =
-            config["depths"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
-        match (config["layer_type"].as_str().unwrap_or("bottleneck"), &*depths) {
-            ("basic", [2, 2, 2, 2]) => "resnet18",
-            ("basic", [3, 4, 6, 3]) => "resnet34",
-            ("bottleneck", [3, 4, 6, 3]) => "resnet50",
-            ("bottleneck", [3, 4, 23, 3]) => "resnet101",
-            ("bottleneck", [3, 8, 36, 3]) => "resnet152",
-            (kind, depths) => {
-                return Err(format!("depths are {depths:?} of {kind} layers, expected ResNet-18 to -152"));
-            }
-        }
-    } else {
-        kind
-    };
-    let make: MakeResNet = match depth {
-        "resnet18" => |vb| resnet::resnet18_no_final_layer(vb),
-        "resnet34" => |vb| resnet::resnet34_no_final_layer(vb),
-        "resnet50" => |vb| resnet::resnet50_no_final_layer(vb),
-        "resnet101" => |vb| resnet::resnet101_no_final_layer(vb),
-        "resnet152" => |vb| resnet::resnet152_no_final_layer(vb),
-        other => {
-            return Err(format!(
-                "the network is '{other}', expected clip, clip_vision_model, dinov2, resnet or resnet18"
-            ));
-        }
-    };
-    Ok(make)
+    if kind != "resnet" {
+        let found = RESNETS.iter().find(|(name, ..)| *name == kind);
+        return found.map(|(.., make)| *make).ok_or_else(|| {
+            format!("the network is '{kind}', expected clip, clip_vision_model, dinov2, resnet or resnet18")
+        });
+    }
+    expect(config, "downsample_in_first_stage", &false.into())?;
+    expect(config, "downsample_in_bottleneck", &false.into())?;
+    expect(config, "embedding_size", &64.into())?;
+    let depths: Vec<u64> =
+        config["depths"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
+    let kind = config["layer_type"].as_str().unwrap_or("bottleneck");
+    let found = RESNETS.iter().find(|(_, layers, stages, _)| *layers == kind && *stages == *depths);
+    found
+        .map(|(.., make)| *make)
+        .ok_or_else(|| format!("depths are {depths:?} of {kind} layers, expected ResNet-18 to -152"))
 }
 
 /// The torchvision name of a weight of transformers' ResNet; other names are unchanged.
