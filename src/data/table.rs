@@ -103,14 +103,10 @@ impl<W: Write + Send> RowGroupWriter<W> {
 
     /// Appends rows. Fails with [`Error::Alarm`] if the columns are not those of the schema.
     pub(super) fn push(&mut self, batch: RecordBatch) -> Result<()> {
-        if batch.schema_ref().fields != self.groups.schema().fields {
-            bail!(
-                Alarm,
-                "{}: rows to write have columns {:?}, expected {:?}",
-                self.path.display(),
-                batch.schema_ref().fields,
-                self.groups.schema().fields
-            );
+        let (found, expected) = (&batch.schema_ref().fields, &self.groups.schema().fields);
+        if found != expected {
+            let file = self.path.display();
+            bail!(Alarm, "{file}: rows to write have columns {found:?}, expected {expected:?}");
         }
         self.rows += batch.num_rows() as u64;
         self.groups.push_batch(batch).map_err(|e| write_error(&self.path, e.into()))?;
@@ -300,14 +296,9 @@ pub fn column<'a, A: TypedArray>(file: &Path, batch: &'a RecordBatch, name: &str
 /// Like [`column()`], and no value may be null.
 pub fn required<'a, A: TypedArray>(file: &Path, batch: &'a RecordBatch, name: &str) -> Result<&'a A> {
     let array: &A = column(file, batch, name)?;
-    if array.null_count() > 0 {
-        bail!(
-            Data,
-            "{}: column '{name}' has {} nulls in {} rows, expected none",
-            file.display(),
-            array.null_count(),
-            array.len()
-        );
+    let (nulls, rows) = (array.null_count(), array.len());
+    if nulls > 0 {
+        bail!(Data, "{}: column '{name}' has {nulls} nulls in {rows} rows, expected none", file.display());
     }
     Ok(array)
 }

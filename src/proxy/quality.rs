@@ -54,11 +54,11 @@ impl FeatureMatrix {
     fn moments(&self) -> (DVector<f64>, DMatrix<f64>) {
         let (n, dim) = (self.len() as f64, self.dim);
         let mut mean = DVector::zeros(dim);
-        for row in self.values.chunks_exact(dim) {
+        for row in self.rows() {
             mean.iter_mut().zip(row).for_each(|(mean, &v)| *mean += f64::from(v) / n);
         }
         let mut centred = DMatrix::zeros(self.len(), dim);
-        for (i, row) in self.values.chunks_exact(dim).enumerate() {
+        for (i, row) in self.rows().enumerate() {
             for (j, &v) in row.iter().enumerate() {
                 centred[(i, j)] = f64::from(v) - mean[j];
             }
@@ -100,9 +100,8 @@ fn distances<T: Send>(
     body: impl Fn(usize, &[f32]) -> T + Sync,
 ) -> Result<Vec<T>> {
     let (left, right) = (a.tensor()?, b.tensor()?);
-    let squares = |f: &FeatureMatrix| -> Vec<f32> {
-        f.values.chunks_exact(f.dim).map(|row| row.iter().map(|v| v * v).sum()).collect()
-    };
+    let squares =
+        |f: &FeatureMatrix| -> Vec<f32> { f.rows().map(|row| row.iter().map(|v| v * v).sum()).collect() };
     let (of_a, of_b) = (squares(a), squares(b));
     let tile = |first: usize| -> Result<Vec<T>> {
         let rows = TILE.min(a.len() - first);
@@ -125,12 +124,11 @@ fn distances<T: Send>(
 ///
 /// Fails with [`Error::Usage`](crate::Error::Usage) if there are not more than `k` images of each kind.
 pub fn precision_recall(real: &FeatureMatrix, synthetic: &FeatureMatrix, k: usize) -> Result<(f64, f64)> {
-    if k == 0 || real.len() <= k || synthetic.len() <= k {
+    let (n, m) = (real.len(), synthetic.len());
+    if k == 0 || n <= k || m <= k {
         bail!(
             Usage,
-            "neighbours is {k} for {} real and {} synthetic images, expected at least 1 and fewer than each",
-            real.len(),
-            synthetic.len()
+            "neighbours is {k} for {n} real and {m} synthetic images, expected at least 1 and fewer than each"
         );
     }
     let radii = |f: &FeatureMatrix| {

@@ -234,14 +234,9 @@ impl ScoreTables {
                 .ok_or_else(|| Error::Data(format!("{}: no record of shard {shard}", dir.display())))?;
             first.push(first[shard] + record.rows as usize);
         }
-        if u32::try_from(first[shards]).is_err() || classes.len() > usize::from(u16::MAX) {
-            bail!(
-                Data,
-                "{}: {} images of {} classes, expected fewer than 2^32 and 2^16",
-                folder.display(),
-                first[shards],
-                classes.len()
-            );
+        let (images, named, place) = (first[shards], classes.len(), folder.display());
+        if u32::try_from(images).is_err() || named > usize::from(u16::MAX) {
+            bail!(Data, "{place}: {images} images of {named} classes, expected fewer than 2^32 and 2^16");
         }
         let split = SPLIT.fingerprint_in(&folder)?;
         let looked_for_leaks = summary[LOOKED_FOR_LEAKS].as_bool();
@@ -285,13 +280,9 @@ impl ScoreTables {
         let path = shard_file(&self.dir, shard);
         let batches: Vec<RecordBatch> = Table::open(&path)?.read(columns, BATCH)?.collect::<Result<_>>()?;
         let found: usize = batches.iter().map(RecordBatch::num_rows).sum();
-        if found != self.rows_of(shard).len() {
-            bail!(
-                Data,
-                "{}: {found} rows, but its record says {}",
-                path.display(),
-                self.rows_of(shard).len()
-            );
+        let expected = self.rows_of(shard).len();
+        if found != expected {
+            bail!(Data, "{}: {found} rows, but its record says {expected}", path.display());
         }
         Ok(batches)
     }
@@ -331,16 +322,13 @@ impl ScoreTables {
                     let judges: &Float32Array = table::column(&path, &batch, JUDGE)?;
                     score[here.clone()].copy_from_slice(scores.values());
                     for (i, row) in here.enumerate() {
-                        let class = u16::try_from(labels.value(i)).ok();
-                        label[row] =
-                            class.filter(|&c| usize::from(c) < self.classes.len()).ok_or_else(|| {
-                                Error::Data(format!(
-                                    "{}: row {row}: label is {}, expected 0 to {}",
-                                    path.display(),
-                                    labels.value(i),
-                                    self.classes.len() as i64 - 1
-                                ))
-                            })?;
+                        let (found, classes) = (labels.value(i), self.classes.len());
+                        let class = u16::try_from(found).ok().filter(|&class| usize::from(class) < classes);
+                        let Some(class) = class else {
+                            let (file, last) = (path.display(), classes as i64 - 1);
+                            bail!(Data, "{file}: row {row}: label is {found}, expected 0 to {last}")
+                        };
+                        label[row] = class;
                         judge[row] = if judges.is_valid(i) { judges.value(i) } else { f32::NAN };
                         let place = (self.first[shard] + row) as u64;
                         rank[row] = arm.rank(seed, place, scores.value(i), confidences.value(i));
