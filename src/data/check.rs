@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use arrow_array::{Array, StringArray, cast::AsArray, types::Int64Type};
+use arrow_array::{cast::AsArray, types::Int64Type};
 use arrow_schema::{DataType, Schema};
 use parquet::arrow::{ARROW_SCHEMA_META_KEY, parquet_to_arrow_schema};
 use rayon::prelude::*;
@@ -198,26 +198,20 @@ fn check_schema(name: &str, table: &Table, manifest: &Manifest, problems: &mut P
         Features::from_json(declared, table.schema()).map_err(|e| Error::Data(format!("{name}: {e}"))),
     )?;
     for (expected, found) in features.schema().fields.iter().zip(&table.schema().fields) {
-        if expected.data_type() != found.data_type() {
-            problems.add(format!(
-                "{name}: column '{}' is {}, expected {}",
-                found.name(),
-                found.data_type(),
-                expected.data_type()
-            ));
+        let (column, kind, expected) = (found.name(), found.data_type(), expected.data_type());
+        if kind != expected {
+            problems.add(format!("{name}: column '{column}' is {kind}, expected {expected}"));
         }
     }
     let has_image = features.iter().any(|column| column == ("image", &Feature::Image));
     if !has_image {
         problems.add(format!("{name}: column 'image' is not declared as Image"));
     }
-    let has_label = features.class_names() == manifest.class_names;
+    let (classes, said) = (features.class_names(), &manifest.class_names);
+    let has_label = classes == said;
     if !has_label {
-        problems.add(format!(
-            "{name}: column 'label' has classes {:?}, but manifest.json says {:?}",
-            features.class_names(),
-            manifest.class_names
-        ));
+        problems
+            .add(format!("{name}: column 'label' has classes {classes:?}, but manifest.json says {said:?}"));
     }
     (has_image && has_label).then_some(features)
 }
@@ -244,6 +238,7 @@ fn check_rows(
 ) -> Result<Vec<UidHash>> {
     let (mut images, mut labels, mut uids) = (Vec::new(), Vec::new(), Vec::new());
     let mut counts = vec![0; manifest.class_names.len()];
+    let last_class = counts.len() as i64 - 1;
     let mut columns = vec!["image", "label"];
     if table.schema().field_with_name("uid").is_ok_and(|uid| *uid.data_type() == DataType::Utf8) {
         columns.push("uid");
@@ -260,32 +255,24 @@ fn check_rows(
             Some(format!("row {}: {problem}", first_row + i))
         }));
         let column = batch.column_by_name("label").and_then(|l| l.as_primitive_opt::<Int64Type>());
-        for (i, label) in column.iter().flat_map(|labels| labels.iter().enumerate()) {
+        for (row, label) in (first_row..).zip(column.into_iter().flatten()) {
             let class = label.and_then(|label| usize::try_from(label).ok());
-            match class.and_then(|class| counts.get_mut(class)) {
-                Some(count) => *count += 1,
-                None => labels.push(format!(
-                    "row {}: label is {}, expected 0 to {}",
-                    first_row + i,
-                    label.map_or_else(|| "null".into(), |label| label.to_string()),
-                    manifest.class_names.len() as i64 - 1
-                )),
+            if let Some(count) = class.and_then(|class| counts.get_mut(class)) {
+                *count += 1;
+                continue;
             }
+            let label = label.map_or_else(|| "null".into(), |label| label.to_string());
+            labels.push(format!("row {row}: label is {label}, expected 0 to {last_class}"));
         }
-        if let Some(column) =
-            batch.column_by_name("uid").and_then(|u| u.as_any().downcast_ref::<StringArray>())
-        {
-            uids.extend(column.iter().map(|uid| hash_uid(uid.unwrap_or_default())));
-        }
+        let column = batch.column_by_name("uid").and_then(|u| u.as_string_opt::<i32>());
+        uids.extend(column.into_iter().flatten().map(|uid| hash_uid(uid.unwrap_or_default())));
         first_row += batch.num_rows();
     }
     problems.add_all(name, images);
     problems.add_all(name, labels);
-    if counts != entry.class_counts {
-        problems.add(format!(
-            "{name}: {counts:?} rows of each class, but manifest.json says {:?}",
-            entry.class_counts
-        ));
+    let said = &entry.class_counts;
+    if counts != *said {
+        problems.add(format!("{name}: {counts:?} rows of each class, but manifest.json says {said:?}"));
     }
     Ok(uids)
 }
@@ -357,7 +344,9 @@ fn check_card(
 mod tests {
     use std::sync::Arc;
 
-    use arrow_array::{ArrayRef, Int32Array, Int64Array, LargeBinaryArray, RecordBatch, StructArray};
+    use arrow_array::{
+        Array, ArrayRef, Int32Array, Int64Array, LargeBinaryArray, RecordBatch, StringArray, StructArray,
+    };
     use arrow_schema::Field;
 
     use super::*;
@@ -385,7 +374,7 @@ mod tests {
 
     /// A data set of `columns`, with a card and a manifest that `n` good rows would have.
     fn publish(dir: &Path, columns: Vec<ArrayRef>, n: u64) {
-        let mut writer = ImageWriter::new(features(), &[]).unwrap();
+        let mut writer = ImageWriter::new(features(), "a generator").unwrap();
         writer.push(columns).unwrap();
         describe(dir, writer.finish(dir, FILE).unwrap(), n);
     }

@@ -12,6 +12,7 @@ use std::{
 
 use arrow_array::{
     Array, ArrayRef, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray, cast::AsArray,
+    types::Int64Type,
 };
 use arrow_schema::{DataType, Field, Fields, Schema, SchemaRef};
 use parquet::{
@@ -32,8 +33,7 @@ use crate::{Error, Result, fs};
 pub const METADATA_KEY: &str = "huggingface";
 
 /// The value of the key `digital_source_type` for images that a model made (IPTC).
-pub const SYNTHETIC_SOURCE_TYPE: &str =
-    "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia";
+const SYNTHETIC_SOURCE_TYPE: &str = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia";
 
 named! {
     /// The type of a plain column, by its name in `datasets`.
@@ -230,13 +230,14 @@ pub struct ImageWriter {
 const ROW_GROUP_BYTES: usize = 1 << 30;
 
 impl ImageWriter {
-    /// A writer of rows with these features. `key_values` are added to the file's metadata; state
-    /// `digital_source_type` ([`SYNTHETIC_SOURCE_TYPE`]) and `generator` there.
-    pub fn new(features: Features, key_values: &[(&str, &str)]) -> Result<Self> {
+    /// A writer of rows with these features, of images that `generator` made: the file's metadata name it under the
+    /// key `generator`, and under `digital_source_type` say that the images are synthetic (IPTC).
+    pub fn new(features: Features, generator: &str) -> Result<Self> {
         let schema = features.schema();
         let json = features.to_json();
-        let key_values: Vec<_> = [(METADATA_KEY, json.as_str())].iter().chain(key_values).copied().collect();
-        let mut properties = table::properties(&key_values);
+        let source_type = ("digital_source_type", SYNTHETIC_SOURCE_TYPE);
+        let mut properties =
+            table::properties(&[(METADATA_KEY, &json), source_type, ("generator", generator)]);
         for (name, _) in features.iter().filter(|(_, feature)| **feature == Feature::Image) {
             for child in ["bytes", "path"] {
                 let column = || ColumnPath::from(vec![name.to_owned(), child.to_owned()]);
@@ -260,15 +261,12 @@ impl ImageWriter {
     pub fn push(&mut self, columns: Vec<ArrayRef>) -> Result<()> {
         let batch = RecordBatch::try_new(self.schema.clone(), columns)
             .map_err(|e| Error::Alarm(format!("columns do not fit the declared features: {e}")))?;
-        if let Some(labels) =
-            batch.column_by_name("label").and_then(|l| l.as_any().downcast_ref::<Int64Array>())
-        {
-            for label in labels.iter().flatten() {
-                let classes = self.class_counts.len();
-                match usize::try_from(label).ok().and_then(|label| self.class_counts.get_mut(label)) {
-                    Some(count) => *count += 1,
-                    None => bail!(Alarm, "label to write is {label}, expected 0 to {}", classes as i64 - 1),
-                }
+        let labels = batch.column_by_name("label").and_then(|l| l.as_primitive_opt::<Int64Type>());
+        for label in labels.into_iter().flatten().flatten() {
+            let classes = self.class_counts.len();
+            match usize::try_from(label).ok().and_then(|label| self.class_counts.get_mut(label)) {
+                Some(count) => *count += 1,
+                None => bail!(Alarm, "label to write is {label}, expected 0 to {}", classes as i64 - 1),
             }
         }
         let mut sizes = vec![0; batch.num_rows()];
@@ -418,8 +416,7 @@ mod tests {
     }
 
     fn publish(dir: &Path, name: &str, cuts: &[i64]) -> FileEntry {
-        let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE)];
-        let mut writer = ImageWriter::new(features(), &key_values).unwrap();
+        let mut writer = ImageWriter::new(features(), "a generator").unwrap();
         for cut in cuts.windows(2) {
             writer.push(rows(cut[0]..cut[1])).unwrap();
         }
@@ -496,7 +493,7 @@ mod tests {
         let bound = 5 * images[0].len() + 10;
         let publish = |name: &str, cuts: &[usize]| {
             let features = Features::image_and_label(&["a".into()]);
-            let mut writer = ImageWriter::new(features, &[]).unwrap();
+            let mut writer = ImageWriter::new(features, "a generator").unwrap();
             writer.largest_group = bound;
             for cut in cuts.windows(2) {
                 let labels = Int64Array::from_iter_values((cut[0]..cut[1]).map(|_| 0));
@@ -549,7 +546,7 @@ mod tests {
 
     #[test]
     fn labels_outside_the_classes_and_other_columns_are_alarms() {
-        let mut writer = ImageWriter::new(features(), &[]).unwrap();
+        let mut writer = ImageWriter::new(features(), "a generator").unwrap();
         let mut columns = rows(0..1);
         columns[1] = Arc::new(Int64Array::from(vec![2]));
         assert_eq!(

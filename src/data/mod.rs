@@ -16,7 +16,7 @@ pub mod table;
 
 pub use batch::{Augment, Range, augmented, from_chw, gaussian_noise, to_floats, to_tensor, to_u8};
 pub use card::{Card, CardSplit, Config as CardConfig};
-pub use hub::{Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, image_column};
+pub use hub::{Dtype, Feature, Features, ImageReader, ImageWriter, image_column};
 pub use image::{Shape, decode_as, encode_png, grid};
 pub use manifest::{FileEntry, Manifest};
 pub use source::{Dataset, OfficialSplit, Source, UNLABELLED};

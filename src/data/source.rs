@@ -611,13 +611,9 @@ impl Loader {
                 }
                 Err(problem) => {
                     self.bad_rows += 1;
-                    let Self { bad_rows: bad, max_bad: allowed, .. } = *self;
+                    let (place, bad, allowed) = (place(row), self.bad_rows, self.max_bad);
                     if bad > allowed {
-                        bail!(
-                            Data,
-                            "{}: {problem} (bad row {bad}, and max_bad allows {allowed})",
-                            place(row)
-                        );
+                        bail!(Data, "{place}: {problem} (bad row {bad}, and max_bad allows {allowed})");
                     }
                 }
             }
@@ -780,7 +776,8 @@ mod tests {
         let json = hub::Features::image_and_label(&names).to_json();
         write_rows(&path, vec![(Some(png(0)), Some(1))], &[(hub::METADATA_KEY, &json)]);
         assert_eq!(source(&path).load(OfficialSplit::Train, None, 0).unwrap().class_names, names);
-        let mut writer = hub::ImageWriter::new(hub::Features::image_and_label(&names), &[]).unwrap();
+        let mut writer =
+            hub::ImageWriter::new(hub::Features::image_and_label(&names), "a generator").unwrap();
         let image = hub::image_column(&[png(0)]).unwrap();
         writer.push(vec![image, Arc::new(Int64Array::from(vec![2]))]).unwrap();
         writer.finish(dir.path(), "train.parquet").unwrap();

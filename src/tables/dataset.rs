@@ -26,8 +26,7 @@ use super::{
 use crate::{
     Error, Result,
     data::{
-        CardConfig, Dtype, Feature, Features, FileEntry, ImageWriter, Manifest, SYNTHETIC_SOURCE_TYPE,
-        image_column, manifest, table,
+        CardConfig, Dtype, Feature, Features, FileEntry, ImageWriter, Manifest, image_column, manifest, table,
     },
     fs::Parts,
     progress::{Progress, check_stop},
@@ -138,9 +137,7 @@ impl PoolConfiguration<'_> {
             let rows = file * self.rows_per_file..((file + 1) * self.rows_per_file).min(total);
             let name = format!("pool/train-{file:05}-of-{files:05}.parquet");
             entries.push(recorded_file(dataset, &name, work, &bar, || {
-                let generator = self.pool.info.generator.as_str();
-                let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", generator)];
-                let mut writer = ImageWriter::new(features.clone(), &key_values)?;
+                let mut writer = ImageWriter::new(features.clone(), &self.pool.info.generator)?;
                 for shard in self.tables.place(rows.start).0..=self.tables.place(rows.end - 1).0 {
                     let shard = match open.take() {
                         Some(read) if read.number == shard => read,

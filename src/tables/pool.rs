@@ -22,8 +22,7 @@ use super::shards::{ShardRecord, read_record, read_table, record_file, shard_fil
 use crate::{
     Error, Result,
     data::{
-        Dataset, Dtype, Feature, Features, ImageReader, ImageWriter, SYNTHETIC_SOURCE_TYPE, Shape,
-        encode_png, image_column, table,
+        Dataset, Dtype, Feature, Features, ImageReader, ImageWriter, Shape, encode_png, image_column, table,
     },
     fs::{self, Parts, Record},
     progress::Progress,
@@ -96,8 +95,7 @@ impl PoolInfo {
             .with(UID, Feature::Value(Dtype::String))
             .with("index", Feature::Value(Dtype::Uint64))
             .with("seed", Feature::Value(Dtype::Uint64));
-        let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", &*self.generator)];
-        let mut writer = ImageWriter::new(features, &key_values)?;
+        let mut writer = ImageWriter::new(features, &self.generator)?;
         let (size, step) = (self.shape.size(), self.shape.batch_rows());
         for (pixels, first) in pixels.chunks(step * size).zip(rows.step_by(step)) {
             let images: Vec<Vec<u8>> =

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::{
     Error, Result,
     curate::Arm,
-    data::{Card, CardConfig, FileEntry, ImageWriter, Manifest, SYNTHETIC_SOURCE_TYPE, check::check_dataset},
+    data::{Card, CardConfig, FileEntry, ImageWriter, Manifest, check::check_dataset},
     error::expect_within as expect,
     fs::{Parts, Record},
     progress::{Progress, check_stop},
@@ -219,10 +219,8 @@ impl Writing<'_> {
             check_stop()?;
             let images = &images[k * self.rows_per_file..][..chunk.len()];
             let columns = dataset::columns(images, chunk, pool.info.conditional)?;
-            let generator = pool.info.generator.as_str();
-            let key_values = [("digital_source_type", SYNTHETIC_SOURCE_TYPE), ("generator", generator)];
             entries.push(recorded_file(dataset, &name(first_file + k), work, bar, || {
-                let mut writer = ImageWriter::new(features(class_names), &key_values)?;
+                let mut writer = ImageWriter::new(features(class_names), &pool.info.generator)?;
                 writer.push(columns)?;
                 Ok(writer)
             })?);
