@@ -35,7 +35,7 @@ struct Output {
 impl Subcommand for Verb {
     fn augment_subcommands(command: Command) -> Command {
         stages::all().fold(command, |command, kind| {
-            let mut verb = kind.add_flags(Output::augment_args(Command::new(kind.name)));
+            let mut verb = (kind.add_flags)(Output::augment_args(Command::new(kind.name)));
             if kind.name == Ranking::VERB {
                 verb = Ranking::augment_args(verb);
             }
@@ -61,7 +61,7 @@ impl FromArgMatches for Verb {
         let ranking = (kind.name == Ranking::VERB).then(|| Ranking::from_arg_matches(flags)).transpose()?;
         Ok(Self {
             output: Output::from_arg_matches(flags)?,
-            stage: kind.of_flags(flags)?,
+            stage: (kind.of_flags)(flags)?,
             ranking: ranking.filter(Ranking::is_asked_for),
         })
     }

@@ -341,7 +341,7 @@ impl<'a> Graph<'a> {
                 table.insert(input.key.into(), path(folder));
             }
         }
-        let of_table = |table: &Table| kind.of_table(name, table).map_err(|e| self.file.problem(&e));
+        let of_table = |table: &Table| (kind.of_table)(name, table).map_err(|e| self.file.problem(&e));
         let has_seed = of_table(&Table::new())?.settings().get("seed").is_some();
         if has_seed && !table.contains_key("seed") {
             table.insert("seed".into(), Value::Integer(self.file.seed as i64));

@@ -20,9 +20,12 @@ pub struct StageKind {
     pub inputs: &'static [Input],
     /// [`Stage::RUNTIME`].
     pub runtime: &'static [&'static str],
-    flags: fn(Command) -> Command,
-    from_flags: fn(&ArgMatches) -> Result<Box<dyn AnyStage>, Error>,
-    from_table: fn(&str, &Table) -> OfTable,
+    /// Adds the stage's flags to a verb.
+    pub add_flags: fn(Command) -> Command,
+    /// The stage with these flags.
+    pub of_flags: fn(&ArgMatches) -> Result<Box<dyn AnyStage>, Error>,
+    /// The stage of the table of this name, with defaults for what it does not say. See [`settings::from_table`].
+    pub of_table: fn(&str, &Table) -> OfTable,
 }
 
 impl StageKind {
@@ -33,25 +36,10 @@ impl StageKind {
             about: S::ABOUT,
             inputs: S::INPUTS,
             runtime: S::RUNTIME,
-            flags: S::augment_args,
-            from_flags: |matches| Ok(Box::new(S::from_arg_matches(matches)?)),
-            from_table: |name, table| Ok(Box::new(settings::from_table::<S>(name, table)?)),
+            add_flags: S::augment_args,
+            of_flags: |matches| Ok(Box::new(S::from_arg_matches(matches)?)),
+            of_table: |name, table| Ok(Box::new(settings::from_table::<S>(name, table)?)),
         }
-    }
-
-    /// Adds the stage's flags to a verb.
-    pub fn add_flags(&self, verb: Command) -> Command {
-        (self.flags)(verb)
-    }
-
-    /// The stage with these flags.
-    pub fn of_flags(&self, matches: &ArgMatches) -> Result<Box<dyn AnyStage>, Error> {
-        (self.from_flags)(matches)
-    }
-
-    /// The stage of the table called `name`, with defaults for what it does not say. See [`settings::from_table`].
-    pub fn of_table(&self, name: &str, table: &Table) -> OfTable {
-        (self.from_table)(name, table)
     }
 }
 

@@ -37,7 +37,7 @@ mod tests {
     /// The settings with all their defaults, some of them overridden.
     fn settings(stage: &str, given: &str) -> Value {
         let (_, kind) = find(stage).unwrap();
-        kind.of_table(stage, &toml::from_str(given).unwrap()).map(|stage| stage.settings()).unwrap()
+        (kind.of_table)(stage, &toml::from_str(given).unwrap()).map(|stage| stage.settings()).unwrap()
     }
 
     #[test]
@@ -48,12 +48,12 @@ mod tests {
     #[test]
     fn every_stage_has_defaults_and_what_it_writes_it_reads() {
         for kind in all() {
-            let command = kind.add_flags(clap::Command::new(kind.name));
+            let command = (kind.add_flags)(clap::Command::new(kind.name));
             let flags: Vec<_> = command.get_arguments().map(|flag| flag.get_id()).collect();
             let distinct: std::collections::HashSet<_> = flags.iter().collect();
             assert_eq!(distinct.len(), flags.len(), "two flags of {} have one name: {flags:?}", kind.name);
 
-            let stage = kind.of_table(kind.name, &toml::Table::new()).unwrap();
+            let stage = (kind.of_table)(kind.name, &toml::Table::new()).unwrap();
             let written = toml::to_string(&stage.settings()).unwrap();
             assert_eq!(settings(kind.name, &written), stage.settings(), "{}", kind.name);
         }
@@ -103,7 +103,7 @@ mod tests {
     fn settings_without_effect_are_not_in_the_fingerprint() {
         let identity = |stage: &str, given: &str| {
             let (_, kind) = find(stage).unwrap();
-            kind.of_table(stage, &toml::from_str(given).unwrap()).unwrap().identity()
+            (kind.of_table)(stage, &toml::from_str(given).unwrap()).unwrap().identity()
         };
         assert_eq!(identity("train", "gamma = 0.1"), identity("train", ""));
         assert_ne!(identity("train", "gamma = 0.1\ndata = ['x']"), identity("train", "data = ['x']"));
