@@ -112,27 +112,22 @@ pub enum State {
 ///
 /// Fails with [`Error::Usage`] if the folder holds anything else.
 pub fn state(dir: &Path, fingerprint: &str) -> Result<State> {
+    let folder = dir.display();
     if dir.join(CONFIG).is_file() {
         let config = read_config(dir)?;
         if config.fingerprint != fingerprint {
+            let [found, expected] = [&*config.fingerprint, fingerprint].map(|hash| fs::short(hash, 8));
             bail!(
                 Usage,
-                "{} holds another run: {} with fingerprint {}, expected {}; choose another folder",
-                dir.display(),
-                config.stage,
-                fs::short(&config.fingerprint, 8),
-                fs::short(fingerprint, 8)
+                "{folder} holds another run: {} with fingerprint {found}, expected {expected}; choose another folder",
+                config.stage
             );
         }
         return Ok(if dir.join(DONE).is_file() { State::Done } else { State::Partial });
     }
     let foreign = dir.is_dir() && !fs::files_below(dir)?.is_empty();
     if foreign || (dir.exists() && !dir.is_dir()) {
-        bail!(
-            Usage,
-            "{} holds something that is not a run of this program; choose another folder",
-            dir.display()
-        );
+        bail!(Usage, "{folder} holds something that is not a run of this program; choose another folder");
     }
     Ok(State::Missing)
 }

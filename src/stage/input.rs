@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::folder::{CONFIG, read_config, read_done};
-use crate::{Result, fs};
+use crate::{Error, Result, fs};
 
 /// A key of a stage's settings that names an input.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +53,12 @@ impl Input {
         matches!(self.from, Origin::Stages(stages) if stages.contains(&stage))
     }
 
+    /// Returns what is `given` as this input. Fails with [`crate::Error::Usage`] if nothing is.
+    pub fn set<T>(&self, given: Option<T>, expected: &str) -> Result<T> {
+        let unset = || Error::Usage(format!("{} is not set, expected {expected}", self.key));
+        given.ok_or_else(unset)
+    }
+
     /// Returns `dir`, which must be the finished work of one of the stages that make this input.
     ///
     /// Fails with [`crate::Error::Usage`] if it is missing, belongs to another stage, or is not finished.
@@ -63,28 +69,17 @@ impl Input {
             Origin::RealData | Origin::Given => &[],
         };
         let expected = stages.join(" or ");
-        let Some(dir) = dir else {
-            bail!(Usage, "{key} is not set, expected the folder of a finished {expected}")
-        };
+        let dir = self.set(dir, &format!("the folder of a finished {expected}"))?;
+        let found = dir.display();
         if !dir.join(CONFIG).is_file() {
-            bail!(Usage, "{key} is '{}', expected the folder of a finished {expected}", dir.display());
+            bail!(Usage, "{key} is '{found}', expected the folder of a finished {expected}");
         }
-        let config = read_config(dir)?;
-        if !stages.contains(&&*config.stage) {
-            bail!(
-                Usage,
-                "{key} is '{}', a folder of {}; expected one of {expected}",
-                dir.display(),
-                config.stage
-            );
+        let stage = read_config(dir)?.stage;
+        if !stages.contains(&&*stage) {
+            bail!(Usage, "{key} is '{found}', a folder of {stage}; expected one of {expected}");
         }
         if read_done(dir)?.is_none() {
-            bail!(
-                Usage,
-                "{key} is '{}', which is not finished; run its {} again first",
-                dir.display(),
-                config.stage
-            );
+            bail!(Usage, "{key} is '{found}', which is not finished; run its {stage} again first");
         }
         Ok(dir.to_path_buf())
     }
@@ -98,29 +93,29 @@ impl Input {
     /// Fails with [`crate::Error::Usage`] unless the stage in `dir`, the input `name`, was itself made with `input`
     /// as its input of this kind.
     pub fn expect_in(&self, name: &str, dir: &Path, input: &Path) -> Result<()> {
-        expect_same_input(name, dir, self.key, self.fingerprint_in(dir)?.as_deref(), input)
+        self.expect_same(name, dir, self.fingerprint_in(dir)?.as_deref(), input)
     }
-}
 
-/// Fails with [`crate::Error::Usage`] unless `dir`, the input `name`, was made with `input` as its `key`;
-/// fingerprints are compared.
-pub(crate) fn expect_same_input(
-    name: &str,
-    dir: &Path,
-    key: &str,
-    found: Option<&str>,
-    input: &Path,
-) -> Result<()> {
-    let given = read_config(input)?.fingerprint;
-    if found != Some(&given) {
-        bail!(
-            Usage,
-            "{name} is '{}', which was made with {key} {}, expected {}, that of '{}': give that one, or make {name} again",
-            dir.display(),
-            found.map_or_else(|| "unknown".into(), |found| fs::short(found, 8)),
-            fs::short(&given, 8),
-            input.display()
-        );
+    /// Fails with [`crate::Error::Usage`] unless the input of this kind with which `dir`, the input `name`, was made,
+    /// has the fingerprint of `input`.
+    pub(crate) fn expect_same(
+        &self,
+        name: &str,
+        dir: &Path,
+        found: Option<&str>,
+        input: &Path,
+    ) -> Result<()> {
+        let (key, given) = (self.key, read_config(input)?.fingerprint);
+        if found != Some(&given) {
+            bail!(
+                Usage,
+                "{name} is '{}', which was made with {key} {}, expected {}, that of '{}': give that one, or make {name} again",
+                dir.display(),
+                found.map_or_else(|| "unknown".into(), |found| fs::short(found, 8)),
+                fs::short(&given, 8),
+                input.display()
+            );
+        }
+        Ok(())
     }
-    Ok(())
 }

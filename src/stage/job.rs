@@ -42,22 +42,19 @@ impl Job {
     /// [`Job::open`] for one of several processes that share the work: locks only the share of this name. Whoever
     /// locks a share also cleans up what interrupted writers left of it.
     pub fn open_share(&self, share: &str) -> Result<&Path> {
+        let folder = self.out.display();
         fs::create_dir_all(&self.out)?;
         let lock = fs::Lock::acquire(&self.out, share)?;
         // Another process may have changed the folder between our check and the lock.
         if state(&self.out, &self.fingerprint)? == State::Done {
-            bail!(
-                Stopped,
-                "{}: another process has just finished this; run again to use it",
-                self.out.display()
-            );
+            bail!(Stopped, "{folder}: another process has just finished this; run again to use it");
         }
         let path = self.out.join(CONFIG);
         if !path.exists() {
             fs::publish(&path, self.config.as_bytes())?;
         }
         if self.lock.set((lock, share != WHOLE)).is_err() {
-            bail!(Alarm, "{}: opened twice", self.out.display());
+            bail!(Alarm, "{folder}: opened twice");
         }
         Ok(&self.out)
     }

@@ -22,7 +22,6 @@ mod job;
 #[macro_use]
 mod registry;
 
-pub(crate) use self::input::expect_same_input;
 pub use self::{
     contract::{AnyStage, Outcome, Stage, note},
     execute::execute,

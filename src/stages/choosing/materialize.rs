@@ -17,7 +17,7 @@ use crate::{
     fs::{Parts, Record},
     progress::{Progress, check_stop},
     rng::{Permutation, stream},
-    stage::{Input, Job, Outcome, Stage, expect_same_input, read_config},
+    stage::{Input, Job, Outcome, Stage, read_config},
     stages::making::{Generate, Import},
     tables::{
         dataset::{self, PoolConfiguration, features, recorded_file, written_file},
@@ -92,10 +92,8 @@ impl Stage for Materialize {
     }
 
     fn amount(&self) -> String {
-        format!(
-            "the kept images in files of at most {} rows and about {} MB",
-            self.rows_per_file, self.file_megabytes
-        )
+        let Self { rows_per_file, file_megabytes, .. } = self;
+        format!("the kept images in files of at most {rows_per_file} rows and about {file_megabytes} MB")
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
@@ -111,7 +109,7 @@ impl Stage for Materialize {
             if let Some(tables) = &tables {
                 SCORES.expect_in(SELECTION.key, selection, &tables.folder)?;
             }
-            expect_same_input(SELECTION.key, selection, SPLIT.key, record.split.as_deref(), &split)?;
+            SPLIT.expect_same(SELECTION.key, selection, record.split.as_deref(), &split)?;
         }
         let out = job.open()?;
         let folder = out.join(dataset::FOLDER);
@@ -188,33 +186,27 @@ impl Writing<'_> {
     fn files(&self, rows: &[&Selected], first_file: usize) -> Result<Vec<FileEntry>> {
         let Self { dataset, pool, class_names, files, work, bar, .. } = self;
         let name = |file: usize| format!("data/train-{file:05}-of-{files:05}.parquet");
-        let mut entries = Vec::new();
-        for file in first_file..first_file + rows.len().div_ceil(self.rows_per_file) {
-            entries.extend(written_file(dataset, &name(file), work)?);
-        }
-        if entries.len() == rows.len().div_ceil(self.rows_per_file) {
+        let written = (first_file..first_file + rows.len().div_ceil(self.rows_per_file))
+            .map(|file| written_file(dataset, &name(file), work))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(entries) = written.into_iter().collect::<Option<Vec<_>>>() {
             bar.skip(rows.len() as u64);
             return Ok(entries);
         }
-        entries.clear();
         let mut by_shard: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         rows.iter().enumerate().for_each(|(i, row)| by_shard.entry(row.shard).or_default().push(i));
         let mut images: Vec<Vec<u8>> = vec![Vec::new(); rows.len()];
         for (shard, wanted) in by_shard {
             let read = pool.read(shard)?;
             for i in wanted {
-                let row = rows[i];
-                if read.uids.get(row.row) != Some(&row.uid) {
-                    bail!(
-                        Data,
-                        "the selection says that row {} of shard {shard} is {}, but it is not",
-                        row.row,
-                        row.uid
-                    );
+                let Selected { row, uid, .. } = rows[i];
+                if read.uids.get(*row) != Some(uid) {
+                    bail!(Data, "the selection says that row {row} of shard {shard} is {uid}, but it is not");
                 }
-                images[i].clone_from(&read.images[row.row]);
+                images[i].clone_from(&read.images[*row]);
             }
         }
+        let mut entries = Vec::new();
         for (k, chunk) in rows.chunks(self.rows_per_file).enumerate() {
             check_stop()?;
             let images = &images[k * self.rows_per_file..][..chunk.len()];
@@ -260,10 +252,9 @@ impl Materialize {
         let imported = pool.info.imported();
         let source = division.source.to_string();
         let real = real_name(&source);
-        let pretty_name = if self.pretty_name.is_empty() {
-            format!("{real}, synthetic, curated ({})", record.arm)
-        } else {
-            self.pretty_name.clone()
+        let pretty_name = match &*self.pretty_name {
+            "" => format!("{real}, synthetic, curated ({})", record.arm),
+            name => name.to_owned(),
         };
         let by_class: String =
             record.classes.iter().map(|class| format!("| {} | {} |\n", class.class, class.kept)).collect();
@@ -314,17 +305,14 @@ impl Materialize {
             before = record.score_before,
             after = record.score_after,
         );
+        let tags = ["synthetic", "adversarial-robustness"].into_iter();
         Ok(Card {
             pretty_name,
             license: self.license.clone(),
             license_name: (self.license == "other").then(|| "as-the-real-data".into()),
             license_link: None,
             source_datasets: vec!["original".into()],
-            tags: ["synthetic", "adversarial-robustness"]
-                .into_iter()
-                .chain((!imported).then_some("ddpm"))
-                .map(String::from)
-                .collect(),
+            tags: tags.chain((!imported).then_some("ddpm")).map(String::from).collect(),
             configs: vec![CardConfig::train(
                 "curated",
                 "data/train-*",

@@ -51,9 +51,7 @@ impl Stage for Label {
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let pool = Pool::open(self.pool.as_deref())?;
-        let Some(dir) = &self.classifier else {
-            bail!(Usage, "classifier is not set, expected the folder of a classifier")
-        };
+        let dir = CLASSIFIER.set(self.classifier.as_deref(), "the folder of a classifier")?;
         let classifier = Classifier::load(dir, &job.device)?;
         let shape = pool.info.shape;
         expect_images(&classifier, dir, &"the pool", shape)?;
@@ -99,13 +97,8 @@ pub(super) fn expect_same_classes(classifier: &Classifier, dir: &Path, pool: &Po
         pool.info.conditional && if pool.info.imported() { known < found } else { known != found }
     };
     if differ {
-        bail!(
-            Data,
-            "classifier {} knows the classes {}, expected the pool's: {}",
-            dir.display(),
-            names.join(", "),
-            pool.info.class_names.join(", ")
-        );
+        let (dir, known, expected) = (dir.display(), names.join(", "), pool.info.class_names.join(", "));
+        bail!(Data, "classifier {dir} knows the classes {known}, expected the pool's: {expected}");
     }
     Ok(())
 }
