@@ -29,25 +29,18 @@ impl<'a> Examined<'a> {
         let data = source.load(split, limit, max_bad)?;
         expect_images(&classifier, dir, source, data.shape)?;
         let (known, named) = (&classifier.config().class_names, &data.class_names);
-        if known.len() < 2 {
-            bail!(Data, "classifier {} knows {} classes, expected at least 2", dir.display(), known.len());
+        let (folder, classes) = (dir.display(), known.len());
+        if classes < 2 {
+            bail!(Data, "classifier {folder} knows {classes} classes, expected at least 2");
         }
-        if known.len() != named.len() {
+        if classes != named.len() {
+            bail!(Data, "classifier {folder} knows {classes} classes, but {source} has {}", named.len());
+        }
+        if let Some((i, (known, named))) = known.iter().zip(named).enumerate().find(|(_, (a, b))| a != b) {
             bail!(
                 Data,
-                "classifier {} knows {} classes, but {source} has {}",
-                dir.display(),
-                known.len(),
-                named.len()
-            );
-        }
-        if let Some(i) = (0..known.len()).find(|&i| known[i] != named[i]) {
-            bail!(
-                Data,
-                "class {i} is '{}' to classifier {}, but '{}' in {source}; expected the same names in the same order",
-                known[i],
-                dir.display(),
-                named[i]
+                "class {i} is '{known}' to classifier {folder}, but '{named}' in {source}; expected the same names in the \
+                 same order"
             );
         }
         Ok(Self { dir, classifier, data })
