@@ -127,7 +127,7 @@ impl<'a> Trainer<'a> {
     pub(crate) fn advance(
         &mut self,
         learning_rate: f64,
-        clip: Option<f64>,
+        clip: f64,
         items: usize,
         contribution: &(dyn Fn(Range<usize>) -> Result<Part> + Sync),
     ) -> Result<()> {
@@ -140,7 +140,7 @@ impl<'a> Trainer<'a> {
                 self.state.step
             );
         }
-        let scale = clip_scale(norm, clip.unwrap_or(f64::INFINITY));
+        let scale = clip_scale(norm, clip);
         self.optimizer.step_scaled(self.params, &grads, scale, learning_rate)?;
         self.ema.update(&self.followed)?;
         self.state.step += 1;
@@ -206,10 +206,8 @@ impl<'a> Trainer<'a> {
             let mut add = |prefix: &str, part: Weights| {
                 tensors.extend(part.into_iter().map(|(name, tensor)| (format!("{prefix}/{name}"), tensor)));
             };
-            add(
-                "param",
-                self.params.all().iter().map(|(n, v)| (n.clone(), v.as_detached_tensor())).collect(),
-            );
+            let params = self.params.all();
+            add("param", params.iter().map(|(n, v)| (n.clone(), v.as_detached_tensor())).collect());
             add("optimizer", self.optimizer.state()?);
             add("ema", self.ema.state()?);
             add("best", self.best.clone());

@@ -136,16 +136,31 @@ struct SetData {
 }
 
 impl FitDiscriminator {
-    fn set_data(&self, real: &Real, pool: &PoolParts, set: usize) -> SetData {
+    /// The data of each set.
+    fn data(&self, real: &Real, pool: &Pool) -> Result<Vec<SetData>> {
+        let sets = self.sets();
+        let wanted = [vec![self.max_synthetic; sets], vec![self.max_stop; sets]].concat();
+        let mut learn = pool.draw(&wanted, |uid| {
+            // The judges' fold stays reserved even if there are no judges.
+            let fold = fold_of(uid, self.folds + 1);
+            let stops = (0..sets).filter(|&set| set != fold && held_out(uid) == HeldOut::Stop);
+            (fold..=fold).filter(|&set| set < sets).chain(stops.map(|set| sets + set)).collect()
+        })?;
+        let stop = learn.split_off(sets);
+        let of_set = |(set, (learn, stop))| self.set_data(real, learn, stop, set);
+        Ok(learn.into_iter().zip(&stop).enumerate().map(of_set).collect())
+    }
+
+    fn set_data(&self, real: &Real, synthetic: Dataset, synthetic_stop: &Dataset, set: usize) -> SetData {
         let judges = set == self.folds;
         let (learn, stop) =
             if judges { (real.proxy(), real.fit()) } else { (real.fit(), real.proxy_stop(set)) };
-        let n_stop = stop.len().min(self.max_stop).min(pool.stop[set].len());
+        let n_stop = stop.len().min(self.max_stop).min(synthetic_stop.len());
         let stop = stop.subset(&spread(stop.len(), n_stop, self.seed));
-        let synthetic_stop = pool.stop[set].subset(&some_of(pool.stop[set].len(), n_stop, self.seed));
+        let synthetic_stop = synthetic_stop.subset(&some_of(synthetic_stop.len(), n_stop, self.seed));
         SetData {
             real: relabel(learn, REAL),
-            synthetic: relabel(pool.learn[set].clone(), SYNTHETIC),
+            synthetic: relabel(synthetic, SYNTHETIC),
             stop: relabel(stop, REAL).concat(&relabel(synthetic_stop, SYNTHETIC)),
         }
     }
@@ -215,8 +230,10 @@ impl FitDiscriminator {
             let step = trainer.step();
             let grown = radii.clone().map(|r| self.attack(self.attack.epsilons[r].grown(step, warmup), seed));
             let grown = grown.collect::<Result<Vec<_>>>()?;
-            let block_loss = |slots: Span<usize>, turn: usize| -> Result<Tensor> {
-                let n = slots.len();
+            // With several radii, each quarter of the batch gets one of them in turn.
+            let turn_of = |slot: usize| (step + slot * 4 / (2 * half)) % radii.len();
+            let block_loss = |slots: &[usize]| -> Result<Tensor> {
+                let turn = turn_of(slots[0]);
                 let (mut pixels, mut labels, mut ids) = (Vec::new(), Vec::new(), Vec::new());
                 for slot in slots {
                     // Real and synthetic alternate, so that every part of the batch has both.
@@ -231,31 +248,21 @@ impl FitDiscriminator {
                     ids.push((u64::from(side) << 48) | position);
                 }
                 let x = augmented(&pixels, shape, &ids, seed, settings, Range::Unit, &job.device)?;
-                let y = Tensor::from_vec(labels, n, &job.device)?;
+                let y = Tensor::new(labels, &job.device)?;
                 let told = at(radii.start + turn);
                 let tracked = |x: &Tensor| tracked.logits(&told.apply(x)?);
                 let frozen = |x: &Tensor| net.logits(&told.apply(x)?);
                 let losses = pgd_at(&tracked, &frozen, &x, &y, &grown[turn], 0.0, &ids)?;
                 Ok((losses.sum_all()? / (2 * half) as f64)?)
             };
-            // With several radii, each quarter of the batch gets one of them in turn.
-            let turn_of = |slot: usize| (step + slot * 4 / (2 * half)) % radii.len();
             let contribution = |slots: Span<usize>| -> Result<Part> {
-                let mut loss: Option<Tensor> = None;
-                let mut from = slots.start;
-                while from < slots.end {
-                    let to = (from..slots.end).find(|&s| turn_of(s) != turn_of(from)).unwrap_or(slots.end);
-                    let block = block_loss(from..to, turn_of(from))?;
-                    loss = Some(match loss {
-                        Some(sum) => (sum + block)?,
-                        None => block,
-                    });
-                    from = to;
-                }
+                let slots = Vec::from_iter(slots);
+                let mut blocks = slots.chunk_by(|&a, &b| turn_of(a) == turn_of(b)).map(&block_loss);
                 let none = || Error::Alarm("a part of a batch is empty".into());
-                Ok(Part::from(loss.ok_or_else(none)?))
+                let first = blocks.next().ok_or_else(none)??;
+                Ok(Part::from(blocks.try_fold(first, |sum, block| Ok::<_, Error>((sum + block?)?))?))
             };
-            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), 2 * half, &contribution)?;
+            trainer.advance(lr.at(step), self.optimizer.grad_clip(), 2 * half, &contribution)?;
             // A network that has not met the full radius yet is not a candidate.
             let full = trainer.step() >= warmup;
             if full && trainer.step().is_multiple_of(self.eval_every) || trainer.step() == self.steps {
@@ -361,8 +368,7 @@ impl Stage for FitDiscriminator {
         let pool = Pool::open(self.pool.as_deref())?;
         pool.expect_shape(real.train.shape)?;
         let config = discriminator::config(self.architecture(real.train.shape))?;
-        let parts = PoolParts::read(&pool, self)?;
-        let data: Vec<SetData> = (0..self.sets()).map(|set| self.set_data(&real, &parts, set)).collect();
+        let data = self.data(&real, &pool)?;
         for (set, data) in data.iter().enumerate() {
             let n = data.synthetic.len().min(data.stop.len());
             if n < 2 {
@@ -400,27 +406,6 @@ impl Stage for FitDiscriminator {
             "learned_from": data.iter().map(|d| [d.real.len(), d.synthetic.len()]).collect::<Vec<_>>(),
             "stopped_on": data.iter().map(|d| d.stop.len()).collect::<Vec<_>>(),
         })))
-    }
-}
-
-/// The pool images that each set learns from and is stopped on.
-struct PoolParts {
-    learn: Vec<Dataset>,
-    stop: Vec<Dataset>,
-}
-
-impl PoolParts {
-    fn read(pool: &Pool, config: &FitDiscriminator) -> Result<Self> {
-        let sets = config.sets();
-        let wanted = [vec![config.max_synthetic; sets], vec![config.max_stop; sets]].concat();
-        let mut learn = pool.draw(&wanted, |uid| {
-            // The judges' fold stays reserved even if there are no judges.
-            let fold = fold_of(uid, config.folds + 1);
-            let stops = (0..sets).filter(|&set| set != fold && held_out(uid) == HeldOut::Stop);
-            (fold..=fold).filter(|&set| set < sets).chain(stops.map(|set| sets + set)).collect()
-        })?;
-        let stop = learn.split_off(sets);
-        Ok(Self { learn, stop })
     }
 }
 

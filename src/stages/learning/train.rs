@@ -173,15 +173,10 @@ impl Train {
             let source: Source = folder.to_string_lossy().parse().map_err(Error::Usage)?;
             let synthetic = source.load(data::OfficialSplit::Train, None, 0)?;
             if synthetic.shape != real.shape || synthetic.class_names != real.class_names {
-                bail!(
-                    Data,
-                    "{}: {} images of {} classes, expected {} images of {} classes named like the real ones",
-                    folder.display(),
-                    synthetic.shape,
-                    synthetic.class_names.len(),
-                    real.shape,
-                    real.class_names.len()
-                );
+                let of =
+                    |data: &Dataset| format!("{} images of {} classes", data.shape, data.class_names.len());
+                let (folder, found, expected) = (folder.display(), of(&synthetic), of(real));
+                bail!(Data, "{folder}: {found}, expected {expected} named like the real ones");
             }
             Ok((synthetic, arm))
         };
@@ -242,8 +237,9 @@ impl Stage for Train {
     }
 
     fn validate(&self) -> Result<()> {
+        let Self { synthetic_fraction, batch, .. } = *self;
         expect("gamma", self.gamma, 0.0, 1.0)?;
-        expect("synthetic_fraction", self.synthetic_fraction, 0.0, 1.0)?;
+        expect("synthetic_fraction", synthetic_fraction, 0.0, 1.0)?;
         expect("label_smoothing", self.label_smoothing, 0.0, 0.999)?;
         self.objective.validate()?;
         self.architecture.validate()?;
@@ -254,7 +250,7 @@ impl Stage for Train {
         if let Some(epochs) = self.epochs {
             expect("epochs", epochs, 1e-6, 1e9)?;
         }
-        expect("batch", self.batch, 2, 1 << 20)?;
+        expect("batch", batch, 2, 1 << 20)?;
         self.optimizer.validate()?;
         self.schedule.validate()?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;
@@ -264,22 +260,21 @@ impl Stage for Train {
         if !weights.is_empty()
             && (weights.len() != self.data.len() || weights.iter().any(|&w| w.is_nan() || w <= 0.0))
         {
+            let sources = self.data.len();
             bail!(
                 Usage,
-                "data_weights is {weights:?}, expected a number above 0 for each of {} sources",
-                self.data.len()
+                "data_weights is {weights:?}, expected a number above 0 for each of {sources} sources"
             );
         }
         let n_syn = self.synthetic_in_batch();
         if n_syn == 0 && !self.data.is_empty() {
             bail!(
                 Usage,
-                "synthetic_fraction is {}, none of a batch of {}; expected at least one place for the synthetic data",
-                self.synthetic_fraction,
-                self.batch
+                "synthetic_fraction is {synthetic_fraction}, none of a batch of {batch}; expected at least one place for the \
+                 synthetic data"
             );
         }
-        GammaMix::new(self.gamma, self.batch - n_syn, n_syn).map(drop)
+        GammaMix::new(self.gamma, batch - n_syn, n_syn).map(drop)
     }
 
     fn amount(&self) -> String {
@@ -349,7 +344,7 @@ impl Stage for Train {
                 let losses = self.losses(&views, &x, &y, &ids, step)?;
                 Ok(Part::from((losses * Tensor::new(weights, &job.device)?)?.sum_all()?))
             };
-            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), self.batch, &contribution)?;
+            trainer.advance(lr.at(step), self.optimizer.grad_clip(), self.batch, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == steps {
                 let mut clean = None;
                 let accuracy = trainer.consider(averaged.params(), || {
@@ -388,23 +383,18 @@ impl Stage for Train {
         ];
         let svg = plot::lines("Training", "step", "accuracy, loss in nats", &curves)?;
         fs::publish(&out.join("curves.svg"), svg.as_bytes())?;
+        let arms: Vec<&str> = synthetic.iter().map(|(_, arm)| arm.as_str()).collect();
         let record = TrainRecord {
             schema: "proxyset.train/1".into(),
-            arm: if synthetic.is_empty() {
-                "real".into()
-            } else {
-                synthetic.iter().map(|(_, arm)| arm.as_str()).collect::<Vec<_>>().join("+")
-            },
+            arm: if arms.is_empty() { "real".into() } else { arms.join("+") },
             seed: self.seed,
             real: train.len(),
             synthetic: synthetic.iter().map(|(data, _)| data.len()).sum(),
             held_out_accuracy,
         };
         record.write(out)?;
-        note(
-            self,
-            &format!("{:.1} % of {} held-out images right", 100.0 * held_out_accuracy, held_out.len()),
-        );
+        let (right, n) = (100.0 * held_out_accuracy, held_out.len());
+        note(self, &format!("{right:.1} % of {n} held-out images right"));
         let summary = json!({
             "train": record,
             "parameters": averaged.params().count(),

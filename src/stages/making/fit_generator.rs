@@ -132,15 +132,11 @@ impl FitGenerator {
     ) -> Result<f64> {
         let images: Vec<usize> = (0..unseen.len().min(VALIDATED)).collect();
         let of_chunk = |chunk: &[usize]| -> Result<f64> {
-            let (mut pixels, mut classes) = (Vec::new(), Vec::new());
-            for &image in chunk {
-                pixels.extend_from_slice(unseen.image(image));
-                classes.push(unseen.labels[image]);
-            }
-            let x = to_tensor(&pixels, unseen.shape, Range::Signed, device)?;
+            let part = unseen.subset(chunk);
+            let x = to_tensor(&part.pixels, part.shape, Range::Signed, device)?;
             let draws: Vec<u64> = chunk.iter().map(|&image| VALIDATION | image as u64).collect();
             let (levels, noise) = self.noise(process, &draws, unseen.shape, device)?;
-            let classes = Tensor::from_vec(classes, chunk.len(), device)?;
+            let classes = Tensor::new(part.labels, device)?;
             let pair = TrainingPair::new(model.prediction(), &x, &levels, &noise)?;
             let losses = denoising_loss(&pair, &|x, t| {
                 model.predict_each(x, t, self.conditional.then_some(&classes))
@@ -213,13 +209,10 @@ impl Stage for FitGenerator {
 
     fn validate(&self) -> Result<()> {
         self.architecture.validate()?;
-        expect("null_class_probability", self.null_class_probability, 0.0, 0.999)?;
-        if self.null_class_probability > 0.0 && !self.conditional {
-            bail!(
-                Usage,
-                "null_class_probability is {} for a model without classes, expected 0",
-                self.null_class_probability
-            );
+        let null = self.null_class_probability;
+        expect("null_class_probability", null, 0.0, 0.999)?;
+        if null > 0.0 && !self.conditional {
+            bail!(Usage, "null_class_probability is {null} for a model without classes, expected 0");
         }
         self.process.validate()?;
         expect("steps", self.steps, 1, 100_000_000)?;
@@ -270,7 +263,6 @@ impl FitGenerator {
         while trainer.step() < self.steps {
             let step = trainer.step();
             let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
-                let n = slots.len();
                 let (mut pixels, mut classes) = (Vec::new(), Vec::new());
                 let draws: Vec<u64> = slots.map(|slot| (step * self.batch + slot) as u64).collect();
                 for &draw in &draws {
@@ -283,8 +275,7 @@ impl FitGenerator {
                 let range = Range::Signed;
                 let x = augmented(&pixels, shape, &draws, self.seed, settings, range, &job.device)?;
                 let (levels, noise) = self.noise(&process, &draws, shape, &job.device)?;
-                let classes =
-                    if self.conditional { Some(Tensor::from_vec(classes, n, &job.device)?) } else { None };
+                let classes = self.conditional.then(|| Tensor::new(classes, &job.device)).transpose()?;
                 let pair = TrainingPair::new(model.prediction(), &x, &levels, &noise)?;
                 let losses = denoising_loss(&pair, &|x, t| {
                     network.forward_in_training(x, t, classes.as_ref(), (self.seed, &draws))
@@ -297,7 +288,7 @@ impl FitGenerator {
                 }
                 Ok(Part { loss: (losses.sum_all()? / self.batch as f64)?, by_noise })
             };
-            trainer.advance(lr.at(step), Some(self.optimizer.grad_clip()), self.batch, &contribution)?;
+            trainer.advance(lr.at(step), self.optimizer.grad_clip(), self.batch, &contribution)?;
             let done = trainer.step();
             let due = |every: usize| every > 0 && (done.is_multiple_of(every) || done == self.steps);
             let (validate, sheet) = (due(self.validate_every), due(self.sample_every));
