@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::{
     Result,
@@ -216,8 +217,12 @@ impl Stage for EstimateArc {
                 .collect()
         };
         let limits = [(&measure, self.max_images), (&stop, self.max_stop)];
-        let wanted = limits.map(|(real, max)| real.iter().map(|real| real.len().min(max)).collect());
-        let [synthetic, synthetic_stop] = held_out_images(&pool, &discriminators, wanted)?;
+        let wanted =
+            limits.map(|(real, max)| real.iter().map(|real| real.len().min(max)).collect::<Vec<_>>());
+        // From folds that the set did not learn from.
+        let slots = |uid: &str| slots(uid, discriminators.fold_of(uid), folds);
+        let mut synthetic = pool.draw(&wanted.concat(), slots)?;
+        let synthetic_stop = synthetic.split_off(folds);
         for (images, what, least) in [(&synthetic, "measure", 2), (&synthetic_stop, "stop", 1)] {
             if let Some((set, found)) = images.iter().map(Dataset::len).enumerate().find(|(_, n)| *n < least)
             {
@@ -260,12 +265,9 @@ impl Stage for EstimateArc {
                 }
             }
             stop_accuracy.push(accuracies);
-            after_pgd.push(SetResult {
-                correct: pgd_rows,
-                synthetic: synthetic.clone(),
-                class: class.clone(),
-            });
-            results.push(SetResult { correct: rows, synthetic, class });
+            let of = |correct| SetResult { correct, synthetic: synthetic.clone(), class: class.clone() };
+            after_pgd.push(of(pgd_rows));
+            results.push(of(rows));
         }
         let estimate = estimate(&results, &radii, self.bootstrap, self.seed);
         let record = ArcRecord {
@@ -288,9 +290,7 @@ impl Stage for EstimateArc {
         record.write(out)?;
         let e = &record.estimate;
         note(self, &format!("ARC {:.5}, 95 % interval {:.5} to {:.5}", e.arc, e.interval[0], e.interval[1]));
-        let summary = serde_json::to_value(&record)
-            .map_err(|e| crate::Error::Alarm(format!("ARC cannot be written as JSON: {e}")))?;
-        Ok(Outcome::Done(summary))
+        Ok(Outcome::Done(json!(record)))
     }
 }
 
@@ -309,20 +309,6 @@ fn curves(estimate: &Estimate) -> Vec<(String, Vec<(f64, f64)>)> {
         of("real", |p| p.accuracy_real),
         of("synthetic", |p| p.accuracy_synthetic),
     ]
-}
-
-/// The pool images that measure and that stop each ranking set, as many as `wanted`, with their classes: from folds
-/// that the set did not learn from.
-fn held_out_images(
-    pool: &Pool,
-    discriminators: &Discriminators,
-    wanted: [Vec<usize>; 2],
-) -> Result<[Vec<Dataset>; 2]> {
-    let folds = discriminators.record.folds;
-    let slots = |uid: &str| slots(uid, discriminators.fold_of(uid), folds);
-    let mut measure = pool.draw(&wanted.concat(), slots)?;
-    let stop = measure.split_off(folds);
-    Ok([measure, stop])
 }
 
 /// What a pool image of `fold` is for: it measures set `i < folds`, and stops set `i - folds`.

@@ -92,9 +92,7 @@ impl Stage for Quality {
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let pool = Pool::open(self.pool.as_deref())?;
-        let Some(dir) = &self.classifier else {
-            bail!(Usage, "classifier is not set, expected the folder of a classifier")
-        };
+        let dir = CLASSIFIER.set(self.classifier.as_deref(), "the folder of a classifier")?;
         let network = Extractor::load(dir, &job.device)?;
         let real =
             self.data.load(self.official_split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
@@ -103,10 +101,8 @@ impl Stage for Quality {
         if let Some(classifier) = network.classifier() {
             expect_same_classes(classifier, dir, &pool)?;
         }
-        let wanted = match self.pool_limit as u64 {
-            0 => pool.info.count,
-            limit => limit.min(pool.info.count),
-        } as usize;
+        let all = pool.info.count as usize;
+        let wanted = if self.pool_limit > 0 { self.pool_limit.min(all) } else { all };
         let least = (self.neighbours + 1).max(4);
         if real.len() < least || wanted < least {
             bail!(
@@ -121,12 +117,9 @@ impl Stage for Quality {
         let bar = Progress::new(Self::NAME, (real.len() + wanted) as u64, "images");
 
         let mut seen = Seen::default();
-        for first in (0..real.len()).step_by(CHUNK) {
-            let rows = first..(first + CHUNK).min(real.len());
-            let size = real.shape.size();
-            let pixels = &real.pixels[rows.start * size..rows.end * size];
+        for pixels in real.pixels.chunks(CHUNK * real.shape.size()) {
             seen.add(&network, pixels, real.shape, job)?;
-            bar.add(rows.len() as u64);
+            bar.add((pixels.len() / real.shape.size()) as u64);
         }
         let (real_features, _) = seen.finish()?;
 

@@ -36,27 +36,6 @@ pub struct Rank {
     pub names: Vec<String>,
 }
 
-/// One generator.
-#[derive(Clone, Debug, Serialize)]
-struct Ranked {
-    name: String,
-    /// The signed area, by which generators are ranked.
-    signed_arc: f64,
-    interval: [f64; 2],
-    /// The same after PGD alone.
-    signed_after_pgd: f64,
-    truncated: bool,
-    /// See [`Estimate::largest_rise_se`].
-    largest_rise_se: f64,
-    /// Images measured in all sets: real, synthetic.
-    images: [usize; 2],
-    /// How often a classifier sees the class that an image was made for; `None` without labels.
-    label_agreement: Option<f64>,
-    /// The signed area minus that of the one before, and its 95 % interval.
-    behind_the_last: Option<f64>,
-    behind_interval: Option<[f64; 2]>,
-}
-
 impl Stage for Rank {
     const NAME: &'static str = "rank";
     const ABOUT: &'static str = "Rank generators by their estimated ARC";
@@ -83,33 +62,27 @@ impl Stage for Rank {
         if self.arcs.is_empty() {
             bail!(Usage, "arcs is empty, expected the folder of a finished arc for each generator");
         }
+        let first_arc = self.arcs[0].display();
         let mut found: Vec<(String, ArcRecord, Option<f64>)> = Vec::new();
         for (i, (dir, name)) in self.arcs.iter().zip(&self.names).enumerate() {
             let dir = ARCS.finished(Some(dir))?;
-            let record = ArcRecord::read(&dir)?;
+            let (record, arc) = (ArcRecord::read(&dir)?, dir.display());
             if let Some((_, first, _)) = found.first()
                 && (first.epsilons != record.epsilons || first.attack != record.attack)
             {
-                bail!(
-                    Data,
-                    "{}: radii or attack are not those of {}, expected the same for all",
-                    dir.display(),
-                    self.arcs[0].display()
-                );
+                bail!(Data, "{arc}: radii or attack are not those of {first_arc}, expected the same for all");
             }
             if SPLIT.fingerprint_in(&dir)? != SPLIT.fingerprint_in(&self.arcs[0])? {
                 bail!(
                     Data,
-                    "{}: measured on other real images than {}, expected one split for all",
-                    dir.display(),
-                    self.arcs[0].display()
+                    "{arc}: measured on other real images than {first_arc}, expected one split for all"
                 );
             }
             let agreement = match self.labelled.get(i) {
                 Some(labels) => {
                     let labels = LABELLED.finished(Some(labels))?;
                     if POOL.fingerprint_in(&dir)? != POOL.fingerprint_in(&labels)? {
-                        bail!(Data, "{}: not labels of the pool of {}", labels.display(), dir.display());
+                        bail!(Data, "{}: not labels of the pool of {arc}", labels.display());
                     }
                     read_done(&labels)?.and_then(|done| done.summary["agreement"].as_f64())
                 }
@@ -119,34 +92,33 @@ impl Stage for Rank {
         }
         found.sort_by(|a, b| a.1.estimate.signed.total_cmp(&b.1.estimate.signed));
         let mut before: Option<&Estimate> = None;
-        let ranked: Vec<Ranked> = found
-            .iter()
-            .map(|(name, record, agreement)| {
-                let e = &record.estimate;
-                let ranked = Ranked {
-                    name: name.clone(),
-                    signed_arc: e.signed,
-                    interval: e.interval,
-                    signed_after_pgd: record.signed_after_pgd,
-                    truncated: e.truncated,
-                    largest_rise_se: e.largest_rise_se,
-                    images: [0, 1].map(|side| e.images.iter().map(|images| images[side]).sum()),
-                    label_agreement: *agreement,
-                    behind_the_last: before.map(|last| e.signed - last.signed),
-                    behind_interval: before.map(|last| difference_interval(e, last)),
-                };
-                before = Some(e);
-                ranked
-            })
-            .collect();
+        let mut ranked = Vec::new();
+        for (name, ArcRecord { estimate: e, signed_after_pgd, .. }, agreement) in &found {
+            let measured = |side: usize| e.images.iter().map(|images| images[side]).sum::<usize>();
+            ranked.push(json!({
+                "name": name,
+                // The signed area, by which generators are ranked.
+                "signed_arc": e.signed,
+                "interval": e.interval,
+                // The same after PGD alone.
+                "signed_after_pgd": signed_after_pgd,
+                "truncated": e.truncated,
+                "largest_rise_se": e.largest_rise_se,
+                // Images measured in all sets: real, synthetic.
+                "images": [measured(0), measured(1)],
+                // How often a classifier sees the class that an image was made for; null without labels.
+                "label_agreement": agreement,
+                // The signed area minus that of the one before, and its 95 % interval.
+                "behind_the_last": before.map(|last| e.signed - last.signed),
+                "behind_interval": before.map(|last| difference_interval(e, last)),
+            }));
+            before = Some(e);
+        }
         let curves: BTreeMap<&str, &[Point]> =
             found.iter().map(|(name, record, _)| (&**name, &*record.estimate.curve)).collect();
-        let series: Vec<(String, Vec<(f64, f64)>)> = found
-            .iter()
-            .map(|(name, record, _)| {
-                (name.clone(), record.estimate.curve.iter().map(|p| (p.epsilon, p.accuracy)).collect())
-            })
-            .collect();
+        let line = |points: &[Point]| points.iter().map(|p| (p.epsilon, p.accuracy)).collect();
+        let series: Vec<(String, Vec<(f64, f64)>)> =
+            found.iter().map(|(name, record, _)| (name.clone(), line(&record.estimate.curve))).collect();
         let out = job.open()?;
         fs::publish(&out.join("rank.svg"), discrimination_svg(&series)?.as_bytes())?;
         let summary = json!({

@@ -127,13 +127,12 @@ impl Scorer<'_> {
         let mut images = Dataset::empty(self.shape, vec!["synthetic".into()]);
         images.pixels = pixels.to_vec();
         images.labels = vec![0; uids.len()];
-        let mut probabilities = vec![vec![Vec::new(); radii]; sets];
+        let mut probabilities: Vec<Vec<Vec<f64>>> = vec![Vec::new(); sets];
         for (set, nets) in self.discriminators.nets.iter().enumerate() {
-            for (radius, net) in nets.iter().enumerate() {
-                let calibration = self.discriminators.record.sets[set][radius].calibration;
+            for (net, record) in nets.iter().zip(&self.discriminators.record.sets[set]) {
                 let margins = margins(net, &images, &self.job.device)?;
-                probabilities[set][radius] =
-                    margins.iter().map(|&m| calibration.probability(f64::from(m))).collect::<Vec<f64>>();
+                let probability = |&margin: &f32| record.calibration.probability(f64::from(margin));
+                probabilities[set].push(margins.iter().map(probability).collect());
             }
         }
         let mut out = Vec::with_capacity(uids.len() * (sets + radii));
