@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Instant};
 
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     Error, Result,
@@ -84,19 +84,6 @@ pub struct Certify {
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-}
-
-/// One row of `certify.json`: how many images are certified as right at this radius.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct AtRadius {
-    /// The ℓ2 radius.
-    pub radius: f64,
-    /// Images whose class is right and certified within the radius.
-    pub certified: u64,
-    /// `certified` over all images.
-    pub accuracy: f64,
-    /// 95 % Clopper-Pearson interval.
-    pub interval: [f64; 2],
 }
 
 impl Certify {
@@ -187,51 +174,41 @@ impl Stage for Certify {
         let parts = fs::Parts::new(job.hidden(out, "parts"));
         let rows: Vec<usize> = (0..data.len()).step_by(self.skip).collect();
         let bar = Progress::new(Self::NAME, rows.len() as u64, "images");
-        let mut certificates = Vec::with_capacity(rows.len());
+        let mut certificates: Vec<Certificate> = Vec::with_capacity(rows.len());
         // One image at a time: the network's kernels have work for all threads.
         for &row in &rows {
             let key = format!("{row:08}");
-            let kept = parts.get(&key)?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-            let certificate = match kept {
-                Some(kept) => {
-                    bar.skip(1);
-                    kept
-                }
-                None => {
-                    let found = self.one(classifier, data, row, &job.device)?;
-                    let kept = serde_json::to_vec(&found);
-                    let kept =
-                        kept.map_err(|e| Error::Alarm(format!("a certificate cannot be kept: {e}")))?;
-                    parts.put(&key, &kept)?;
-                    bar.add(1);
-                    found
-                }
-            };
-            certificates.push(certificate);
+            if let Some(kept) = parts.get(&key)?.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+                certificates.push(kept);
+                bar.skip(1);
+                continue;
+            }
+            let found = self.one(classifier, data, row, &job.device)?;
+            let kept = serde_json::to_vec(&found)
+                .map_err(|e| Error::Alarm(format!("a certificate cannot be kept: {e}")))?;
+            parts.put(&key, &kept)?;
+            certificates.push(found);
+            bar.add(1);
         }
-        let right: Vec<bool> =
-            rows.iter().zip(&certificates).map(|(&row, c)| c.class == Some(data.labels[row])).collect();
         let n = rows.len() as u64;
-        let certified_at = |radius: f64| {
-            let hold = certificates.iter().zip(&right).filter(|(c, right)| **right && c.radius >= radius);
-            hold.count() as u64
+        let certify = self.n0().is_some();
+        // Of the images whose class is right; the others count as 0 in the mean.
+        let right = rows.iter().zip(&certificates).filter(|(row, c)| c.class == Some(data.labels[**row]));
+        let mut radii: Vec<f64> = right.map(|(_, c)| c.radius).collect();
+        let total = radii.iter().fold(0.0, |total, radius| total + radius);
+        radii.sort_by(f64::total_cmp);
+        // How many images are certified as right at this radius.
+        let at_radius = |radius: f64| {
+            let certified = radii.iter().filter(|r| **r >= radius).count() as u64;
+            let (accuracy, interval) = (certified as f64 / n as f64, clopper_pearson(certified, n, 0.05));
+            json!({ "radius": radius, "certified": certified, "accuracy": accuracy, "interval": interval })
         };
         // At 0, 0.25, 0.5, … as in the paper's tables, up to the first radius at which nothing is certified.
-        let largest = certificates.iter().zip(&right).filter(|(_, right)| **right).map(|(c, _)| c.radius);
-        let rows_of_table = (largest.fold(0.0, f64::max) / 0.25).floor() as usize + 2;
-        let table: Vec<AtRadius> = (0..rows_of_table)
-            .filter(|_| self.n0().is_some())
-            .map(|i| {
-                let radius = 0.25 * i as f64;
-                let certified = certified_at(radius);
-                let accuracy = certified as f64 / n as f64;
-                AtRadius { radius, certified, accuracy, interval: clopper_pearson(certified, n, 0.05) }
-            })
-            .collect();
-        let correct = certified_at(0.0);
+        let largest = radii.last().copied().unwrap_or(0.0);
+        let rows_of_table = if certify { (largest / 0.25).floor() as usize + 2 } else { 0 };
+        let table: Vec<Value> = (0..rows_of_table).map(|i| at_radius(0.25 * i as f64)).collect();
+        let correct = radii.len() as u64;
         let abstained = certificates.iter().filter(|c| c.class.is_none()).count() as u64;
-        let average = certificates.iter().zip(&right).map(|(c, &right)| if right { c.radius } else { 0.0 });
-        let certify = self.n0().is_some();
         let summary = json!({
             "schema": "proxyset.certify/1",
             "mode": self.mode.kind(),
@@ -240,7 +217,7 @@ impl Stage for Certify {
             "accuracy": correct as f64 / n as f64,
             "interval": clopper_pearson(correct, n, 0.05),
             "abstained": abstained,
-            "average_certified_radius": certify.then(|| average.sum::<f64>() / n as f64),
+            "average_certified_radius": certify.then(|| total / n as f64),
             "certified": table,
             "smoothing": { "sigma": self.sigma, "n0": self.n0(), "n": self.n, "alpha": self.alpha },
             "seed": self.seed,
@@ -250,9 +227,6 @@ impl Stage for Certify {
         });
         write_certified(out, &rows, &data.labels, &certificates, certify)?;
         if certify {
-            let mut radii: Vec<f64> =
-                certificates.iter().zip(&right).filter(|(_, r)| **r).map(|(c, _)| c.radius).collect();
-            radii.sort_by(f64::total_cmp);
             // The curve steps down where a certified radius ends.
             let mut curve = vec![(0.0, correct as f64 / n as f64)];
             for (i, &radius) in radii.iter().enumerate() {

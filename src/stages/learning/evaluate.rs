@@ -166,10 +166,8 @@ impl Stage for Evaluate {
             let after = standing.len() as u64;
             bar.skip(clean_correct - before);
             let (accuracy, interval) = (share(after), clopper_pearson(after, n, 0.05));
-            note(
-                self,
-                &format!("{name}: {after} of {before} stand, robust accuracy {:.2} %", 100.0 * accuracy),
-            );
+            let percent = 100.0 * accuracy;
+            note(self, &format!("{name}: {after} of {before} stand, robust accuracy {percent:.2} %"));
             // AutoAttack's threshold, counted in images: more than 0.2 % of them.
             if name == SQUARE.name() && sequence.len() > 1 && (before - after) * 500 > n {
                 let doubt = format!(
@@ -217,15 +215,12 @@ impl Stage for Evaluate {
         }
         metrics.write(out)?;
         if let Some(Perturbation { largest, nan, min, max }) = &metrics.perturbation {
-            note(
-                self,
-                &format!(
-                    "largest {} perturbation {largest:.5}, not a number {nan}, pixels {min:.5} to {max:.5}; robust \
-                     accuracy {:.2} %",
-                    norm,
-                    100.0 * metrics.robust_accuracy.unwrap_or(f64::NAN)
-                ),
+            let percent = 100.0 * metrics.robust_accuracy.unwrap_or(f64::NAN);
+            let line = format!(
+                "largest {norm} perturbation {largest:.5}, not a number {nan}, pixels {min:.5} to {max:.5}; robust \
+                 accuracy {percent:.2} %"
             );
+            note(self, &line);
         }
         Ok(Outcome::Done(json!(metrics)))
     }
