@@ -74,13 +74,8 @@ pub enum Workers {
 impl FromStr for Workers {
     type Err = String;
     fn from_str(s: &str) -> std::result::Result<Self, String> {
-        match s {
-            "auto" => Ok(Self::Auto),
-            _ => s
-                .parse()
-                .map(Self::Count)
-                .map_err(|_| format!("workers is '{s}', expected auto or a number from 1")),
-        }
+        let unknown = |_| format!("workers is '{s}', expected auto or a number from 1");
+        if s == "auto" { Ok(Self::Auto) } else { s.parse().map(Self::Count).map_err(unknown) }
     }
 }
 
@@ -114,6 +109,8 @@ impl Workers {
         Ok(devices)
     }
 }
+
+const MODEL: Input = Input::of("model", &["fit-generator"]);
 
 /// Pixels in flight on a GPU, unless `batch` gives the number of images.
 const PIXELS_IN_FLIGHT: usize = 1 << 18;
@@ -234,26 +231,24 @@ struct Made {
 impl Generate {
     /// The given noise. Fails with [`Error::Data`] if the file's noise does not fit this pool.
     fn read_noise(&self, path: &Path, shape: Shape) -> Result<Vec<f32>> {
-        let of_file = |e: candle_core::Error| Error::Data(format!("{}: {e}", path.display()));
+        let file = path.display();
+        let of_file = |e: candle_core::Error| Error::Data(format!("{file}: {e}"));
         let mut tensors = candle_core::safetensors::load(path, &Device::Cpu).map_err(of_file)?;
-        let expected = [self.count as usize, shape.channels, shape.height, shape.width];
-        match tensors.remove("noise") {
-            Some(noise) if noise.dims() == expected => {
-                let values: Vec<f32> =
-                    noise.to_dtype(DType::F32).and_then(|n| n.flatten_all()?.to_vec1()).map_err(of_file)?;
-                if let Some(value) = values.iter().find(|v| !v.is_finite()) {
-                    bail!(Data, "{}: 'noise' has {value}, expected finite numbers", path.display());
-                }
-                Ok(values)
-            }
-            Some(noise) => bail!(
+        let Some(noise) = tensors.remove("noise") else { bail!(Data, "{file}: there is no tensor 'noise'") };
+        let (found, expected) =
+            (noise.dims(), [self.count as usize, shape.channels, shape.height, shape.width]);
+        if found != expected {
+            bail!(
                 Data,
-                "{}: 'noise' has shape {:?}, expected {expected:?}: count images of the model's",
-                path.display(),
-                noise.dims()
-            ),
-            None => bail!(Data, "{}: there is no tensor 'noise'", path.display()),
+                "{file}: 'noise' has shape {found:?}, expected {expected:?}: count images of the model's"
+            );
         }
+        let values: Vec<f32> =
+            noise.to_dtype(DType::F32).and_then(|n| n.flatten_all()?.to_vec1()).map_err(of_file)?;
+        if let Some(value) = values.iter().find(|v| !v.is_finite()) {
+            bail!(Data, "{file}: 'noise' has {value}, expected finite numbers");
+        }
+        Ok(values)
     }
 
     /// Micro-batches that are sampled side by side. On a GPU, kernels on small images end before the next one is
@@ -269,13 +264,12 @@ impl Generate {
 
     /// Refuses images so large that those of a shard do not fit in memory.
     fn expect_shards_of(&self, shape: Shape) -> Result<()> {
-        let (rows, size) = (self.count.min(self.shard_rows as u64), shape.size() as u64);
-        if rows * size > SHARD_BYTES {
+        let (shard_rows, size) = (self.shard_rows as u64, shape.size() as u64);
+        if self.count.min(shard_rows) * size > SHARD_BYTES {
             bail!(
                 Usage,
-                "shard_rows is {}, expected at most {}: the {shape} images of a shard are held in memory, 4 GiB of pixels at \
-                 most",
-                self.shard_rows,
+                "shard_rows is {shard_rows}, expected at most {}: the {shape} images of a shard are held in memory, 4 GiB of \
+                 pixels at most",
                 SHARD_BYTES / size
             );
         }
@@ -290,35 +284,27 @@ impl Generate {
 impl Stage for Generate {
     const NAME: &'static str = "generate";
     const ABOUT: &'static str = "Sample a pool of images from a diffusion model";
-    const INPUTS: &'static [Input] = &[Input::of("model", &["fit-generator"]), Input::given("initial_noise")];
+    const INPUTS: &'static [Input] = &[MODEL, Input::given("initial_noise")];
     const RUNTIME: &'static [&'static str] = &["shards", "batch", "workers", "mix_device_classes"];
 
     fn validate(&self) -> Result<()> {
-        expect("count", self.count, 1, 1 << 40)?;
+        let Self { count, shard_rows, micro_batch, .. } = *self;
+        expect("count", count, 1, 1 << 40)?;
         self.sampler.validate()?;
         expect("guidance", self.guidance, 0.0, 1e3)?;
         if self.save_float.is_some() && self.shards.is_some() {
             bail!(Usage, "save_float is set with shards, expected the whole pool in one process");
         }
-        expect("micro_batch", self.micro_batch, 1, 1 << 16)?;
-        if self.shard_rows == 0 || !self.shard_rows.is_multiple_of(self.micro_batch) {
-            bail!(
-                Usage,
-                "shard_rows is {}, expected a multiple of micro_batch = {}",
-                self.shard_rows,
-                self.micro_batch
-            );
+        expect("micro_batch", micro_batch, 1, 1 << 16)?;
+        if shard_rows == 0 || !shard_rows.is_multiple_of(micro_batch) {
+            bail!(Usage, "shard_rows is {shard_rows}, expected a multiple of micro_batch = {micro_batch}");
         }
-        expect("shard_rows", self.shard_rows, 1, 1 << 24)?;
+        expect("shard_rows", shard_rows, 1, 1 << 24)?;
+        let all = self.shard_count();
         match &self.shards {
-            Some(ShardRange(range)) if range.end > self.shard_count() => bail!(
+            Some(shards) if shards.0.end > all => bail!(
                 Usage,
-                "shards is {}..{}, expected at most 0..{}: {} images in shards of {}",
-                range.start,
-                range.end,
-                self.shard_count(),
-                self.count,
-                self.shard_rows
+                "shards is {shards}, expected at most 0..{all}: {count} images in shards of {shard_rows}"
             ),
             _ => Ok(()),
         }
@@ -330,9 +316,7 @@ impl Stage for Generate {
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let Some(dir) = &self.model else {
-            bail!(Usage, "model is not set, expected a model's folder in the layout of diffusers")
-        };
+        let dir = MODEL.set(self.model.as_deref(), "a model's folder in the layout of diffusers")?;
         let all = self.shard_count();
         let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
         let devices = self.workers.devices(&job.device, share.len())?;
@@ -347,7 +331,7 @@ impl Stage for Generate {
         // Machines with different shares work side by side, so only the share is locked.
         let out = job.open_share(&format!("shards-{}-{}", share.start, share.end))?;
         let dir = out.join("pool");
-        (0..all).try_for_each(|shard| self.expect_class(job, &dir, read_record(&dir, shard)?.as_ref()))?;
+        (0..all).try_for_each(|shard| self.record(job, &dir, shard).map(drop))?;
         info.write(out)?;
         fs::create_dir_all(&dir)?;
         let ours = |name: &str| shard_number(name).is_some_and(|shard| share.contains(&shard));
@@ -362,10 +346,9 @@ impl Stage for Generate {
         kernels::with_algorithms_of(out, || run.make(models))?;
         let mut missing = Vec::new();
         for shard in 0..all {
-            // Those that other processes made at the same time.
-            match read_record(&run.dir, shard)? {
-                Some(record) => self.expect_class(job, &run.dir, Some(&record))?,
-                None => missing.push(shard),
+            // Other processes may have made some at the same time.
+            if self.record(job, &run.dir, shard)?.is_none() {
+                missing.push(shard);
             }
         }
         if !missing.is_empty() {
@@ -384,19 +367,21 @@ impl Stage for Generate {
 }
 
 impl Generate {
-    /// Refuses a shard that another class of devices made, unless the pool may mix them.
-    fn expect_class(&self, job: &Job, dir: &Path, record: Option<&ShardRecord>) -> Result<()> {
-        match record.filter(|r| !self.mix_device_classes && r.device_class != job.device_class) {
-            Some(record) => bail!(
+    /// The record of a shard, if the shard exists. Refuses one that another class of devices made, unless the pool
+    /// may mix them.
+    fn record(&self, job: &Job, dir: &Path, shard: usize) -> Result<Option<ShardRecord>> {
+        let record = read_record(dir, shard)?;
+        match &record {
+            Some(found) if !self.mix_device_classes && found.device_class != job.device_class => bail!(
                 Usage,
                 "{}: shard {} was made on device class {}, expected {}, the class here: go on there, by device and \
                  precision, choose another folder, or allow both by mix_device_classes = true",
                 dir.display(),
-                record.shard,
-                record.device_class,
+                found.shard,
+                found.device_class,
                 job.device_class
             ),
-            None => Ok(()),
+            _ => Ok(record),
         }
     }
 
@@ -420,31 +405,26 @@ impl Generate {
     ) -> Result<(PoolInfo, Option<u32>)> {
         let network = model.config();
         let path = dir.join(GeneratorInfo::FILE);
+        let file = path.display();
         let known = GeneratorInfo::read_if_there(dir)?;
         let (height, width, channels) = network.image_shape().context(|| dir.display().to_string())?;
         let (shape, classes) = (Shape { height, width, channels }, network.num_classes());
         if let Some(known) = known.as_ref().filter(|k| k.shape != shape) {
-            bail!(Data, "{}: images are {}, expected the network's {shape}", path.display(), known.shape);
+            bail!(Data, "{file}: images are {}, expected the network's {shape}", known.shape);
         }
         let null_class = known.as_ref().and_then(|k| k.null_class);
-        if let (Some(known), Some(null)) = (&known, null_class)
-            && (null as usize != known.class_names.len() || classes.is_none())
-        {
+        let named = known.as_ref().map_or(0, |k| k.class_names.len());
+        if let Some(null) = null_class.filter(|&null| null as usize != named || classes.is_none()) {
             bail!(
                 Data,
-                "{}: null_class is {null}, expected {} behind the class names of a conditional model",
-                path.display(),
-                known.class_names.len()
+                "{file}: null_class is {null}, expected {named} behind the class names of a conditional model"
             );
         }
         let class_names = match (&known, classes) {
-            (Some(known), None) => known.class_names.clone(),
-            (Some(known), Some(n)) if known.class_names.len() + usize::from(null_class.is_some()) == n => {
-                known.class_names.clone()
+            (Some(_), Some(n)) if named + usize::from(null_class.is_some()) != n => {
+                bail!(Data, "{file}: {named} class names, expected {n}")
             }
-            (Some(known), Some(n)) => {
-                bail!(Data, "{}: {} class names, expected {n}", path.display(), known.class_names.len())
-            }
+            (Some(known), _) => known.class_names.clone(),
             (None, n) => (0..n.unwrap_or(0)).map(|c| c.to_string()).collect(),
         };
         if self.guidance != 1.0 && null_class.is_none() {
@@ -522,12 +502,9 @@ impl Worker<'_> {
         // Ranges may overlap: a shard and its record must come from one machine.
         let lock = fs::Lock::acquire(dir, &format!("shard-{shard:05}"))?;
         let rows = config.rows(shard);
-        let record = read_record(dir, shard)?;
-        config.expect_class(job, dir, record.as_ref())?;
+        let record = config.record(job, dir, shard)?;
         let parts = Parts::new(job.hidden(dir, &format!("shard-{shard:05}")));
-        if let Some(record) = &record
-            && record.has_file(dir)
-        {
+        if let Some(record) = record.as_ref().filter(|record| record.has_file(dir)) {
             bar.skip(record.rows);
             parts.clear()?;
             return Ok(None);
@@ -558,9 +535,8 @@ impl Worker<'_> {
     fn sample(&self, span: Span<u64>, parts: &Parts) -> Result<Sampled> {
         let Run { config, sampler, plan, info, initial_noise, bar, .. } = self.run;
         let (shape, first) = (info.shape, span.start);
-        if let Some(pixels) = parts.get(&pixels_key(first))?
-            && pixels.len() == (span.end - first) as usize * shape.size()
-        {
+        let wanted = (span.end - first) as usize * shape.size();
+        if let Some(pixels) = parts.get(&pixels_key(first))?.filter(|pixels| pixels.len() == wanted) {
             bar.skip(span.end - first);
             return Ok(Sampled::Kept(pixels));
         }
@@ -570,13 +546,11 @@ impl Worker<'_> {
         let (seed, device) = (config.seed, &self.device);
         let noise_at = |step: u32| gaussian_noise(seed, &samples, step, shape, device);
         let images_shape = (samples.len(), shape.height, shape.width, shape.channels);
-        let start = match parts
-            .get(&state_key)?
-            .and_then(|bytes| read_state(&bytes, samples.len() * shape.size()))
-        {
-            Some((done, mut tensors)) => {
-                let mut tensors =
-                    tensors.drain(..).map(|values| Tensor::from_vec(values, images_shape, device));
+        let state = parts.get(&state_key)?;
+        let start = match state.and_then(|bytes| read_state(&bytes, samples.len() * shape.size())) {
+            Some((done, tensors)) => {
+                let tensor = |values| Tensor::from_vec(values, images_shape, device);
+                let mut tensors = tensors.into_iter().map(tensor);
                 let x = tensors.next().ok_or_else(|| Error::Alarm("a state without an image".into()))??;
                 Start::Saved(done, Trajectory { x, history: tensors.collect::<candle_core::Result<_>>()? })
             }

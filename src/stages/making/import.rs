@@ -17,6 +17,8 @@ use crate::{
     },
 };
 
+const SOURCE: Input = Input::given("source");
+
 /// Makes a pool from images that were made elsewhere: they are decoded once and written like generated ones.
 ///
 /// Everything that works on a pool then works on them: labels, scores, ARC, curation. The images keep their order.
@@ -43,7 +45,7 @@ pub struct Import {
 impl Stage for Import {
     const NAME: &'static str = "import";
     const ABOUT: &'static str = "Make a pool from images made elsewhere";
-    const INPUTS: &'static [Input] = &[Input::given("source")];
+    const INPUTS: &'static [Input] = &[SOURCE];
 
     fn validate(&self) -> Result<()> {
         expect("shard_rows", self.shard_rows, 1, 1 << 24)
@@ -55,9 +57,7 @@ impl Stage for Import {
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let Some(source) = &self.source else {
-            bail!(Usage, "source is not set, expected images: Parquet, a folder or an .npz file")
-        };
+        let source = SOURCE.set(self.source.as_ref(), "images: Parquet, a folder or an .npz file")?;
         let images =
             source.load(self.official_split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
         let labelled = images.class_names != [UNLABELLED];

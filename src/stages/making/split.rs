@@ -87,31 +87,27 @@ impl Stage for Split {
 
 /// Deals out the images of each class, in a keyed order: first to the proxy folds in turn, then to `fit`.
 fn divide(train: &Dataset, config: &Split) -> Result<(Vec<usize>, Vec<Vec<usize>>)> {
+    let Split { source, proxy_fraction, proxy_folds, seed, .. } = config;
     let mut fit = Vec::new();
-    let mut proxy = vec![Vec::new(); config.proxy_folds];
-    for class in 0..train.class_names.len() {
+    let mut proxy = vec![Vec::new(); *proxy_folds];
+    for (class, name) in train.class_names.iter().enumerate() {
         let members: Vec<usize> = (0..train.len()).filter(|&i| train.labels[i] as usize == class).collect();
-        let n_proxy = (members.len() as f64 * config.proxy_fraction).round() as usize;
-        if n_proxy < config.proxy_folds || n_proxy == members.len() {
+        let n_proxy = (members.len() as f64 * proxy_fraction).round() as usize;
+        if n_proxy < *proxy_folds || n_proxy == members.len() {
             bail!(
                 Data,
-                "class {class} ('{}') of {} has {} images: too few for {} proxy folds of {:.0} % together",
-                train.class_names[class],
-                config.source,
+                "class {class} ('{name}') of {source} has {} images: too few for {proxy_folds} proxy folds of {:.0} % \
+                 together",
                 members.len(),
-                config.proxy_folds,
-                100.0 * config.proxy_fraction
+                100.0 * proxy_fraction
             );
         }
-        let order = Permutation::new(
-            config.seed,
-            (u64::from(stream::ORDER) << 32) | class as u64,
-            members.len() as u64,
-        );
+        let tweak = (u64::from(stream::ORDER) << 32) | class as u64;
+        let order = Permutation::new(*seed, tweak, members.len() as u64);
         for position in 0..members.len() {
             let image = members[order.at(position as u64) as usize];
             if position < n_proxy {
-                proxy[position % config.proxy_folds].push(image);
+                proxy[position % proxy_folds].push(image);
             } else {
                 fit.push(image);
             }
