@@ -146,19 +146,13 @@ impl Stage for Curate {
     const REVISION: u32 = 1;
 
     fn unused(&self) -> Vec<&'static str> {
-        let mut unused = Vec::new();
-        if self.arm == Arm::All {
-            unused.extend([
-                "keep_per_class",
-                "keep_total",
-                "keep_fraction",
-                "within",
-                "quota",
-                "allow_short",
-            ]);
-        } else if self.keep_per_class > 0 || self.keep_total > 0 {
-            unused.extend(["keep_fraction", "within"]);
-        }
+        let mut unused = match self.arm {
+            Arm::All => {
+                vec!["keep_per_class", "keep_total", "keep_fraction", "within", "quota", "allow_short"]
+            }
+            _ if self.keep_per_class > 0 || self.keep_total > 0 => vec!["keep_fraction", "within"],
+            _ => Vec::new(),
+        };
         if self.near_duplicate_bits.is_none() {
             unused.push("near_duplicate_by");
         }
@@ -166,12 +160,11 @@ impl Stage for Curate {
     }
 
     fn validate(&self) -> Result<()> {
-        if self.keep_per_class > 0 && self.keep_total > 0 {
+        let Self { keep_per_class, keep_total, .. } = *self;
+        if keep_per_class > 0 && keep_total > 0 {
             bail!(
                 Usage,
-                "keep_per_class is {} and keep_total is {}, expected one of them",
-                self.keep_per_class,
-                self.keep_total
+                "keep_per_class is {keep_per_class} and keep_total is {keep_total}, expected one of them"
             );
         }
         if let (true, Some(quota)) = (self.counts_over_all(), self.quota.first()) {
@@ -188,7 +181,7 @@ impl Stage for Curate {
                 "near_duplicate_by is features, but near_duplicate_bits is not set; expected 0 to 3"
             );
         }
-        if self.keep_per_class == 0 && self.keep_total == 0 {
+        if keep_per_class == 0 && keep_total == 0 {
             expect("keep_fraction", self.keep_fraction, 1e-9, 1.0)?;
         }
         expect("copy_tolerance", self.copy_tolerance, 0.0, 1.0)?;
@@ -245,12 +238,8 @@ impl Stage for Curate {
 
         let candidates = rows.passed();
         if candidates.is_empty() {
-            bail!(
-                Gate,
-                "none of the pool's {} images passes the gates: {}",
-                tables.len(),
-                reasons.join(", ")
-            );
+            let (images, reasons) = (tables.len(), reasons.join(", "));
+            bail!(Gate, "none of the pool's {images} images passes the gates: {reasons}");
         }
         let groups = self.groups(&candidates, &rows, &tables.classes)?;
         let kept = keep_first(groups, &rows.ranks, |tied| tables.uid_orders(tied))?;
@@ -309,13 +298,10 @@ impl Curate {
         }
         const REMEDY: &str = "generate more, keep fewer, or set allow_short";
         if self.counts_over_all() {
-            let limit = if self.keep_total > 0 { self.keep_total } else { share(candidates.len()) };
-            if candidates.len() < limit && !self.allow_short {
-                bail!(
-                    Gate,
-                    "{} images pass the gates, expected keep_total = {limit}; {REMEDY}",
-                    candidates.len()
-                );
+            let passed = candidates.len();
+            let limit = if self.keep_total > 0 { self.keep_total } else { share(passed) };
+            if passed < limit && !self.allow_short {
+                bail!(Gate, "{passed} images pass the gates, expected keep_total = {limit}; {REMEDY}");
             }
             return Ok(vec![Group { rows: candidates.to_vec(), limit }]);
         }
@@ -343,12 +329,8 @@ impl Curate {
             let by_name = classes.iter().position(|name| *name == quota.class);
             let by_number = || quota.class.parse().ok().filter(|&class: &usize| class < classes.len());
             let Some(class) = by_name.or_else(by_number) else {
-                bail!(
-                    Usage,
-                    "quota {quota}: no class '{}', expected one of {}",
-                    quota.class,
-                    classes.join(", ")
-                );
+                let (unknown, expected) = (&quota.class, classes.join(", "));
+                bail!(Usage, "quota {quota}: no class '{unknown}', expected one of {expected}");
             };
             if quotas.insert(class, quota.count).is_some() {
                 bail!(Usage, "quota {quota}: class '{}' has another quota already", classes[class]);
@@ -400,24 +382,13 @@ impl Curate {
                 }
             }
         }
-        let classes: Vec<ClassCounts> = tables
-            .classes
-            .iter()
-            .zip(&counts)
-            .map(|(name, counts)| {
-                let mut rejected = Counts::new();
-                for (reason, &n) in reasons.iter().zip(&counts[1..]) {
-                    if n > 0 {
-                        *rejected.entry(reason.clone()).or_default() += n;
-                    }
-                }
-                ClassCounts { class: name.clone(), total: counts.iter().sum(), kept: counts[0], rejected }
-            })
-            .collect();
-        let mut rejected = Counts::new();
-        for (reason, n) in classes.iter().flat_map(|class| &class.rejected) {
-            *rejected.entry(reason.clone()).or_default() += n;
-        }
+        let of_class = |(class, counts): (&String, &Vec<u64>)| ClassCounts {
+            class: class.clone(),
+            total: counts.iter().sum(),
+            kept: counts[0],
+            rejected: by_reason(reasons.iter().zip(&counts[1..])),
+        };
+        let classes: Vec<ClassCounts> = tables.classes.iter().zip(&counts).map(of_class).collect();
         let record = SelectRecord {
             schema: "proxyset.select/1".into(),
             arm: self.arm,
@@ -426,7 +397,7 @@ impl Curate {
             looked_for_leaks: tables.looked_for_leaks,
             total: tables.len() as u64,
             kept: after.len() as u64,
-            rejected,
+            rejected: by_reason(classes.iter().flat_map(|class| &class.rejected)),
             classes,
             score_before: quantiles_of(&rows.scores),
             score_after: quantiles_of(&after),
@@ -444,6 +415,15 @@ impl Curate {
         }
         Ok(record)
     }
+}
+
+/// The sum for each reason that there is; two gates may have the same one.
+fn by_reason<'a>(counts: impl Iterator<Item = (&'a String, &'a u64)>) -> Counts {
+    let mut sums = Counts::new();
+    for (reason, n) in counts.filter(|(_, n)| **n > 0) {
+        *sums.entry(reason.clone()).or_default() += n;
+    }
+    sums
 }
 
 /// The candidates of each class; none of them is kept yet.
