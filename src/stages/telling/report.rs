@@ -14,15 +14,16 @@ use crate::{
     data::{decode_as, encode_png, grid},
     error::expect_within as expect,
     fs::{self, Record},
+    proxy::arc::Estimate,
     stage::{Input, Job, Outcome, Stage, read_done},
     stats::{Comparison, compare},
     tables::{
         images,
         labels::LABELS,
-        pool::{POOL, Pool},
-        records::{ARC, ArcRecord, METRICS, Metrics},
+        pool::{POOL, Pool, PoolInfo},
+        records::{ARC, ArcRecord, METRICS, Metrics, TrainRecord},
         scores::{SCORES, ScoreTables},
-        selection::{SELECTION, SelectRecord},
+        selection::{Judged, SELECTION, SelectRecord},
     },
 };
 
@@ -79,11 +80,9 @@ impl Stage for Report {
     fn run(&self, job: &Job) -> Result<Outcome> {
         let pool = Pool::open(self.pool.as_deref())?;
         let scores = SCORES.finished(self.scores.as_deref())?;
-        let labels = finished(&LABELS, self.labels.as_deref())?.map(|dir| read_done(&dir)).transpose()?;
-        let labels = labels.flatten().map(|done| done.summary);
-        let arc = finished(&ARC, self.arc.as_deref())?.map(|dir| ArcRecord::read(&dir)).transpose()?;
-        let selection = finished(&SELECTION, self.selection.as_deref())?;
-        let selection = selection.map(|dir| SelectRecord::read(&dir)).transpose()?;
+        let labels = optional(&LABELS, self.labels.as_deref(), read_done)?.flatten().map(|done| done.summary);
+        let arc = optional(&ARC, self.arc.as_deref(), ArcRecord::read)?;
+        let selection = optional(&SELECTION, self.selection.as_deref(), SelectRecord::read)?;
         let evaluations = self.evaluations()?;
         let sheet = self.contact_sheet(&pool, &scores)?;
         let comparison = compare_arms(&evaluations)?;
@@ -115,7 +114,7 @@ struct Evaluation {
 }
 
 /// A comparison of two arms.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Serialize)]
 struct ArmComparison {
     arm: String,
     baseline: String,
@@ -167,9 +166,9 @@ impl Report {
     }
 }
 
-/// The folder of an input that may be left out.
-fn finished(input: &Input, dir: Option<&Path>) -> Result<Option<PathBuf>> {
-    dir.map(|dir| input.finished(Some(dir))).transpose()
+/// What `read` finds in the folder of an input that may be left out.
+fn optional<T>(input: &Input, dir: Option<&Path>, read: fn(&Path) -> Result<T>) -> Result<Option<T>> {
+    dir.map(|dir| read(&input.finished(Some(dir))?)).transpose()
 }
 
 /// The order of arms: each is compared with every one before it. Arms of other names come last.
@@ -180,15 +179,10 @@ const ARMS: [&str; 6] = ["real", "all", "random", "confidence", "rejection", "ar
 fn compare_arms(evaluations: &[Evaluation]) -> Result<Vec<ArmComparison>> {
     let mut arms: BTreeMap<(usize, &str), BTreeMap<u64, &Evaluation>> = BTreeMap::new();
     for evaluation in evaluations {
-        if let Some(train) = &evaluation.metrics.train {
-            let rank = ARMS.iter().position(|&a| a == train.arm).unwrap_or(ARMS.len());
-            if arms.entry((rank, &train.arm)).or_default().insert(train.seed, evaluation).is_some() {
-                bail!(
-                    Data,
-                    "two evaluations are of arm {} with seed {}, expected one",
-                    train.arm,
-                    train.seed
-                );
+        if let Some(TrainRecord { arm, seed, .. }) = &evaluation.metrics.train {
+            let rank = ARMS.iter().position(|a| a == arm).unwrap_or(ARMS.len());
+            if arms.entry((rank, arm)).or_default().insert(*seed, evaluation).is_some() {
+                bail!(Data, "two evaluations are of arm {arm} with seed {seed}, expected one");
             }
         }
     }
@@ -232,15 +226,13 @@ fn extremes(scores: &Path, per_class: usize) -> Result<Vec<[Places; 2]>> {
         by_class[usize::from(class)].push(row);
     }
     by_class.retain(|rows| !rows.is_empty());
-    Ok(by_class
-        .into_iter()
-        .map(|mut rows| {
-            rows.sort_by(|&a, &b| scored.scores[a].total_cmp(&scored.scores[b]));
-            let place = |&row: &usize| tables.place(row);
-            let lowest = rows.iter().take(per_class).map(place).collect();
-            [lowest, rows.iter().rev().take(per_class).map(place).collect()]
-        })
-        .collect())
+    let place = |&row: &usize| tables.place(row);
+    let ends = |mut rows: Vec<usize>| {
+        rows.sort_by(|&a, &b| scored.scores[a].total_cmp(&scored.scores[b]));
+        let lowest = rows.iter().take(per_class).map(place).collect();
+        [lowest, rows.iter().rev().take(per_class).map(place).collect()]
+    };
+    Ok(by_class.into_iter().map(ends).collect())
 }
 
 fn markdown(
@@ -251,55 +243,35 @@ fn markdown(
     evaluations: &[Evaluation],
     comparison: &[ArmComparison],
 ) -> String {
-    let info = &pool.info;
+    let PoolInfo { count, shape, class_names, sampler, .. } = &pool.info;
+    let classes = class_names.len();
     let percent = |x: f64| format!("{:.1} %", 100.0 * x);
-    let mut text = format!(
-        "# Report\n\n{} images, {}, {} classes, sampler {}\n",
-        info.count,
-        info.shape,
-        info.class_names.len(),
-        info.sampler
-    );
-    if let Some(agreement) = labels.and_then(|l| l["agreement"].as_f64()) {
-        text += &format!(
-            "\nA classifier trained on real images gives {} of them their label.\n",
-            percent(agreement)
-        );
+    let mut text = format!("# Report\n\n{count} images, {shape}, {classes} classes, sampler {sampler}\n");
+    if let Some(agreement) = labels.and_then(|l| l["agreement"].as_f64()).map(percent) {
+        text += &format!("\nA classifier trained on real images gives {agreement} of them their label.\n");
     }
     text += "\n![lowest-scored (left) and highest-scored (right) samples of each class](contact.png)\n";
     if let Some(arc) = arc {
-        let e = &arc.estimate;
+        let ArcRecord { estimate, epsilons, attack, .. } = arc;
+        let Estimate { arc, signed, interval: [low, high], curve, largest_rise_se, .. } = estimate;
+        let truncated =
+            if estimate.truncated { "; truncated: the grid ends before the curve reaches ½" } else { "" };
         text += &format!(
-            "\n## ARC\n\nARC = **{:.5}** (signed {:.5}, 95 % interval {:.5} to {:.5}; low is a good proxy){}\n\n{}.\n\n\
-             | ε | accuracy under attack | ± SE | on real | on synthetic |\n|---|---|---|---|---|\n",
-            e.arc,
-            e.signed,
-            e.interval[0],
-            e.interval[1],
-            if e.truncated { "; truncated: the grid ends before the curve reaches ½" } else { "" },
-            arc.attack,
+            "\n## ARC\n\nARC = **{arc:.5}** (signed {signed:.5}, 95 % interval {low:.5} to {high:.5}; low is a good \
+             proxy){truncated}\n\n{attack}.\n\n\
+             | ε | accuracy under attack | ± SE | on real | on synthetic |\n|---|---|---|---|---|\n"
         );
-        for (point, epsilon) in e.curve.iter().zip(&arc.epsilons) {
-            text += &format!(
-                "| {epsilon} | {} | {} | {} | {} |\n",
-                percent(point.accuracy),
-                percent(point.se),
-                percent(point.accuracy_real),
-                percent(point.accuracy_synthetic)
-            );
+        for (p, epsilon) in curve.iter().zip(epsilons) {
+            let columns = [p.accuracy, p.se, p.accuracy_real, p.accuracy_synthetic].map(percent).join(" | ");
+            text += &format!("| {epsilon} | {columns} |\n");
         }
         text += &format!(
-            "\nLargest rise of the curve: {:.1} SE (over 2 would say that a network is too weak).\n",
-            e.largest_rise_se
+            "\nLargest rise of the curve: {largest_rise_se:.1} SE (over 2 would say that a network is too weak).\n"
         );
     }
     if let Some(s) = selection {
-        text += &format!(
-            "\n## Curation, arm {}\n\n{}\n\nKept by class: {:?}\n",
-            s.arm,
-            s.balance(),
-            s.kept_by_class()
-        );
+        let (arm, balance, kept) = (s.arm, s.balance(), s.kept_by_class());
+        text += &format!("\n## Curation, arm {arm}\n\n{balance}\n\nKept by class: {kept:?}\n");
         if s.looked_for_leaks == Some(false) {
             text += "\nThe real data have no test split: no leak of test images was looked for.\n";
         }
@@ -309,21 +281,17 @@ fn markdown(
                 c.images[1], c.images[0], c.before[0], c.before[1], c.after[0], c.after[1]
             );
         }
-        if let Some(j) = &s.judged {
+        if let Some(Judged { kept, random, difference, interval: [low, high], .. }) = &s.judged {
+            let verdict = if *high < 0.0 {
+                "the kept are closer to real"
+            } else if *low > 0.0 {
+                "the kept are further from real"
+            } else {
+                "no difference found"
+            };
             text += &format!(
-                "\nJudges (other seeds, other images): kept {:.4}, random {:.4}, difference {:+.4}, 95 % interval {:+.4} to {:+.4}: {}.\n",
-                j.kept,
-                j.random,
-                j.difference,
-                j.interval[0],
-                j.interval[1],
-                if j.interval[1] < 0.0 {
-                    "the kept are closer to real"
-                } else if j.interval[0] > 0.0 {
-                    "the kept are further from real"
-                } else {
-                    "no difference found"
-                }
+                "\nJudges (other seeds, other images): kept {kept:.4}, random {random:.4}, difference {difference:+.4}, \
+                 95 % interval {low:+.4} to {high:+.4}: {verdict}.\n"
             );
         }
     }
@@ -331,30 +299,25 @@ fn markdown(
         text +=
             "\n## Classifiers\n\n| trained on | seed | images | clean | robust |\n|---|---|---|---|---|\n";
         for e in evaluations {
-            let m = &e.metrics;
+            let Metrics { train, images, clean_correct, clean_accuracy, .. } = &e.metrics;
             let (arm, seed) =
-                m.train.as_ref().map_or(("?".into(), "?".into()), |t| (t.arm.clone(), t.seed.to_string()));
-            let robust = match (m.robust_correct, m.robust_accuracy) {
+                train.as_ref().map_or(("?".into(), "?".into()), |t| (t.arm.clone(), t.seed.to_string()));
+            let robust = match (e.metrics.robust_correct, e.metrics.robust_accuracy) {
                 (Some(n), Some(share)) => format!("{n} ({})", percent(share)),
                 _ => String::new(),
             };
-            text += &format!(
-                "| {arm} | {seed} | {} | {} ({}) | {robust} |\n",
-                m.images,
-                m.clean_correct,
-                percent(m.clean_accuracy)
-            );
+            let clean = percent(*clean_accuracy);
+            text += &format!("| {arm} | {seed} | {images} | {clean_correct} ({clean}) | {robust} |\n");
         }
     }
     for c in comparison {
         let line = |what: &str, c: &Comparison| {
+            let [difference, low, high, resolvable] =
+                [c.difference, c.interval[0], c.interval[1], c.resolvable].map(|x| 100.0 * x);
+            let resolved = if c.resolved { "resolved" } else { "not resolved" };
             format!(
-                "- {what}: {:+.1} points, 95 % interval {:+.1} to {:+.1}: {} (this design would find {:.1} points four times in five)\n",
-                100.0 * c.difference,
-                100.0 * c.interval[0],
-                100.0 * c.interval[1],
-                if c.resolved { "resolved" } else { "not resolved" },
-                100.0 * c.resolvable
+                "- {what}: {difference:+.1} points, 95 % interval {low:+.1} to {high:+.1}: {resolved} (this design would find \
+                 {resolvable:.1} points four times in five)\n"
             )
         };
         text += &format!("\n{} against {}, {} seeds:\n\n", c.arm, c.baseline, c.seeds.len());
