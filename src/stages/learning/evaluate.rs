@@ -124,8 +124,7 @@ impl Stage for Evaluate {
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let started = Instant::now();
-        let limit = (self.limit > 0).then_some(self.limit);
-        let model = self.model.as_deref();
+        let (model, limit) = (self.model.as_deref(), self.limit);
         let examined =
             Examined::load(model, &self.data, self.official_split, limit, self.max_bad, &job.device)?;
         let Examined { dir, classifier, data } = &examined;
