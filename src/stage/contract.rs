@@ -101,13 +101,11 @@ impl<S: Stage> AnyStage for S {
         let settings = self.settings();
         let mut inputs = Vec::new();
         for &Input { key, .. } in S::INPUTS {
-            match &settings[key] {
-                Value::String(s) => inputs.push((key, s.clone())),
-                Value::Array(all) => {
-                    inputs.extend(all.iter().filter_map(Value::as_str).map(|s| (key, s.to_owned())));
-                }
-                _ => {}
-            }
+            let given = match &settings[key] {
+                Value::Array(all) => all.as_slice(),
+                one => std::slice::from_ref(one),
+            };
+            inputs.extend(given.iter().filter_map(Value::as_str).map(|name| (key, name.to_owned())));
         }
         inputs
     }
