@@ -211,10 +211,8 @@ impl Stage for EstimateArc {
             .map(|set| (real.proxy_measure(set, folds), real.proxy_stop(set)))
             .collect::<(Vec<Dataset>, Vec<Dataset>)>();
         let sides_of = |real: Vec<Dataset>, synthetic: Vec<Dataset>, max: usize| -> Vec<Sides> {
-            real.into_iter()
-                .zip(&synthetic)
-                .map(|(real, synthetic)| self.sides(real, synthetic, max))
-                .collect()
+            let of_set = |(real, synthetic): (Dataset, &Dataset)| self.sides(real, synthetic, max);
+            real.into_iter().zip(&synthetic).map(of_set).collect()
         };
         let limits = [(&measure, self.max_images), (&stop, self.max_stop)];
         let wanted =

@@ -116,10 +116,8 @@ impl FitGenerator {
             rng::normals(self.seed, draw, stream::LEVEL, &mut normal);
             process.training_level(rng::uint(self.seed, draw, stream::TIMESTEP), normal[0])
         };
-        Ok((
-            draws.iter().map(level).collect(),
-            gaussian_noise(self.seed, draws, stream::TRAIN_NOISE, shape, device)?,
-        ))
+        let noise = gaussian_noise(self.seed, draws, stream::TRAIN_NOISE, shape, device)?;
+        Ok((draws.iter().map(level).collect(), noise))
     }
 
     /// The mean loss of a model on images that it was not trained on, with the same noise each time.

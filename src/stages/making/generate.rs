@@ -46,10 +46,8 @@ impl FromStr for ShardRange {
     type Err = String;
     fn from_str(s: &str) -> std::result::Result<Self, String> {
         let parsed = s.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
-        match parsed {
-            Some(range) if range.start < range.end => Ok(Self(range)),
-            _ => Err(format!("shards is '{s}', expected A..B with A less than B, such as 0..4")),
-        }
+        let range = parsed.filter(|range: &Span<usize>| !range.is_empty()).map(Self);
+        range.ok_or_else(|| format!("shards is '{s}', expected A..B with A less than B, such as 0..4"))
     }
 }
 
@@ -536,11 +534,11 @@ impl Worker<'_> {
         let Run { config, sampler, plan, info, initial_noise, bar, .. } = self.run;
         let (shape, first) = (info.shape, span.start);
         let wanted = (span.end - first) as usize * shape.size();
-        if let Some(pixels) = parts.get(&pixels_key(first))?.filter(|pixels| pixels.len() == wanted) {
+        if let Some(pixels) = parts.get(&key(first, "u8"))?.filter(|pixels| pixels.len() == wanted) {
             bar.skip(span.end - first);
             return Ok(Sampled::Kept(pixels));
         }
-        let state_key = format!("{first:012}.state");
+        let state_key = key(first, "state");
         // Padded to its full size, so that a sample's slot and its neighbours' number never change.
         let samples: Vec<u64> = (first..first + config.micro_batch as u64).collect();
         let (seed, device) = (config.seed, &self.device);
@@ -601,11 +599,11 @@ impl Worker<'_> {
         // Written before the pixels, whose presence means that the micro-batch is complete.
         if config.save_float.is_some() {
             let chw = images.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>()?;
-            floats.put(&floats_key(span.start), &bytes_of(&chw[..wanted]))?;
+            floats.put(&key(span.start, "f32"), &bytes_of(&chw[..wanted]))?;
         }
         let mut pixels = to_u8(&images, Range::Signed)?;
         pixels.truncate(wanted);
-        parts.put(&pixels_key(span.start), &pixels)?;
+        parts.put(&key(span.start, "u8"), &pixels)?;
         bar.add(span.end - span.start);
         Ok(pixels)
     }
@@ -629,7 +627,7 @@ impl Run<'_> {
             write(&(header.len() as u64).to_le_bytes())?;
             write(header.as_bytes())?;
             for first in (0..self.config.shard_count()).flat_map(|shard| self.config.micro_batches(shard)) {
-                match self.floats.get(&floats_key(first))? {
+                match self.floats.get(&key(first, "f32"))? {
                     Some(part) => write(&part)?,
                     None => bail!(
                         Data,
@@ -685,12 +683,9 @@ fn given_noise(noise: &[f32], samples: &[u64], shape: Shape, device: &Device) ->
     from_chw(chw, &[samples.len(), shape.height, shape.width, shape.channels], device)
 }
 
-fn pixels_key(first: u64) -> String {
-    format!("{first:012}.u8")
-}
-
-fn floats_key(first: u64) -> String {
-    format!("{first:012}.f32")
+/// The key of a part: what is kept of the micro-batch that begins with sample `first`.
+fn key(first: u64, what: &str) -> String {
+    format!("{first:012}.{what}")
 }
 
 /// The state of a trajectory: steps done, then the image and what the sampler remembers.
