@@ -20,35 +20,31 @@ pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
     let groups = groups::<S>();
     let mut flags = Vec::new();
     for (group, kinds) in &groups {
-        let Some(kind) = at(given, &format!("{group}.kind")) else { continue };
+        let key = format!("{group}.kind");
+        let Some(kind) = at(given, &key) else { continue };
         match kind.as_str().filter(|kind| kinds.iter().any(|known| known == kind)) {
             Some(kind) => flags.push(kind_flag(group, kind)),
             None => {
-                let (key, expected) = (shown(name, &format!("{group}.kind")), kinds.join(", "));
-                return Err(format!("{key} is {kind}, expected one of {expected}"));
+                return Err(format!("{} is {kind}, expected one of {}", shown(name, &key), kinds.join(", ")));
             }
         }
     }
-    let (wanted, paths) = (json(given), keys(&json(given)));
+    let paths = keys(&json(given));
     let settings = over::<S>(&flags, given).map_err(|problem| {
         // serde does not say which key is at fault: try each of them alone.
         let alone = |path: &String| {
-            let value = at(given, path).filter(|value| !value.is_table())?.clone();
-            let table =
-                path.rsplit('.').fold(value, |value, key| Table::from_iter([(key.into(), value)]).into());
+            let value = at(given, path).filter(|value| !value.is_table())?;
+            let table = path
+                .rsplit('.')
+                .fold(value.clone(), |value, key| Table::from_iter([(key.into(), value)]).into());
             let problem = over::<S>(&flags, table.as_table()?).err()?;
-            Some(match groups.iter().find(|(group, _)| group == path) {
-                Some((group, kinds)) => {
-                    let kind = wanted.pointer(&pointer(path)).filter(|kind| kinds.iter().any(|k| *kind == k));
-                    let kind = kind.map_or_else(|| kinds.join(" or "), Json::to_string);
-                    format!(
-                        "{} is now a table: {} = {kind}",
-                        shown(name, path),
-                        shown(name, &format!("{group}.kind"))
-                    )
-                }
-                None => format!("{}: {problem}", shown(name, path)),
-            })
+            let here = shown(name, path);
+            let Some((_, kinds)) = groups.iter().find(|(group, _)| group == path) else {
+                return Some(format!("{here}: {problem}"));
+            };
+            let kind = value.as_str().filter(|kind| kinds.iter().any(|known| known == kind));
+            let kind = kind.map_or_else(|| kinds.join(" or "), |kind| format!("\"{kind}\""));
+            Some(format!("{here} is now a table: {} = {kind}", shown(name, &format!("{path}.kind"))))
         };
         paths.iter().find_map(alone).unwrap_or(problem)
     })?;
@@ -57,8 +53,7 @@ pub fn from_table<S: Settings>(name: &str, given: &Table) -> Result<S, String> {
     let unknown = paths
         .iter()
         .filter(|path| !is_known(path) && path.rsplit_once('.').is_none_or(|(table, _)| is_known(table)));
-    let problems: Vec<String> =
-        unknown.map(|path| without_effect::<S>(name, path, &known, &groups)).collect();
+    let problems: Vec<_> = unknown.map(|path| without_effect::<S>(name, path, &known, &groups)).collect();
     if problems.is_empty() { Ok(settings) } else { Err(problems.join("; ")) }
 }
 
@@ -92,14 +87,10 @@ fn over<S: Settings>(flags: &[String], given: &Table) -> Result<S, String> {
 fn without_effect<S: Settings>(name: &str, path: &str, known: &Json, groups: &[Group]) -> String {
     let (here, places) = (shown(name, path), places::<S>(groups));
     let (table, key) = path.rsplit_once('.').unwrap_or(("", path));
-    let siblings =
-        if table.is_empty() { Some(known) } else { known.pointer(&pointer(table)) }.unwrap_or(known);
+    let siblings = known.pointer(&pointer(table)).unwrap_or(known);
     if let Some((_, kinds)) = places.iter().find(|(place, _)| place == path) {
-        return format!(
-            "{here} has no effect with kind = {}; it belongs to {}",
-            siblings["kind"],
-            kinds.join(", ")
-        );
+        let kind = &siblings["kind"];
+        return format!("{here} has no effect with kind = {kind}; it belongs to {}", kinds.join(", "));
     }
     let renamed = RENAMED.iter().find(|(old, _)| *old == key).map(|(_, new)| *new);
     let moved = places.iter().find(|(place, _)| {
@@ -114,8 +105,8 @@ fn without_effect<S: Settings>(name: &str, path: &str, known: &Json, groups: &[G
             format!("{here} is now {}, of kind {}", shown(name, place), kinds.join(" or "))
         }
         None => {
-            let expected: Vec<&str> =
-                siblings.as_object().into_iter().flatten().map(|(key, _)| key.as_str()).collect();
+            let expected: Vec<_> =
+                siblings.as_object().into_iter().flat_map(|keys| keys.keys().cloned()).collect();
             format!("{here} is not known, expected one of {}", expected.join(", "))
         }
     }
@@ -140,18 +131,17 @@ fn groups<S: Settings>() -> Vec<Group> {
 fn places<S: Settings>(groups: &[Group]) -> Vec<(String, Vec<String>)> {
     let mut places: Vec<_> = with_flags::<S>(&[]).into_iter().map(|path| (path, Vec::new())).collect();
     for (group, kinds) in groups {
-        let mut within: Vec<(String, Vec<String>)> = Vec::new();
-        for kind in kinds {
-            for path in with_flags::<S>(&[kind_flag(group, kind)]) {
-                match within.iter_mut().find(|(known, _)| *known == path) {
-                    Some((_, owners)) => owners.push(kind.clone()),
-                    None => within.push((path, vec![kind.clone()])),
-                }
+        let paths = kinds.iter().map(|kind| with_flags::<S>(&[kind_flag(group, kind)]));
+        let of_kinds: Vec<_> = kinds.iter().zip(paths).collect();
+        for path in of_kinds.iter().flat_map(|(_, paths)| paths) {
+            let owners = of_kinds.iter().filter(|(_, paths)| paths.contains(path));
+            let place = (path.clone(), owners.map(|(kind, _)| kind.to_string()).collect::<Vec<_>>());
+            let is_of_all = !path.starts_with(&format!("{group}.")) || place.1.len() == kinds.len();
+            if !is_of_all && !places.contains(&place) {
+                places.retain(|(known, _)| known != path);
+                places.push(place);
             }
         }
-        within.retain(|(path, owners)| path.starts_with(&format!("{group}.")) && owners.len() < kinds.len());
-        places.retain(|(path, _)| within.iter().all(|(other, _)| other != path));
-        places.extend(within);
     }
     places
 }

@@ -9,16 +9,24 @@ use clap::{
     parser::ValueSource,
 };
 
-/// A variant of a tagged group: its name, its description and its flags.
-pub(crate) struct Kind {
+/// A variant of a tagged group `T`: its name, its description, its flags, and how it is made from their values.
+pub(crate) struct Kind<T> {
     name: &'static str,
     about: &'static str,
     flags: Command,
+    make: Box<dyn Fn(&ArgMatches) -> Result<T, Error>>,
 }
 
-impl Kind {
-    pub(crate) fn of<T: clap::Args>(name: &'static str, about: &'static str) -> Self {
-        Self { name, about: about.trim(), flags: T::augment_args(Command::new(name).no_binary_name(true)) }
+impl<T> Kind<T> {
+    /// `variant` is the variant of settings `S`.
+    pub(crate) fn of<S: clap::Args>(
+        name: &'static str,
+        about: &'static str,
+        variant: impl Fn(S) -> T + 'static,
+    ) -> Self {
+        let flags = S::augment_args(Command::new(name).no_binary_name(true));
+        let make = Box::new(move |matches: &ArgMatches| S::from_arg_matches(matches).map(&variant));
+        Self { name, about: about.trim(), flags, make }
     }
 
     fn flag(&self, id: &Id) -> Option<&Arg> {
@@ -27,7 +35,7 @@ impl Kind {
 }
 
 /// The flags of all kinds, each once.
-fn flags(kinds: &[Kind]) -> Vec<&Arg> {
+fn flags<T>(kinds: &[Kind<T>]) -> Vec<&Arg> {
     let mut all: Vec<&Arg> = Vec::new();
     for arg in kinds.iter().flat_map(|kind| kind.flags.get_arguments()) {
         if all.iter().all(|known| known.get_id() != arg.get_id()) {
@@ -37,9 +45,9 @@ fn flags(kinds: &[Kind]) -> Vec<&Arg> {
     all
 }
 
-/// The kinds that have a given flag.
-fn owners<'a>(kinds: &'a [Kind], flag: &Id) -> Vec<&'a Kind> {
-    kinds.iter().filter(|kind| kind.flag(flag).is_some()).collect()
+/// The kinds that have a flag, each with the flag as it is there.
+fn owners<'a, T>(kinds: &'a [Kind<T>], flag: &Arg) -> Vec<(&'static str, &'a Arg)> {
+    kinds.iter().filter_map(|kind| Some((kind.name, kind.flag(flag.get_id())?))).collect()
 }
 
 fn long(arg: &Arg) -> &str {
@@ -51,14 +59,18 @@ fn default_of(arg: &Arg) -> String {
     values.join(",")
 }
 
+fn help_of(arg: &Arg) -> String {
+    arg.get_help().map(ToString::to_string).unwrap_or_default()
+}
+
 /// Adds the flag of the kind, and the flags of all kinds. Their help names the kinds that have them. A default that
 /// all of these share stays a default; otherwise the defaults are given in the help.
-pub(crate) fn augment(
+pub(crate) fn augment<T>(
     command: Command,
     flag: &'static str,
     about: &'static str,
     default: &'static str,
-    kinds: &[Kind],
+    kinds: &[Kind<T>],
 ) -> Command {
     let values = kinds.iter().map(|kind| PossibleValue::new(kind.name).help(kind.about));
     let choice = Arg::new(flag)
@@ -68,27 +80,18 @@ pub(crate) fn augment(
         .value_parser(PossibleValuesParser::new(values))
         .default_value(default);
     flags(kinds).into_iter().fold(command.arg(choice), |command, arg| {
-        let owners = owners(kinds, arg.get_id());
-        let defaults: Vec<String> =
-            owners.iter().filter_map(|kind| kind.flag(arg.get_id())).map(default_of).collect();
+        let owners = owners(kinds, arg);
+        let alike = owners.iter().all(|(_, own)| default_of(own) == default_of(arg));
+        let named = |(kind, own): &(&str, &Arg)| match default_of(own) {
+            default if alike || default.is_empty() => (*kind).to_owned(),
+            default => format!("{kind}: {default}"),
+        };
         let mut arg = arg.clone().display_order(Resettable::Reset);
-        let alike = defaults.iter().all(|default| *default == defaults[0]);
-        let named: Vec<String> = owners
-            .iter()
-            .zip(&defaults)
-            .map(|(kind, default)| {
-                if alike || default.is_empty() {
-                    kind.name.into()
-                } else {
-                    format!("{}: {default}", kind.name)
-                }
-            })
-            .collect();
         if !alike {
             arg = arg.default_value(Resettable::Reset);
         }
-        if !(alike && owners.len() == kinds.len()) {
-            let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+        if !alike || owners.len() < kinds.len() {
+            let (help, named) = (help_of(&arg), owners.iter().map(named).collect::<Vec<_>>());
             arg = arg.help(format!("{} ({})", help.trim_end_matches('.'), named.join("; ")));
         }
         command.arg(arg)
@@ -97,8 +100,7 @@ pub(crate) fn augment(
 
 /// The flag, with one kind's different default added to its help.
 pub(crate) fn with_default_of(arg: Arg, kind: &str, default: &str) -> Arg {
-    let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
-    let mark = format!("{kind}: ");
+    let (help, mark) = (help_of(&arg), format!("{kind}: "));
     match help.rfind('(').and_then(|list| Some(list + help[list..].find(&mark)? + mark.len())) {
         Some(from) => {
             let to = from + help[from..].find([';', ')']).unwrap_or(0);
@@ -108,41 +110,31 @@ pub(crate) fn with_default_of(arg: Arg, kind: &str, default: &str) -> Arg {
     }
 }
 
-/// The chosen kind, and the values of its flags: those given, then the stage's defaults, then its own.
+/// The chosen kind, made from the values of its flags: those given, then the stage's defaults, then its own.
 ///
 /// Fails if a flag was given that this kind does not have.
-pub(crate) fn chosen(
-    flag: &str,
-    kinds: &[Kind],
-    matches: &ArgMatches,
-) -> Result<(&'static str, ArgMatches), Error> {
+pub(crate) fn chosen<T>(flag: &str, kinds: &[Kind<T>], matches: &ArgMatches) -> Result<T, Error> {
     let named = matches.get_one::<String>(flag);
     let Some(kind) = kinds.iter().find(|kind| named.is_some_and(|name| name == kind.name)) else {
         return Err(Error::raw(ErrorKind::MissingRequiredArgument, format!("--{flag} is not given\n")));
     };
     let mut given: Vec<OsString> = Vec::new();
     for arg in flags(kinds) {
-        let id = arg.get_id().as_str();
-        if kind.flag(arg.get_id()).is_none() {
-            if matches.value_source(id) == Some(ValueSource::CommandLine) {
-                let owners: Vec<_> = owners(kinds, arg.get_id()).iter().map(|kind| kind.name).collect();
-                let problem = format!(
-                    "--{} has no effect with --{flag} {}; it belongs to {}\n",
-                    long(arg),
-                    kind.name,
-                    owners.join(", ")
-                );
-                return Err(Error::raw(ErrorKind::ArgumentConflict, problem));
+        let (id, name, long) = (arg.get_id(), kind.name, long(arg));
+        if kind.flag(id).is_some() {
+            for value in matches.get_raw(id.as_str()).into_iter().flatten() {
+                let mut text = OsString::from(format!("--{long}="));
+                text.push(value);
+                given.push(text);
             }
-            continue;
-        }
-        for value in matches.get_raw(id).into_iter().flatten() {
-            let mut text = OsString::from(format!("--{}=", long(arg)));
-            text.push(value);
-            given.push(text);
+        } else if matches.value_source(id.as_str()) == Some(ValueSource::CommandLine) {
+            let owners: Vec<_> = owners(kinds, arg).into_iter().map(|(kind, _)| kind).collect();
+            let owners = owners.join(", ");
+            let problem = format!("--{long} has no effect with --{flag} {name}; it belongs to {owners}\n");
+            return Err(Error::raw(ErrorKind::ArgumentConflict, problem));
         }
     }
-    Ok((kind.name, kind.flags.clone().try_get_matches_from(given)?))
+    (kind.make)(&kind.flags.clone().try_get_matches_from(given)?)
 }
 
 /// Declares a group of settings with several kinds: an enum in which each variant holds the settings of one kind.
@@ -176,8 +168,9 @@ macro_rules! tagged {
                 }
             }
 
-            fn kinds() -> Vec<$crate::settings::tagged::Kind> {
-                Vec::from([$($(#[cfg($cfg)])? $crate::settings::tagged::Kind::of::<$settings>($kind, concat!($($doc),+))),+])
+            fn kinds() -> Vec<$crate::settings::tagged::Kind<Self>> {
+                use $crate::settings::tagged::Kind;
+                Vec::from([$($(#[cfg($cfg)])? Kind::of($kind, concat!($($doc),+), Self::$variant)),+])
             }
         }
 
@@ -194,14 +187,7 @@ macro_rules! tagged {
 
         impl clap::FromArgMatches for $name {
             fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Self, clap::Error> {
-                let (kind, matches) = $crate::settings::tagged::chosen($flag, &Self::kinds(), matches)?;
-                match kind {
-                    $(
-                        $(#[cfg($cfg)])?
-                        $kind => <$settings as clap::FromArgMatches>::from_arg_matches(&matches).map(Self::$variant),
-                    )+
-                    _ => Err(clap::Error::new(clap::error::ErrorKind::InvalidValue)),
-                }
+                $crate::settings::tagged::chosen($flag, &Self::kinds(), matches)
             }
 
             fn update_from_arg_matches(&mut self, matches: &clap::ArgMatches) -> Result<(), clap::Error> {
