@@ -31,56 +31,45 @@ impl Loss {
     /// # Panics
     /// If there are fewer than two classes, or if `label` is not one of them.
     pub fn of(self, logits: &[f32], label: usize) -> (f32, Vec<f32>) {
-        let mut gradient = vec![0.0; logits.len()];
-        let margin_of = |class: usize| logits[class] - logits[label];
-        match self {
-            Self::CrossEntropy => {
-                let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let exps: Vec<f64> = logits.iter().map(|z| f64::from(z - largest).exp()).collect();
-                let total: f64 = exps.iter().sum();
-                gradient.iter_mut().zip(&exps).for_each(|(g, e)| *g = (e / total) as f32);
-                // The sum over the other classes, not 1 - p: for a confident prediction that would cancel.
-                let others: f64 = (0..exps.len()).filter(|&i| i != label).map(|i| exps[i]).sum();
-                gradient[label] = -(others / total) as f32;
-                ((total.ln() - f64::from(logits[label] - largest)) as f32, gradient)
-            }
-            Self::Margin => {
-                let best = best_wrong(logits, label);
-                gradient[best] += 1.0;
-                gradient[label] -= 1.0;
-                (margin_of(best), gradient)
-            }
-            Self::TargetedMargin(target) => {
-                gradient[target] += 1.0;
-                gradient[label] -= 1.0;
-                (margin_of(target), gradient)
-            }
-            Self::Dlr if logits.len() < 3 => Self::Margin.of(logits, label),
-            Self::Dlr => {
+        let class = match self {
+            Self::CrossEntropy => return cross_entropy(logits, label),
+            Self::Margin | Self::Dlr => best_wrong(logits, label),
+            Self::TargetedMargin(class) | Self::TargetedDlr(class) => class,
+        };
+        // What the margin is divided by, and the classes that it depends on with their weights.
+        let (span, parts) = match self {
+            Self::Dlr if logits.len() >= 3 => {
                 let order = ranking(logits);
                 let span = logits[order[0]] - logits[order[2]] + TINY;
-                let best = best_wrong(logits, label);
-                let loss = margin_of(best) / span;
-                gradient[best] += 1.0 / span;
-                gradient[label] -= 1.0 / span;
-                gradient[order[0]] -= loss / span;
-                gradient[order[2]] += loss / span;
-                (loss, gradient)
+                (span, vec![(order[0], 1.0), (order[2], -1.0)])
             }
-            Self::TargetedDlr(target) if logits.len() < 4 => Self::TargetedMargin(target).of(logits, label),
-            Self::TargetedDlr(target) => {
+            Self::TargetedDlr(_) if logits.len() >= 4 => {
                 let order = ranking(logits);
                 let span = logits[order[0]] - 0.5 * (logits[order[2]] + logits[order[3]]) + TINY;
-                let loss = margin_of(target) / span;
-                gradient[target] += 1.0 / span;
-                gradient[label] -= 1.0 / span;
-                gradient[order[0]] -= loss / span;
-                gradient[order[2]] += 0.5 * loss / span;
-                gradient[order[3]] += 0.5 * loss / span;
-                (loss, gradient)
+                (span, vec![(order[0], 1.0), (order[2], -0.5), (order[3], -0.5)])
             }
+            _ => (1.0, Vec::new()),
+        };
+        let loss = (logits[class] - logits[label]) / span;
+        let mut gradient = vec![0.0; logits.len()];
+        gradient[class] += 1.0 / span;
+        gradient[label] -= 1.0 / span;
+        for (class, weight) in parts {
+            gradient[class] -= weight * loss / span;
         }
+        (loss, gradient)
     }
+}
+
+fn cross_entropy(logits: &[f32], label: usize) -> (f32, Vec<f32>) {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exps: Vec<f64> = logits.iter().map(|z| f64::from(z - largest).exp()).collect();
+    let total: f64 = exps.iter().sum();
+    let mut gradient: Vec<f32> = exps.iter().map(|e| (e / total) as f32).collect();
+    // The sum over the other classes, not 1 - p: for a confident prediction that would cancel.
+    let others: f64 = (0..exps.len()).filter(|&i| i != label).map(|i| exps[i]).sum();
+    gradient[label] = -(others / total) as f32;
+    ((total.ln() - f64::from(logits[label] - largest)) as f32, gradient)
 }
 
 /// The wrong class with the largest logit.
