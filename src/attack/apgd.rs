@@ -7,18 +7,24 @@ use super::{
 use crate::{Result, rng};
 
 /// APGD on the cross-entropy.
-pub const APGD_CE: Method = Method::new("apgd-ce", 0, |threat, seed| {
-    Box::new(Apgd { threat, steps: method::STEPS, loss: Loss::CrossEntropy, seed })
+pub const APGD_CE: Method = Method::new("apgd-ce", 0, |threat, seed, example| {
+    let apgd = Apgd { threat, steps: method::STEPS, loss: Loss::CrossEntropy, seed };
+    Box::new(Climb::new(apgd, 0, example))
 });
 
 /// APGD on the difference-of-logits ratio.
-pub const APGD_DLR: Method = Method::new("apgd-dlr", 1, |threat, seed| {
-    Box::new(Apgd { threat, steps: method::STEPS, loss: Loss::Dlr, seed })
+pub const APGD_DLR: Method = Method::new("apgd-dlr", 1, |threat, seed, example| {
+    let apgd = Apgd { threat, steps: method::STEPS, loss: Loss::Dlr, seed };
+    Box::new(Climb::new(apgd, 0, example))
 });
 
-/// APGD on the targeted difference-of-logits ratio.
-pub const APGD_T: Method = Method::new("apgd-t", 2, |threat, seed| {
-    Box::new(ApgdT { threat, steps: method::STEPS, targets: method::TARGETS, seed })
+/// APGD on the targeted DLR loss, in turn for each of the classes ranked after the best one in the prediction for
+/// the image.
+pub const APGD_T: Method = Method::new("apgd-t", 2, |threat, seed, example| {
+    Box::new(Targeted::new(example.image.clone(), method::TARGETS, move |rank, class| {
+        let apgd = Apgd { threat, steps: method::STEPS, loss: Loss::TargetedDlr(class), seed };
+        Climb::new(apgd, rank as u64, example.clone())
+    }))
 });
 
 /// The share of the new step in a step with momentum, α in the paper.
@@ -42,32 +48,6 @@ pub struct Apgd {
 impl Attack for Apgd {
     fn search(&self, example: Example) -> Result<Box<dyn Search>> {
         Ok(Box::new(Climb::new(*self, 0, example)))
-    }
-}
-
-/// APGD on the targeted DLR loss, in turn for each of the classes ranked after the best one in the prediction for
-/// the image.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ApgdT {
-    /// The ball.
-    pub threat: Threat,
-    /// Gradient steps towards each class; 100 in AutoAttack.
-    pub steps: usize,
-    /// How many classes are tried; 9 in AutoAttack.
-    pub targets: usize,
-    /// The seed of the random starts.
-    pub seed: u64,
-}
-
-impl Attack for ApgdT {
-    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
-        let Self { threat, steps, targets, seed } = *self;
-        let image = example.image.clone();
-        let towards = move |rank: usize, class: usize| {
-            let apgd = Apgd { threat, steps, loss: Loss::TargetedDlr(class), seed };
-            Climb::new(apgd, rank as u64, example.clone())
-        };
-        Ok(Box::new(Targeted::new(image, targets, towards)))
     }
 }
 

@@ -2,14 +2,24 @@
 //! & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
 
 use super::{
-    Attack, Example, Loss, Method, Norm, Search, Threat, method,
+    Example, Loss, Method, Norm, Search, Threat, method,
     search::{Targeted, distance, length},
 };
 use crate::Result;
 
-/// FAB towards each target.
-pub const FAB_T: Method = Method::new("fab-t", 3, |threat, _| {
-    Box::new(Fab { threat, steps: method::STEPS, targets: method::TARGETS })
+/// FAB, in turn towards each of the classes ranked after the best one in the prediction for the image. It starts at the
+/// image itself: nothing is drawn.
+pub const FAB_T: Method = Method::new("fab-t", 3, |threat, _, example| {
+    Box::new(Targeted::new(example.image.clone(), method::TARGETS, move |_, target| Approach {
+        threat,
+        point: example.image.clone(),
+        example: example.clone(),
+        target,
+        checked: false,
+        steps: 0,
+        margin: 0.0,
+        found: None,
+    }))
 });
 
 /// The largest pull towards the original image, α_max.
@@ -19,40 +29,10 @@ const ETA: f32 = 1.05;
 /// The share of the perturbation that is kept when an adversarial image has been found, β.
 const BETA: f32 = 0.9;
 
-/// The settings of FAB.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Fab {
-    /// The ball: an adversarial image counts if it lies within.
-    pub threat: Threat,
-    /// Steps towards each class; 100 in AutoAttack.
-    pub steps: usize,
-    /// How many of the classes ranked after the best one in the prediction for the image are tried; 9 in
-    /// AutoAttack.
-    pub targets: usize,
-}
-
-/// Starts at the image itself: nothing is drawn.
-impl Attack for Fab {
-    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
-        let settings = *self;
-        let image = example.image.clone();
-        let towards = move |_, target| Approach {
-            settings,
-            point: example.image.clone(),
-            example: example.clone(),
-            target,
-            checked: false,
-            steps: 0,
-            margin: 0.0,
-            found: None,
-        };
-        Ok(Box::new(Targeted::new(image, self.targets, towards)))
-    }
-}
-
 /// FAB on one image, towards one class.
 struct Approach {
-    settings: Fab,
+    /// The ball: an adversarial image counts if it lies within.
+    threat: Threat,
     example: Example,
     target: usize,
     point: Vec<f32>,
@@ -67,7 +47,7 @@ struct Approach {
 impl Approach {
     /// A step to the boundary, linearised at the point: a mixture of the projections of the point and the image.
     fn step(&mut self, gradient: &[f32]) {
-        let norm = self.settings.threat.norm();
+        let norm = self.threat.norm();
         let dot =
             |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
         let offset = f64::from(self.margin) - dot(gradient, &self.point);
@@ -85,12 +65,12 @@ impl Approach {
 
 impl Search for Approach {
     fn point(&self) -> Option<&[f32]> {
-        let over = self.found.is_some() || (self.steps >= self.settings.steps && !self.checked);
+        let over = self.found.is_some() || (self.steps >= method::STEPS && !self.checked);
         (!over).then_some(self.point.as_slice())
     }
 
     fn wants_gradient(&self) -> bool {
-        self.steps < self.settings.steps
+        self.steps < method::STEPS
     }
 
     fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
@@ -103,9 +83,8 @@ impl Search for Approach {
         if self.checked {
             self.checked = false;
             if !self.example.is_right(logits) {
-                let (norm, epsilon) = (self.settings.threat.norm(), self.settings.threat.epsilon() as f32);
                 let x = &self.example.image;
-                if distance(norm, &self.point, x) <= epsilon {
+                if distance(self.threat.norm(), &self.point, x) <= self.threat.epsilon() as f32 {
                     self.found = Some(self.point.clone());
                     return Ok(());
                 }
@@ -114,7 +93,7 @@ impl Search for Approach {
                 return Ok(());
             }
         }
-        if self.steps < self.settings.steps {
+        if self.steps < method::STEPS {
             self.step(gradient);
         }
         Ok(())

@@ -2,8 +2,11 @@
 
 use std::fmt;
 
-use super::{Attack, Threat};
+use super::{Attack, Example, Search, Threat};
 use crate::rng;
+
+/// The search for one image, within a ball, from the seed of the attack's draws.
+type Begin = fn(Threat, u64, Example) -> Box<dyn Search>;
 
 /// Gradient steps of APGD and FAB.
 pub const STEPS: usize = 100;
@@ -20,14 +23,13 @@ pub const QUERIES: usize = 5000;
 pub struct Method {
     name: &'static str,
     pub(super) key: u64,
-    make: fn(Threat, u64) -> Box<dyn Attack>,
+    begin: Begin,
 }
 
 impl Method {
-    /// `key`: the key of its random draws, unique to this method; `make`: makes the attack within a ball from the
-    /// seed of its draws.
-    pub(super) const fn new(name: &'static str, key: u64, make: fn(Threat, u64) -> Box<dyn Attack>) -> Self {
-        Self { name, key, make }
+    /// `key`: the key of its random draws, unique to this method.
+    pub(super) const fn new(name: &'static str, key: u64, begin: Begin) -> Self {
+        Self { name, key, begin }
     }
 
     /// Its name.
@@ -38,7 +40,8 @@ impl Method {
     /// The attack within this ball.
     pub fn attack(self, threat: Threat, seed: u64) -> Box<dyn Attack> {
         // A different seed for each, because attacks that begin alike find the same.
-        (self.make)(threat, rng::uint(seed, self.key, rng::stream::ATTACK))
+        let seed = rng::uint(seed, self.key, rng::stream::ATTACK);
+        Box::new(move |example| Ok((self.begin)(threat, seed, example)))
     }
 }
 

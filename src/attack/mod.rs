@@ -1,6 +1,6 @@
 //! Attacks: the worst image within a ball around the given one. Networks come in as closures.
 //!
-//! [`pgd()`] is for training: it runs on tensors, on the network's device. An [`Attack`] is for evaluation: each
+//! [`Pgd`] is for training: it runs on tensors, on the network's device. An [`Attack`] is for evaluation: each
 //! image has a search of its own ([`search`]), so that its result does not depend on the other images, and a
 //! finished image makes room for the next. The [`Method`]s are the attacks with a name.
 
@@ -15,13 +15,13 @@ mod square;
 mod tests;
 mod threat;
 
-pub use apgd::{APGD_CE, APGD_DLR, APGD_T, Apgd, ApgdT};
-pub use fab::{FAB_T, Fab};
+pub use apgd::{APGD_CE, APGD_DLR, APGD_T, Apgd};
+pub use fab::FAB_T;
 pub use loss::Loss;
 pub use method::Method;
-pub use pgd::{Counted, Pgd, PgdConfig, PgdLoss, PgdSearch, ascend, pgd};
+pub use pgd::{Counted, Pgd, PgdConfig, PgdLoss, PgdSearch, ascend};
 pub use search::{Attack, Example, Search, Victim};
-pub use square::{SQUARE, Square};
+pub use square::SQUARE;
 pub use threat::{Epsilon, Norm, Threat};
 
 /// The attacks with a name.

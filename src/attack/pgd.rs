@@ -6,7 +6,7 @@ use super::{Attack, Epsilon, Example, Loss, Norm, Search, Threat};
 use crate::{Result, kernels, rng};
 
 named! {
-    /// The loss that [`pgd`] maximises.
+    /// The loss that [`Pgd`] maximises.
     pub enum PgdLoss default Ce {
         /// Cross-entropy (Madry et al. 2018).
         Ce = "ce",
@@ -32,7 +32,7 @@ impl PgdLoss {
     }
 }
 
-/// How hard [`pgd`] searches.
+/// How hard [`Pgd`] searches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PgdConfig {
     /// Gradient steps from each start.
@@ -63,7 +63,7 @@ impl PgdConfig {
     }
 }
 
-/// An attack ready to run: [`pgd`] with its ball, its settings and the seed of its random start.
+/// An attack ready to run, with its ball, its settings and the seed of its random start.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pgd {
     /// The ball.
@@ -91,7 +91,15 @@ impl Pgd {
         Ok(Self { threat: Threat::new(norm, epsilon)?, config, seed })
     }
 
-    /// The result of the attack on the images `x` with `labels`; see [`pgd`].
+    /// The images within the ball around `x` that the attack reaches by climbing the loss.
+    ///
+    /// `x`: `(b, …)` f32, in [0, 1]. `labels`: `(b,)` u32. `sample_ids`: a number for each image, which together with
+    /// the seed determines its random start. `logits_of` returns `(b, classes)`; its parameters are best frozen,
+    /// because their gradients are not used here. Returns images shaped like `x`, without a graph. The result for an
+    /// image does not depend on its batch, as long as its logits do not. A radius of 0 returns `x`.
+    ///
+    /// Fails with [`Error::Usage`](crate::Error::Usage) for settings that make no sense, with
+    /// [`Error::Alarm`](crate::Error::Alarm) if no gradient reaches the images, and with any error of `logits_of`.
     pub fn perturb(
         &self,
         logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
@@ -99,14 +107,21 @@ impl Pgd {
         labels: &Tensor,
         sample_ids: &[u64],
     ) -> Result<Tensor> {
-        pgd(logits_of, x, labels, &self.threat, &self.config, self.seed, sample_ids)
+        let Self { threat, config, seed } = self;
+        config.validate()?;
+        let x = x.detach();
+        if threat.epsilon() == 0.0 {
+            return Ok(x);
+        }
+        let start = config.start(threat, &x, *seed, 0, sample_ids)?;
+        ascend(logits_of, &|logits| config.loss.of(logits, labels), &x, start, threat, config)
     }
 }
 
 /// Which points on [`Pgd`]'s paths count in an evaluation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counted {
-    /// The last point of each path, which [`pgd`] returns.
+    /// The last point of each path, which [`Pgd::perturb`] returns.
     Last,
     /// Every point, beginning with the image itself.
     Every,
@@ -196,7 +211,7 @@ impl Search for Way {
         if self.settings.pgd.config.loss == PgdLoss::Cw {
             return Ok(Loss::Margin.of(logits, label).1);
         }
-        // Not `Loss::CrossEntropy`, which is in double precision: the bits are those of the op that `pgd` climbs.
+        // Not `Loss::CrossEntropy`, which is in double precision: the bits are those of the op that `perturb` climbs.
         let logits = Tensor::from_slice(logits, (1, logits.len()), &Device::Cpu)?;
         let mut gradient: Vec<f32> = kernels::softmax(&logits)?.flatten_all()?.to_vec1()?;
         gradient[label] -= 1.0;
@@ -225,35 +240,8 @@ impl Search for Way {
     }
 }
 
-/// The images within `threat` of `x` that PGD reaches by climbing the loss.
-///
-/// `x`: `(b, …)` f32, in [0, 1]. `labels`: `(b,)` u32. `sample_ids`: a number for each image, which together with
-/// `seed` determines its random start. `logits_of` returns `(b, classes)`; its parameters are best frozen, because
-/// their gradients are not used here. Returns images shaped like `x`, without a graph. The result for an image does
-/// not depend on its batch, as long as its logits do not. A radius of 0 returns `x`.
-///
-/// Fails with [`Error::Usage`](crate::Error::Usage) for settings that make no sense, with
-/// [`Error::Alarm`](crate::Error::Alarm) if no gradient reaches the images, and with any error of `logits_of`.
-pub fn pgd(
-    logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
-    x: &Tensor,
-    labels: &Tensor,
-    threat: &Threat,
-    config: &PgdConfig,
-    seed: u64,
-    sample_ids: &[u64],
-) -> Result<Tensor> {
-    config.validate()?;
-    let x = x.detach();
-    if threat.epsilon() == 0.0 {
-        return Ok(x);
-    }
-    let start = config.start(threat, &x, seed, 0, sample_ids)?;
-    ascend(logits_of, &|logits| config.loss.of(logits, labels), &x, start, threat, config)
-}
-
 /// The steps of the attack: from `start` up the gradient of `loss_of(logits_of(x'))`, with a projection onto the
-/// ball around `x` after each. `loss_of` returns one number per image. For the rest see [`pgd`].
+/// ball around `x` after each. `loss_of` returns one number per image. For the rest see [`Pgd::perturb`].
 pub fn ascend(
     logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
     loss_of: &dyn Fn(&Tensor) -> Result<Tensor>,
@@ -295,6 +283,10 @@ mod tests {
 
     fn threat(norm: Norm, epsilon: f64) -> Threat {
         Threat::new(norm, Epsilon::try_from(epsilon).unwrap()).unwrap()
+    }
+
+    fn pgd(threat: Threat, config: PgdConfig, seed: u64) -> Pgd {
+        Pgd { threat, config, seed }
     }
 
     fn config(steps: usize, step_size: f64) -> PgdConfig {
@@ -343,7 +335,7 @@ mod tests {
             [(Norm::Linf, l1, true), (Norm::Linf, l1, false), (Norm::L2, l2, true), (Norm::L2, l2, false)]
         {
             let config = PgdConfig { random_start: start, ..config(40, 0.02) };
-            let x_adv = pgd(&linear, &x, &labels, &threat(norm, 0.1), &config, 1, &[4, 5, 6]).unwrap();
+            let x_adv = pgd(threat(norm, 0.1), config, 1).perturb(&linear, &x, &labels, &[4, 5, 6]).unwrap();
             let margins = linear(&x).unwrap().to_vec2::<f32>().unwrap();
             let found = losses(&linear, &x_adv, &labels);
             for (i, sign) in [1f32, -1.0, 1.0].into_iter().enumerate() {
@@ -358,7 +350,8 @@ mod tests {
         let edge = Tensor::new(&[[0f32, 1.0, 0.01, 0.99, 0.5, 0.2]], &Device::Cpu).unwrap();
         let labels = Tensor::new(&[1u32], &Device::Cpu).unwrap();
         for norm in [Norm::Linf, Norm::L2] {
-            let x_adv = pgd(&linear, &edge, &labels, &threat(norm, 0.3), &config(10, 0.2), 0, &[0]).unwrap();
+            let x_adv =
+                pgd(threat(norm, 0.3), config(10, 0.2), 0).perturb(&linear, &edge, &labels, &[0]).unwrap();
             let delta = (&x_adv - &edge).unwrap().to_vec2::<f32>().unwrap().remove(0);
             let size = match norm {
                 Norm::Linf => delta.iter().fold(0f32, |m, d| m.max(d.abs())),
@@ -382,7 +375,7 @@ mod tests {
             let attack = |from: usize, n: usize| {
                 let ids: Vec<_> = (10..14).skip(from).take(n).collect();
                 let (x, labels) = (x.narrow(0, from, n).unwrap(), labels.narrow(0, from, n).unwrap());
-                let x_adv = pgd(&wavy, &x, &labels, &threat(norm, 0.1), &config, 2, &ids).unwrap();
+                let x_adv = pgd(threat(norm, 0.1), config, 2).perturb(&wavy, &x, &labels, &ids).unwrap();
                 x_adv.to_vec2::<f32>().unwrap()
             };
             let together = attack(0, 4);
@@ -481,7 +474,8 @@ mod tests {
     #[test]
     fn a_radius_of_0_returns_the_image() {
         let (x, labels) = (images(2), Tensor::new(&[1u32, 0], &Device::Cpu).unwrap());
-        let x_adv = pgd(&linear, &x, &labels, &threat(Norm::L2, 0.0), &config(3, 0.1), 0, &[0, 1]).unwrap();
+        let x_adv =
+            pgd(threat(Norm::L2, 0.0), config(3, 0.1), 0).perturb(&linear, &x, &labels, &[0, 1]).unwrap();
         assert_eq!(x_adv.to_vec2::<f32>().unwrap(), x.to_vec2::<f32>().unwrap());
     }
 
@@ -502,7 +496,8 @@ mod tests {
     fn logits_without_a_gradient_raise_the_alarm() {
         let (x, labels) = (images(1), Tensor::new(&[1u32], &Device::Cpu).unwrap());
         let cut = |x: &Tensor| linear(&x.detach());
-        let error = pgd(&cut, &x, &labels, &threat(Norm::Linf, 0.1), &config(1, 0.1), 0, &[0]).unwrap_err();
+        let error =
+            pgd(threat(Norm::Linf, 0.1), config(1, 0.1), 0).perturb(&cut, &x, &labels, &[0]).unwrap_err();
         assert_eq!(error.exit_code(), 70);
     }
 }

@@ -1,6 +1,6 @@
 //! Square: random search with squares that uses only the logits (Andriushchenko et al. 2020, Alg. 1 to 3).
 
-use super::{Attack, Example, Method, Norm, Search, Threat, loss::best_wrong, method, search::length};
+use super::{Example, Method, Norm, Search, Threat, loss::best_wrong, method, search::length};
 use crate::{
     Result,
     rng::{self, Stream},
@@ -8,27 +8,10 @@ use crate::{
 
 /// Square.
 pub const SQUARE: Method =
-    Method::new("square", 4, |threat, seed| Box::new(Square { threat, queries: method::QUERIES, seed }));
+    Method::new("square", 4, |threat, seed, example| Box::new(Walk::new(threat, seed, example)));
 
 /// The initial share of pixels that a square covers.
 const P_INIT: f64 = 0.8;
-
-/// The settings of Square.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Square {
-    /// The ball.
-    pub threat: Threat,
-    /// Queries for each image, in addition to the one for its start; 5,000 in AutoAttack.
-    pub queries: usize,
-    /// The seed of all draws.
-    pub seed: u64,
-}
-
-impl Attack for Square {
-    fn search(&self, example: Example) -> Result<Box<dyn Search>> {
-        Ok(Box::new(Walk::new(*self, example)))
-    }
-}
 
 /// The divisor of the share of pixels at query `i`, counted from 0: the schedule for 10,000 queries, which
 /// AutoAttack uses whatever their number.
@@ -53,22 +36,23 @@ impl Window {
 
 /// Square on one image.
 struct Walk {
-    settings: Square,
+    threat: Threat,
     example: Example,
     draws: Stream,
     best: Vec<f32>,
     /// `z_label - z_best wrong` there, which should fall below 0.
     margin: f32,
     candidate: Vec<f32>,
+    /// Queries so far, without the one for the start.
     queries: usize,
     done: bool,
 }
 
 impl Walk {
-    fn new(settings: Square, example: Example) -> Self {
+    fn new(threat: Threat, seed: u64, example: Example) -> Self {
         let mut walk = Self {
-            settings,
-            draws: Stream::new(settings.seed, example.id, rng::stream::ATTACK),
+            threat,
+            draws: Stream::new(seed, example.id, rng::stream::ATTACK),
             example,
             best: Vec::new(),
             margin: f32::INFINITY,
@@ -76,7 +60,7 @@ impl Walk {
             queries: 0,
             done: false,
         };
-        walk.candidate = match settings.threat.norm() {
+        walk.candidate = match threat.norm() {
             Norm::Linf => walk.stripes(),
             Norm::L2 => walk.tiles(),
         };
@@ -89,7 +73,7 @@ impl Walk {
     }
 
     fn epsilon(&self) -> f32 {
-        self.settings.threat.epsilon() as f32
+        self.threat.epsilon() as f32
     }
 
     fn sign(&mut self) -> f32 {
@@ -155,7 +139,7 @@ impl Walk {
     fn propose(&mut self) {
         let (h, w, _) = self.example.shape;
         let side = (P_INIT / divisor(self.queries) * (h * w) as f64).sqrt().round() as usize;
-        self.candidate = match self.settings.threat.norm() {
+        self.candidate = match self.threat.norm() {
             Norm::Linf => self.recolour(side.max(1).min(h.min(w))),
             Norm::L2 => {
                 let odd = side.max(3) | 1;
@@ -178,7 +162,7 @@ impl Walk {
                 next[at..at + c].iter_mut().zip(&signs).for_each(|(v, sign)| *v += step * sign);
             }
         }
-        self.settings.threat.project_image(&self.example.image, &mut next);
+        self.threat.project_image(&self.example.image, &mut next);
         next
     }
 
@@ -247,7 +231,7 @@ impl Search for Walk {
             self.margin = margin;
             self.best = std::mem::take(&mut self.candidate);
         }
-        self.done = self.is_fooled() || self.queries >= self.settings.queries;
+        self.done = self.is_fooled() || self.queries >= method::QUERIES;
         if !self.done {
             self.propose();
         }

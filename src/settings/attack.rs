@@ -144,10 +144,12 @@ impl EvaluationAttackSettings {
     /// The attacks and their names, in order. Fails as [`Self::validate`] does.
     pub fn sequence(&self, seed: u64) -> Result<Vec<(&'static str, Box<dyn Attack>)>> {
         let Some(ball) = self.ball() else { return Ok(Vec::new()) };
+        if let Self::Pgd(pgd) = self {
+            return Ok(vec![(self.kind(), Box::new(pgd.search(seed)?))]);
+        }
         let threat = ball.threat()?;
         let named = |method: Method| (method.name(), method.attack(threat, seed));
         Ok(match self {
-            Self::Pgd(pgd) => vec![(self.kind(), Box::new(pgd.search(seed)?))],
             Self::AutoAttack(_) => STANDARD.map(named).into(),
             _ => METHODS.into_iter().filter(|method| method.name() == self.kind()).map(named).collect(),
         })
@@ -155,10 +157,7 @@ impl EvaluationAttackSettings {
 
     /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them is impossible.
     pub fn validate(&self) -> Result<()> {
-        match self {
-            Self::Pgd(pgd) => pgd.search(0).map(drop),
-            _ => self.ball().map_or(Ok(()), |ball| ball.threat().map(drop)),
-        }
+        self.sequence(0).map(drop)
     }
 
     /// A description in a few words.
