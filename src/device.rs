@@ -318,15 +318,16 @@ pub fn device_class(device: &Device) -> String {
                 ConvAlgorithm::Direct => format!("{level}-direct"),
             }
         }
-        _ => gpu_class(device),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => gpu_class(cuda),
+        _ => "unknown".into(),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn gpu_class(device: &Device) -> String {
+fn gpu_class(device: &candle_core::CudaDevice) -> String {
     use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
-    let Device::Cuda(cuda) = device else { return "unknown".into() };
-    let context = cuda.cuda_stream().context().clone();
+    let context = device.cuda_stream().context().clone();
     let attribute = |a| context.attribute(a).unwrap_or(0);
     let precision = match Precision::get() {
         Precision::F32 => String::new(),
@@ -339,11 +340,6 @@ fn gpu_class(device: &Device) -> String {
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
         candle_core::cuda_backend::cudarc::cudnn::result::get_version(),
     )
-}
-
-#[cfg(not(feature = "cuda"))]
-fn gpu_class(_: &Device) -> String {
-    "unknown".into()
 }
 
 /// Does `one` for each item and returns the results in order: in parallel on the CPU, one after the other on a GPU,

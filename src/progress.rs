@@ -116,14 +116,6 @@ impl Progress {
         Self { name, unit, total, bar, plain }
     }
 
-    /// Progress that is not displayed, for work within other work.
-    pub fn hidden() -> Self {
-        let bar = Some(ProgressBar::hidden());
-        let now = Instant::now();
-        let plain = Mutex::new(Plain { started: now, printed: now, skipped: 0, done: 0 });
-        Self { name: String::new(), unit: "", total: 0, bar, plain }
-    }
-
     /// Counts `n` units that an earlier run finished; they do not count towards the rate.
     pub fn skip(&self, n: u64) {
         self.advance(n, true);
