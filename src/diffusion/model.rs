@@ -109,15 +109,12 @@ impl DiffusionModel {
             (Ok(config), Ok(scheduler), Ok(_), Some(Ok(params))) => Self::over(config, scheduler, params),
             (config, scheduler, weights, params) => {
                 let faults = [config.err(), scheduler.err(), weights.err(), params.and_then(Result::err)];
-                let mut faults = faults.into_iter().flatten();
-                match (faults.next(), faults.next()) {
-                    (Some(only), None) => Err(only),
-                    (first, second) => {
-                        let all: Vec<_> =
-                            first.into_iter().chain(second).chain(faults).map(|e| e.to_string()).collect();
-                        bail!(Data, "{}", all.join("\n"))
-                    }
+                let mut faults: Vec<_> = faults.into_iter().flatten().collect();
+                if faults.len() == 1 {
+                    return Err(faults.remove(0));
                 }
+                let faults: Vec<_> = faults.iter().map(ToString::to_string).collect();
+                bail!(Data, "{}", faults.join("\n"))
             }
         }
     }

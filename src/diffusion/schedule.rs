@@ -8,8 +8,10 @@ use crate::Result;
 /// The variances β of the forward process and their products, one per step, indexed from 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NoiseSchedule {
-    betas: Vec<f64>,
-    alphas_cumprod: Vec<f64>,
+    /// β of each step.
+    pub(super) betas: Vec<f64>,
+    /// ᾱ of each step, the product of 1 - β up to it: the share of the signal's variance that is left.
+    pub(super) alphas_cumprod: Vec<f64>,
 }
 
 impl NoiseSchedule {
@@ -69,16 +71,6 @@ impl NoiseSchedule {
         self.betas.len()
     }
 
-    /// β of each step.
-    pub fn betas(&self) -> &[f64] {
-        &self.betas
-    }
-
-    /// ᾱ of each step, the product of 1 - β up to it: the share of the signal's variance that is left.
-    pub fn alphas_cumprod(&self) -> &[f64] {
-        &self.alphas_cumprod
-    }
-
     /// The noise level of step `t`.
     ///
     /// # Panics
@@ -131,22 +123,22 @@ mod tests {
         for (t, alpha_bar) in
             [(1, 0.9997800921), (99, 0.8970181457), (499, 0.07858724288), (999, 4.035829765e-5)]
         {
-            close(schedule.alphas_cumprod()[t], alpha_bar, 10);
+            close(schedule.alphas_cumprod[t], alpha_bar, 10);
         }
-        close(schedule.alphas_cumprod().iter().sum(), 275.51323341, 11);
+        close(schedule.alphas_cumprod.iter().sum(), 275.51323341, 11);
     }
 
     /// Own float64 computation of Nichol & Dhariwal 2021, Eq. 17.
     #[test]
     fn the_cosine_schedule_has_the_known_values_and_one_capped_beta() {
         let schedule = NoiseSchedule::squared_cosine(1000).unwrap();
-        close(schedule.betas()[0], 4.1284225e-5, 8);
+        close(schedule.betas[0], 4.1284225e-5, 8);
         for (t, expected) in
             [(249, 0.84701216), (499, 0.49384359), (749, 0.1442721), (998, 2.4287669e-6), (999, 2.4287669e-9)]
         {
-            close(schedule.alphas_cumprod()[t], expected, 7);
+            close(schedule.alphas_cumprod[t], expected, 7);
         }
-        assert_eq!(schedule.betas().iter().filter(|beta| **beta == 0.999).count(), 1);
+        assert_eq!(schedule.betas.iter().filter(|beta| **beta == 0.999).count(), 1);
     }
 
     #[test]
@@ -154,7 +146,7 @@ mod tests {
         let schedule = NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap();
         for t in [0, 1, 437, 998, 999] {
             let level = schedule.level(t);
-            close(level.sigma.powi(2), 1.0 / schedule.alphas_cumprod()[t] - 1.0, 12);
+            close(level.sigma.powi(2), 1.0 / schedule.alphas_cumprod[t] - 1.0, 12);
             assert!((schedule.level_of(level.sigma).t - t as f64).abs() < 1e-9);
             assert_eq!(schedule.level_between(t as f64), level);
         }
@@ -166,7 +158,7 @@ mod tests {
 
     #[test]
     fn scaled_linear_is_linear_in_the_root_and_keeps_the_ends() {
-        let betas = NoiseSchedule::scaled_linear(3, 0.01, 0.09).unwrap().betas().to_vec();
+        let betas = NoiseSchedule::scaled_linear(3, 0.01, 0.09).unwrap().betas.to_vec();
         for (found, expected) in betas.iter().zip([0.01, 0.04, 0.09]) {
             close(*found, expected, 12);
         }

@@ -129,6 +129,10 @@ const DISCRETE: [&str; 8] = [
     "steps_offset",
 ];
 
+/// The keys of EDM's class.
+const EDM: [&str; 6] =
+    ["num_train_timesteps", "prediction_type", "sigma_min", "sigma_max", "sigma_data", "rho"];
+
 /// The keys that are not supported, with the value at which they do nothing; `None` if any value will do.
 const NEUTRAL: [(&str, Option<&str>); 21] = [
     ("thresholding", Some("false")),
@@ -172,16 +176,7 @@ impl SchedulerClass {
             Self::DDIMScheduler => &["set_alpha_to_one", "clip_sample", "clip_sample_range"],
             Self::HeunDiscreteScheduler => &["use_karras_sigmas", "clip_sample", "clip_sample_range"],
             Self::DPMSolverMultistepScheduler | Self::EulerDiscreteScheduler => &["use_karras_sigmas"],
-            Self::EDMEulerScheduler => {
-                return vec![
-                    "num_train_timesteps",
-                    "prediction_type",
-                    "sigma_min",
-                    "sigma_max",
-                    "sigma_data",
-                    "rho",
-                ];
-            }
+            Self::EDMEulerScheduler => return EDM.to_vec(),
         };
         DISCRETE.iter().chain(own).copied().collect()
     }
@@ -200,18 +195,13 @@ impl SchedulerClass {
     /// The values of the keys that a file leaves out.
     pub fn defaults(self) -> SchedulerConfig {
         let base = SchedulerConfig { class: self, ..SchedulerConfig::default() };
+        if matches!(self, Self::DDPMScheduler | Self::DDIMScheduler) {
+            return base;
+        }
+        let solver = SchedulerConfig { clip_sample: false, timestep_spacing: Spacing::Linspace, ..base };
         match self {
-            Self::DDPMScheduler | Self::DDIMScheduler => base,
-            Self::HeunDiscreteScheduler => SchedulerConfig {
-                beta_start: 0.00085,
-                beta_end: 0.012,
-                clip_sample: false,
-                timestep_spacing: Spacing::Linspace,
-                ..base
-            },
-            Self::DPMSolverMultistepScheduler | Self::EulerDiscreteScheduler | Self::EDMEulerScheduler => {
-                SchedulerConfig { clip_sample: false, timestep_spacing: Spacing::Linspace, ..base }
-            }
+            Self::HeunDiscreteScheduler => SchedulerConfig { beta_start: 0.00085, beta_end: 0.012, ..solver },
+            _ => solver,
         }
     }
 }
