@@ -4,10 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::{
-    global::{Global, print, print_json},
-    table,
-};
+use super::{global::Global, table};
 use crate::{
     Result,
     data::Source,
@@ -55,11 +52,10 @@ impl Ranking {
             bail!(Alarm, "a ranking has no stage that ranks")
         };
         let summary = read_done(&rank.folder)?.map(|done| done.summary).unwrap_or_default();
-        if global.json {
-            return print_json(&summary);
+        global.show(|| &summary, || table::summary(&summary))?;
+        if !global.json {
+            note(&format!("curves: {}", rank.folder.join("rank.svg").display()));
         }
-        print(&table::summary(&summary))?;
-        note(&format!("curves: {}", rank.folder.join("rank.svg").display()));
         Ok(())
     }
 }

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::global::{Global, print, print_json};
+use serde_json::json;
+
+use super::global::Global;
 use crate::{Error, Result, data::check::check_dataset, pipeline, progress::note, stage};
 
 #[derive(clap::Args, Clone, Debug)]
@@ -12,21 +14,16 @@ pub(super) struct Args {
 }
 
 pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
+    let dir = args.dir.display();
     if is_dataset(&args.dir) {
         let report = check_dataset(&args.dir)?;
-        if global.json {
-            return print_json(&report);
-        }
-        return print(&format!(
-            "{}: {} rows in {} files are as they should be",
-            args.dir.display(),
-            report.rows,
-            report.files
-        ));
+        let (rows, files) = (report.rows, report.files);
+        let text = || format!("{dir}: {rows} rows in {files} files are as they should be");
+        return global.show(|| &report, text);
     }
     let steps = pipeline::status(&args.dir)?;
     if steps.is_empty() {
-        bail!(Usage, "'{}' holds no run and no data set, expected one to check", args.dir.display());
+        bail!(Usage, "'{dir}' holds no run and no data set, expected one to check");
     }
     let mut problems = Vec::new();
     let mut checked = Vec::new();
@@ -37,37 +34,26 @@ pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
         };
         problems.extend(stage::verify_files(&step.folder, &done)?);
         let dataset = step.folder.join("dataset");
-        let rows = if is_dataset(&dataset) {
-            match check_dataset(&dataset) {
-                Ok(report) => Some(report.rows),
-                Err(e) => {
-                    problems.push(e.to_string());
-                    None
-                }
-            }
-        } else {
+        let report = is_dataset(&dataset).then(|| check_dataset(&dataset)).transpose();
+        let report = report.unwrap_or_else(|e| {
+            problems.push(e.to_string());
             None
-        };
-        checked.push(
-            serde_json::json!({ "folder": step.folder, "files": done.files.len(), "dataset_rows": rows }),
-        );
+        });
+        let rows = report.map(|report| report.rows);
+        checked.push(json!({ "folder": step.folder, "files": done.files.len(), "dataset_rows": rows }));
     }
     if checked.is_empty() {
-        problems.push(format!("{}: no stage is finished, so there is nothing to check", args.dir.display()));
+        problems.push(format!("{dir}: no stage is finished, so there is nothing to check"));
     }
     if !problems.is_empty() {
         return Err(Error::Data(format!("{} problems found:\n  {}", problems.len(), problems.join("\n  "))));
     }
-    if global.json {
-        return print_json(&serde_json::json!({ "schema": "proxyset.check/1", "checked": checked }));
-    }
-    let files: u64 = checked.iter().filter_map(|c| c["files"].as_u64()).sum();
-    let rows: u64 = checked.iter().filter_map(|c| c["dataset_rows"].as_u64()).sum();
-    print(&format!(
-        "{}: {} stages with {files} files, {rows} data-set rows: all as they should be",
-        args.dir.display(),
-        checked.len()
-    ))
+    let sum = |key: &str| checked.iter().filter_map(|c| c[key].as_u64()).sum::<u64>();
+    let (stages, files, rows) = (checked.len(), sum("files"), sum("dataset_rows"));
+    global.show(
+        || json!({ "schema": "proxyset.check/1", "checked": checked }),
+        || format!("{dir}: {stages} stages with {files} files, {rows} data-set rows: all as they should be"),
+    )
 }
 
 fn is_dataset(dir: &Path) -> bool {

@@ -28,6 +28,22 @@ pub(super) struct Global {
     pub(super) threads: usize,
 }
 
+impl Global {
+    /// Prints a result: as JSON if that is asked for, otherwise as text.
+    pub(super) fn show<J: serde::Serialize>(
+        &self,
+        json: impl FnOnce() -> J,
+        text: impl FnOnce() -> String,
+    ) -> Result<()> {
+        if !self.json {
+            return print(&text());
+        }
+        let json = serde_json::to_string_pretty(&json())
+            .map_err(|e| Error::Alarm(format!("result cannot be written as JSON: {e}")))?;
+        print(&json)
+    }
+}
+
 /// Prints results. A reader that has gone away (`| head`) is not an error.
 pub(super) fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
@@ -35,10 +51,4 @@ pub(super) fn print(text: &str) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("stdout")(e)),
         _ => Ok(()),
     }
-}
-
-pub(super) fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::Alarm(format!("result cannot be written as JSON: {e}")))?;
-    print(&text)
 }

@@ -48,8 +48,7 @@ enum Verb {
 
 /// Parses the command line, does what it says, prints the result, and returns the exit code.
 pub fn main() -> ExitCode {
-    let done = expect_text().and_then(|()| dispatch(&Cli::parse()));
-    match done {
+    match expect_text().and_then(|()| dispatch(&Cli::parse())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

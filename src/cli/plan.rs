@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{
-    global::{Global, print, print_json},
-    table,
-};
+use serde_json::json;
+
+use super::{global::Global, table};
 use crate::{
     Result,
     pipeline::{self, PipelineFile},
@@ -38,8 +37,6 @@ impl Args {
 pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
     let (file, run) = args.read()?;
     let steps = pipeline::plan(&file, &run, args.until.as_deref())?;
-    if global.json {
-        return print_json(&serde_json::json!({ "schema": "proxyset.plan/1", "run": run, "steps": steps }));
-    }
-    print(&table::steps(&steps))
+    let json = || json!({ "schema": "proxyset.plan/1", "run": run, "steps": steps });
+    global.show(json, || table::steps(&steps))
 }

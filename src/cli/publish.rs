@@ -4,10 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{
-    global::{Global, print, print_json},
-    table,
-};
+use super::{global::Global, table};
 use crate::{
     Error, Result,
     data::publish::{publish, tree},
@@ -29,22 +26,13 @@ pub(super) struct Args {
 
 pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
     let dataset = dataset_folder(&args.dataset);
-    let to = match &args.to {
-        Some(to) if !args.dry_run => to,
-        to => {
-            let tree = tree(&dataset, to.as_deref())?;
-            return if global.json {
-                print_json(&json!({ "schema": "proxyset.tree/1", "tree": tree }))
-            } else {
-                print(&tree)
-            };
-        }
+    let Some(to) = args.to.as_ref().filter(|_| !args.dry_run) else {
+        let tree = tree(&dataset, args.to.as_deref())?;
+        return global.show(|| json!({ "schema": "proxyset.tree/1", "tree": tree }), || tree.clone());
     };
     let published = publish(&dataset, to)?;
     let summary = serde_json::to_value(&published)
         .map_err(|e| Error::Alarm(format!("what was published cannot be written as JSON: {e}")))?;
-    if global.json {
-        return print_json(&json!({ "schema": "proxyset.publish/1", "summary": summary }));
-    }
-    print(&table::summary(&summary))
+    let json = || json!({ "schema": "proxyset.publish/1", "summary": summary });
+    global.show(json, || table::summary(&summary))
 }

@@ -5,11 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand};
 use serde_json::json;
 
-use super::{
-    arc::Ranking,
-    global::{Global, print, print_json},
-    table,
-};
+use super::{arc::Ranking, global::Global, table};
 use crate::{
     Result,
     progress::note,
@@ -92,23 +88,15 @@ impl Verb {
 }
 
 fn perform(stage: &dyn AnyStage, out: &Path, global: &Global) -> Result<()> {
-    let mut inputs = Vec::new();
-    for (key, input) in stage.inputs() {
-        inputs.push((key, stage::input_fingerprint(&input)?));
-    }
+    let inputs = stage.inputs().into_iter().map(|(key, input)| Ok((key, stage::input_fingerprint(&input)?)));
+    let inputs: Vec<_> = inputs.collect::<Result<_>>()?;
     let fingerprint = stage::fingerprint(stage, &inputs);
     let done_before = stage::state(out, &fingerprint)? == stage::State::Done;
     let summary = stage::execute(stage, &inputs, out, global.device)?;
     if done_before {
         note(&format!("{}: done already in {}", stage.name(), out.display()));
     }
-    if global.json {
-        return print_json(&json!({
-            "schema": format!("proxyset.{}/1", stage.name()),
-            "out": out,
-            "fingerprint": fingerprint,
-            "summary": summary,
-        }));
-    }
-    print(&table::summary(&summary))
+    let schema = format!("proxyset.{}/1", stage.name());
+    let json = || json!({ "schema": schema, "out": out, "fingerprint": fingerprint, "summary": summary });
+    global.show(json, || table::summary(&summary))
 }

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{
-    global::{Global, print, print_json},
-    table,
-};
+use serde_json::json;
+
+use super::{global::Global, table};
 use crate::{Result, pipeline};
 
 #[derive(clap::Args, Clone, Debug)]
@@ -16,10 +15,6 @@ pub(super) struct Args {
 
 pub(super) fn main(args: &Args, global: &Global) -> Result<()> {
     let steps = pipeline::status(&args.dir)?;
-    if global.json {
-        return print_json(
-            &serde_json::json!({ "schema": "proxyset.status/1", "run": args.dir, "steps": steps }),
-        );
-    }
-    print(&table::steps(&steps))
+    let json = || json!({ "schema": "proxyset.status/1", "run": args.dir, "steps": steps });
+    global.show(json, || table::steps(&steps))
 }

@@ -4,39 +4,30 @@ use serde_json::Value;
 
 use crate::{pipeline::Step, progress::human_seconds};
 
-/// Left-aligned columns, two spaces apart.
-pub(super) fn render(header: &[&str], rows: &[Vec<String>]) -> String {
-    let width = |column: usize| {
-        let cells = rows.iter().map(|r| r[column].chars().count());
-        cells.chain([header[column].len()]).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..header.len()).map(width).collect();
-    let line = |cells: Vec<&str>| -> String {
+/// Left-aligned columns, two spaces apart; the header is the first row.
+fn render(rows: &[Vec<String>]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    let line = |cells: &Vec<String>| {
         let padded: Vec<String> = cells.iter().zip(&widths).map(|(c, w)| format!("{c:w$}")).collect();
         padded.join("  ").trim_end().to_owned() + "\n"
     };
-    let mut text = line(header.to_vec());
-    for row in rows {
-        text += &line(row.iter().map(String::as_str).collect());
-    }
-    text
+    rows.iter().map(line).collect()
 }
 
 /// The steps of a run, one per line.
 pub(super) fn steps(steps: &[Step]) -> String {
-    let rows: Vec<Vec<String>> = steps
-        .iter()
-        .map(|s| {
-            vec![
-                s.name.clone(),
-                s.fingerprint.as_deref().map_or_else(|| "-".into(), |f| crate::fs::short(f, 8)),
-                s.state.to_owned(),
-                s.seconds.map(human_seconds).unwrap_or_default(),
-                s.amount.clone(),
-            ]
-        })
-        .collect();
-    let mut text = render(&["stage", "fingerprint", "state", "took", "work"], &rows);
+    let mut rows = vec![["stage", "fingerprint", "state", "took", "work"].map(String::from).to_vec()];
+    rows.extend(steps.iter().map(|s| {
+        vec![
+            s.name.clone(),
+            s.fingerprint.as_deref().map_or_else(|| "-".into(), |f| crate::fs::short(f, 8)),
+            s.state.to_owned(),
+            s.seconds.map(human_seconds).unwrap_or_default(),
+            s.amount.clone(),
+        ]
+    }));
+    let mut text = render(&rows);
     let mut problems: Vec<&String> = steps.iter().filter_map(|s| s.problem.as_ref()).collect();
     problems.dedup();
     for problem in problems {
@@ -47,9 +38,8 @@ pub(super) fn steps(steps: &[Step]) -> String {
 
 /// Objects with the same keys as an indented table, names first; numbers have four decimal places.
 fn records(rows: &[Value]) -> String {
-    let mut keys: Vec<&str> =
-        rows[0].as_object().map(|o| o.keys().map(String::as_str).collect()).unwrap_or_default();
-    keys.sort_by_key(|key| !rows[0][*key].is_string());
+    let mut keys: Vec<String> = rows[0].as_object().into_iter().flat_map(|row| row.keys().cloned()).collect();
+    keys.sort_by_key(|key| !rows[0][key].is_string());
     fn cell(value: &Value) -> String {
         match value {
             Value::String(s) => s.clone(),
@@ -58,9 +48,9 @@ fn records(rows: &[Value]) -> String {
             other => other.to_string(),
         }
     }
-    let cells: Vec<Vec<String>> =
-        rows.iter().map(|row| keys.iter().map(|key| cell(&row[*key])).collect()).collect();
-    render(&keys, &cells).lines().map(|line| format!("  {line}\n")).collect()
+    let cells = rows.iter().map(|row| keys.iter().map(|key| cell(&row[key])).collect());
+    let all: Vec<_> = std::iter::once(keys.clone()).chain(cells).collect();
+    render(&all).lines().map(|line| format!("  {line}\n")).collect()
 }
 
 /// A summary, one line per key. Keys of nested objects are given as paths, lists of objects as tables; what is not
