@@ -12,7 +12,7 @@ use crate::{
     Error, Result,
     curate::Arm,
     fs,
-    stage::{self, AnyStage, Input, Origin, StageKind},
+    stage::{self, AnyStage, Input, Origin},
     stages,
     tables::records::CLASSIFIER,
 };
@@ -147,38 +147,34 @@ pub fn ranking_nodes(
     // Problems with any of the sets or its labels are found before hours of training for another.
     let (mut ranked, mut pools) = (Vec::new(), Vec::new());
     let mut names: Vec<String> = Vec::new();
+    let call = |stage: &'static str, name: &str, inputs, settings| Call {
+        name: Some(format!("{stage} {name}")),
+        inputs,
+        settings,
+        ..Call::of(stage)
+    };
     for set in sets {
         let name = Path::new(set).file_name().map_or(set.clone(), |name| name.to_string_lossy().into_owned());
         let name = if names.contains(&name) { set.clone() } else { name };
         if names.contains(&name) {
             bail!(Usage, "--synthetic {name} is given twice, expected every set once");
         }
-        let call = |stage: &'static str, inputs| Call {
-            name: Some(format!("{stage} {name}")),
-            inputs,
-            ..Call::of(stage)
-        };
         let pool = if stage::is_stage_folder(Path::new(set)) {
             PathBuf::from(set)
         } else {
-            graph.add_as(call("import", vec![("source", PathBuf::from(set))]))?
+            graph.add_as(call("import", &name, vec![("source", PathBuf::from(set))], Vec::new()))?
         };
         if let Some(labeller) = labeller {
             let inputs = vec![("pool", pool.clone()), ("classifier", labeller.to_path_buf())];
-            ranked.push(("labelled", graph.add_as(call("label", inputs))?));
+            ranked.push(("labelled", graph.add_as(call("label", &name, inputs, Vec::new()))?));
         }
         pools.push(pool);
         names.push(name);
     }
     for (pool, name) in pools.into_iter().zip(&names) {
-        let call = |stage: &'static str, settings| Call {
-            name: Some(format!("{stage} {name}")),
-            inputs: vec![("pool", pool.clone())],
-            settings,
-            ..Call::of(stage)
-        };
-        graph.add_as(call("fit-discriminator", vec![("judges", Value::Boolean(false))]))?;
-        ranked.push(("arcs", graph.add_as(call("arc", Vec::new()))?));
+        let (pool, no_judges) = (vec![("pool", pool)], vec![("judges", Value::Boolean(false))]);
+        graph.add_as(call("fit-discriminator", name, pool.clone(), no_judges))?;
+        ranked.push(("arcs", graph.add_as(call("arc", name, pool, Vec::new()))?));
     }
     graph.add_as(Call {
         inputs: ranked,
@@ -186,11 +182,6 @@ pub fn ranking_nodes(
         ..Call::of("rank")
     })?;
     Ok(graph.nodes)
-}
-
-/// The name of a stage as the program spells it.
-pub(super) fn stage_name(name: &str) -> &'static str {
-    stages::find(name).map_or("unknown", |(_, kind)| kind.name)
 }
 
 /// A stage to add.
@@ -299,11 +290,9 @@ impl<'a> Graph<'a> {
 
     /// The report comes last. Once there is a selection, it covers what there is, whatever `--until` says.
     fn add_report(&mut self, selection: PathBuf, metrics: Vec<PathBuf>) -> Result<()> {
-        let is_made = |nodes: &[Node], folder: &Path| nodes.iter().any(|n| n.folder == folder);
-        let nodes = std::mem::take(&mut self.nodes);
-        self.made.retain(|_, folder| is_made(&nodes, folder));
-        let enough = is_made(&nodes, &selection);
-        self.nodes = nodes;
+        let is_made = |folder: &Path| self.nodes.iter().any(|n| n.folder == folder);
+        self.made.retain(|_, folder| is_made(folder));
+        let enough = is_made(&selection);
         self.made.remove("curate");
         let selection = enough.then_some(("selection", selection));
         let inputs = selection.into_iter().chain(metrics.into_iter().map(|m| ("metrics", m))).collect();
@@ -313,7 +302,9 @@ impl<'a> Graph<'a> {
 
     /// The stage's settings: those of the call, then those of its table, then what the run has made for the
     /// remaining inputs.
-    fn resolve(&self, kind: &StageKind, call: &Call) -> Result<Box<dyn AnyStage>> {
+    fn resolve(&self, call: &Call) -> Result<Box<dyn AnyStage>> {
+        let (_, kind) = stages::find(call.stage)
+            .ok_or_else(|| Error::Alarm(format!("there is no stage '{}'", call.stage)))?;
         let name = call.table.unwrap_or(kind.name);
         let mut table = self.file.table(name);
         if name == LABELLER
@@ -356,9 +347,7 @@ impl<'a> Graph<'a> {
         Ok(match input.from {
             Origin::Given => None,
             Origin::RealData => {
-                let (_, split) = stages::find("split").ok_or_else(|| Error::Alarm("no split".into()))?;
-                let settings = self.resolve(split, &Call::of("split"))?.settings();
-                settings["source"].as_str().map(PathBuf::from)
+                self.resolve(&Call::of("split"))?.settings()["source"].as_str().map(PathBuf::from)
             }
             Origin::Stages(_) if input.key == CLASSIFIER.key => self.classifier.clone(),
             Origin::Stages(stages) => stages.iter().find_map(|stage| self.made.get(stage).cloned()),
@@ -366,16 +355,12 @@ impl<'a> Graph<'a> {
     }
 
     fn add_as(&mut self, call: Call) -> Result<PathBuf> {
-        let (_, kind) = stages::find(call.stage)
-            .ok_or_else(|| Error::Alarm(format!("there is no stage '{}'", call.stage)))?;
-        let stage = self.resolve(kind, &call)?;
-        let table = call.table.unwrap_or(kind.name);
-        let name = call.name.unwrap_or_else(|| kind.name.into());
+        let stage = self.resolve(&call)?;
+        let table = call.table.unwrap_or(call.stage);
+        let name = call.name.unwrap_or_else(|| call.stage.into());
         let mut fingerprints = Vec::new();
         let mut problem = None;
-        let inputs = stage.inputs();
-        let complete = inputs.len();
-        for (key, input) in inputs {
+        for (key, input) in stage.inputs() {
             let fingerprint = match self.nodes.iter().find(|n| n.folder == Path::new(&input)) {
                 Some(node) => node.fingerprint.clone(),
                 None => self
@@ -388,15 +373,15 @@ impl<'a> Graph<'a> {
             };
             fingerprints.extend(fingerprint.map(|f| (key, f)));
         }
-        let complete = fingerprints.len() == complete;
+        let complete = fingerprints.len() == stage.inputs().len();
         let fingerprint = complete.then(|| stage::fingerprint(stage.as_ref(), &fingerprints));
         // Without a fingerprint the folder has no name yet; the node's name keeps its users apart.
         let mark = fingerprint.as_deref().map_or_else(|| name.replace(' ', "-"), |f| fs::short(f, 8));
-        let folder = self.run.join(format!("{}-{mark}", kind.name));
+        let folder = self.run.join(format!("{}-{mark}", call.stage));
         if call.table.is_none() {
-            self.made.insert(kind.name, folder.clone());
+            self.made.insert(call.stage, folder.clone());
         }
-        if self.wants(call.wanted_by.unwrap_or(kind.name)) {
+        if self.wants(call.wanted_by.unwrap_or(call.stage)) {
             let inputs = fingerprints;
             self.nodes.push(Node { name, stage, inputs, fingerprint, folder: folder.clone(), problem });
         }

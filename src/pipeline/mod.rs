@@ -17,11 +17,12 @@ use crate::{
     device::DeviceChoice,
     fs, progress,
     stage::{self, State},
+    stages,
     tables::dataset::dataset_folder,
 };
 
 /// One stage of a run, resolved: its folder and its state.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Step {
     /// The node's name, such as `train arc seed 0`.
     pub name: String,
@@ -109,12 +110,10 @@ fn steps(
             name: "publish".into(),
             stage: "publish",
             folder: table.to.clone(),
-            fingerprint: None,
             state: publishing,
             amount: format!("a checked copy in {}", table.to.display()),
-            seconds: None,
-            summary: None,
             problem: publishing_problem(file),
+            ..Step::default()
         });
     }
     Ok(steps)
@@ -165,7 +164,7 @@ pub fn status(run: &Path) -> Result<Vec<Step>> {
         let done = stage::read_done(&folder)?;
         steps.push(Step {
             name: config.stage.clone(),
-            stage: graph::stage_name(&config.stage),
+            stage: stages::find(&config.stage).map_or("unknown", |(_, kind)| kind.name),
             amount: partial_amount(&folder)?,
             fingerprint: Some(config.fingerprint),
             state: if done.is_some() { "done" } else { "partial" },
