@@ -15,7 +15,7 @@ pub use model::{ClassConditioning, DiffusionModel};
 pub use precondition::{Level, Preconditioning, Prediction, PredictionType};
 pub use process::{Process, SigmaRange, TrainingPair};
 pub use schedule::NoiseSchedule;
-pub use scheduler_config::{BetaSchedule, SchedulerClass, SchedulerConfig, VarianceType};
+pub use scheduler_config::{BetaSchedule, SchedulerClass, SchedulerConfig};
 
 #[cfg(test)]
 mod tests;

@@ -87,28 +87,22 @@ impl DiffusionModel {
         let found = index.get("unet").and_then(|unet| unet.get(1));
         let Some(class) = found.and_then(Value::as_str).filter(|class| DenoiserConfig::TAGS.contains(class))
         else {
+            let (path, found) = (path.display(), found.map_or("absent".into(), Value::to_string));
             let expected: Vec<_> = DenoiserConfig::TAGS.iter().map(|class| format!("\"{class}\"")).collect();
-            bail!(
-                Data,
-                "{}: the class of unet is {}, expected {}",
-                path.display(),
-                found.map_or("absent".into(), Value::to_string),
-                expected.join(" or ")
-            )
+            bail!(Data, "{path}: the class of unet is {found}, expected {}", expected.join(" or "))
         };
         let config = file(UNET_CONFIG).and_then(|path| {
             DenoiserConfig::from_json(class, fs::read_json(&path)?).context(|| path.display().to_string())
         });
         let scheduler = file(SCHEDULER_CONFIG).and_then(|path| SchedulerConfig::load(&path));
-        let weights = file(UNET_WEIGHTS);
-        let params = match (&config, &weights) {
-            (Ok(config), Ok(path)) => Some(Params::load(path, device, |b| config.build(b))),
-            _ => None,
+        let params = match (&config, file(UNET_WEIGHTS)) {
+            (Ok(config), Ok(path)) => Params::load(&path, device, |b| config.build(b)).map(Some),
+            (_, weights) => weights.map(|_| None),
         };
-        match (config, scheduler, weights, params) {
-            (Ok(config), Ok(scheduler), Ok(_), Some(Ok(params))) => Self::over(config, scheduler, params),
-            (config, scheduler, weights, params) => {
-                let faults = [config.err(), scheduler.err(), weights.err(), params.and_then(Result::err)];
+        match (config, scheduler, params) {
+            (Ok(config), Ok(scheduler), Ok(Some(params))) => Self::over(config, scheduler, params),
+            (config, scheduler, params) => {
+                let faults = [config.err(), scheduler.err(), params.err()];
                 let mut faults: Vec<_> = faults.into_iter().flatten().collect();
                 if faults.len() == 1 {
                     return Err(faults.remove(0));

@@ -94,16 +94,6 @@ named! {
     }
 }
 
-impl From<PredictionType> for Prediction {
-    fn from(prediction: PredictionType) -> Self {
-        match prediction {
-            PredictionType::Epsilon => Self::Epsilon,
-            PredictionType::Sample => Self::Sample,
-            PredictionType::VPrediction => Self::Velocity,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::Device;

@@ -31,7 +31,7 @@ pub struct SchedulerConfig {
     /// Every β, instead of the three settings above.
     pub trained_betas: Option<Vec<f64>>,
     /// The variance of the ancestral sampler's noise.
-    pub variance_type: VarianceType,
+    pub variance_type: Variance,
     /// Whether the predicted image is clipped at every step.
     pub clip_sample: bool,
     /// The absolute value to which it is clipped.
@@ -80,18 +80,6 @@ named! {
     }
 }
 
-named! {
-    /// The variance of the ancestral sampler's noise, under `diffusers`' names.
-    pub enum VarianceType {
-        /// β̃, right for data that are a single point.
-        FixedSmall = "fixed_small",
-        /// The same as fixed_small, which `diffusers` computes from its logarithm.
-        FixedSmallLog = "fixed_small_log",
-        /// β, right for data that are N(0, 1).
-        FixedLarge = "fixed_large",
-    }
-}
-
 impl Default for SchedulerConfig {
     fn default() -> Self {
         Self {
@@ -101,7 +89,7 @@ impl Default for SchedulerConfig {
             beta_end: 0.02,
             beta_schedule: BetaSchedule::Linear,
             trained_betas: None,
-            variance_type: VarianceType::FixedSmall,
+            variance_type: Variance::FixedSmall,
             clip_sample: true,
             clip_sample_range: 1.0,
             prediction_type: PredictionType::Epsilon,
@@ -295,12 +283,9 @@ impl SchedulerConfig {
     fn schedule(&self) -> Result<NoiseSchedule> {
         let Self { num_train_timesteps: steps, beta_start: start, beta_end: end, .. } = *self;
         if let Some(betas) = &self.trained_betas {
-            if betas.len() != steps {
-                bail!(
-                    Data,
-                    "trained_betas has {} numbers, expected num_train_timesteps = {steps}",
-                    betas.len()
-                );
+            let found = betas.len();
+            if found != steps {
+                bail!(Data, "trained_betas has {found} numbers, expected num_train_timesteps = {steps}");
             }
             return NoiseSchedule::new(betas.clone());
         }
@@ -322,9 +307,13 @@ impl SchedulerConfig {
 
     /// What the network predicts.
     pub fn prediction(&self) -> Prediction {
-        match self.class {
-            SchedulerClass::EDMEulerScheduler => Prediction::Edm { sigma_data: self.sigma_data },
-            _ => self.prediction_type.into(),
+        match self.prediction_type {
+            _ if self.class == SchedulerClass::EDMEulerScheduler => {
+                Prediction::Edm { sigma_data: self.sigma_data }
+            }
+            PredictionType::Epsilon => Prediction::Epsilon,
+            PredictionType::Sample => Prediction::Sample,
+            PredictionType::VPrediction => Prediction::Velocity,
         }
     }
 
@@ -335,10 +324,7 @@ impl SchedulerConfig {
             steps: self.class.kind().default_steps(self.num_train_timesteps),
             eta: 0.0,
             clip: self.clip_sample.then_some(self.clip_sample_range),
-            variance: match self.variance_type {
-                VarianceType::FixedSmall | VarianceType::FixedSmallLog => Variance::FixedSmall,
-                VarianceType::FixedLarge => Variance::FixedLarge,
-            },
+            variance: self.variance_type,
             spacing: self.timestep_spacing,
             steps_offset: self.steps_offset,
             final_alpha_bar_is_one: self.set_alpha_to_one,

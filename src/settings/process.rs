@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{NoSettings, flags::named};
 use crate::{
     Result,
-    diffusion::{BetaSchedule, PredictionType, SchedulerClass, SchedulerConfig, VarianceType},
+    diffusion::{BetaSchedule, PredictionType, SchedulerClass, SchedulerConfig, sampler::Variance},
     error::expect_within,
 };
 
@@ -22,8 +22,8 @@ pub struct DiscreteSettings {
     #[arg(long, value_parser = named::<BetaSchedule>(), default_value_t = BetaSchedule::Linear)]
     pub beta_schedule: BetaSchedule,
     /// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2).
-    #[arg(long, value_parser = named::<VarianceType>(), default_value_t = VarianceType::FixedSmall)]
-    pub variance: VarianceType,
+    #[arg(long, value_parser = named::<Variance>(), default_value_t = Variance::FixedSmall)]
+    pub variance: Variance,
 }
 
 tagged! {

@@ -17,7 +17,7 @@ pub(super) fn step(step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajec
     let kept = to / from;
     let mut x = mix(1.0 - kept, &x_start, kept, step.x)?;
     let variance = match step.variance {
-        Variance::FixedSmall => to * (1.0 - kept),
+        Variance::FixedSmall | Variance::FixedSmallLog => to * (1.0 - kept),
         // 1 - ᾱ / ᾱ_next, over ᾱ_next. The first training step gets no noise.
         Variance::FixedLarge if stride.from.t == 0.0 => 0.0,
         Variance::FixedLarge => (1.0 + to) * (from - to) / (1.0 + from),

@@ -82,13 +82,11 @@ impl Plan {
             } else {
                 (levels[0].sigma, levels[levels.len() - 1].sigma)
             };
-            levels = SigmaRange { min, max, rho: RHO }
-                .sigmas(config.steps)
-                .map(|sigma| {
-                    let level = schedule.level_of(sigma);
-                    if whole { Level { t: level.t.round_ties_even(), ..level } } else { level }
-                })
-                .collect();
+            let range = SigmaRange { min, max, rho: RHO };
+            levels = range.sigmas(config.steps).map(|sigma| schedule.level_of(sigma)).collect();
+            if whole {
+                levels.iter_mut().for_each(|level| level.t = level.t.round_ties_even());
+            }
         }
         let mut strides = Self::through(&levels);
         if config.kind == SamplerKind::Ddim {
@@ -138,19 +136,14 @@ impl SamplerConfig {
                 exact.map(|t| if fractional { t } else { t.round_ties_even() }).collect()
             }
         };
-        if times[0] >= total as f64 {
-            bail!(
-                Usage,
-                "with steps_offset {} the first step is {}, expected below {total}",
-                self.steps_offset,
-                times[0]
-            );
+        let (offset, first) = (self.steps_offset, times[0]);
+        if first >= total as f64 {
+            bail!(Usage, "with steps_offset {offset} the first step is {first}, expected below {total}");
         }
-        if let Some(twice) = times.windows(2).find(|pair| pair[0] <= pair[1]) {
+        if let Some(twice) = times.windows(2).find(|pair| pair[0] <= pair[1]).map(|pair| pair[0]) {
             bail!(
                 Usage,
-                "{n} steps of this sampler visit step {} of {total} twice, expected fewer steps",
-                twice[0]
+                "{n} steps of this sampler visit step {twice} of {total} twice, expected fewer steps"
             );
         }
         Ok(times)

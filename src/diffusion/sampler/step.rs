@@ -1,18 +1,19 @@
 //! A sampling step: what a sampler is given and what it returns.
 
 use candle_core::Tensor;
-use serde::{Deserialize, Serialize};
 
 use crate::{Result, diffusion::Level};
 
-/// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Variance {
-    /// β̃, right for data that are a single point.
-    FixedSmall,
-    /// β, right for data that are N(0, 1).
-    FixedLarge,
+named! {
+    /// The variance of the noise that ancestral sampling adds (Ho et al. 2020, §3.2), under `diffusers`' names.
+    pub enum Variance {
+        /// β̃, right for data that are a single point.
+        FixedSmall = "fixed_small",
+        /// The same as fixed_small, which `diffusers` computes from its logarithm.
+        FixedSmallLog = "fixed_small_log",
+        /// β, right for data that are N(0, 1).
+        FixedLarge = "fixed_large",
+    }
 }
 
 /// A step of a sampler, from one noise level to a lower one.
