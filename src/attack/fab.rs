@@ -112,25 +112,19 @@ impl Search for Approach {
 fn project_to_plane(norm: Norm, t: &[f32], w: &[f32], distance: f64) -> Vec<f32> {
     // Down the gradient if above the plane, up if below.
     let side = if distance >= 0.0 { -1.0 } else { 1.0 };
-    let mut pixels: Vec<(f64, f64)> = Vec::with_capacity(t.len());
-    let room = |t: f32, w: f32| if (w > 0.0) == (side > 0.0) { f64::from(1.0 - t) } else { f64::from(t) };
-    for (&t, &w) in t.iter().zip(w) {
+    // The pixel's slope, its move at level 1, and the level at which its room is used up.
+    let pixel = |(&t, &w): (&f32, &f32)| {
         let slope = f64::from(w.abs());
-        if slope > 0.0 {
-            pixels.push(match norm {
-                Norm::Linf => (room(t, w), slope),
-                Norm::L2 => (room(t, w) / slope, slope * slope),
-            });
-        }
-    }
+        let unit = if norm == Norm::Linf { 1.0 } else { slope };
+        let room = if (w > 0.0) == (side > 0.0) { 1.0 - t } else { t };
+        (slope, unit, f64::from(room) / unit)
+    };
+    let pixels = t.iter().zip(w).map(pixel).filter(|(slope, ..)| *slope > 0.0);
+    let mut pixels: Vec<(f64, f64)> = pixels.map(|(slope, unit, room)| (room, slope * unit)).collect();
     let level = fill(&mut pixels, distance.abs());
-    let reach = |(&t, &w): (&f32, &f32)| {
-        let slope = f64::from(w.abs());
-        let size = match norm {
-            _ if slope == 0.0 => 0.0,
-            Norm::Linf => room(t, w).min(level),
-            Norm::L2 => (room(t, w) / slope).min(level) * slope,
-        };
+    let reach = |(t, w): (&f32, &f32)| {
+        let (slope, unit, room) = pixel((t, w));
+        let size = if slope == 0.0 { 0.0 } else { room.min(level) * unit };
         (side * size) as f32 * w.signum()
     };
     t.iter().zip(w).map(reach).collect()

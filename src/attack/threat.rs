@@ -137,15 +137,11 @@ impl Threat {
     /// `x`: `(b, h, w, c)`, or any `(b, …)`. An image's draw depends only on `seed` and its entry in `sample_ids`;
     /// elements are drawn in CHW order.
     pub fn random_start(&self, x: &Tensor, seed: u64, sample_ids: &[u64]) -> Result<Tensor> {
-        let (images, len) = (x.dim(0)?, x.elem_count() / x.dim(0)?.max(1));
-        if sample_ids.len() != images {
-            bail!(
-                Usage,
-                "there are {} sample ids, expected one for each of {images} images",
-                sample_ids.len()
-            );
+        let (n, len) = (x.dim(0)?, x.elem_count() / x.dim(0)?.max(1));
+        if sample_ids.len() != n {
+            bail!(Usage, "there are {} sample ids, expected one for each of {n} images", sample_ids.len());
         }
-        let mut deltas = Vec::with_capacity(images * len);
+        let mut deltas = Vec::with_capacity(n * len);
         for id in sample_ids {
             match self.norm {
                 Norm::Linf => {
