@@ -56,15 +56,6 @@ pub struct WideResNetSettings {
     pub standardize: bool,
 }
 
-/// Refuses stages whose channels the norms cannot divide into `groups`.
-fn expect_channels(channels: &[usize], groups: usize) -> Result<()> {
-    expect_within("groups", groups, 1, 4096)?;
-    if channels.is_empty() || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(groups)) {
-        bail!(Usage, "channels is {channels:?}, expected multiples of groups = {groups}");
-    }
-    Ok(())
-}
-
 tagged! {
     /// The classifier's network.
     pub enum ArchitectureSettings("architecture", default "small-cnn") {
@@ -137,7 +128,12 @@ impl ArchitectureSettings {
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         match self {
-            Self::SmallCnn(SmallCnnSettings { channels, groups }) => expect_channels(channels, *groups),
+            Self::SmallCnn(SmallCnnSettings { channels, groups }) => {
+                expect_within("groups", *groups, 1, 4096)?;
+                if channels.is_empty() || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(*groups)) {
+                    bail!(Usage, "channels is {channels:?}, expected multiples of groups = {groups}");
+                }
+            }
             Self::Resnet(ResNetSettings { channels, blocks, .. }) => {
                 if channels.is_empty() || channels.contains(&0) || blocks.contains(&0) {
                     bail!(Usage, "channels is {channels:?} and blocks {blocks:?}, expected positive numbers");
@@ -146,14 +142,14 @@ impl ArchitectureSettings {
                     let stages = channels.len();
                     bail!(Usage, "blocks is {blocks:?}, expected a number for each of {stages} stages");
                 }
-                Ok(())
             }
             Self::WideResnet(WideResNetSettings { depth, width, .. }) => {
                 if *depth < 10 || !(depth - 4).is_multiple_of(6) {
                     bail!(Usage, "depth is {depth}, expected 10, 16, 22, 28, 34, …");
                 }
-                expect_within("width", *width, 1, 1024)
+                expect_within("width", *width, 1, 1024)?;
             }
         }
+        Ok(())
     }
 }

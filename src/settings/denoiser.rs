@@ -48,11 +48,11 @@ impl UNetSettings {
         num_train_timesteps: usize,
     ) -> Result<UNetConfig> {
         let levels = self.block_out_channels.len();
-        if shape.height != shape.width || !shape.height.is_multiple_of(1 << (levels - 1)) {
+        let unit = 1 << (levels - 1);
+        if shape.height != shape.width || !shape.height.is_multiple_of(unit) {
             bail!(
                 Usage,
-                "block_out_channels has {levels} levels, expected square images whose side {} divides; found {shape}",
-                1 << (levels - 1)
+                "block_out_channels has {levels} levels, expected square images whose side {unit} divides; found {shape}"
             );
         }
         let block = |level: usize, way: &str| {

@@ -16,15 +16,6 @@ named! {
     }
 }
 
-impl From<AttackBatchNorm> for BatchNormMode {
-    fn from(mode: AttackBatchNorm) -> Self {
-        match mode {
-            AttackBatchNorm::Eval => Self::Eval,
-            AttackBatchNorm::Train => Self::Train,
-        }
-    }
-}
-
 /// An attack for training and for the held-out images.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttackedSettings {
@@ -126,7 +117,10 @@ impl ObjectiveSettings {
 
     /// Which statistics batch norms use while the training attack runs.
     pub fn attack_mode(&self) -> BatchNormMode {
-        self.attacked().map_or(BatchNormMode::Eval, |attacked| attacked.attack_batch_norm.into())
+        match self.attacked().map(|attacked| attacked.attack_batch_norm) {
+            Some(AttackBatchNorm::Train) => BatchNormMode::Train,
+            Some(AttackBatchNorm::Eval) | None => BatchNormMode::Eval,
+        }
     }
 
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
@@ -147,21 +141,16 @@ impl ObjectiveSettings {
 
     /// A description in a few words.
     pub fn summary(&self) -> String {
-        let at = |attacked: &AttackedSettings| {
+        let of_attack = |attacked: &AttackedSettings| {
             let AttackSettings { ball, steps } = &attacked.attack;
             (steps.steps, format!("at {} {}", ball.norm, ball.epsilon))
         };
+        let (steps, at) = self.attacked().map(of_attack).unwrap_or_default();
         match self {
             Self::Plain(_) => "plain".into(),
-            Self::PgdAt(attacked) => {
-                let (steps, at) = at(attacked);
-                format!("PGD-{steps} {at}")
-            }
-            Self::FgsmRs(attacked) => format!("FGSM from random starts {}", at(attacked).1),
-            Self::Trades(TradesSettings { beta, attacked }) => {
-                let (steps, at) = at(attacked);
-                format!("TRADES-{steps} {at}, beta {beta}")
-            }
+            Self::PgdAt(_) => format!("PGD-{steps} {at}"),
+            Self::FgsmRs(_) => format!("FGSM from random starts {at}"),
+            Self::Trades(TradesSettings { beta, .. }) => format!("TRADES-{steps} {at}, beta {beta}"),
             Self::Stability(StabilitySettings { beta, noise }) => {
                 format!("stability at sigma {}, beta {beta}", noise.sigma)
             }
