@@ -127,21 +127,18 @@ fn keep_freed_memory(device: &candle_core::CudaDevice) {
 /// What can be done about an error of the driver.
 #[cfg(feature = "cuda")]
 fn remedy(error: &candle_core::Error) -> &'static str {
+    const OLD: &str = "; the driver is older than this program's CUDA, expected 580 or later for CUDA 13";
+    const REMEDIES: [(&str, &str); 7] = [
+        ("INVALID_DEVICE", "; there are fewer GPUs, see nvidia-smi"),
+        ("NO_DEVICE", "; the driver finds no GPU"),
+        ("INSUFFICIENT_DRIVER", OLD),
+        ("SYSTEM_DRIVER_MISMATCH", OLD),
+        ("UNSUPPORTED_PTX", OLD),
+        ("STUB_LIBRARY", "; libcuda.so.1 is the stub that programs are linked with, expected the driver's"),
+        ("OUT_OF_MEMORY", "; other processes use its memory"),
+    ];
     let text = error.to_string();
-    let says = |name: &str| text.contains(name);
-    if says("INVALID_DEVICE") {
-        "; there are fewer GPUs, see nvidia-smi"
-    } else if says("NO_DEVICE") {
-        "; the driver finds no GPU"
-    } else if says("INSUFFICIENT_DRIVER") || says("SYSTEM_DRIVER_MISMATCH") || says("UNSUPPORTED_PTX") {
-        "; the driver is older than this program's CUDA, expected 580 or later for CUDA 13"
-    } else if says("STUB_LIBRARY") {
-        "; libcuda.so.1 is the stub that programs are linked with, expected the driver's"
-    } else if says("OUT_OF_MEMORY") {
-        "; other processes use its memory"
-    } else {
-        ""
-    }
+    REMEDIES.into_iter().find(|(name, _)| text.contains(name)).map_or("", |(_, remedy)| remedy)
 }
 
 /// `device` and the other GPUs of its class, at most `limit` in all; work on any of them gives the same bits. Fails

@@ -84,12 +84,9 @@ fn is_out_of_memory(error: &candle_core::Error) -> bool {
 }
 
 fn remedy(error: &candle_core::Error) -> &'static str {
-    match is_out_of_memory(error) {
-        true => {
-            "; take a smaller batch or micro_batch, and run the same command again: what is finished is kept"
-        }
-        false => "",
-    }
+    let smaller =
+        "; take a smaller batch or micro_batch, and run the same command again: what is finished is kept";
+    if is_out_of_memory(error) { smaller } else { "" }
 }
 
 /// Adds what was being done to an error.

@@ -141,14 +141,8 @@ impl Progress {
             plain.printed = Instant::now();
             let rate = (plain.done - plain.skipped) as f64 / plain.started.elapsed().as_secs_f64();
             let left = (self.total.saturating_sub(plain.done)) as f64 / rate.max(1e-9);
-            note(&format!(
-                "{}: {}/{} {} ({rate:.1}/s, {} left)",
-                self.name,
-                plain.done,
-                self.total,
-                self.unit,
-                human_seconds(left)
-            ));
+            let (Self { name, unit, total, .. }, done, left) = (self, plain.done, human_seconds(left));
+            note(&format!("{name}: {done}/{total} {unit} ({rate:.1}/s, {left} left)"));
         }
     }
 }

@@ -19,7 +19,7 @@ pub(super) struct Ranking {
     /// Rank sample sets against these real data: they are split, and discriminators are trained for each set and
     /// then measured. Use images that no generator has seen; otherwise a generator that memorises looks perfect.
     #[arg(long, requires = "synthetic", conflicts_with_all = ["split", "pool", "discriminators"])]
-    real: Option<Source>,
+    pub(super) real: Option<Source>,
     /// A sample set to rank: the folder of a finished generate or import stage, or images in Parquet, .npz or a
     /// folder. May be repeated.
     #[arg(long, requires = "real")]
@@ -36,10 +36,6 @@ pub(super) struct Ranking {
 impl Ranking {
     /// The verb that has these flags.
     pub(super) const VERB: &'static str = "arc";
-
-    pub(super) fn is_asked_for(&self) -> bool {
-        self.real.is_some()
-    }
 
     /// Ranks into `out`, with the attack of the stage `arc`.
     pub(super) fn main(&self, arc: &dyn AnyStage, out: Option<&Path>, global: &Global) -> Result<()> {

@@ -58,7 +58,7 @@ impl FromArgMatches for Verb {
         Ok(Self {
             output: Output::from_arg_matches(flags)?,
             stage: (kind.of_flags)(flags)?,
-            ranking: ranking.filter(Ranking::is_asked_for),
+            ranking: ranking.filter(|ranking| ranking.real.is_some()),
         })
     }
 

@@ -68,8 +68,7 @@ impl PipelineFile {
 
     /// A pipeline without a file: these tables of stages and what `set` says, with defaults for everything else.
     pub fn of(name: &str, given: &[(&str, serde_json::Value)], set: &[String]) -> Result<Self> {
-        let mut tables = Table::new();
-        tables.insert("name".into(), Value::String(name.into()));
+        let mut tables = Table::from_iter([("name".to_owned(), Value::from(name))]);
         for (stage, table) in given {
             let table = Value::try_from(table).map_err(|e| Error::Usage(format!("{stage}: {e}")))?;
             tables.insert((*stage).into(), table);
