@@ -62,13 +62,11 @@ pub fn read_checkpoint_interval() -> Result<()> {
     const NAME: &str = "PROXYSET_CHECKPOINT_SECONDS";
     let Some(set) = std::env::var_os(NAME) else { return Ok(()) };
     let text = set.to_string_lossy();
-    match text.parse() {
-        Ok(seconds) => {
-            CHECKPOINT_INTERVAL.get_or_init(|| Duration::from_secs(seconds));
-            Ok(())
-        }
-        Err(_) => bail!(Usage, "{NAME} is '{text}', expected a whole number of seconds"),
-    }
+    let Ok(seconds) = text.parse() else {
+        bail!(Usage, "{NAME} is '{text}', expected a whole number of seconds");
+    };
+    CHECKPOINT_INTERVAL.get_or_init(|| Duration::from_secs(seconds));
+    Ok(())
 }
 
 /// Silences progress and notes (`--quiet`).
