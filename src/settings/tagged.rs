@@ -9,12 +9,15 @@ use clap::{
     parser::ValueSource,
 };
 
-/// A variant of a tagged group `T`: its name, its description, its flags, and how it is made from their values.
+/// Makes a variant of `T` from the values of its flags.
+type Make<T> = Box<dyn Fn(&ArgMatches) -> Result<T, Error>>;
+
+/// A variant of a tagged group `T`: its name, its description, its flags, and how it is made.
 pub(crate) struct Kind<T> {
     name: &'static str,
     about: &'static str,
     flags: Command,
-    make: Box<dyn Fn(&ArgMatches) -> Result<T, Error>>,
+    make: Make<T>,
 }
 
 impl<T> Kind<T> {
