@@ -1,7 +1,7 @@
 //! How a level multiplies and adds.
 
 /// How a level multiplies and adds.
-pub(in super::super) trait Arithmetic {
+pub(in super::super) trait Arithmetic: Copy {
     /// `a · b + c`.
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
 }

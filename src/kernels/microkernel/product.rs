@@ -341,8 +341,8 @@ mod tests {
                 let (mut narrow, mut wide) = (vec![0.5; n_rows * columns], vec![0.5; n_rows * columns]);
                 // SAFETY: the operands are those of a product that is checked in the other test.
                 unsafe {
-                    all_rows::<Plain<8>, Apart>(&operands, Start::Add, narrow.as_mut_ptr(), columns);
-                    all_rows::<Plain<16>, Apart>(&operands, Start::Add, wide.as_mut_ptr(), columns);
+                    all_rows::<Plain<8, Apart>, Apart>(&operands, Start::Add, narrow.as_mut_ptr(), columns);
+                    all_rows::<Plain<16, Apart>, Apart>(&operands, Start::Add, wide.as_mut_ptr(), columns);
                 }
                 assert_eq!(narrow, wide);
             }

@@ -85,6 +85,29 @@ impl Place {
     }
 }
 
+/// Calls a function at a level for each register of channels, and for single channels at the end: with the arguments
+/// and the first of the channels.
+macro_rules! each_channel {
+    ($level:expr, $channels:expr, $function:ident($($arg:ident: $type:ty),*)) => {{
+        #[inline(always)]
+        unsafe fn all<V: Vector, R: Arithmetic>($($arg: $type),*) {
+            let mut c = 0;
+            // SAFETY: the caller's.
+            unsafe {
+                while c + V::LANES <= $channels {
+                    $function::<V>($($arg,)* c);
+                    c += V::LANES;
+                }
+                while c < $channels {
+                    $function::<Lane<R>>($($arg,)* c);
+                    c += 1;
+                }
+            }
+        }
+        dispatch!($level, all, ($($arg: $type),*))
+    }};
+}
+
 /// `Bᵀ d B` of the 6 × 6 pixels of a window, for all its channels.
 ///
 /// # Panics
@@ -99,7 +122,9 @@ pub(in super::super) fn input_tile(
     window.check(6, window.channels, x.len());
     place.check(window.channels, out.len());
     // SAFETY: window and place are inside, as checked.
-    unsafe { dispatch!(level, input, (x: &[f32], window: &Window, out: &mut [f32], place: Place)) }
+    unsafe {
+        each_channel!(level, window.channels, input(x: &[f32], window: &Window, out: &mut [f32], place: Place));
+    }
 }
 
 /// `A ∂Y Aᵀ` of the 4 × 4 pixels of a window, for all its channels.
@@ -116,7 +141,9 @@ pub(in super::super) fn gradient_tile(
     window.check(OUTPUT, window.channels, dy.len());
     place.check(window.channels, out.len());
     // SAFETY: window and place are inside, as checked.
-    unsafe { dispatch!(level, gradient, (dy: &[f32], window: &Window, out: &mut [f32], place: Place)) }
+    unsafe {
+        each_channel!(level, window.channels, gradient(dy: &[f32], window: &Window, out: &mut [f32], place: Place));
+    }
 }
 
 /// What [`output_tile`] transforms back.
@@ -143,7 +170,9 @@ pub(in super::super) fn output_tile(level: CpuLevel, from: Transformed, out: &mu
     Place { element, panel: NR }.check(channels, m.len());
     assert!(bias.is_none_or(|bias| bias.len() >= channels), "a bias shorter than {channels}");
     // SAFETY: window, elements and bias are inside, as checked.
-    unsafe { dispatch!(level, output, (from: Transformed, out: &mut [f32], window: &Window)) }
+    unsafe {
+        each_channel!(level, from.channels, output(from: Transformed, out: &mut [f32], window: &Window))
+    }
 }
 
 /// `G g Gᵀ` of 16 kernels side by side, to `out[p · element ..][.. 16]`.
@@ -158,7 +187,7 @@ pub(in super::super) fn transform_kernel(
 ) {
     Place { element, panel: NR }.check(NR, out.len());
     // SAFETY: the elements are inside, as checked.
-    unsafe { dispatch!(level, kernel, (g: &[[f32; NR]; TAPS], out: &mut [f32], element: usize)) }
+    unsafe { each_channel!(level, NR, kernel(g: &[[f32; NR]; TAPS], out: &mut [f32], element: usize)) }
 }
 
 /// `Gᵀ u G` of 16 kernels side by side, from `u[p · element ..][.. 16]`.
@@ -173,7 +202,7 @@ pub(in super::super) fn kernel_gradient(
 ) {
     Place { element, panel: NR }.check(NR, u.len());
     // SAFETY: the elements are inside, as checked.
-    unsafe { dispatch!(level, taps, (u: &[f32], element: usize, out: &mut [[f32; NR]; TAPS])) }
+    unsafe { each_channel!(level, NR, taps(u: &[f32], element: usize, out: &mut [[f32; NR]; TAPS])) }
 }
 
 /// # Safety
@@ -310,21 +339,6 @@ macro_rules! both_directions {
     }};
 }
 
-/// Calls a function for each register of channels, and for single channels at the end.
-macro_rules! for_channels {
-    ($channels:expr, $function:ident($($arg:expr),*)) => {{
-        let mut c = 0;
-        while c + V::LANES <= $channels {
-            $function::<V>($($arg,)* c);
-            c += V::LANES;
-        }
-        while c < $channels {
-            $function::<Lane<R>>($($arg,)* c);
-            c += 1;
-        }
-    }};
-}
-
 /// A pixel's channels from `c` on: zeros outside of the window.
 ///
 /// # Safety
@@ -342,125 +356,98 @@ unsafe fn pixel<V: Vector>(x: &[f32], window: &Window, i: usize, j: usize, c: us
 }
 
 /// # Safety
-/// Window and place are inside of `x` and `out`; the CPU has the instructions of `V`.
+/// Window and place are inside of `x` and `out`, the channels from `c` on those of both; the CPU has the instructions
+/// of `V`.
 #[inline(always)]
-unsafe fn input<V: Vector, R: Arithmetic + Copy>(x: &[f32], window: &Window, out: &mut [f32], place: Place) {
-    /// # Safety
-    /// As [`input`].
-    #[inline(always)]
-    unsafe fn at<V: Vector>(x: &[f32], window: &Window, out: &mut [f32], place: Place, c: usize) {
-        // SAFETY: by the contract.
-        unsafe {
-            let out = out.as_mut_ptr().add(place.offset(0, c));
-            if window.rows == (0..6) && window.cols == (0..6) {
-                let x = x.as_ptr().add(window.start + c);
-                both_directions!(
-                    6 to 6 by b_transposed,
-                    |i, j| V::load(x.add(i * window.pitch + j * window.channels)),
-                    |i, j, v| v.store(out.add((6 * i + j) * place.element))
-                );
-            } else {
-                both_directions!(
-                    6 to 6 by b_transposed,
-                    |i, j| pixel::<V>(x, window, i, j, c),
-                    |i, j, v| v.store(out.add((6 * i + j) * place.element))
-                );
-            }
-        }
-    }
+unsafe fn input<V: Vector>(x: &[f32], window: &Window, out: &mut [f32], place: Place, c: usize) {
     // SAFETY: by the contract.
-    unsafe { for_channels!(window.channels, at(x, window, out, place)) }
-}
-
-/// # Safety
-/// Window and place are inside of `dy` and `out`; the CPU has the instructions of `V`.
-#[inline(always)]
-unsafe fn gradient<V: Vector, R: Arithmetic + Copy>(
-    dy: &[f32],
-    window: &Window,
-    out: &mut [f32],
-    place: Place,
-) {
-    /// # Safety
-    /// As [`gradient`].
-    #[inline(always)]
-    unsafe fn at<V: Vector>(dy: &[f32], window: &Window, out: &mut [f32], place: Place, c: usize) {
-        // SAFETY: by the contract.
-        unsafe {
-            let out = out.as_mut_ptr().add(place.offset(0, c));
+    unsafe {
+        let out = out.as_mut_ptr().add(place.offset(0, c));
+        if window.rows == (0..6) && window.cols == (0..6) {
+            let x = x.as_ptr().add(window.start + c);
             both_directions!(
-                4 to 6 by a,
-                |i, j| pixel::<V>(dy, window, i, j, c),
+                6 to 6 by b_transposed,
+                |i, j| V::load(x.add(i * window.pitch + j * window.channels)),
+                |i, j, v| v.store(out.add((6 * i + j) * place.element))
+            );
+        } else {
+            both_directions!(
+                6 to 6 by b_transposed,
+                |i, j| pixel::<V>(x, window, i, j, c),
                 |i, j, v| v.store(out.add((6 * i + j) * place.element))
             );
         }
     }
-    // SAFETY: by the contract.
-    unsafe { for_channels!(window.channels, at(dy, window, out, place)) }
 }
 
 /// # Safety
-/// Elements, bias and window are inside of their slices; the CPU has the instructions of `V`.
+/// As [`input`], of `dy`.
 #[inline(always)]
-unsafe fn output<V: Vector, R: Arithmetic + Copy>(from: Transformed, out: &mut [f32], window: &Window) {
-    /// # Safety
-    /// As [`output`].
-    #[inline(always)]
-    unsafe fn at<V: Vector>(from: Transformed, out: &mut [f32], window: &Window, c: usize) {
-        // SAFETY: by the contract.
-        unsafe {
-            let m = from.m.as_ptr().add(c);
-            let bias = match from.bias {
-                Some(bias) => V::load(bias.as_ptr().add(c)),
-                None => V::splat(0.0),
-            };
-            let out = out.as_mut_ptr();
-            both_directions!(
-                6 to 4 by a_transposed,
-                |i, j| V::load(m.add((6 * i + j) * from.element)),
-                |i, j, v| if window.rows.contains(&i) && window.cols.contains(&j) {
-                    let out = out.add(window.offset(i, j) + c);
-                    let v = v.add(bias);
-                    if from.add { v.add(V::load(out)) } else { v }.store(out);
-                }
-            );
-        }
-    }
+unsafe fn gradient<V: Vector>(dy: &[f32], window: &Window, out: &mut [f32], place: Place, c: usize) {
     // SAFETY: by the contract.
-    unsafe { for_channels!(from.channels, at(from, out, window)) }
-}
-
-/// # Safety
-/// The elements are inside of `out`; the CPU has the instructions of `V`.
-#[inline(always)]
-unsafe fn kernel<V: Vector, R: Arithmetic + Copy>(taps: &[[f32; NR]; TAPS], out: &mut [f32], element: usize) {
-    // SAFETY: by the contract; NR is a multiple of all lanes.
     unsafe {
-        for c in (0..NR).step_by(V::LANES) {
-            let out = out.as_mut_ptr().add(c);
-            both_directions!(
-                3 to 6 by g,
-                |i, j| V::load(taps[3 * i + j].as_ptr().add(c)),
-                |i, j, v| v.store(out.add((6 * i + j) * element))
-            );
-        }
+        let out = out.as_mut_ptr().add(place.offset(0, c));
+        both_directions!(
+            4 to 6 by a,
+            |i, j| pixel::<V>(dy, window, i, j, c),
+            |i, j, v| v.store(out.add((6 * i + j) * place.element))
+        );
     }
 }
 
 /// # Safety
-/// The elements are inside of `u`; the CPU has the instructions of `V`.
+/// Elements, bias and window are inside of their slices, and have the channels from `c` on; the CPU has the
+/// instructions of `V`.
 #[inline(always)]
-unsafe fn taps<V: Vector, R: Arithmetic + Copy>(u: &[f32], element: usize, out: &mut [[f32; NR]; TAPS]) {
+unsafe fn output<V: Vector>(from: Transformed, out: &mut [f32], window: &Window, c: usize) {
+    // SAFETY: by the contract.
+    unsafe {
+        let m = from.m.as_ptr().add(c);
+        let bias = match from.bias {
+            Some(bias) => V::load(bias.as_ptr().add(c)),
+            None => V::splat(0.0),
+        };
+        let out = out.as_mut_ptr();
+        both_directions!(
+            6 to 4 by a_transposed,
+            |i, j| V::load(m.add((6 * i + j) * from.element)),
+            |i, j, v| if window.rows.contains(&i) && window.cols.contains(&j) {
+                let out = out.add(window.offset(i, j) + c);
+                let v = v.add(bias);
+                if from.add { v.add(V::load(out)) } else { v }.store(out);
+            }
+        );
+    }
+}
+
+/// # Safety
+/// The elements are inside of `out`, and `c` is a multiple of the lanes below [`NR`]; the CPU has the instructions of
+/// `V`.
+#[inline(always)]
+unsafe fn kernel<V: Vector>(taps: &[[f32; NR]; TAPS], out: &mut [f32], element: usize, c: usize) {
     // SAFETY: by the contract; NR is a multiple of all lanes.
     unsafe {
-        for c in (0..NR).step_by(V::LANES) {
-            let u = u.as_ptr().add(c);
-            both_directions!(
-                6 to 3 by g_transposed,
-                |i, j| V::load(u.add((6 * i + j) * element)),
-                |i, j, v| v.store(out[3 * i + j].as_mut_ptr().add(c))
-            );
-        }
+        let out = out.as_mut_ptr().add(c);
+        both_directions!(
+            3 to 6 by g,
+            |i, j| V::load(taps[3 * i + j].as_ptr().add(c)),
+            |i, j, v| v.store(out.add((6 * i + j) * element))
+        );
+    }
+}
+
+/// # Safety
+/// As [`kernel`], of `u`.
+#[inline(always)]
+unsafe fn taps<V: Vector>(u: &[f32], element: usize, out: &mut [[f32; NR]; TAPS], c: usize) {
+    // SAFETY: by the contract; NR is a multiple of all lanes.
+    unsafe {
+        let u = u.as_ptr().add(c);
+        both_directions!(
+            6 to 3 by g_transposed,
+            |i, j| V::load(u.add((6 * i + j) * element)),
+            |i, j, v| v.store(out[3 * i + j].as_mut_ptr().add(c))
+        );
     }
 }
 

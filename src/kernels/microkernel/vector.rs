@@ -1,6 +1,8 @@
 //! Registers of f32 lanes, with which the micro-kernels are written once for all levels.
 
-use super::arithmetic::{Apart, Arithmetic};
+use std::marker::PhantomData;
+
+use super::arithmetic::Arithmetic;
 
 /// A register of `LANES` floats.
 ///
@@ -27,54 +29,26 @@ pub(super) trait Vector: Copy {
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
 }
 
-/// One lane with the arithmetic of a level, for the ends of rows that are not a multiple of a register.
+/// `N` lanes of plain Rust with the arithmetic of a level.
 #[derive(Clone, Copy)]
-pub(super) struct Lane<A>(f32, std::marker::PhantomData<A>);
+pub(super) struct Plain<const N: usize, A>([f32; N], PhantomData<A>);
 
-impl<A: Arithmetic + Copy> Vector for Lane<A> {
-    const LANES: usize = 1;
+/// One lane, for the ends of rows that are not a multiple of a register.
+pub(super) type Lane<A> = Plain<1, A>;
+
+impl<const N: usize, A: Arithmetic> Plain<N, A> {
     #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: valid by the contract.
-        Self(unsafe { *from }, std::marker::PhantomData)
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: valid by the contract.
-        unsafe { *to = self.0 };
-    }
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> Self {
-        Self(value, std::marker::PhantomData)
-    }
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        Self(self.0 + other.0, self.1)
-    }
-    #[inline(always)]
-    unsafe fn sub(self, other: Self) -> Self {
-        Self(self.0 - other.0, self.1)
-    }
-    #[inline(always)]
-    unsafe fn mul(self, other: Self) -> Self {
-        Self(self.0 * other.0, self.1)
-    }
-    #[inline(always)]
-    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
-        Self(A::mul_add(self.0, factor.0, addend.0), self.1)
+    fn lanes(lane: impl Fn(usize) -> f32) -> Self {
+        Self(std::array::from_fn(lane), PhantomData)
     }
 }
 
-/// `N` lanes of plain Rust.
-#[derive(Clone, Copy)]
-pub(super) struct Plain<const N: usize>([f32; N]);
-
-impl<const N: usize> Vector for Plain<N> {
+impl<const N: usize, A: Arithmetic> Vector for Plain<N, A> {
     const LANES: usize = N;
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: `N` floats are valid by the contract; an array of them needs no other alignment.
-        Self(unsafe { *from.cast() })
+        Self(unsafe { *from.cast() }, PhantomData)
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -83,23 +57,23 @@ impl<const N: usize> Vector for Plain<N> {
     }
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
-        Self([value; N])
+        Self([value; N], PhantomData)
     }
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
-        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+        Self::lanes(|i| self.0[i] + other.0[i])
     }
     #[inline(always)]
     unsafe fn sub(self, other: Self) -> Self {
-        Self(std::array::from_fn(|i| self.0[i] - other.0[i]))
+        Self::lanes(|i| self.0[i] - other.0[i])
     }
     #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
-        Self(std::array::from_fn(|i| self.0[i] * other.0[i]))
+        Self::lanes(|i| self.0[i] * other.0[i])
     }
     #[inline(always)]
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
-        Self(std::array::from_fn(|i| Apart::mul_add(self.0[i], factor.0[i], addend.0[i])))
+        Self::lanes(|i| A::mul_add(self.0[i], factor.0[i], addend.0[i]))
     }
 }
 
@@ -113,8 +87,11 @@ mod x86 {
     use crate::kernels::microkernel::vector::Vector;
 
     macro_rules! register {
-        ($name:ident, $register:ty, $lanes:literal, $level:literal, $load:ident, $store:ident, $splat:ident, $add:ident, $sub:ident,
-         $mul:ident, $mul_add:ident) => {
+        (
+            $level:literal: $name:ident of $lanes:literal in $register:ty;
+            load: $load:ident, store: $store:ident, splat: $splat:ident, mul_add: $mul_add:ident,
+            $($of_two:ident: $instruction:ident),*
+        ) => {
             #[doc = concat!("A register of ", $level, ".")]
             #[derive(Clone, Copy)]
             pub(in super::super) struct $name($register);
@@ -135,49 +112,27 @@ mod x86 {
                     Self(unsafe { $splat(value) })
                 }
                 #[inline(always)]
-                unsafe fn add(self, other: Self) -> Self {
-                    Self(unsafe { $add(self.0, other.0) })
-                }
-                #[inline(always)]
-                unsafe fn sub(self, other: Self) -> Self {
-                    Self(unsafe { $sub(self.0, other.0) })
-                }
-                #[inline(always)]
-                unsafe fn mul(self, other: Self) -> Self {
-                    Self(unsafe { $mul(self.0, other.0) })
-                }
-                #[inline(always)]
                 unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
                     Self(unsafe { $mul_add(self.0, factor.0, addend.0) })
                 }
+                $(
+                    #[inline(always)]
+                    unsafe fn $of_two(self, other: Self) -> Self {
+                        Self(unsafe { $instruction(self.0, other.0) })
+                    }
+                )*
             }
         };
     }
 
-    register!(
-        Ymm,
-        __m256,
-        8,
-        "AVX2",
-        _mm256_loadu_ps,
-        _mm256_storeu_ps,
-        _mm256_set1_ps,
-        _mm256_add_ps,
-        _mm256_sub_ps,
-        _mm256_mul_ps,
-        _mm256_fmadd_ps
-    );
-    register!(
-        Zmm,
-        __m512,
-        16,
-        "AVX-512",
-        _mm512_loadu_ps,
-        _mm512_storeu_ps,
-        _mm512_set1_ps,
-        _mm512_add_ps,
-        _mm512_sub_ps,
-        _mm512_mul_ps,
-        _mm512_fmadd_ps
-    );
+    register! {
+        "AVX2": Ymm of 8 in __m256;
+        load: _mm256_loadu_ps, store: _mm256_storeu_ps, splat: _mm256_set1_ps, mul_add: _mm256_fmadd_ps,
+        add: _mm256_add_ps, sub: _mm256_sub_ps, mul: _mm256_mul_ps
+    }
+    register! {
+        "AVX-512": Zmm of 16 in __m512;
+        load: _mm512_loadu_ps, store: _mm512_storeu_ps, splat: _mm512_set1_ps, mul_add: _mm512_fmadd_ps,
+        add: _mm512_add_ps, sub: _mm512_sub_ps, mul: _mm512_mul_ps
+    }
 }
