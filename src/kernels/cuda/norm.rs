@@ -2,8 +2,8 @@
 //! batch, with a group for each channel.
 
 use candle_core::{
-    CudaDevice, CudaStorage, D, Layout, Shape, Tensor,
-    cuda_backend::cudarc::driver::{CudaSlice, CudaView, LaunchConfig},
+    CudaDevice, CudaStorage, D, Layout, Tensor,
+    cuda_backend::cudarc::driver::{CudaSlice, LaunchConfig},
 };
 
 use super::{
@@ -164,6 +164,21 @@ fn doubles(device: &CudaDevice, n: usize) -> candle_core::Result<CudaSlice<f64>>
     unsafe { device.alloc::<f64>(n) }
 }
 
+/// Launches a kernel with its images, what kernels.cu calls `NORM`, and its other arguments.
+macro_rules! launch_norm {
+    ($norm:expr, $function:expr, $config:expr, [$($image:expr),+], [$weight:expr, $bias:expr], [$($other:expr),+]) => {{
+        let Normalize { sizes, moments, own, activation, .. } = $norm;
+        let [c, groups] = [sizes.c, sizes.groups].map(|v| v as i32);
+        with_views::<f32, 2, _>([&moments.mean, &moments.inverse], |_, [mean, inverse]| {
+            launch!(
+                $function, $config, $(&$image,)+ &mean, &inverse, &$weight, &$bias, own, &c, &groups, activation,
+                $(&$other),+
+            );
+            Ok(())
+        })?;
+    }};
+}
+
 struct Normalize {
     sizes: Sizes,
     moments: Moments,
@@ -185,39 +200,12 @@ impl Normalize {
         let (x, weight, bias) =
             (view::<T>(x.0, x.1)?, view::<f32>(weight.0, weight.1)?, view::<f32>(bias.0, bias.1)?);
         let out = uninitialized::<T>(device, x.len())?;
-        self.with_moments(|mean, inverse| {
-            let Sizes { segments, rows, c, groups } = self.sizes;
-            let [c32, groups32, segments32] = [c, groups, segments].map(|v| v as i32);
-            let per = count32(rows * c)?;
-            let forward = kernel_of::<T>(device, "norm_forward")?;
-            launch!(
-                forward,
-                per_segment(rows * c, segments),
-                &x,
-                mean,
-                inverse,
-                &weight,
-                &bias,
-                &self.own,
-                &c32,
-                &groups32,
-                &self.activation,
-                &segments32,
-                &per,
-                &out,
-            );
-            Ok(())
-        })?;
+        let Sizes { segments, rows, c, .. } = self.sizes;
+        let (config, segments32, per) =
+            (per_segment(rows * c, segments), segments as i32, count32(rows * c)?);
+        let forward = kernel_of::<T>(device, "norm_forward")?;
+        launch_norm!(self, forward, config, [x], [weight, bias], [segments32, per, out]);
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
-    }
-
-    fn with_moments<R>(
-        &self,
-        f: impl FnOnce(&CudaView<'_, f32>, &CudaView<'_, f32>) -> candle_core::Result<R>,
-    ) -> candle_core::Result<R> {
-        with_views::<f32, 2, _>([&self.moments.mean, &self.moments.inverse], |_, [mean, inverse]| {
-            f(&mean, &inverse)
-        })
     }
 
     /// The gradients of `x`, and of weight and bias, `(segments, c)` each.
@@ -233,74 +221,47 @@ impl Normalize {
         let [c32, rows32, chunks32, per_chunk32, segments32, groups32] =
             [c, rows, chunks, per_chunk, segments, groups].map(|v| v as i32);
         let (fixed, per) = (i32::from(self.given), count32(rows * c)?);
+        let shape = x.shape();
         let (dx, gradients) = with_views::<T, 2, _>([x, dy], |device, [x, dy]| {
             with_views::<f32, 2, _>([weight, bias], |_, [weight, bias]| {
-                self.with_moments(|mean, inverse| {
-                    let partial = doubles(device, segments * chunks * 2 * c)?;
-                    let sums = kernel_of::<T>(device, "norm_backward_sums")?;
-                    launch!(
-                        sums,
-                        self.sizes.sums_config(),
-                        &x,
-                        &dy,
-                        mean,
-                        inverse,
-                        &weight,
-                        &bias,
-                        &self.own,
-                        &c32,
-                        &groups32,
-                        &self.activation,
-                        &segments32,
-                        &rows32,
-                        &per_chunk32,
-                        &partial,
-                    );
-                    let means = uninitialized::<f32>(device, segments * groups * 2)?;
-                    let gradients = uninitialized::<f32>(device, segments * 2 * c)?;
-                    let finish = kernel(device, "norm_gradient_sums")?;
-                    launch!(
-                        finish,
-                        self.sizes.moments_config(),
-                        &partial,
-                        &chunks32,
-                        &segments32,
-                        &c32,
-                        &groups32,
-                        &rows32,
-                        &weight,
-                        &self.own,
-                        &fixed,
-                        &means,
-                        &gradients,
-                    );
-                    let dx = uninitialized::<T>(device, x.len())?;
-                    let backward = kernel_of::<T>(device, "norm_backward")?;
-                    launch!(
-                        backward,
-                        per_segment(rows * c, segments),
-                        &x,
-                        &dy,
-                        mean,
-                        inverse,
-                        &weight,
-                        &bias,
-                        &self.own,
-                        &c32,
-                        &groups32,
-                        &self.activation,
-                        &means,
-                        &segments32,
-                        &per,
-                        &dx,
-                    );
-                    Ok((dx, tensor(device, gradients, (segments, 2, c))))
-                })
+                let partial = doubles(device, segments * chunks * 2 * c)?;
+                let (sums, config) =
+                    (kernel_of::<T>(device, "norm_backward_sums")?, self.sizes.sums_config());
+                launch_norm!(
+                    self,
+                    sums,
+                    config,
+                    [x, dy],
+                    [weight, bias],
+                    [segments32, rows32, per_chunk32, partial]
+                );
+                let means = uninitialized::<f32>(device, segments * groups * 2)?;
+                let gradients = uninitialized::<f32>(device, segments * 2 * c)?;
+                let finish = kernel(device, "norm_gradient_sums")?;
+                launch!(
+                    finish,
+                    self.sizes.moments_config(),
+                    &partial,
+                    &chunks32,
+                    &segments32,
+                    &c32,
+                    &groups32,
+                    &rows32,
+                    &weight,
+                    &self.own,
+                    &fixed,
+                    &means,
+                    &gradients,
+                );
+                let dx = uninitialized::<T>(device, x.len())?;
+                let (backward, config) =
+                    (kernel_of::<T>(device, "norm_backward")?, per_segment(rows * c, segments));
+                launch_norm!(self, backward, config, [x, dy], [weight, bias], [means, segments32, per, dx]);
+                Ok((tensor(device, dx, shape), tensor(device, gradients, (segments, 2, c))))
             })
-            .map(|(dx, gradients)| (tensor(device, dx, Shape::from_dims(&[segments * rows * c])), gradients))
         })?;
         let of = |which: usize| gradients.narrow(1, which, 1)?.squeeze(1);
-        Ok((dx.reshape(x.shape())?, of(1)?, of(0)?))
+        Ok((dx, of(1)?, of(0)?))
     }
 }
 
