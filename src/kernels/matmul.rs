@@ -1,11 +1,10 @@
 //! Matrix products whose bits do not depend on the number of rows.
 
 use candle_core::{Shape, Tensor};
-use rayon::prelude::*;
 
 use super::{
     microkernel::{NR, Product, Segments, Start, product, zeros},
-    parallel::{PARALLEL_WORK, for_each_chunk},
+    parallel::{PARALLEL_WORK, for_each, for_each_chunk},
     reduce::bias_gradient,
     shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
@@ -124,11 +123,7 @@ fn products(level: CpuLevel, a: View, b: View, bias: Option<&[f32]>, sizes: Size
         let pieces = out.chunks_mut(ROWS * n).enumerate();
         pieces.map(move |(i, piece)| (matrix, i * ROWS, piece))
     });
-    if work < PARALLEL_WORK {
-        tasks.for_each(|(matrix, row, out)| multiply(matrix, row, out));
-    } else {
-        tasks.collect::<Vec<_>>().into_par_iter().for_each(|(matrix, row, out)| multiply(matrix, row, out));
-    }
+    for_each(work >= PARALLEL_WORK, tasks, |(matrix, row, out)| multiply(matrix, row, out));
     out
 }
 
