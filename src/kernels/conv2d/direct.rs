@@ -133,53 +133,52 @@ pub(super) fn forward(level: CpuLevel, g: &Geometry, x: &[f32], panels: &[f32], 
     })
 }
 
-/// One of the convolutions that make up the gradient of the input: over `dy`, at stride 1, for one residue of `(y,
-/// x)` modulo the stride, with the taps of the kernel that meet it, so that no zero is multiplied.
+/// One of the convolutions that make up the output or the gradient of the input.
 pub(super) struct Phase {
     residue: (usize, usize),
     pub geometry: Geometry,
     /// Their places in the kernel, in the order of the window.
-    taps: Vec<usize>,
+    pub taps: Vec<usize>,
 }
 
-/// The convolutions that make up the gradient of the input.
-pub(super) fn phases(g: &Geometry) -> Vec<Phase> {
-    let mut phases = Vec::new();
-    for residue_y in 0..g.stride.min(g.h) {
-        let (taps_y, before_y) = meeting_taps(g.kh, g.stride, g.before.0, residue_y);
-        for residue_x in 0..g.stride.min(g.w) {
-            let (taps_x, before_x) = meeting_taps(g.kw, g.stride, g.before.1, residue_x);
-            if taps_y.is_empty() || taps_x.is_empty() {
-                continue;
-            }
-            phases.push(Phase {
-                residue: (residue_y, residue_x),
-                geometry: Geometry {
-                    images: g.images,
-                    h: g.out_h,
-                    w: g.out_w,
-                    c_in: g.c_out,
-                    kh: taps_y.len(),
-                    kw: taps_x.len(),
-                    stride: 1,
-                    before: (before_y, before_x),
-                    out_h: (g.h - residue_y).div_ceil(g.stride),
-                    out_w: (g.w - residue_x).div_ceil(g.stride),
-                    c_out: g.c_in,
-                },
-                taps: taps_y.iter().flat_map(|ky| taps_x.iter().map(move |kx| ky * g.kw + kx)).collect(),
-            });
-        }
+impl Phase {
+    /// A convolution itself.
+    pub fn whole(g: &Geometry) -> Self {
+        Self { residue: (0, 0), geometry: *g, taps: (0..g.kh * g.kw).collect() }
     }
-    phases
-}
 
-/// The weights of each phase.
-pub(super) fn pack_phases(g: &Geometry, weight: &[f32], phases: &[Phase], parallel: bool) -> Vec<Vec<f32>> {
-    let kernel = g.kh * g.kw;
-    let pack =
-        |phase: &Phase| pack(weight, &phase.taps, (g.c_out, g.c_in * kernel), (g.c_in, kernel), parallel);
-    phases.iter().map(pack).collect()
+    /// The convolutions that make up the gradient of the input: over `dy`, at stride 1, for each residue of `(y, x)`
+    /// modulo the stride, with the taps of the kernel that meet it, so that no zero is multiplied.
+    pub fn of_gradient(g: &Geometry) -> Vec<Self> {
+        let mut phases = Vec::new();
+        for residue_y in 0..g.stride.min(g.h) {
+            let (taps_y, before_y) = meeting_taps(g.kh, g.stride, g.before.0, residue_y);
+            for residue_x in 0..g.stride.min(g.w) {
+                let (taps_x, before_x) = meeting_taps(g.kw, g.stride, g.before.1, residue_x);
+                if taps_y.is_empty() || taps_x.is_empty() {
+                    continue;
+                }
+                phases.push(Self {
+                    residue: (residue_y, residue_x),
+                    geometry: Geometry {
+                        images: g.images,
+                        h: g.out_h,
+                        w: g.out_w,
+                        c_in: g.c_out,
+                        kh: taps_y.len(),
+                        kw: taps_x.len(),
+                        stride: 1,
+                        before: (before_y, before_x),
+                        out_h: (g.h - residue_y).div_ceil(g.stride),
+                        out_w: (g.w - residue_x).div_ceil(g.stride),
+                        c_out: g.c_in,
+                    },
+                    taps: taps_y.iter().flat_map(|ky| taps_x.iter().map(move |kx| ky * g.kw + kx)).collect(),
+                });
+            }
+        }
+        phases
+    }
 }
 
 /// The gradient of the input.

@@ -5,11 +5,13 @@ mod geometry;
 mod winograd;
 
 use std::{
+    convert::Infallible,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use candle_core::{Shape, Tensor};
+use direct::Phase;
 pub(super) use geometry::Bias;
 use geometry::Geometry;
 
@@ -78,54 +80,60 @@ fn of_operands(
 /// padded to 16.
 #[derive(Debug, Default)]
 pub struct PackedWeights {
-    forward: Slots<Kernels>,
-    backward: Slots<BackwardKernels>,
+    kernels: Slots<Key, Arc<Kernels>>,
+    /// As cuDNN takes them, in each type.
     #[cfg(feature = "cuda")]
-    cuda: super::cuda::conv::CudaWeights,
+    filters: Slots<candle_core::DType, Tensor>,
 }
 
 impl PackedWeights {
     /// The weights packed for the forward pass.
     pub(super) fn forward(&self, convolution: &Convolution, weight: &[f32]) -> Arc<Kernels> {
-        self.forward.get(convolution.forward_key(), || convolution.pack(weight, false))
+        self.get(convolution, weight, false)
     }
 
     /// The weights packed for the input's gradient.
-    pub(super) fn backward(&self, convolution: &Convolution, weight: &[f32]) -> Arc<BackwardKernels> {
-        self.backward.get(convolution.backward_key(), || convolution.pack_backward(weight, false))
+    pub(super) fn backward(&self, convolution: &Convolution, weight: &[f32]) -> Arc<Kernels> {
+        self.get(convolution, weight, true)
+    }
+
+    fn get(&self, convolution: &Convolution, weight: &[f32], backward: bool) -> Arc<Kernels> {
+        let made = || Ok::<_, Infallible>(Arc::new(convolution.pack(weight, backward, false)));
+        let Ok(kernels) = self.kernels.get(convolution.key(backward), made);
+        kernels
     }
 }
 
-/// What was packed for each kind of use.
+/// What was made of weights for each kind of use.
 #[derive(Debug)]
-struct Slots<T>(Mutex<Vec<(Key, Arc<T>)>>);
+struct Slots<K, T>(Mutex<Vec<(K, T)>>);
 
-impl<T> Default for Slots<T> {
+impl<K, T> Default for Slots<K, T> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<T> Slots<T> {
+impl<K: PartialEq, T: Clone> Slots<K, T> {
     /// `make` must not wait for other tasks, since one of these could need the same weights and wait for the lock.
-    fn get(&self, key: Key, make: impl FnOnce() -> T) -> Arc<T> {
+    fn get<E>(&self, key: K, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, packed)) = slots.iter().find(|(of, _)| *of == key) {
-            return Arc::clone(packed);
+        if let Some((_, made)) = slots.iter().find(|(of, _)| *of == key) {
+            return Ok(made.clone());
         }
-        let packed = Arc::new(make());
-        slots.push((key, Arc::clone(&packed)));
-        packed
+        let made = make()?;
+        slots.push((key, made.clone()));
+        Ok(made)
     }
 }
 
 /// Everything that packing depends on, apart from the weights.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Debug, PartialEq)]
 struct Key {
+    backward: bool,
     winograd: bool,
-    stride: usize,
-    before: (isize, isize),
-    residues: (usize, usize),
+    /// Of each phase.
+    taps: Vec<Vec<usize>>,
 }
 
 /// A convolution of known sizes over slices.
@@ -136,16 +144,10 @@ pub(super) struct Convolution {
     g: Geometry,
 }
 
-/// Weights as the forward pass reads them.
+/// Weights as the forward pass or the input's gradient reads them.
 #[derive(Debug)]
 pub(super) enum Kernels {
-    Direct(Vec<f32>),
-    Winograd(winograd::Kernels),
-}
-
-/// Weights as the input's gradient reads them.
-#[derive(Debug)]
-pub(super) enum BackwardKernels {
+    /// For each phase.
     Direct(Vec<Vec<f32>>),
     Winograd(winograd::Kernels),
 }
@@ -189,20 +191,6 @@ impl Convolution {
         Ok(Self { level, algorithm, g })
     }
 
-    fn forward_key(&self) -> Key {
-        Key { winograd: self.by_winograd(&self.g), ..Key::default() }
-    }
-
-    fn backward_key(&self) -> Key {
-        let Geometry { stride, before, h, w, .. } = self.g;
-        Key {
-            winograd: matches!(&direct::phases(&self.g)[..], [phase] if self.by_winograd(&phase.geometry)),
-            stride,
-            before,
-            residues: (stride.min(h), stride.min(w)),
-        }
-    }
-
     /// `(b, h', w', c_out)`.
     pub(super) fn out_shape(&self) -> Shape {
         Shape::from((self.g.images, self.g.out_h, self.g.out_w, self.g.c_out))
@@ -212,63 +200,61 @@ impl Convolution {
         self.algorithm == ConvAlgorithm::Winograd && winograd::suits(g)
     }
 
-    /// `parallel`: whether all threads take part.
-    fn pack(&self, weight: &[f32], parallel: bool) -> Kernels {
-        let g = &self.g;
-        let kernel = g.kh * g.kw;
-        let (channels, columns) = ((g.c_in, kernel), (g.c_out, g.c_in * kernel));
-        if self.by_winograd(g) {
-            Kernels::Winograd(winograd::Kernels::new(self.level, weight, channels, columns, false, parallel))
-        } else {
-            let taps: Vec<usize> = (0..kernel).collect();
-            Kernels::Direct(direct::pack(weight, &taps, channels, columns, parallel))
+    /// What the output or, `backward`, the input's gradient is made of.
+    fn phases(&self, backward: bool) -> Vec<Phase> {
+        if backward { Phase::of_gradient(&self.g) } else { vec![Phase::whole(&self.g)] }
+    }
+
+    fn key(&self, backward: bool) -> Key {
+        let phases = self.phases(backward);
+        let winograd = matches!(&phases[..], [phase] if self.by_winograd(&phase.geometry));
+        Key { backward, winograd, taps: phases.into_iter().map(|phase| phase.taps).collect() }
+    }
+
+    /// For the forward pass or, `backward`, the input's gradient. `parallel`: whether all threads take part.
+    fn pack(&self, weight: &[f32], backward: bool, parallel: bool) -> Kernels {
+        let (Geometry { c_in, c_out, kh, kw, .. }, level) = (self.g, self.level);
+        let (inputs, outputs) = ((c_in, kh * kw), (c_out, c_in * kh * kw));
+        let (channels, columns) = if backward { (outputs, inputs) } else { (inputs, outputs) };
+        let Key { winograd, taps, .. } = self.key(backward);
+        if winograd {
+            return Kernels::Winograd(winograd::Kernels::new(
+                level, weight, channels, columns, backward, parallel,
+            ));
         }
+        let pack = |taps: &Vec<usize>| direct::pack(weight, taps, channels, columns, parallel);
+        Kernels::Direct(taps.iter().map(pack).collect())
     }
 
     pub(super) fn forward(&self, x: &[f32], kernels: &Kernels, bias: Bias) -> Vec<f32> {
-        match kernels {
-            Kernels::Direct(panels) => direct::forward(self.level, &self.g, x, panels, bias),
-            Kernels::Winograd(kernels) => winograd::forward(self.level, &self.g, x, kernels, bias, None),
-        }
+        self.forward_onto(x, kernels, bias, None)
     }
 
-    /// The convolution, added to `onto`.
-    pub(super) fn forward_onto(&self, x: &[f32], kernels: &Kernels, bias: Bias, onto: Vec<f32>) -> Vec<f32> {
+    /// The convolution, added to `onto` if given.
+    pub(super) fn forward_onto(
+        &self,
+        x: &[f32],
+        kernels: &Kernels,
+        bias: Bias,
+        onto: Option<Vec<f32>>,
+    ) -> Vec<f32> {
         match kernels {
             Kernels::Direct(panels) => {
-                let mut out = direct::forward(self.level, &self.g, x, panels, bias);
-                add(&mut out, &onto);
+                let mut out = direct::forward(self.level, &self.g, x, &panels[0], bias);
+                if let Some(onto) = onto {
+                    add(&mut out, &onto);
+                }
                 out
             }
-            Kernels::Winograd(kernels) => {
-                winograd::forward(self.level, &self.g, x, kernels, bias, Some(onto))
-            }
+            Kernels::Winograd(kernels) => winograd::forward(self.level, &self.g, x, kernels, bias, onto),
         }
     }
 
-    /// `parallel`: whether all threads take part.
-    fn pack_backward(&self, weight: &[f32], parallel: bool) -> BackwardKernels {
-        let g = &self.g;
-        let phases = direct::phases(g);
-        match &phases[..] {
-            [phase] if self.by_winograd(&phase.geometry) => {
-                let kernel = g.kh * g.kw;
-                let (channels, columns) = ((g.c_out, g.c_in * kernel), (g.c_in, kernel));
-                BackwardKernels::Winograd(winograd::Kernels::new(
-                    self.level, weight, channels, columns, true, parallel,
-                ))
-            }
-            phases => BackwardKernels::Direct(direct::pack_phases(g, weight, phases, parallel)),
-        }
-    }
-
-    pub(super) fn input_gradient(&self, dy: &[f32], kernels: &BackwardKernels) -> Vec<f32> {
-        let phases = direct::phases(&self.g);
+    pub(super) fn input_gradient(&self, dy: &[f32], kernels: &Kernels) -> Vec<f32> {
+        let phases = self.phases(true);
         match kernels {
-            BackwardKernels::Direct(panels) => {
-                direct::input_gradient(self.level, &self.g, dy, &phases, panels)
-            }
-            BackwardKernels::Winograd(kernels) => {
+            Kernels::Direct(panels) => direct::input_gradient(self.level, &self.g, dy, &phases, panels),
+            Kernels::Winograd(kernels) => {
                 winograd::forward(self.level, &phases[0].geometry, dy, kernels, Bias::None, None)
             }
         }
@@ -303,6 +289,13 @@ impl Conv2d {
         let convolution = Convolution::new(level, algorithm, x.dims4()?, weight.dims4()?, stride, padding)?;
         Ok(Self { convolution, padding, packed: packed.cloned() })
     }
+
+    fn kernels(&self, weight: &[f32], backward: bool) -> Arc<Kernels> {
+        match &self.packed {
+            Some(packed) => packed.get(&self.convolution, weight, backward),
+            None => Arc::new(self.convolution.pack(weight, backward, true)),
+        }
+    }
 }
 
 /// Of image, weight and, perhaps, bias.
@@ -310,25 +303,15 @@ impl<const N: usize> Node<N> for Conv2d {
     const NAME: &'static str = "conv2d";
 
     fn forward(&self, operands: [Operand; N]) -> Output {
-        let (convolution, weight) = (&self.convolution, operands[1]);
         let bias = operands.get(2).map_or(Bias::None, |bias| Bias::Channels(bias.values()));
-        let kernels = match &self.packed {
-            Some(packed) => packed.forward(convolution, &weight),
-            None => Arc::new(convolution.pack(&weight, true)),
-        };
-        Ok((convolution.forward(&operands[0], &kernels, bias), convolution.out_shape()))
+        let out = self.convolution.forward(&operands[0], &self.kernels(&operands[1], false), bias);
+        Ok((out, self.convolution.out_shape()))
     }
 
     fn backward(&self, operands: [Operand; N], Backward { dy, wanted, .. }: Backward<N>) -> Gradients<N> {
         let (convolution, x, weight) = (&self.convolution, operands[0], operands[1]);
         let gradient = |operand: usize| match operand {
-            0 => {
-                let kernels = match &self.packed {
-                    Some(packed) => packed.backward(convolution, &weight),
-                    None => Arc::new(convolution.pack_backward(&weight, true)),
-                };
-                convolution.input_gradient(dy, &kernels)
-            }
+            0 => convolution.input_gradient(dy, &self.kernels(&weight, true)),
             1 => convolution.weight_gradient(&x, dy),
             _ => bias_gradient(convolution.level, dy, convolution.g.c_out),
         };
@@ -360,9 +343,15 @@ impl<const N: usize> Op<N> for Conv2d {
 
     #[cfg(feature = "cuda")]
     fn cuda(self, operands: [&Tensor; N]) -> Result<Tensor> {
-        let kept = self.packed.as_ref().map(|packed| &packed.cuda);
-        let stride = self.convolution.g.stride;
-        let out = super::cuda::conv::conv2d(operands[0], operands[1], stride, self.padding, kept)?;
+        let (x, weight) = (operands[0], operands[1]);
+        let made = || super::cuda::conv::filter(weight, x.dtype());
+        let filter = match &self.packed {
+            Some(packed) if !weight.track_op() => {
+                packed.filters.get(x.dtype(), || made().map(|filter| filter.detach()))?
+            }
+            _ => made()?,
+        };
+        let out = super::cuda::conv::conv2d(x, &filter, self.convolution.g.stride, self.padding)?;
         match operands.get(2) {
             Some(bias) => super::add_channels::add_channels(&out, bias),
             None => Ok(out),

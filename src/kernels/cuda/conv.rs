@@ -37,14 +37,13 @@ use crate::{
     device::{Precision, device_class},
 };
 
-/// Convolution without a bias: see [`fn@super::super::conv2d::conv2d`], which has checked the shapes. `weight`:
-/// `(c_out, c_in, kh, kw)` f32. `kept`: the weights in cuDNN's form, if they stay the same.
+/// Convolution without a bias: see [`fn@super::super::conv2d::conv2d`], which has checked the shapes. `filter`: as
+/// [`filter`] makes it of the weights, for the type of `x`.
 pub(in crate::kernels) fn conv2d(
     x: &Tensor,
-    weight: &Tensor,
+    filter: &Tensor,
     stride: usize,
     (before, after): (usize, usize),
-    kept: Option<&CudaWeights>,
 ) -> Result<Tensor> {
     // cuDNN pads both ends equally.
     let (x, padding) = match before == after {
@@ -52,36 +51,20 @@ pub(in crate::kernels) fn conv2d(
         false => (x.pad_with_zeros(1, before, after)?.pad_with_zeros(2, before, after)?.contiguous()?, 0),
     };
     let x = aligned(x)?;
-    let made = || aligned(weight.permute((0, 2, 3, 1))?.contiguous()?.to_dtype(x.dtype())?);
-    let filter = match kept {
-        Some(kept) if !weight.track_op() => kept.get(x.dtype(), made)?,
-        _ => made()?,
-    };
     let convolution =
         Convolution { image: x.dims4()?, filter: filter.dims4()?, stride, padding, pass: Pass::Forward };
-    apply_cuda(convolution, [&x, &filter])
+    apply_cuda(convolution, [&x, filter])
+}
+
+/// Weights `(c_out, c_in, kh, kw)`, f32, in cuDNN's order, `(c_out, kh, kw, c_in)`, and the images' type.
+pub(in crate::kernels) fn filter(weight: &Tensor, images: DType) -> Result<Tensor> {
+    aligned(weight.permute((0, 2, 3, 1))?.contiguous()?.to_dtype(images)?)
 }
 
 /// A copy if the elements do not begin at a multiple of 16 bytes, which cuDNN's fastest kernels require.
 fn aligned(t: Tensor) -> Result<Tensor> {
     let start = t.layout().start_offset() * t.dtype().size_in_bytes();
     Ok(if start.is_multiple_of(16) { t } else { t.copy()? })
-}
-
-/// Weights in cuDNN's order and the images' type, `(c_out, kh, kw, c_in)`, made at first use.
-#[derive(Debug, Default)]
-pub(in crate::kernels) struct CudaWeights(Mutex<Vec<(DType, Tensor)>>);
-
-impl CudaWeights {
-    fn get(&self, dtype: DType, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, filter)) = kept.iter().find(|(of, _)| *of == dtype) {
-            return Ok(filter.clone());
-        }
-        let filter = make()?.detach();
-        kept.push((dtype, filter.clone()));
-        Ok(filter)
-    }
 }
 
 /// Algorithms that need a larger workspace, in bytes, are not used.
@@ -149,8 +132,10 @@ impl Convolution {
         }
         with_state(device, |state| {
             let plan = state.plan::<T>(self)?;
-            let algorithm = plan.algorithm(self, state, first, second, &mut out)?;
-            plan.launch(self.pass, algorithm, state, first, second, &mut out)
+            let mut launch =
+                |algorithm, bytes| plan.launch(state, (algorithm, bytes), first, second, &mut out);
+            let (algorithm, bytes) = plan.algorithm(self, state, &mut launch)?;
+            launch(algorithm, bytes)
         })?;
         Ok(out)
     }
@@ -275,70 +260,67 @@ struct Plan<T> {
     out: TensorDescriptor<T>,
     /// Sums are f32, whatever the elements are.
     convolution: ConvDescriptor<f32>,
-    algorithm: Cell<Option<u32>>,
-    /// The algorithm that cuDNN was last asked about, and the size of its workspace in bytes.
-    bytes: Cell<Option<(u32, usize)>>,
+    /// With the size of its workspace in bytes.
+    chosen: Cell<Option<(Algorithm, usize)>>,
 }
 
-/// cuDNN's algorithms that give the same bits each time.
-const FORWARD: [sys::cudnnConvolutionFwdAlgo_t; 7] = {
-    use sys::cudnnConvolutionFwdAlgo_t::*;
-    [
-        CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
-        CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
-        CUDNN_CONVOLUTION_FWD_ALGO_GEMM,
-        CUDNN_CONVOLUTION_FWD_ALGO_FFT,
-        CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING,
-        CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD,
-        CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED,
-    ]
-};
-/// The same for the image's gradient: all but 0, whose summation order varies.
-const IMAGE: [sys::cudnnConvolutionBwdDataAlgo_t; 5] = {
-    use sys::cudnnConvolutionBwdDataAlgo_t::*;
-    [
-        CUDNN_CONVOLUTION_BWD_DATA_ALGO_1,
-        CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT,
-        CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT_TILING,
-        CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD,
-        CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD_NONFUSED,
-    ]
-};
-/// The same for the filter's gradient: all but 0 and 3.
-const FILTER: [sys::cudnnConvolutionBwdFilterAlgo_t; 5] = {
-    use sys::cudnnConvolutionBwdFilterAlgo_t::*;
-    [
-        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1,
-        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT,
-        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD,
-        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD_NONFUSED,
-        CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT_TILING,
-    ]
-};
+/// One of cuDNN's algorithms for a pass.
+#[derive(Clone, Copy)]
+enum Algorithm {
+    Forward(sys::cudnnConvolutionFwdAlgo_t),
+    Image(sys::cudnnConvolutionBwdDataAlgo_t),
+    Filter(sys::cudnnConvolutionBwdFilterAlgo_t),
+}
 
-/// The numbers of the algorithms for a pass.
-fn candidates(pass: Pass) -> Vec<u32> {
-    match pass {
-        Pass::Forward => FORWARD.map(|a| a as u32).to_vec(),
-        Pass::Image => IMAGE.map(|a| a as u32).to_vec(),
-        Pass::Filter => FILTER.map(|a| a as u32).to_vec(),
+impl Algorithm {
+    /// Those that give the same bits each time. Of the image's gradient that is all but 0, whose summation order varies,
+    /// of the filter's all but 0 and 3.
+    fn candidates(pass: Pass) -> Vec<Self> {
+        use sys::{
+            cudnnConvolutionBwdDataAlgo_t::*, cudnnConvolutionBwdFilterAlgo_t::*,
+            cudnnConvolutionFwdAlgo_t::*,
+        };
+        match pass {
+            Pass::Forward => [
+                CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_GEMM,
+                CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM,
+                CUDNN_CONVOLUTION_FWD_ALGO_GEMM,
+                CUDNN_CONVOLUTION_FWD_ALGO_FFT,
+                CUDNN_CONVOLUTION_FWD_ALGO_FFT_TILING,
+                CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD,
+                CUDNN_CONVOLUTION_FWD_ALGO_WINOGRAD_NONFUSED,
+            ]
+            .map(Self::Forward)
+            .to_vec(),
+            Pass::Image => [
+                CUDNN_CONVOLUTION_BWD_DATA_ALGO_1,
+                CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT,
+                CUDNN_CONVOLUTION_BWD_DATA_ALGO_FFT_TILING,
+                CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD,
+                CUDNN_CONVOLUTION_BWD_DATA_ALGO_WINOGRAD_NONFUSED,
+            ]
+            .map(Self::Image)
+            .to_vec(),
+            Pass::Filter => [
+                CUDNN_CONVOLUTION_BWD_FILTER_ALGO_1,
+                CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT,
+                CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD,
+                CUDNN_CONVOLUTION_BWD_FILTER_ALGO_WINOGRAD_NONFUSED,
+                CUDNN_CONVOLUTION_BWD_FILTER_ALGO_FFT_TILING,
+            ]
+            .map(Self::Filter)
+            .to_vec(),
+        }
     }
-}
 
-fn forward_algorithm(number: u32) -> Option<sys::cudnnConvolutionFwdAlgo_t> {
-    FORWARD.into_iter().find(|a| *a as u32 == number)
-}
-
-fn image_algorithm(number: u32) -> Option<sys::cudnnConvolutionBwdDataAlgo_t> {
-    IMAGE.into_iter().find(|a| *a as u32 == number)
-}
-
-fn filter_algorithm(number: u32) -> Option<sys::cudnnConvolutionBwdFilterAlgo_t> {
-    FILTER.into_iter().find(|a| *a as u32 == number)
-}
-
-fn unknown(number: u32) -> candle_core::Error {
-    candle_core::Error::Msg(format!("cuDNN has no algorithm {number} that gives the same bits each time"))
+    /// cuDNN's number.
+    fn number(self) -> u32 {
+        match self {
+            Self::Forward(algorithm) => algorithm as u32,
+            Self::Image(algorithm) => algorithm as u32,
+            Self::Filter(algorithm) => algorithm as u32,
+        }
+    }
 }
 
 impl<T: Element> Plan<T> {
@@ -358,125 +340,110 @@ impl<T: Element> Plan<T> {
             filter: cudnn.create_4d_filter(NHWC, nchw(convolution.filter))?,
             out: cudnn.create_4d_tensor(NHWC, nchw(convolution.out()))?,
             convolution: descriptor,
-            algorithm: Cell::new(None),
-            bytes: Cell::new(None),
+            chosen: Cell::new(None),
         })
     }
 
-    /// The algorithm chosen before or, the first time, the fastest.
+    /// The algorithm chosen before or, the first time, the fastest, and the size of its workspace; `launch` runs one.
     fn algorithm(
         &self,
         convolution: &Convolution,
         state: &State,
-        first: &CudaView<'_, T>,
-        second: &CudaView<'_, T>,
-        out: &mut CudaSlice<T>,
-    ) -> candle_core::Result<u32> {
-        if let Some(algorithm) = self.algorithm.get() {
-            return Ok(algorithm);
+        mut launch: impl FnMut(Algorithm, usize) -> candle_core::Result<()>,
+    ) -> candle_core::Result<(Algorithm, usize)> {
+        if let Some(chosen) = self.chosen.get() {
+            return Ok(chosen);
         }
+        let candidates = Algorithm::candidates(convolution.pass);
         let name = format!("{convolution} {}", T::SUFFIX);
-        let algorithm = algorithms::choose(&state.class, &name, || {
+        let number = algorithms::choose(&state.class, &name, || {
             let (mut best, mut refused) = (None, String::new());
-            for algorithm in candidates(convolution.pass) {
+            for &algorithm in &candidates {
                 // Algorithms that do not support these sizes, or this memory, are skipped.
-                match self.time(convolution.pass, algorithm, state, first, second, out) {
+                match self.time(state, algorithm, &mut launch) {
                     Ok(time) if best.is_none_or(|(least, _)| time < least) => best = Some((time, algorithm)),
                     Ok(_) => {}
-                    Err(error) => refused += &format!("; {algorithm}: {error}"),
+                    Err(error) => refused += &format!("; {}: {error}", algorithm.number()),
                 }
             }
             // It may have grown for an algorithm that was not chosen.
             *state.workspace.borrow_mut() = None;
             match best {
-                Some((_, algorithm)) => Ok(algorithm),
+                Some((_, algorithm)) => Ok(algorithm.number()),
                 None => candle_core::bail!(
                     "cuDNN has no algorithm that gives the same bits each time for {name}{refused}"
                 ),
             }
         })?;
-        self.algorithm.set(Some(algorithm));
-        Ok(algorithm)
+        let Some(algorithm) = candidates.into_iter().find(|algorithm| algorithm.number() == number) else {
+            candle_core::bail!("cuDNN has no algorithm {number} that gives the same bits each time")
+        };
+        let chosen = (algorithm, self.workspace(algorithm)?);
+        self.chosen.set(Some(chosen));
+        Ok(chosen)
     }
 
-    /// The size of an algorithm's workspace in bytes. cuDNN is asked once for the chosen one.
-    fn workspace(&self, pass: Pass, algorithm: u32) -> candle_core::Result<usize> {
-        if let Some((known, bytes)) = self.bytes.get()
-            && known == algorithm
-        {
-            return Ok(bytes);
-        }
+    /// The size of an algorithm's workspace in bytes.
+    fn workspace(&self, algorithm: Algorithm) -> candle_core::Result<usize> {
         let Self { image: x, filter: w, out: y, convolution: conv, .. } = self;
-        let unknown = || unknown(algorithm);
-        let bytes = match pass {
-            Pass::Forward => ConvForward { conv, x, w, y }
-                .get_workspace_size(forward_algorithm(algorithm).ok_or_else(unknown)?)?,
-            Pass::Image => ConvBackwardData { conv, dx: x, w, dy: y }
-                .get_workspace_size(image_algorithm(algorithm).ok_or_else(unknown)?)?,
-            Pass::Filter => ConvBackwardFilter { conv, x, dw: w, dy: y }
-                .get_workspace_size(filter_algorithm(algorithm).ok_or_else(unknown)?)?,
-        };
-        self.bytes.set(Some((algorithm, bytes)));
-        Ok(bytes)
+        Ok(match algorithm {
+            Algorithm::Forward(algorithm) => ConvForward { conv, x, w, y }.get_workspace_size(algorithm),
+            Algorithm::Image(algorithm) => {
+                ConvBackwardData { conv, dx: x, w, dy: y }.get_workspace_size(algorithm)
+            }
+            Algorithm::Filter(algorithm) => {
+                ConvBackwardFilter { conv, x, dw: w, dy: y }.get_workspace_size(algorithm)
+            }
+        }?)
     }
 
     /// Milliseconds of three runs, after one to warm up. Fails if it needs more than [`LARGEST_WORKSPACE`].
     fn time(
         &self,
-        pass: Pass,
-        algorithm: u32,
         state: &State,
-        first: &CudaView<'_, T>,
-        second: &CudaView<'_, T>,
-        out: &mut CudaSlice<T>,
+        algorithm: Algorithm,
+        mut launch: impl FnMut(Algorithm, usize) -> candle_core::Result<()>,
     ) -> candle_core::Result<f32> {
         let stream = state.device.cuda_stream();
-        let bytes = self.workspace(pass, algorithm)?;
+        let bytes = self.workspace(algorithm)?;
         if bytes > LARGEST_WORKSPACE {
             candle_core::bail!("needs {bytes} bytes of workspace")
         }
-        self.launch(pass, algorithm, state, first, second, out)?;
+        launch(algorithm, bytes)?;
         let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).w();
         let start = event()?;
         for _ in 0..3 {
-            self.launch(pass, algorithm, state, first, second, out)?;
+            launch(algorithm, bytes)?;
         }
         let end = event()?;
         end.synchronize().w()?;
         start.elapsed_ms(&end).w()
     }
 
+    /// Runs an algorithm with a workspace of this many bytes.
     fn launch(
         &self,
-        pass: Pass,
-        algorithm: u32,
         state: &State,
+        (algorithm, bytes): (Algorithm, usize),
         first: &CudaView<'_, T>,
         second: &CudaView<'_, T>,
         out: &mut CudaSlice<T>,
     ) -> candle_core::Result<()> {
-        state.reserve(self.workspace(pass, algorithm)?)?;
+        state.reserve(bytes)?;
         let Self { image: x, filter: w, out: y, convolution: conv, .. } = self;
-        let (scales, unknown) = ((T::one(), T::zero()), || unknown(algorithm));
+        let scales = (T::one(), T::zero());
         let mut workspace = state.workspace.borrow_mut();
+        let workspace = workspace.as_mut();
         // SAFETY: the operands have the sizes and the type of the descriptors, the workspace has what cuDNN asked for.
         unsafe {
-            match pass {
-                Pass::Forward => {
-                    let algorithm = forward_algorithm(algorithm).ok_or_else(unknown)?;
-                    let op = ConvForward { conv, x, w, y };
-                    op.launch(algorithm, workspace.as_mut(), scales, first, second, out)
+            match algorithm {
+                Algorithm::Forward(algorithm) => {
+                    ConvForward { conv, x, w, y }.launch(algorithm, workspace, scales, first, second, out)
                 }
-                Pass::Image => {
-                    let algorithm = image_algorithm(algorithm).ok_or_else(unknown)?;
-                    let op = ConvBackwardData { conv, dx: x, w, dy: y };
-                    op.launch(algorithm, workspace.as_mut(), scales, out, first, second)
-                }
-                Pass::Filter => {
-                    let algorithm = filter_algorithm(algorithm).ok_or_else(unknown)?;
-                    let op = ConvBackwardFilter { conv, x, dw: w, dy: y };
-                    op.launch(algorithm, workspace.as_mut(), scales, first, out, second)
-                }
+                Algorithm::Image(algorithm) => ConvBackwardData { conv, dx: x, w, dy: y }
+                    .launch(algorithm, workspace, scales, out, first, second),
+                Algorithm::Filter(algorithm) => ConvBackwardFilter { conv, x, dw: w, dy: y }
+                    .launch(algorithm, workspace, scales, first, out, second),
             }
         }?;
         Ok(())
