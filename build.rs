@@ -13,6 +13,7 @@ fn main() {
         println!("cargo:rerun-if-env-changed={name}");
     }
     println!("cargo:rerun-if-changed={SOURCE}");
+    println!("cargo:rerun-if-changed=src/kernels/cuda/typed.cu");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("kernels.ptx");
     let of_toolkit = |root: &str| {
         let nvcc = PathBuf::from(env::var_os(root)?).join("bin/nvcc");

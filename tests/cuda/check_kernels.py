@@ -25,10 +25,9 @@ KINDS = {"none": 0, "silu": 1, "relu": 2}
 
 
 def build():
-    text = SOURCE.read_text()
-    names = re.findall(r"__global__ void (\w+)\(", text)
-    templates = re.findall(r"__global__ void (\w+)##suffix\(", text)
-    names += [template + suffix for template in templates for suffix in ("f32", "bf16")]
+    names = re.findall(r"__global__ void (\w+)\(", SOURCE.read_text())
+    typed = re.findall(r"__global__ void NAME\((\w+)\)\(", SOURCE.with_name("typed.cu").read_text())
+    names += [f"{name}_{suffix}" for name in typed for suffix in ("f32", "bf16")]
     folder = Path(tempfile.mkdtemp())
     exports = "\n".join(f"EXPORT({name})" for name in names)
     (folder / "kernels.cpp").write_text(f'#include "{SOURCE}"\n{exports}\n')

@@ -4,7 +4,7 @@
 // sums in double. No kernel uses atomics, so that the same launch gives the same bits. To be compiled without fused
 // multiply-adds (--fmad=false): where one is meant, fmaf says so, and the normals have the CPU's bits.
 //
-// Every kernel is a template over the element, instantiated at the end under names with _f32 and _bf16.
+// Kernels of float elements alone are here; typed.cu has the others, for each type of element.
 
 #ifndef __CUDACC__
 #include "emulator.h"
@@ -82,46 +82,6 @@ __device__ inline float normalized(const Channel& c, float x) { return (x - c.me
 constexpr int LANES = 32;
 constexpr int ROWS = 8;
 
-// Sums over the rows of a chunk, for each channel: grid (chunks, any, channel tiles), block (LANES, ROWS).
-// partial: [segment][chunk][2][c]. Forward: sums of x and x². Backward: of dz and dz · x̂, where z is what the activation
-// gets.
-template <typename T, bool BACKWARD>
-__device__ void column_sums(const T* x, const T* dy, Norm norm, int segments, int rows, int rows_per_chunk,
-                            double* partial) {
-    __shared__ double sums[2][ROWS][LANES];
-    int channel = blockIdx.z * LANES + threadIdx.x, chunk = blockIdx.x, c = norm.c;
-    for (int segment = blockIdx.y; segment < segments; segment += gridDim.y) {
-        double first = 0.0, second = 0.0;
-        if (channel < c) {
-            Channel with = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (BACKWARD) with = channel_of(norm, segment, channel);
-            int end = min(rows, (chunk + 1) * rows_per_chunk);
-            for (int row = chunk * rows_per_chunk + threadIdx.y; row < end; row += ROWS) {
-                size_t at = ((size_t)segment * rows + row) * c + channel;
-                float v = load(x, at);
-                if (BACKWARD) {
-                    float unit = normalized(with, v);
-                    float dz = load(dy, at) * slope(norm.activation, unit * with.weight + with.bias);
-                    first += dz;
-                    second += (double)dz * unit;
-                } else {
-                    first += v;
-                    second += (double)v * v;
-                }
-            }
-        }
-        sums[0][threadIdx.y][threadIdx.x] = first;
-        sums[1][threadIdx.y][threadIdx.x] = second;
-        __syncthreads();
-        if (threadIdx.y < 2 && channel < c) {
-            double total = 0.0;
-            for (int row = 0; row < ROWS; row++) total += sums[threadIdx.y][row][threadIdx.x];
-            partial[(((size_t)segment * gridDim.x + chunk) * 2 + threadIdx.y) * c + channel] = total;
-        }
-        __syncthreads();
-    }
-}
-
 // The sum, or the largest, of the values of a warp, in all its threads.
 template <typename V>
 __device__ inline V warp_sum(V v) {
@@ -186,115 +146,6 @@ extern "C" __global__ void norm_gradient_sums(const double* partial, int chunks,
     if (threadIdx.x == 0) {
         means[2 * i] = fixed ? 0.0f : (float)(first / count);
         means[2 * i + 1] = fixed ? 0.0f : (float)(second / count);
-    }
-}
-
-// y = activation(x̂ · weight + bias). `per_segment` = rows · c; grid (any, any).
-template <typename T>
-__device__ void normalize(const T* x, Norm norm, int segments, unsigned per_segment, T* y) {
-    for (int segment = blockIdx.y; segment < segments; segment += gridDim.y) {
-        size_t base = (size_t)segment * per_segment;
-        for (unsigned i = thread_index(); i < per_segment; i += thread_count()) {
-            Channel with = channel_of(norm, segment, i % (unsigned)norm.c);
-            float z = normalized(with, load(x, base + i)) * with.weight + with.bias;
-            store(y, base + i, activate(norm.activation, z));
-        }
-    }
-}
-
-// dx = inverse · (weight · dz - mean(weight · dz) - x̂ · mean(weight · dz · x̂)); see norm_gradient_sums.
-template <typename T>
-__device__ void normalize_backward(const T* x, const T* dy, Norm norm, const float* means, int segments,
-                                   unsigned per_segment, T* dx) {
-    unsigned width = norm.c / norm.groups;
-    for (int segment = blockIdx.y; segment < segments; segment += gridDim.y) {
-        size_t base = (size_t)segment * per_segment;
-        for (unsigned i = thread_index(); i < per_segment; i += thread_count()) {
-            unsigned channel = i % (unsigned)norm.c;
-            Channel with = channel_of(norm, segment, channel);
-            const float* mean = means + 2 * ((size_t)segment * norm.groups + channel / width);
-            float unit = normalized(with, load(x, base + i));
-            float dz = load(dy, base + i) * slope(norm.activation, unit * with.weight + with.bias);
-            store(dx, base + i, with.inverse * (with.weight * dz - mean[0] - unit * mean[1]));
-        }
-    }
-}
-
-// ---- y = x + shift of each channel or (`own` = c) of each segment and channel
-
-template <typename T>
-__device__ void add_channels(const T* x, const float* shift, int own, unsigned c, int segments, unsigned per_segment,
-                             T* y) {
-    for (int segment = blockIdx.y; segment < segments; segment += gridDim.y) {
-        size_t base = (size_t)segment * per_segment;
-        const float* with = shift + (size_t)segment * own;
-        for (unsigned i = thread_index(); i < per_segment; i += thread_count())
-            store(y, base + i, load(x, base + i) + with[i % c]);
-    }
-}
-
-// ---- Activations
-
-template <typename T>
-__device__ void activation(const T* x, int kind, size_t n, T* y) {
-    for (size_t i = thread_index(); i < n; i += thread_count()) store(y, i, activate(kind, load(x, i)));
-}
-
-template <typename T>
-__device__ void activation_backward(const T* x, const T* dy, int kind, size_t n, T* dx) {
-    for (size_t i = thread_index(); i < n; i += thread_count())
-        store(dx, i, load(dy, i) * slope(kind, load(x, i)));
-}
-
-// ---- Softmax of scale · x over rows of `columns`, a warp each; block (32, warps).
-
-template <typename T>
-__device__ void softmax(const T* x, float scale, int rows, int columns, T* y) {
-    int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= rows) return;
-    size_t base = (size_t)row * columns;
-    float largest = -INFINITY;
-    for (int i = threadIdx.x; i < columns; i += 32) largest = fmaxf(largest, load(x, base + i));
-    largest = warp_max(largest);
-    float total = 0.0f;
-    for (int i = threadIdx.x; i < columns; i += 32) total += expf(scale * (load(x, base + i) - largest));
-    float inverse = 1.0f / warp_sum(total);
-    for (int i = threadIdx.x; i < columns; i += 32)
-        store(y, base + i, expf(scale * (load(x, base + i) - largest)) * inverse);
-}
-
-// y: the softmax. dx = scale · y · (dy - Σ y · dy).
-template <typename T>
-__device__ void softmax_backward(const T* y, const T* dy, float scale, int rows, int columns, T* dx) {
-    int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= rows) return;
-    size_t base = (size_t)row * columns;
-    float mean = 0.0f;
-    for (int i = threadIdx.x; i < columns; i += 32) mean += load(y, base + i) * load(dy, base + i);
-    mean = warp_sum(mean);
-    for (int i = threadIdx.x; i < columns; i += 32)
-        store(dx, base + i, scale * load(y, base + i) * (load(dy, base + i) - mean));
-}
-
-// ---- Upsampling by two, nearest: x: (b, h, w, c), y: (b, 2h, 2w, c).
-
-template <typename T>
-__device__ void upsample(const T* x, unsigned h, unsigned w, unsigned c, unsigned n, T* y) {
-    for (unsigned i = thread_index(); i < n; i += thread_count()) {
-        unsigned pixel = i / c;
-        unsigned column = pixel % (2 * w), row = pixel / (2 * w) % (2 * h), image = pixel / (2 * w) / (2 * h);
-        size_t from = (((size_t)image * h + row / 2) * w + column / 2) * c + i % c;
-        y[i] = x[from];
-    }
-}
-
-// n elements of dx.
-template <typename T>
-__device__ void upsample_backward(const T* dy, unsigned h, unsigned w, unsigned c, unsigned n, T* dx) {
-    for (unsigned i = thread_index(); i < n; i += thread_count()) {
-        unsigned pixel = i / c, column = pixel % w, row = pixel / w % h, image = pixel / w / h;
-        size_t first = (((size_t)image * 2 * h + 2 * row) * 2 * w + 2 * column) * c + i % c, below = first + (size_t)2 * w * c;
-        store(dx, i, (load(dy, first) + load(dy, first + c)) + (load(dy, below) + load(dy, below + c)));
     }
 }
 
@@ -465,53 +316,14 @@ extern "C" __global__ void normal_images(unsigned seed_low, unsigned seed_high, 
     }
 }
 
-// ---- Names
+// ---- Kernels of each type of element, under names with _f32 and _bf16
 
-#define NORM const float *mean, const float *inverse, const float *weight, const float *bias, int own, int c, int groups, int kind
-#define INSTANTIATE(suffix, T)                                                                                            \
-    extern "C" __global__ void norm_sums_##suffix(const T* x, int c, int segments, int rows, int rows_per_chunk,         \
-                                                  double* partial) {                                                      \
-        Norm norm = {};                                                                                                   \
-        norm.c = c;                                                                                                       \
-        column_sums<T, false>(x, nullptr, norm, segments, rows, rows_per_chunk, partial);                                           \
-    }                                                                                                                     \
-    extern "C" __global__ void norm_backward_sums_##suffix(const T* x, const T* dy, NORM, int segments, int rows, int rows_per_chunk,   \
-                                                           double* partial) {                                             \
-        Norm norm = {mean, inverse, weight, bias, own, c, groups, kind};                                                  \
-        column_sums<T, true>(x, dy, norm, segments, rows, rows_per_chunk, partial);                                                 \
-    }                                                                                                                     \
-    extern "C" __global__ void norm_forward_##suffix(const T* x, NORM, int segments, unsigned per_segment, T* y) {                        \
-        Norm norm = {mean, inverse, weight, bias, own, c, groups, kind};                                                  \
-        normalize(x, norm, segments, per_segment, y);                                                                               \
-    }                                                                                                                     \
-    extern "C" __global__ void norm_backward_##suffix(const T* x, const T* dy, NORM, const float* means,                  \
-                                                      int segments, unsigned per_segment, T* dx) {                        \
-        Norm norm = {mean, inverse, weight, bias, own, c, groups, kind};                                                  \
-        normalize_backward(x, dy, norm, means, segments, per_segment, dx);                                                          \
-    }                                                                                                                     \
-    extern "C" __global__ void add_channels_##suffix(const T* x, const float* shift, int own, int c, int segments,        \
-                                                     unsigned per_segment, T* y) {                                        \
-        add_channels(x, shift, own, c, segments, per_segment, y);                                                         \
-    }                                                                                                                     \
-    extern "C" __global__ void activation_forward_##suffix(const T* x, int kind, size_t n, T* y) {                        \
-        activation(x, kind, n, y);                                                                                        \
-    }                                                                                                                     \
-    extern "C" __global__ void activation_backward_##suffix(const T* x, const T* dy, int kind, size_t n, T* dx) {         \
-        activation_backward(x, dy, kind, n, dx);                                                                          \
-    }                                                                                                                     \
-    extern "C" __global__ void softmax_forward_##suffix(const T* x, float scale, int rows, int columns, T* y) {           \
-        softmax(x, scale, rows, columns, y);                                                                              \
-    }                                                                                                                     \
-    extern "C" __global__ void softmax_backward_##suffix(const T* y, const T* dy, float scale, int rows, int columns,     \
-                                                         T* dx) {                                                         \
-        softmax_backward(y, dy, scale, rows, columns, dx);                                                                \
-    }                                                                                                                     \
-    extern "C" __global__ void upsample_forward_##suffix(const T* x, int h, int w, int c, unsigned n, T* y) {               \
-        upsample(x, h, w, c, n, y);                                                                                       \
-    }                                                                                                                     \
-    extern "C" __global__ void upsample_backward_##suffix(const T* dy, int h, int w, int c, unsigned n, T* dx) {            \
-        upsample_backward(dy, h, w, c, n, dx);                                                                            \
-    }
+#define T float
+#define NAME(kernel) kernel##_f32
+#include "typed.cu"
+#undef T
+#undef NAME
 
-INSTANTIATE(f32, float)
-INSTANTIATE(bf16, bf16)
+#define T bf16
+#define NAME(kernel) kernel##_bf16
+#include "typed.cu"

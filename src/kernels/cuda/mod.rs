@@ -1,5 +1,5 @@
-//! What the ops need on a GPU: convolutions by cuDNN ([`conv`]), and launching the kernels in `kernels.cu`, which
-//! the build compiles to PTX. Images are f32 or bf16, statistics and parameters f32.
+//! What the ops need on a GPU: convolutions by cuDNN ([`conv`]), and launching the kernels in `kernels.cu` and
+//! `typed.cu`, which the build compiles to PTX. Images are f32 or bf16, statistics and parameters f32.
 //!
 //! Everything runs on the device's single stream, in the order in which it is launched.
 
@@ -73,7 +73,7 @@ macro_rules! launch {
         let kernel = $function;
         let mut builder = kernel.stream.launch_builder(&kernel.function);
         $(builder.arg($argument);)+
-        // SAFETY: the arguments have the types and sizes of the kernel's, which stands in kernels.cu.
+        // SAFETY: the arguments have the types and sizes of the kernel's, which stands in kernels.cu or typed.cu.
         unsafe { builder.launch($config) }.w()?;
     }};
 }

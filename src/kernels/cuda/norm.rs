@@ -164,7 +164,7 @@ fn doubles(device: &CudaDevice, n: usize) -> candle_core::Result<CudaSlice<f64>>
     unsafe { device.alloc::<f64>(n) }
 }
 
-/// Launches a kernel with its images, what kernels.cu calls `NORM`, and its other arguments.
+/// Launches a kernel with its images, what typed.cu calls `NORM`, and its other arguments.
 macro_rules! launch_norm {
     ($norm:expr, $function:expr, $config:expr, [$($image:expr),+], [$weight:expr, $bias:expr], [$($other:expr),+]) => {{
         let Normalize { sizes, moments, own, activation, .. } = $norm;
