@@ -123,6 +123,17 @@ fn normalize(
     Ok((apply_cuda(op, [&x, weight, bias])?, moments))
 }
 
+/// Launches a kernel that adds up the sums of chunks, with its other arguments.
+macro_rules! launch_groups {
+    ($device:expr, $name:literal, $sizes:expr, $partial:expr, [$($other:expr),+]) => {{
+        let Sizes { segments, rows, c, groups } = $sizes;
+        let [chunks, segments, c, groups, rows] =
+            [$sizes.chunks().0, segments, c, groups, rows].map(|v| v as i32);
+        let (function, config) = (kernel($device, $name)?, $sizes.moments_config());
+        launch!(function, config, &$partial, &chunks, &segments, &c, &groups, &rows, $(&$other),+);
+    }};
+}
+
 pub(in crate::kernels) fn moments_of(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::Result<Moments> {
     with_element!(x, T => moments::<T>(x, sizes, epsilon))
 }
@@ -131,28 +142,13 @@ fn moments<T: Element>(x: &Tensor, sizes: Sizes, epsilon: f64) -> candle_core::R
     with_views::<T, 1, _>([x], |device, [x]| {
         let Sizes { segments, rows, c, groups } = sizes;
         let (chunks, per_chunk) = sizes.chunks();
-        let [c32, rows32, chunks32, per_chunk32, segments32, groups32] =
-            [c, rows, chunks, per_chunk, segments, groups].map(|v| v as i32);
+        let [c32, rows32, per_chunk32, segments32] = [c, rows, per_chunk, segments].map(|v| v as i32);
         let partial = doubles(device, segments * chunks * 2 * c)?;
         let sums = kernel_of::<T>(device, "norm_sums")?;
         launch!(sums, sizes.sums_config(), &x, &c32, &segments32, &rows32, &per_chunk32, &partial);
         let of_groups = || uninitialized::<f32>(device, segments * groups);
         let (mean, inverse, variance) = (of_groups()?, of_groups()?, of_groups()?);
-        let moments = kernel(device, "norm_moments")?;
-        launch!(
-            moments,
-            sizes.moments_config(),
-            &partial,
-            &chunks32,
-            &segments32,
-            &c32,
-            &groups32,
-            &rows32,
-            &epsilon,
-            &mean,
-            &inverse,
-            &variance,
-        );
+        launch_groups!(device, "norm_moments", sizes, partial, [epsilon, mean, inverse, variance]);
         let of = |slice| tensor(device, slice, (segments, groups));
         Ok(Moments { mean: of(mean), inverse: of(inverse), variance: of(variance) })
     })
@@ -218,8 +214,7 @@ impl Normalize {
     ) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
         let Sizes { segments, rows, c, groups } = self.sizes;
         let (chunks, per_chunk) = self.sizes.chunks();
-        let [c32, rows32, chunks32, per_chunk32, segments32, groups32] =
-            [c, rows, chunks, per_chunk, segments, groups].map(|v| v as i32);
+        let [rows32, per_chunk32, segments32] = [rows, per_chunk, segments].map(|v| v as i32);
         let (fixed, per) = (i32::from(self.given), count32(rows * c)?);
         let shape = x.shape();
         let (dx, gradients) = with_views::<T, 2, _>([x, dy], |device, [x, dy]| {
@@ -237,21 +232,12 @@ impl Normalize {
                 );
                 let means = uninitialized::<f32>(device, segments * groups * 2)?;
                 let gradients = uninitialized::<f32>(device, segments * 2 * c)?;
-                let finish = kernel(device, "norm_gradient_sums")?;
-                launch!(
-                    finish,
-                    self.sizes.moments_config(),
-                    &partial,
-                    &chunks32,
-                    &segments32,
-                    &c32,
-                    &groups32,
-                    &rows32,
-                    &weight,
-                    &self.own,
-                    &fixed,
-                    &means,
-                    &gradients,
+                launch_groups!(
+                    device,
+                    "norm_gradient_sums",
+                    self.sizes,
+                    partial,
+                    [weight, self.own, fixed, means, gradients]
                 );
                 let dx = uninitialized::<T>(device, x.len())?;
                 let (backward, config) =
