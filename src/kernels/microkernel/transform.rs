@@ -171,7 +171,7 @@ pub(in super::super) fn output_tile(level: CpuLevel, from: Transformed, out: &mu
     assert!(bias.is_none_or(|bias| bias.len() >= channels), "a bias shorter than {channels}");
     // SAFETY: window, elements and bias are inside, as checked.
     unsafe {
-        each_channel!(level, from.channels, output(from: Transformed, out: &mut [f32], window: &Window))
+        each_channel!(level, from.channels, output(from: Transformed, out: &mut [f32], window: &Window));
     }
 }
 
