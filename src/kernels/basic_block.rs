@@ -143,7 +143,7 @@ fn composed(
         batch_norm_eval(x, &running[i], weight, bias, block.epsilon, relu)
     };
     let conv = |x: &Tensor, i: usize, name: &str, stride: usize, padding: usize| {
-        conv2d_packed(x, &parts[name], None, stride, (padding, padding), &packed[i])
+        conv2d_packed(x, &parts[name], None, stride, (padding, padding), Some(&packed[i]))
     };
     let h = norm(0, "bn1", &conv(x, 0, "conv1.weight", block.stride, 1)?, true)?;
     let h = norm(1, "bn2", &conv(&h, 1, "conv2.weight", 1, 1)?, false)?;

@@ -168,7 +168,8 @@ fn composed(
     let (weight, bias) = (part("norm1.weight"), part("norm1.bias"));
     let h = group_norm(x, groups, weight, bias, epsilon, true)?;
     let step = linear(temb, part("time_emb_proj.weight"), Some(part("time_emb_proj.bias")))?;
-    let conv1 = |bias: Option<&Tensor>| conv2d_packed(&h, part("conv1.weight"), bias, 1, (1, 1), &packed[0]);
+    let conv1 =
+        |bias: Option<&Tensor>| conv2d_packed(&h, part("conv1.weight"), bias, 1, (1, 1), Some(&packed[0]));
     let (weight, bias) = (part("norm2.weight"), part("norm2.bias"));
     let h = if block.scale_shift {
         let h = conv1(Some(part("conv1.bias")))?;
@@ -184,11 +185,11 @@ fn composed(
         Some(mask) => (&h * mask.detach().to_dtype(h.dtype())?)?,
         None => h,
     };
-    let h = conv2d_packed(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1), &packed[1])?;
+    let h = conv2d_packed(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1), Some(&packed[1]))?;
     let x = match block.has_shortcut() {
         true => {
             let (weight, bias) = (part("conv_shortcut.weight"), part("conv_shortcut.bias"));
-            conv2d_packed(x, weight, Some(bias), 1, (0, 0), &packed[2])?
+            conv2d_packed(x, weight, Some(bias), 1, (0, 0), Some(&packed[2]))?
         }
         false => x.clone(),
     };

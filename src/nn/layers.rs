@@ -64,7 +64,7 @@ impl Conv2d {
     /// `x`: `(b, h, w, c_in)`. Returns `(b, h', w', c_out)`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Self { weight, bias, stride, padding, packed } = self;
-        kernels::conv2d_packed(x, weight, bias.as_ref(), *stride, *padding, &packed.get())
+        kernels::conv2d_packed(x, weight, bias.as_ref(), *stride, *padding, Some(&packed.get()))
     }
 
     /// Multiply-adds for an output of `positions` pixels.

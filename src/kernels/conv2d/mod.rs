@@ -37,23 +37,12 @@ pub fn conv2d(
     stride: usize,
     padding: (usize, usize),
 ) -> Result<Tensor> {
-    of_operands(x, weight, bias, stride, padding, None)
+    conv2d_packed(x, weight, bias, stride, padding, None)
 }
 
-/// [`conv2d`] with weights that stay the same from call to call: the form that the inner loops read is made once
-/// and kept in `packed`, which belongs to these weights only.
+/// [`conv2d`] with weights that, if there is a `packed`, stay the same from call to call: the form that the inner loops
+/// read is made once and kept in `packed`, which belongs to these weights only.
 pub fn conv2d_packed(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    stride: usize,
-    padding: (usize, usize),
-    packed: &Arc<PackedWeights>,
-) -> Result<Tensor> {
-    of_operands(x, weight, bias, stride, padding, Some(packed))
-}
-
-fn of_operands(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
