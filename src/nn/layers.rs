@@ -1,6 +1,6 @@
 //! Layers with PyTorch's parameters: the names `weight` and `bias`, its shapes and its initial distributions.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::params::{Buffer, Builder, Init, Packed};
@@ -32,14 +32,8 @@ pub struct Conv2d {
 impl Conv2d {
     /// `kernel` × `kernel`, stride 1, padded so that the image keeps its size, with a bias.
     pub fn new(c_in: usize, c_out: usize, kernel: usize, b: &Builder) -> Result<Self> {
-        let init = Init::FanIn(c_in * kernel * kernel);
-        Ok(Self {
-            weight: b.get("weight", (c_out, c_in, kernel, kernel), init)?,
-            bias: Some(b.get("bias", c_out, init)?),
-            stride: 1,
-            padding: (kernel / 2, kernel / 2),
-            packed: b.packed("weight"),
-        })
+        let conv = Self::without_bias(c_in, c_out, kernel, 1, b)?;
+        Ok(Self { bias: Some(b.get("bias", c_out, Init::FanIn(c_in * kernel * kernel))?), ..conv })
     }
 
     /// `kernel` × `kernel` with this stride, padded by half the kernel, without a bias, for use before a norm.
@@ -71,6 +65,29 @@ impl Conv2d {
     pub fn macs(&self, positions: usize) -> u64 {
         (self.weight.elem_count() * positions) as u64
     }
+}
+
+/// The parameters of a fused block as one vector, each as its layer begins in PyTorch: a bias as the weight before it,
+/// and vectors of a norm, which has no other weight, as 1 and 0.
+pub(super) fn fused(parameters: Vec<(&'static str, Shape)>, b: &Builder) -> Result<Tensor> {
+    let mut of_layer = None;
+    b.flat(parameters.into_iter().map(|(name, shape)| {
+        if name.ends_with("weight") {
+            of_layer = (shape.rank() > 1).then(|| Init::FanIn(shape.elem_count() / shape.dims()[0]));
+        }
+        let of_norm = if name.ends_with("weight") { Init::Ones } else { Init::Zeros };
+        (name, shape, of_layer.unwrap_or(of_norm))
+    }))
+}
+
+/// Multiply-adds of a fused block: convolutions for an output of `positions` pixels, linear layers for one row.
+pub(super) fn fused_macs(parameters: Vec<(&'static str, Shape)>, positions: usize) -> u64 {
+    let macs = |(_, shape): (&str, Shape)| match shape.rank() {
+        4 => shape.elem_count() * positions,
+        2 => shape.elem_count(),
+        _ => 0,
+    };
+    parameters.into_iter().map(macs).sum::<usize>() as u64
 }
 
 /// The mean and standard deviation by which images are standardised before a network sees them.

@@ -117,6 +117,26 @@ pub(super) fn expect_positive(settings: &[(&str, usize)]) -> Result<()> {
     }
 }
 
+/// Fails with [`Error::Data`](crate::Error::Data) if a classifier has no images to see or no classes to tell apart.
+pub(super) fn expect_sizes(in_channels: usize, image_size: usize, num_classes: usize) -> Result<()> {
+    expect_positive(&[("in_channels", in_channels), ("image_size", image_size), ("num_classes", num_classes)])
+}
+
+/// Multiply-adds of a network's stages for images of `side`, of which every stage after the first halves it; `of` has
+/// those of a block for a number of positions.
+pub(super) fn macs_of_stages<B>(
+    mut side: usize,
+    stages: &[impl AsRef<[B]>],
+    of: impl Fn(&B, usize) -> u64,
+) -> u64 {
+    let mut macs = 0;
+    for stage in stages {
+        macs += stage.as_ref().iter().map(|block| of(block, side * side)).sum::<u64>();
+        side = side.div_ceil(2);
+    }
+    macs
+}
+
 /// Fails with [`Error::Usage`](crate::Error::Usage) unless `x` holds square images of this size and number of
 /// channels.
 pub(super) fn expect_images(x: &Tensor, side: usize, channels: usize) -> Result<()> {

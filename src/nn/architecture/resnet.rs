@@ -6,9 +6,14 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Result, kernels,
     nn::{
-        layers::{BatchNorm, BatchNormMode, Conv2d, Linear, RunningStatistics, Standardization, to_compute},
-        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_positive},
-        params::{Builder, Init, Packed},
+        layers::{
+            BatchNorm, BatchNormMode, Conv2d, Linear, RunningStatistics, Standardization, fused, fused_macs,
+            to_compute,
+        },
+        network::{
+            ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes, macs_of_stages,
+        },
+        params::{Builder, Packed},
     },
 };
 
@@ -57,11 +62,7 @@ impl ResNetConfig {
     /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, num_classes, widths, blocks, .. } = self;
-        expect_positive(&[
-            ("in_channels", *in_channels),
-            ("image_size", *image_size),
-            ("num_classes", *num_classes),
-        ])?;
+        expect_sizes(*in_channels, *image_size, *num_classes)?;
         if widths.is_empty() || widths.contains(&0) {
             bail!(Data, "widths is {widths:?}, expected a positive number for each stage");
         }
@@ -153,15 +154,9 @@ impl ClassifierNetwork for ResNet {
     }
 
     fn macs(&self) -> u64 {
-        let mut side = self.config.image_size;
-        let mut macs = self.conv1.macs(side * side) + self.linear.macs(1);
-        for (i, blocks) in self.stages.iter().enumerate() {
-            if i > 0 {
-                side = side.div_ceil(2);
-            }
-            macs += blocks.iter().map(|block| block.macs(side * side)).sum::<u64>();
-        }
-        macs
+        let side = self.config.image_size;
+        let stages = macs_of_stages(side, &self.stages, BasicBlock::macs);
+        self.conv1.macs(side * side) + stages + self.linear.macs(1)
     }
 }
 
@@ -177,15 +172,7 @@ struct BasicBlock {
 impl BasicBlock {
     fn new(c_in: usize, c_out: usize, stride: usize, b: &Builder) -> Result<Self> {
         let shape = kernels::BasicBlock { c_in, c_out, stride, epsilon: BatchNorm::EPSILON };
-        let parts = shape.parameters().into_iter().map(|(name, part)| {
-            let init = match *part.dims() {
-                [_, c_in, kh, kw] => Init::FanIn(c_in * kh * kw),
-                _ if name.ends_with("weight") => Init::Ones,
-                _ => Init::Zeros,
-            };
-            (name, part, init)
-        });
-        let theta = b.flat(parts)?;
+        let theta = fused(shape.parameters(), b)?;
         let norms = ["bn1", "bn2", "shortcut.1"].into_iter().take(shape.norms());
         let running = norms.map(|name| RunningStatistics::new(c_out, &b.pp(name))).collect::<Result<_>>()?;
         let packed = ["conv1", "conv2", "shortcut.0"].map(|name| b.packed(name));
@@ -208,8 +195,7 @@ impl BasicBlock {
 
     /// Multiply-adds for an output of `positions` pixels.
     fn macs(&self, positions: usize) -> u64 {
-        let convolutions = self.shape.parameters().into_iter().filter(|(_, shape)| shape.rank() == 4);
-        convolutions.map(|(_, shape)| (shape.elem_count() * positions) as u64).sum()
+        fused_macs(self.shape.parameters(), positions)
     }
 }
 

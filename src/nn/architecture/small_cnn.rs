@@ -8,7 +8,9 @@ use crate::{
     Result, kernels,
     nn::{
         layers::{BatchNormMode, Conv2d, GroupNorm, Linear, to_compute},
-        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_positive},
+        network::{
+            ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes, macs_of_stages,
+        },
         params::Builder,
     },
 };
@@ -37,11 +39,7 @@ impl SmallCnnConfig {
     /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, channels, num_classes, groups } = self;
-        expect_positive(&[
-            ("in_channels", *in_channels),
-            ("image_size", *image_size),
-            ("num_classes", *num_classes),
-        ])?;
+        expect_sizes(*in_channels, *image_size, *num_classes)?;
         if channels.is_empty() || channels.contains(&0) {
             bail!(Data, "channels is {channels:?}, expected a positive number for each stage");
         }
@@ -114,15 +112,9 @@ impl ClassifierNetwork for SmallCnn {
     }
 
     fn macs(&self) -> u64 {
-        let mut side = self.config.image_size;
-        let mut macs = self.stem.conv.macs(side * side) + self.fc.macs(1);
-        for (i, [first, second]) in self.stages.iter().enumerate() {
-            if i > 0 {
-                side = side.div_ceil(2);
-            }
-            macs += first.conv.macs(side * side) + second.conv.macs(side * side);
-        }
-        macs
+        let side = self.config.image_size;
+        let macs = |layer: &ConvNormSilu, positions| layer.conv.macs(positions);
+        macs(&self.stem, side * side) + macs_of_stages(side, &self.stages, macs) + self.fc.macs(1)
     }
 }
 

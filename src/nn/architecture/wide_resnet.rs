@@ -7,7 +7,10 @@ use crate::{
     Result, kernels,
     nn::{
         layers::{BatchNorm, BatchNormMode, Conv2d, Linear, Standardization, to_compute},
-        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_positive},
+        network::{
+            ClassifierArchitecture, ClassifierNetwork, expect_images, expect_positive, expect_sizes,
+            macs_of_stages,
+        },
         params::Builder,
     },
 };
@@ -63,12 +66,8 @@ impl WideResNetConfig {
     /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
         let Self { in_channels, image_size, num_classes, depth, width, layout, .. } = self;
-        expect_positive(&[
-            ("in_channels", *in_channels),
-            ("image_size", *image_size),
-            ("num_classes", *num_classes),
-            ("width", *width),
-        ])?;
+        expect_sizes(*in_channels, *image_size, *num_classes)?;
+        expect_positive(&[("width", *width)])?;
         if *depth < 10 || !(*depth - 4).is_multiple_of(6) {
             bail!(Data, "depth is {depth}, expected 10, 16, 22, 28, 34, … (4 and a multiple of 6)");
         }
@@ -152,15 +151,9 @@ impl ClassifierNetwork for WideResNet {
     }
 
     fn macs(&self) -> u64 {
-        let mut side = self.config.image_size;
-        let mut macs = self.stem.macs(side * side) + self.linear.macs(1);
-        for (i, blocks) in self.groups.iter().enumerate() {
-            if i > 0 {
-                side = side.div_ceil(2);
-            }
-            macs += blocks.iter().map(|block| block.macs(side * side)).sum::<u64>();
-        }
-        macs
+        let side = self.config.image_size;
+        let groups = macs_of_stages(side, &self.groups, Block::macs);
+        self.stem.macs(side * side) + groups + self.linear.macs(1)
     }
 }
 
