@@ -2,14 +2,14 @@
 
 use std::cell::Cell;
 
-use candle_core::{D, Shape, Tensor};
+use candle_core::{D, Tensor};
 
 use super::config::UNetConfig;
 use crate::{
     Result, kernels,
     nn::{
-        layers::{Conv2d, GroupNorm, Linear},
-        params::{Builder, Init, Packed},
+        layers::{Conv2d, GroupNorm, Linear, fused, fused_macs},
+        params::{Builder, Packed},
     },
     rng,
 };
@@ -65,18 +65,7 @@ impl ResnetBlock {
             scale_shift: config.scale_shift(),
             output_scale,
         };
-        let parts = shape.parameters().into_iter().map(|(name, part)| {
-            let init = match name {
-                "norm1.weight" | "norm2.weight" => Init::Ones,
-                "norm1.bias" | "norm2.bias" => Init::Zeros,
-                "conv1.weight" | "conv1.bias" => Init::FanIn(9 * c_in),
-                "conv2.weight" | "conv2.bias" => Init::FanIn(9 * c_out),
-                "time_emb_proj.weight" | "time_emb_proj.bias" => Init::FanIn(shape.time_dim),
-                _ => Init::FanIn(c_in),
-            };
-            (name, part, init)
-        });
-        let theta = b.flat(parts)?;
+        let theta = fused(shape.parameters(), b)?;
         let packed = ["conv1", "conv2", "conv_shortcut"].map(|name| b.packed(name));
         Ok(Self { theta, shape, packed })
     }
@@ -89,12 +78,7 @@ impl ResnetBlock {
     }
 
     pub(super) fn macs(&self, positions: usize) -> u64 {
-        let macs = |(name, shape): (&str, Shape)| match (shape.rank(), name) {
-            (1, _) => 0,
-            (_, "time_emb_proj.weight") => shape.elem_count(),
-            _ => shape.elem_count() * positions,
-        };
-        self.shape.parameters().into_iter().map(macs).sum::<usize>() as u64
+        fused_macs(self.shape.parameters(), positions)
     }
 }
 
@@ -159,8 +143,9 @@ impl Attention {
             let mixed = mixed.reshape((b, heads, h * w, self.head_dim))?.transpose(1, 2)?;
             mixed.contiguous()?.reshape((b, h * w, c))?
         };
-        let out = self.to_out.forward(&mixed)?.reshape((b, h, w, c))?;
-        scaled(x + out, self.output_scale)
+        let sum = (x + self.to_out.forward(&mixed)?.reshape((b, h, w, c))?)?;
+        // Nearly always 1.
+        Ok(if self.output_scale == 1.0 { sum } else { (sum / self.output_scale)? })
     }
 
     pub(super) fn macs(&self, positions: usize) -> u64 {
@@ -205,15 +190,15 @@ impl Layer {
     }
 }
 
-/// `DownBlock2D` and `AttnDownBlock2D`: layers of one resolution, then a convolution that halves the image.
-pub(super) struct DownBlock {
+/// Layers of one resolution, then a convolution to the next one, if there is one.
+pub(super) struct Resolution {
     layers: Vec<Layer>,
-    downsampler: Option<Conv2d>,
+    resample: Option<Conv2d>,
 }
 
-impl DownBlock {
-    /// Resolution `i` of `config`.
-    pub(super) fn new(i: usize, config: &UNetConfig, b: &Builder) -> Result<Self> {
+impl Resolution {
+    /// `DownBlock2D` and `AttnDownBlock2D` for resolution `i` of `config`: the convolution halves the image.
+    pub(super) fn down(i: usize, config: &UNetConfig, b: &Builder) -> Result<Self> {
         let channels = &config.block_out_channels;
         let (c_in, c_out) = (channels[i.saturating_sub(1)], channels[i]);
         let attention = config.down_block_types[i] == "AttnDownBlock2D";
@@ -222,87 +207,30 @@ impl DownBlock {
         let padding = (config.downsample_padding, 1);
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            downsampler: (i + 1 < channels.len())
+            resample: (i + 1 < channels.len())
                 .then(|| Conv2d::new(c_out, c_out, 3, &b.pp("downsamplers.0.conv")))
                 .transpose()?
                 .map(|conv| conv.with_stride(2, padding)),
         })
     }
 
-    /// Returns the smaller image; every intermediate image is pushed onto `skips`.
-    pub(super) fn forward(
-        &self,
-        x: Tensor,
-        temb: &Tensor,
-        skips: &mut Vec<Tensor>,
-        dropout: Option<&Dropout>,
-    ) -> Result<Tensor> {
-        let mut x = x;
-        for layer in &self.layers {
-            x = layer.forward(&x, temb, dropout)?;
-            skips.push(x.clone());
-        }
-        if let Some(conv) = &self.downsampler {
-            x = conv.forward(&x)?;
-            skips.push(x.clone());
-        }
-        Ok(x)
-    }
-
-    /// The multiply-adds, and the remaining positions.
-    pub(super) fn macs(&self, positions: usize) -> (u64, usize) {
-        let layers: u64 = self.layers.iter().map(|layer| layer.macs(positions)).sum();
-        match &self.downsampler {
-            Some(conv) => (layers + conv.macs(positions / 4), positions / 4),
-            None => (layers, positions),
-        }
-    }
-}
-
-/// `UNetMidBlock2D`: residual block, attention, residual block.
-pub(super) struct MidBlock {
-    first: ResnetBlock,
-    attention: Option<Attention>,
-    last: ResnetBlock,
-}
-
-impl MidBlock {
-    pub(super) fn new(config: &UNetConfig, b: &Builder) -> Result<Self> {
+    /// `UNetMidBlock2D`: residual block, attention, residual block.
+    pub(super) fn middle(config: &UNetConfig, b: &Builder) -> Result<Self> {
         let channels = config.block_out_channels[config.block_out_channels.len() - 1];
         let (scale, groups) = (config.mid_block_scale_factor, config.mid_attention_groups());
-        Ok(Self {
-            first: ResnetBlock::new(channels, channels, scale, config, &b.pp("resnets.0"))?,
-            attention: config
-                .add_attention
-                .then(|| Attention::new(channels, groups, scale, config, &b.pp("attentions.0")))
-                .transpose()?,
-            last: ResnetBlock::new(channels, channels, scale, config, &b.pp("resnets.1"))?,
-        })
+        let resnet = |i: usize| ResnetBlock::new(channels, channels, scale, config, &b.pp("resnets").pp(i));
+        let first = resnet(0)?;
+        let attention = config
+            .add_attention
+            .then(|| Attention::new(channels, groups, scale, config, &b.pp("attentions.0")))
+            .transpose()?;
+        let layers = vec![Layer { resnet: first, attention }, Layer { resnet: resnet(1)?, attention: None }];
+        Ok(Self { layers, resample: None })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
-        let mut x = self.first.forward(x, temb, dropout)?;
-        if let Some(attention) = &self.attention {
-            x = attention.forward(&x)?;
-        }
-        self.last.forward(&x, temb, dropout)
-    }
-
-    pub(super) fn macs(&self, positions: usize) -> u64 {
-        let attention = self.attention.as_ref().map_or(0, |a| a.macs(positions));
-        self.first.macs(positions) + attention + self.last.macs(positions)
-    }
-}
-
-/// `UpBlock2D` and `AttnUpBlock2D`: layers that each take a skip from the way down, then twice the size.
-pub(super) struct UpBlock {
-    layers: Vec<Layer>,
-    upsampler: Option<Conv2d>,
-}
-
-impl UpBlock {
-    /// Block `i`, counted from the coarsest.
-    pub(super) fn new(i: usize, config: &UNetConfig, b: &Builder) -> Result<Self> {
+    /// `UpBlock2D` and `AttnUpBlock2D` for resolution `i`, counted from the coarsest: each layer takes a skip from the
+    /// way down, and the convolution is over twice the size.
+    pub(super) fn up(i: usize, config: &UNetConfig, b: &Builder) -> Result<Self> {
         let coarse_first: Vec<_> = config.block_out_channels.iter().rev().copied().collect();
         let c_out = coarse_first[i];
         let c_prev = coarse_first[i.saturating_sub(1)];
@@ -316,43 +244,60 @@ impl UpBlock {
         });
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            upsampler: (i + 1 < coarse_first.len())
+            resample: (i + 1 < coarse_first.len())
                 .then(|| Conv2d::new(c_out, c_out, 3, &b.pp("upsamplers.0.conv")))
                 .transpose()?,
         })
     }
 
-    /// Takes one image off `skips` for each layer.
-    pub(super) fn forward(
+    /// On the way down: returns the smaller image; every intermediate image is pushed onto `skips`.
+    pub(super) fn forward_down(
         &self,
-        x: Tensor,
+        mut x: Tensor,
         temb: &Tensor,
         skips: &mut Vec<Tensor>,
         dropout: Option<&Dropout>,
     ) -> Result<Tensor> {
-        let mut x = x;
+        for layer in &self.layers {
+            x = layer.forward(&x, temb, dropout)?;
+            skips.push(x.clone());
+        }
+        if let Some(conv) = &self.resample {
+            x = conv.forward(&x)?;
+            skips.push(x.clone());
+        }
+        Ok(x)
+    }
+
+    /// In the middle.
+    pub(super) fn forward(&self, x: Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
+        self.layers.iter().try_fold(x, |x, layer| layer.forward(&x, temb, dropout))
+    }
+
+    /// On the way up: takes one image off `skips` for each layer.
+    pub(super) fn forward_up(
+        &self,
+        mut x: Tensor,
+        temb: &Tensor,
+        skips: &mut Vec<Tensor>,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor> {
         for layer in &self.layers {
             let Some(skip) = skips.pop() else { bail!(Alarm, "the U-Net has more layers up than images") };
             x = layer.forward(&Tensor::cat(&[&x, &skip], D::Minus1)?, temb, dropout)?;
         }
-        match &self.upsampler {
+        match &self.resample {
             Some(conv) => conv.forward(&kernels::upsample_nearest2x(&x)?),
             None => Ok(x),
         }
     }
 
-    /// The multiply-adds, and the resulting positions.
-    pub(super) fn macs(&self, positions: usize) -> (u64, usize) {
+    /// The multiply-adds for `positions`, and how many positions there are then: `next` if the image is resampled.
+    pub(super) fn macs(&self, positions: usize, next: usize) -> (u64, usize) {
         let layers: u64 = self.layers.iter().map(|layer| layer.macs(positions)).sum();
-        match &self.upsampler {
-            Some(conv) => (layers + conv.macs(4 * positions), 4 * positions),
+        match &self.resample {
+            Some(conv) => (layers + conv.macs(next), next),
             None => (layers, positions),
         }
     }
-}
-
-/// A residual sum divided by its scale, which is nearly always 1.
-fn scaled(sum: candle_core::Result<Tensor>, scale: f64) -> Result<Tensor> {
-    let sum = sum?;
-    if scale == 1.0 { Ok(sum) } else { Ok((sum / scale)?) }
 }

@@ -131,11 +131,6 @@ impl UNetConfig {
     /// Every key with an unsupported value.
     pub(super) fn find_faults(&self) -> Vec<String> {
         let mut faults = Faults::default();
-        self.find(&mut faults);
-        faults.0
-    }
-
-    fn find(&self, faults: &mut Faults) {
         faults.one_of("time_embedding_type", &self.time_embedding_type, &["positional"]);
         faults.one_of(
             "mid_block_type",
@@ -161,7 +156,7 @@ impl UNetConfig {
         faults.expect("down_block_types", down, down.len() == channels.len(), &per_block);
         faults.expect("up_block_types", up, up.len() == channels.len(), &per_block);
         if channels.is_empty() {
-            return;
+            return faults.0;
         }
 
         faults.expect("in_channels", self.in_channels, self.in_channels > 0, "at least 1");
@@ -205,6 +200,7 @@ impl UNetConfig {
             let what = format!("multiples of {}, as the image is halved that often", self.size_multiple());
             faults.expect("sample_size", size, fits(height) && fits(width), &what);
         }
+        faults.0
     }
 
     /// The number of which an image's height and width must be multiples.

@@ -5,7 +5,7 @@ mod config;
 
 use std::cell::Cell;
 
-use blocks::{DownBlock, Dropout, MidBlock, UpBlock};
+use blocks::{Dropout, Resolution};
 use candle_core::{D, Tensor};
 pub use config::{SampleSize, UNetConfig};
 
@@ -23,9 +23,9 @@ struct UNet {
     conv_in: Conv2d,
     time_embedding: (Linear, Linear),
     class_embedding: Option<Embedding>,
-    down_blocks: Vec<DownBlock>,
-    mid_block: MidBlock,
-    up_blocks: Vec<UpBlock>,
+    down_blocks: Vec<Resolution>,
+    mid_block: Resolution,
+    up_blocks: Vec<Resolution>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
     config: UNetConfig,
@@ -49,11 +49,11 @@ impl UNet {
                 .transpose()?,
             down_blocks: blocks
                 .clone()
-                .map(|i| DownBlock::new(i, config, &b.pp("down_blocks").pp(i)))
+                .map(|i| Resolution::down(i, config, &b.pp("down_blocks").pp(i)))
                 .collect::<Result<_>>()?,
-            mid_block: MidBlock::new(config, &b.pp("mid_block"))?,
+            mid_block: Resolution::middle(config, &b.pp("mid_block"))?,
             up_blocks: blocks
-                .map(|i| UpBlock::new(i, config, &b.pp("up_blocks").pp(i)))
+                .map(|i| Resolution::up(i, config, &b.pp("up_blocks").pp(i)))
                 .collect::<Result<_>>()?,
             conv_norm_out: GroupNorm::new(
                 config.norm_num_groups,
@@ -92,11 +92,11 @@ impl UNet {
         let mut x = self.conv_in.forward(&to_compute(&x)?)?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
-            x = block.forward(x, &temb, &mut skips, dropout)?;
+            x = block.forward_down(x, &temb, &mut skips, dropout)?;
         }
-        x = self.mid_block.forward(&x, &temb, dropout)?;
+        x = self.mid_block.forward(x, &temb, dropout)?;
         for block in &self.up_blocks {
-            x = block.forward(x, &temb, &mut skips, dropout)?;
+            x = block.forward_up(x, &temb, &mut skips, dropout)?;
         }
         Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?.to_dtype(given)?)
     }
@@ -139,12 +139,12 @@ impl DenoiserNetwork for UNet {
         let (first, second) = &self.time_embedding;
         let mut macs = first.macs(1) + second.macs(1) + self.conv_in.macs(positions);
         for block in &self.down_blocks {
-            let (block, left) = block.macs(positions);
+            let (block, left) = block.macs(positions, positions / 4);
             (macs, positions) = (macs + block, left);
         }
-        macs += self.mid_block.macs(positions);
+        macs += self.mid_block.macs(positions, positions).0;
         for block in &self.up_blocks {
-            let (block, grown) = block.macs(positions);
+            let (block, grown) = block.macs(positions, 4 * positions);
             (macs, positions) = (macs + block, grown);
         }
         macs + self.conv_out.macs(positions)
