@@ -20,87 +20,25 @@ fn gradient<'a>(grads: &'a GradStore, name: &str, var: &Var) -> Result<&'a Tenso
     Ok(grad)
 }
 
-/// `N` running averages for each variable, and the number of steps.
-struct Moments<const N: usize> {
-    names: [&'static str; N],
-    step: u64,
-    slots: Vec<Slot<N>>,
-}
-
-struct Slot<const N: usize> {
-    name: String,
-    /// Each has memory of its own, because steps overwrite them.
-    moments: [Tensor; N],
-}
-
-/// Tensors, each made by `make`.
-fn each<const N: usize>(
-    names: [&'static str; N],
-    make: impl Fn(&str) -> Result<Tensor>,
-) -> Result<[Tensor; N]> {
-    let tensors = names.iter().map(|name| make(name)).collect::<Result<Vec<_>>>()?;
-    Ok(tensors.try_into().expect("as many tensors as names"))
-}
-
-impl<const N: usize> Moments<N> {
-    fn new(names: [&'static str; N]) -> Self {
-        Self { names, step: 0, slots: Vec::new() }
-    }
-
-    /// Counts a step; at the first one the moments are zeros. Fails if the variables are not the same as before.
-    fn advance(&mut self, vars: &[(String, Var)]) -> Result<u64> {
-        if self.step == 0 {
-            let zeros = |(name, var): &(String, Var)| {
-                Ok(Slot { name: name.clone(), moments: each(self.names, |_| Ok(var.zeros_like()?))? })
-            };
-            self.slots = vars.iter().map(zeros).collect::<Result<_>>()?;
-        }
-        if !vars.iter().map(|(name, _)| name).eq(self.slots.iter().map(|slot| &slot.name)) {
-            bail!(Alarm, "an optimiser of {} variables got {} others", self.slots.len(), vars.len());
-        }
-        self.step += 1;
-        Ok(self.step)
-    }
-
-    fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut state = vec![("step".to_string(), Tensor::new(&[self.step as i64], &Device::Cpu)?)];
-        for slot in &self.slots {
-            for (name, moment) in self.names.iter().zip(&slot.moments) {
-                state.push((format!("{}.{name}", slot.name), moment.copy()?));
-            }
-        }
-        Ok(state)
-    }
-
-    fn load(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
-        let step = load_count(state, "step")?;
-        let slot = |(name, var): &(String, Var)| {
-            let found = |moment: &str| Ok(find(state, &format!("{name}.{moment}"), var)?.copy()?);
-            Ok(Slot { name: name.clone(), moments: each(self.names, found)? })
-        };
-        // Before the first step there are no moments.
-        let known = if step == 0 { &[] } else { vars };
-        (self.slots, self.step) = (known.iter().map(slot).collect::<Result<_>>()?, step);
-        Ok(())
+fn named<'a>(state: &'a [(String, Tensor)], name: &str) -> Result<&'a Tensor> {
+    match state.iter().find(|(n, _)| n == name) {
+        Some((_, tensor)) => Ok(tensor),
+        None => bail!(Data, "the state has no tensor '{name}'"),
     }
 }
 
-/// The tensor `name` of a state, made like `var`: its shape is checked, and it gets the variable's device and type.
+/// A copy of the tensor `name` of a state, made like `var`: its shape is checked, and it gets the variable's device and
+/// type.
 fn find(state: &[(String, Tensor)], name: &str, var: &Var) -> Result<Tensor> {
-    let Some((_, tensor)) = state.iter().find(|(n, _)| n == name) else {
-        bail!(Data, "the state has no tensor '{name}'");
-    };
+    let tensor = named(state, name)?;
     if tensor.dims() != var.dims() {
         bail!(Data, "'{name}' of the state has shape {:?}, expected {:?}", tensor.dims(), var.dims());
     }
-    Ok(tensor.to_dtype(var.dtype())?.to_device(var.device())?)
+    Ok(tensor.to_dtype(var.dtype())?.to_device(var.device())?.copy()?)
 }
 
 fn load_count(state: &[(String, Tensor)], name: &str) -> Result<u64> {
-    let Some((_, tensor)) = state.iter().find(|(n, _)| n == name) else {
-        bail!(Data, "the state has no tensor '{name}'");
-    };
-    match tensor.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?[..] {
+    match named(state, name)?.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?[..] {
         [count] if count >= 0 => Ok(count as u64),
         ref other => bail!(Data, "'{name}' of the state is {other:?}, expected one count"),
     }
@@ -119,6 +57,89 @@ pub trait Optimizer {
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
     /// Continues from a state that was saved for the same variables.
     fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()>;
+}
+
+/// The formula of an optimiser with `N` running averages for each variable.
+pub trait Rule<const N: usize> {
+    /// The names of the averages in states.
+    const MOMENTS: [&'static str; N];
+
+    /// What a step, counted from 1, does to a variable: overwrites it and its averages, by its gradient.
+    fn at(&self, step: f64, scale: f64, lr: f64) -> impl Fn(&Var, &Tensor, [&Tensor; N]) -> Result<()>;
+}
+
+/// An optimiser that goes by `N` running averages for each variable.
+pub struct Moving<R, const N: usize> {
+    rule: R,
+    step: u64,
+    slots: Vec<Slot<N>>,
+}
+
+struct Slot<const N: usize> {
+    name: String,
+    /// Each has memory of its own, because steps overwrite them.
+    moments: [Tensor; N],
+}
+
+impl<R: Rule<N>, const N: usize> Moving<R, N> {
+    /// An optimiser that has made no steps yet.
+    pub fn new(rule: R) -> Self {
+        Self { rule, step: 0, slots: Vec::new() }
+    }
+}
+
+/// The averages of each variable, each made by `make` of the variable, its name and its own.
+fn slots<const N: usize>(
+    names: [&'static str; N],
+    vars: &[(String, Var)],
+    make: impl Fn(&Var, &str, &str) -> Result<Tensor>,
+) -> Result<Vec<Slot<N>>> {
+    let slot = |(name, var): &(String, Var)| {
+        let moments = names.iter().map(|moment| make(var, name, moment)).collect::<Result<Vec<_>>>()?;
+        let moments = moments.try_into().expect("as many tensors as names");
+        Ok(Slot { name: name.clone(), moments })
+    };
+    vars.iter().map(slot).collect()
+}
+
+impl<R: Rule<N>, const N: usize> Optimizer for Moving<R, N> {
+    fn step_scaled(&mut self, params: &Params, grads: &GradStore, scale: f64, lr: f64) -> Result<()> {
+        let vars = params.vars();
+        let gradients: Vec<_> =
+            vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
+        if self.step == 0 {
+            self.slots = slots(R::MOMENTS, vars, |var, _, _| Ok(var.zeros_like()?))?;
+        }
+        if !vars.iter().map(|(name, _)| name).eq(self.slots.iter().map(|slot| &slot.name)) {
+            bail!(Alarm, "an optimiser of {} variables got {} others", self.slots.len(), vars.len());
+        }
+        self.step += 1;
+        let _overwriting = params.overwriting();
+        let apply = self.rule.at(self.step as f64, scale, lr);
+        for (((_, var), gradient), slot) in vars.iter().zip(gradients).zip(&self.slots) {
+            apply(var, gradient, slot.moments.each_ref())?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut state = vec![("step".to_string(), Tensor::new(&[self.step as i64], &Device::Cpu)?)];
+        for slot in &self.slots {
+            for (name, moment) in R::MOMENTS.iter().zip(&slot.moments) {
+                state.push((format!("{}.{name}", slot.name), moment.copy()?));
+            }
+        }
+        Ok(state)
+    }
+
+    fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
+        let step = load_count(state, "step")?;
+        // Before the first step there are no moments.
+        let known = if step == 0 { &[] } else { vars };
+        let found = |var: &Var, name: &str, moment: &str| find(state, &format!("{name}.{moment}"), var);
+        (self.slots, self.step) = (slots(R::MOMENTS, known, found)?, step);
+        Ok(())
+    }
 }
 
 /// The settings of [`Adam`]; the default is PyTorch's.
@@ -141,42 +162,18 @@ impl Default for AdamConfig {
 }
 
 /// Adam (Kingma & Ba 2015, Algorithm 1) with decoupled weight decay (AdamW, Loshchilov & Hutter 2019).
-pub struct Adam {
-    config: AdamConfig,
-    moments: Moments<2>,
-}
+pub type Adam = Moving<AdamConfig, 2>;
 
-impl Adam {
-    /// An optimiser that has made no steps yet.
-    pub fn new(config: AdamConfig) -> Self {
-        Self { config, moments: Moments::new(["exp_avg", "exp_avg_sq"]) }
-    }
-}
+impl Rule<2> for AdamConfig {
+    const MOMENTS: [&'static str; 2] = ["exp_avg", "exp_avg_sq"];
 
-impl Optimizer for Adam {
-    fn step_scaled(&mut self, params: &Params, grads: &GradStore, scale: f64, lr: f64) -> Result<()> {
-        let vars = params.vars();
-        let gradients: Vec<_> =
-            vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
-        let step = self.moments.advance(vars)? as f64;
-        let _overwriting = params.overwriting();
-        let AdamConfig { beta1, beta2, epsilon, weight_decay } = self.config;
+    fn at(&self, step: f64, scale: f64, lr: f64) -> impl Fn(&Var, &Tensor, [&Tensor; 2]) -> Result<()> {
+        let Self { beta1, beta2, epsilon, weight_decay } = *self;
         let keep = 1.0 - lr * weight_decay;
         let step_size = lr / (1.0 - beta1.powf(step));
         let correction = (1.0 - beta2.powf(step)).sqrt();
         let adam = AdamStep { scale, keep, step_size, correction, beta1, beta2, epsilon };
-        for (((_, var), gradient), slot) in vars.iter().zip(gradients).zip(&self.moments.slots) {
-            adam.apply(var, gradient, slot.moments.each_ref())?;
-        }
-        Ok(())
-    }
-
-    fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        self.moments.state()
-    }
-
-    fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
-        self.moments.load(vars, state)
+        move |var, gradient, moments| adam.apply(var, gradient, moments)
     }
 }
 
@@ -193,39 +190,15 @@ pub struct SgdConfig {
 
 /// Stochastic gradient descent with momentum (Sutskever et al. 2013), as in PyTorch: the learning rate
 /// multiplies the momentum, not the gradients in it.
-pub struct Sgd {
-    config: SgdConfig,
-    moments: Moments<1>,
-}
+pub type Sgd = Moving<SgdConfig, 1>;
 
-impl Sgd {
-    /// An optimiser that has made no steps yet.
-    pub fn new(config: SgdConfig) -> Self {
-        Self { config, moments: Moments::new(["momentum_buffer"]) }
-    }
-}
+impl Rule<1> for SgdConfig {
+    const MOMENTS: [&'static str; 1] = ["momentum_buffer"];
 
-impl Optimizer for Sgd {
-    fn step_scaled(&mut self, params: &Params, grads: &GradStore, scale: f64, lr: f64) -> Result<()> {
-        let vars = params.vars();
-        let gradients: Vec<_> =
-            vars.iter().map(|(name, var)| gradient(grads, name, var)).collect::<Result<_>>()?;
-        self.moments.advance(vars)?;
-        let _overwriting = params.overwriting();
-        let SgdConfig { momentum, nesterov, weight_decay } = self.config;
+    fn at(&self, _: f64, scale: f64, lr: f64) -> impl Fn(&Var, &Tensor, [&Tensor; 1]) -> Result<()> {
+        let Self { momentum, nesterov, weight_decay } = *self;
         let sgd = SgdStep { scale, lr, momentum, weight_decay, nesterov };
-        for (((_, var), gradient), slot) in vars.iter().zip(gradients).zip(&self.moments.slots) {
-            sgd.apply(var, gradient, &slot.moments[0])?;
-        }
-        Ok(())
-    }
-
-    fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        self.moments.state()
-    }
-
-    fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
-        self.moments.load(vars, state)
+        move |var, gradient, [buffer]| sgd.apply(var, gradient, buffer)
     }
 }
 
@@ -329,7 +302,7 @@ impl Ema {
     /// or has another shape; nothing is changed then.
     pub fn load_state(&mut self, vars: &[(String, Var)], state: &[(String, Tensor)]) -> Result<()> {
         let updates = load_count(state, "updates")?;
-        let load = |(name, var): &(String, Var)| Ok((name.clone(), find(state, name, var)?.copy()?));
+        let load = |(name, var): &(String, Var)| Ok((name.clone(), find(state, name, var)?));
         let shadow = vars.iter().map(load).collect::<Result<_>>()?;
         (self.updates, self.shadow) = (updates, shadow);
         Ok(())
