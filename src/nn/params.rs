@@ -6,6 +6,7 @@ use std::{
     fmt::Display,
     fs, iter,
     path::Path,
+    slice,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -64,7 +65,8 @@ pub struct Builder<'a> {
 
 enum Source {
     Declare(RefCell<Vec<Declaration>>),
-    Values { tensors: HashMap<String, Tensor>, buffers: HashMap<String, Buffer>, packs: Arc<Packs> },
+    /// Parameters and buffers, the former with gradients if `tracked`.
+    Values { vars: HashMap<String, Var>, tracked: bool, packs: Arc<Packs> },
 }
 
 /// What the kernels derive from the weights, valid until these change; shared by all views.
@@ -160,13 +162,10 @@ impl Declaration {
     ) -> Result<Option<Var>> {
         let mut values = Vec::with_capacity(self.shape.elem_count());
         for part in &self.parts {
-            let Some(view) = part.names.iter().find_map(|name| found.remove(name.as_str())) else {
-                faults.add(format!("{} is missing", part.name()));
+            let Some(view) = faults.take(found, &part.names, &part.shape, |view| view.shape()) else {
                 continue;
             };
-            if view.shape() != part.shape.dims() {
-                faults.shape(part.name(), view.shape(), part.shape.dims());
-            } else if self.kind == Kind::Counter {
+            if self.kind == Kind::Counter {
                 if view.dtype() == Dtype::I64 {
                     let tensor = Tensor::from_raw_buffer(view.data(), DType::I64, view.shape(), device)?;
                     return Ok(Some(Var::from_tensor(&tensor)?));
@@ -248,8 +247,9 @@ impl<'a> Builder<'a> {
                 declared.borrow_mut().push(declaration);
                 Ok(placeholder)
             }
-            Source::Values { tensors, .. } => {
-                find(tensors, &declaration.name, &declaration.shape, Tensor::shape)
+            Source::Values { vars, tracked, .. } => {
+                let var = find(vars, &declaration.name, &declaration.shape)?;
+                Ok(if *tracked { var.as_tensor().clone() } else { var.as_detached_tensor() })
             }
         }
     }
@@ -272,7 +272,7 @@ impl<'a> Builder<'a> {
                 declared.borrow_mut().push(declaration);
                 Ok(placeholder)
             }
-            Source::Values { buffers, .. } => find(buffers, &self.names(name)[0], &shape, |b| b.0.shape()),
+            Source::Values { vars, .. } => Ok(Buffer(find(vars, &self.names(name)[0], &shape)?.clone())),
         }
     }
 
@@ -298,21 +298,13 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// The entry of this name, if it has this shape.
-fn find<T: Clone>(
-    among: &HashMap<String, T>,
-    name: &str,
-    shape: &Shape,
-    shape_of: impl Fn(&T) -> &Shape,
-) -> Result<T> {
+/// The variable of this name, if it has this shape.
+fn find<'a>(among: &'a HashMap<String, Var>, name: &str, shape: &Shape) -> Result<&'a Var> {
     match among.get(name) {
-        Some(found) if shape_of(found) == shape => Ok(found.clone()),
-        Some(found) => bail!(
-            Alarm,
-            "parameter {name} has shape {:?}, expected {:?}",
-            shape_of(found).dims(),
-            shape.dims()
-        ),
+        Some(found) if found.shape() == shape => Ok(found),
+        Some(found) => {
+            bail!(Alarm, "parameter {name} has shape {:?}, expected {:?}", found.dims(), shape.dims())
+        }
         None => bail!(Alarm, "parameter {name} was not declared by the network it is asked for"),
     }
 }
@@ -414,25 +406,19 @@ impl Params {
 
     /// The network with these parameters and with gradients; it sees an optimiser's updates in place.
     pub fn tracked<N>(&self, build: impl FnOnce(&Builder) -> Result<N>) -> Result<N> {
-        self.view(build, |var| var.as_tensor().clone())
+        self.view(build, true)
     }
 
     /// The network with these parameters but without gradients, so that an attack does not pay for them.
     ///
     /// The storage is shared, buffers included, so it sees updates in place too.
     pub fn frozen<N>(&self, build: impl FnOnce(&Builder) -> Result<N>) -> Result<N> {
-        self.view(build, Var::as_detached_tensor)
+        self.view(build, false)
     }
 
-    fn view<N>(
-        &self,
-        build: impl FnOnce(&Builder) -> Result<N>,
-        tensor: impl Fn(&Var) -> Tensor,
-    ) -> Result<N> {
-        let tensors = self.vars.iter().map(|(name, var)| (name.clone(), tensor(var))).collect();
-        let buffers = self.buffers.iter().cloned().collect();
-        let packs = Arc::clone(&self.packs);
-        build(&Builder::new(&Source::Values { tensors, buffers, packs }))
+    fn view<N>(&self, build: impl FnOnce(&Builder) -> Result<N>, tracked: bool) -> Result<N> {
+        let (vars, packs) = (self.all().into_iter().collect(), Arc::clone(&self.packs));
+        build(&Builder::new(&Source::Values { vars, tracked, packs }))
     }
 
     /// The parameters and their names, in the order of their declaration. Hold [`Params::overwriting`] while
@@ -490,33 +476,24 @@ impl Params {
         let mut found: BTreeMap<_, _> = named.into_iter().collect();
         let mut pairs = Vec::with_capacity(self.vars.len());
         for ((name, var), parts) in self.vars.iter().zip(&self.parts) {
-            if !found.contains_key(name.as_str()) && parts.iter().any(|(part, _)| part != name) {
-                let mut flat = Vec::with_capacity(parts.len());
-                for (name, shape) in parts {
-                    match found.remove(name.as_str()) {
-                        Some(tensor) if tensor.shape() == shape => {
-                            flat.push(tensor.flatten_all()?.to_dtype(DType::F32)?);
-                        }
-                        Some(tensor) => faults.shape(name, tensor.dims(), shape.dims()),
-                        None => faults.add(format!("{name} is missing")),
-                    }
+            let whole = [(name.clone(), var.shape().clone())];
+            let parts = if found.contains_key(name.as_str()) { &whole[..] } else { parts };
+            let mut flat = Vec::with_capacity(parts.len());
+            for (name, shape) in parts {
+                if let Some(tensor) = faults.take(&mut found, slice::from_ref(name), shape, |t| t.dims()) {
+                    flat.push(tensor.flatten_all()?.to_dtype(var.dtype())?);
                 }
-                if flat.len() == parts.len() {
-                    pairs.push((var, Tensor::cat(&flat, 0)?));
-                }
-                continue;
             }
-            match found.remove(name.as_str()) {
-                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor.clone())),
-                Some(tensor) => faults.shape(name, tensor.dims(), var.dims()),
-                None => faults.add(format!("{name} is missing")),
+            if flat.len() == parts.len() {
+                pairs.push((var, Tensor::cat(&flat, 0)?.reshape(var.shape())?));
             }
         }
         for (name, Buffer(var)) in &self.buffers {
-            match found.remove(name.as_str()) {
-                Some(tensor) if tensor.shape() == var.shape() => pairs.push((var, tensor.clone())),
-                Some(tensor) => faults.shape(name, tensor.dims(), var.dims()),
-                None => {}
+            if found.contains_key(name.as_str())
+                && let Some(tensor) =
+                    faults.take(&mut found, slice::from_ref(name), var.shape(), |t| t.dims())
+            {
+                pairs.push((var, tensor.clone()));
             }
         }
         found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
@@ -595,8 +572,21 @@ impl Faults {
         self.0.push(fault);
     }
 
-    fn shape(&mut self, name: &str, found: &[usize], expected: &[usize]) {
-        self.add(format!("{name} has shape {found:?}, expected {expected:?}"));
+    /// Takes what has the first of these names that there is, if it has this shape.
+    fn take<T>(
+        &mut self,
+        found: &mut BTreeMap<&str, T>,
+        names: &[String],
+        shape: &Shape,
+        dims_of: impl Fn(&T) -> &[usize],
+    ) -> Option<T> {
+        let (name, expected) = (&names[0], shape.dims());
+        match names.iter().find_map(|name| found.remove(name.as_str())) {
+            Some(taken) if dims_of(&taken) == expected => return Some(taken),
+            Some(other) => self.add(format!("{name} has shape {:?}, expected {expected:?}", dims_of(&other))),
+            None => self.add(format!("{name} is missing")),
+        }
+        None
     }
 
     fn check(self, origin: &str) -> Result<()> {
