@@ -227,17 +227,8 @@ impl BatchNorm {
         })
     }
 
-    /// `x`: `(b, …, channels)`. Returns its shape. [`BatchNormMode::Train`] fails if `x` is a single position.
-    pub fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
-        self.apply(x, mode, false)
-    }
-
-    /// The norm, then ReLU, in one pass.
-    pub fn forward_relu(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
-        self.apply(x, mode, true)
-    }
-
-    fn apply(&self, x: &Tensor, mode: BatchNormMode, relu: bool) -> Result<Tensor> {
+    /// The norm, then ReLU if `relu`. `x`: `(b, …, channels)`. Returns its shape. [`BatchNormMode::Train`] fails if `x` is a single position.
+    pub fn forward(&self, x: &Tensor, mode: BatchNormMode, relu: bool) -> Result<Tensor> {
         match mode {
             BatchNormMode::Train => {
                 let (out, statistics) =

@@ -140,7 +140,7 @@ impl ClassifierNetwork for ResNet {
     fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
         expect_images(x, self.config.image_size, self.config.in_channels)?;
         let x = Standardization::apply(self.config.standardize.as_ref(), x)?;
-        let mut x = self.bn1.forward_relu(&self.conv1.forward(&to_compute(&x)?)?, mode)?;
+        let mut x = self.bn1.forward(&self.conv1.forward(&to_compute(&x)?)?, mode, true)?;
         for block in self.stages.iter().flatten() {
             x = block.forward(&x, mode)?;
         }

@@ -170,8 +170,8 @@ impl Norm {
 
     fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
         match self.activation {
-            Activation::Relu => self.norm.forward_relu(x, mode),
-            Activation::Silu => kernels::silu(&self.norm.forward(x, mode)?),
+            Activation::Relu => self.norm.forward(x, mode, true),
+            Activation::Silu => kernels::silu(&self.norm.forward(x, mode, false)?),
         }
     }
 }
