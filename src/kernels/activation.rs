@@ -4,8 +4,8 @@ use candle_core::Tensor;
 
 use super::{
     math,
-    microkernel::{Arithmetic, Loop, run, zeros},
-    parallel::for_each_chunk,
+    microkernel::{Arithmetic, Loop, run},
+    parallel::{CHUNK, in_chunks},
     shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{Result, device::CpuLevel};
@@ -32,9 +32,6 @@ struct Activation {
     level: CpuLevel,
     function: Function,
 }
-
-/// Elements of a task.
-const CHUNK: usize = 1 << 14;
 
 struct Values<'a>(Function, &'a [f32], &'a mut [f32]);
 
@@ -77,17 +74,12 @@ impl Node<1> for Activation {
     const NAME: &'static str = "activation";
 
     fn forward(&self, [x]: [Operand; 1]) -> Output {
-        let mut out = zeros(x.len());
-        for_each_chunk(&mut out, CHUNK, x.len(), |i, out| {
-            run(self.level, Values(self.function, &x[i * CHUNK..][..out.len()], out));
-        });
+        let out = in_chunks(x.len(), CHUNK, |range, out| run(self.level, Values(self.function, &x[range], out)));
         Ok((out, x.shape().clone()))
     }
 
     fn backward(&self, [x]: [Operand; 1], Backward { dy, .. }: Backward<1>) -> Gradients<1> {
-        let mut dx = zeros(dy.len());
-        for_each_chunk(&mut dx, CHUNK, dy.len(), |i, dx| {
-            let range = i * CHUNK..i * CHUNK + dx.len();
+        let dx = in_chunks(dy.len(), CHUNK, |range, dx| {
             run(self.level, Slopes(self.function, &x[range.clone()], &dy[range], dx));
         });
         Ok([Some(dx)])

@@ -13,7 +13,7 @@ use super::{
     block::{BlockWeights, ranges, split},
     conv2d::{Bias, Convolution, conv2d_packed},
     microkernel::{Arithmetic, Loop, run, zeros},
-    parallel::{add, for_each_chunk},
+    parallel::{CHUNK, add, for_each_chunk, in_chunks},
     shell::{Backward, Gradients, Node, Operand, Output, apply, on_cpu},
 };
 use crate::{
@@ -240,9 +240,6 @@ impl Loop for AddRelu<'_> {
     }
 }
 
-/// Elements of a task.
-const CHUNK: usize = 1 << 14;
-
 impl Op {
     fn part<'a>(&self, theta: &'a [f32], i: usize) -> &'a [f32] {
         self.parts.get(i).map_or(&[], |range| &theta[range.clone()])
@@ -251,7 +248,8 @@ impl Op {
     /// Norm `i` of the block, which normalises with `moments`.
     fn norm<'a>(&self, theta: &'a [f32], i: usize, moments: &'a Moments) -> Norm<'a> {
         let (weight, bias) = (self.part(theta, 3 * i + 1), self.part(theta, 3 * i + 2));
-        Norm { level: self.level, moments, weight, bias, relu: i == 0 }
+        let of_batch = self.running.is_none();
+        Norm { level: self.level, moments, weight, bias, relu: i == 0, of_batch }
     }
 
     fn block_forward(&self, x: &[f32], theta: &[f32]) -> Vec<f32> {
@@ -266,8 +264,7 @@ impl Op {
                     Moments::new(&seen[i], self.epsilon)
                 }
             };
-            let mut out = zeros(input.len());
-            self.norm(theta, i, &moments).normalize(input, &mut out);
+            let out = self.norm(theta, i, &moments).normalize(input);
             all_moments.push(moments);
             out
         };
@@ -316,9 +313,7 @@ impl Op {
         let mut dtheta = zeros(if want_theta { theta.len() } else { 0 });
         let mut set = |i: usize, values: &[f32]| dtheta[self.parts[i].clone()].copy_from_slice(values);
         // The gradient of the last ReLU's input.
-        let mut dsum = zeros(dy.len());
-        for_each_chunk(&mut dsum, CHUNK, dy.len(), |i, d| {
-            let range = i * CHUNK..i * CHUNK + d.len();
+        let dsum = in_chunks(dy.len(), CHUNK, |range, d| {
             for ((d, &out), &dy) in d.iter_mut().zip(&out[range.clone()]).zip(&dy[range]) {
                 *d = if out > 0.0 { dy } else { 0.0 };
             }
@@ -326,15 +321,8 @@ impl Op {
         // The gradient of norm `i`'s input from that of its output.
         let mut through_norm = |i: usize, dz: &[f32]| {
             let norm = self.norm(theta, i, &kept.moments[i]);
-            let input = &kept.inputs[i];
-            let mut d = zeros(input.len());
-            let sums = (want_theta || self.running.is_none()).then(|| norm.weight_gradients(input, dz));
-            if let (true, Some(sums)) = (want_theta, &sums) {
-                let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<_>>();
-                set(3 * i + 1, &single(&sums.weight));
-                set(3 * i + 2, &single(&sums.bias));
-            }
-            norm.input_gradient(input, dz, sums.as_ref().filter(|_| self.running.is_none()), &mut d);
+            let (d, weights) = norm.backward(&kept.inputs[i], dz, want_theta);
+            weights.iter().flatten().enumerate().for_each(|(k, values)| set(3 * i + 1 + k, values));
             d
         };
         let through_convolution = |i: usize, convolution: &Convolution, d: &[f32]| {
@@ -346,8 +334,7 @@ impl Op {
         drop(dhidden);
         let dshortcut = self.shortcut.as_ref().map(|shortcut| (shortcut, through_norm(2, &dsum)));
         if want_theta {
-            let mut hidden = zeros(dsecond.len());
-            self.norm(theta, 0, &kept.moments[0]).normalize(&kept.inputs[0], &mut hidden);
+            let hidden = self.norm(theta, 0, &kept.moments[0]).normalize(&kept.inputs[0]);
             set(3, &self.conv2.weight_gradient(&hidden, &dsecond));
             set(0, &self.conv1.weight_gradient(x, &dfirst));
             if let Some((shortcut, d)) = &dshortcut {

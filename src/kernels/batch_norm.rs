@@ -9,8 +9,8 @@ use candle_core::{D, Device, Tensor};
 
 use super::{
     activation::relu,
-    microkernel::{Arithmetic, Loop, run, zeros},
-    parallel::for_each_chunk,
+    microkernel::{Arithmetic, Loop, run},
+    parallel::in_chunks,
     reduce::{block_sums, sums_and_squares},
     shell::{self, Backward, Elements, Gradients, Node, Op, Operand, Output},
 };
@@ -155,57 +155,48 @@ pub(super) struct Norm<'a> {
     pub weight: &'a [f32],
     pub bias: &'a [f32],
     pub relu: bool,
-}
-
-/// The gradients of weight and bias.
-pub(super) struct WeightGradients {
-    /// `Σ dz · x̂` for each channel.
-    pub weight: Vec<f64>,
-    /// `Σ dz` for each channel.
-    pub bias: Vec<f64>,
+    /// Whether the moments are those of the images, so that gradients flow through them as well.
+    pub of_batch: bool,
 }
 
 impl Norm<'_> {
-    /// Writes the output.
-    pub fn normalize(&self, x: &[f32], out: &mut [f32]) {
-        let channels = self.channels();
-        let block = block_rows(self.weight.len()) * self.weight.len();
-        for_each_chunk(out, block, x.len(), |i, out| {
-            run(self.level, Normalize { x: &x[i * block..][..out.len()], channels: &channels, out });
-        });
+    /// The output.
+    pub fn normalize(&self, x: &[f32]) -> Vec<f32> {
+        let (c, channels) = (self.weight.len(), &self.channels());
+        in_chunks(x.len(), block_rows(c) * c, |range, out| {
+            run(self.level, Normalize { x: &x[range], channels, out });
+        })
     }
 
-    /// The gradients of weight and bias for `dy`, that of the output.
-    pub fn weight_gradients(&self, x: &[f32], dy: &[f32]) -> WeightGradients {
-        let (c, channels) = (self.weight.len(), self.channels());
-        let [bias, mut weight] = block_sums(x.len(), c, block_rows(c), |block| {
-            run(self.level, GradientSums { x: &x[block.clone()], dy: &dy[block], channels: &channels })
-        });
-        weight.iter_mut().zip(&self.moments.inverse).for_each(|(w, &inverse)| *w *= f64::from(inverse));
-        WeightGradients { weight, bias }
-    }
-
-    /// Writes the gradient of the input for `dy`, that of the output.
+    /// The gradients of the input, and of weight and bias if they are wanted, for `dy`, that of the output.
     ///
     /// If the moments are those of `x`, the gradient flows through them as well, which uses the gradients of weight
     /// and bias: `dx = inverse · weight · (dz - mean(dz) - x̂ · mean(dz · x̂))`, means over the rows.
-    pub fn input_gradient(&self, x: &[f32], dy: &[f32], of_batch: Option<&WeightGradients>, dx: &mut [f32]) {
-        let (c, channels) = (self.weight.len(), self.channels());
+    pub fn backward(&self, x: &[f32], dy: &[f32], want_weights: bool) -> (Vec<f32>, Option<[Vec<f32>; 2]>) {
+        let (c, channels) = (self.weight.len(), &self.channels());
         let rows = (x.len() / c.max(1)) as f64;
+        // For each channel `Σ dz · x̂` and `Σ dz`.
+        let sums = (want_weights || self.of_batch).then(|| {
+            let [bias, mut weight] = block_sums(x.len(), c, block_rows(c), |block| {
+                run(self.level, GradientSums { x: &x[block.clone()], dy: &dy[block], channels })
+            });
+            weight.iter_mut().zip(&self.moments.inverse).for_each(|(w, &inverse)| *w *= f64::from(inverse));
+            [weight, bias]
+        });
         let (mut offset, mut slope) = (vec![0f32; c], vec![0f32; c]);
-        if let Some(sums) = of_batch {
+        if let (true, Some([weight, bias])) = (self.of_batch, &sums) {
             for i in 0..c {
                 let scale = f64::from(channels.scale[i]);
-                offset[i] = (-scale * sums.bias[i] / rows) as f32;
-                slope[i] = (-scale * f64::from(self.moments.inverse[i]) * sums.weight[i] / rows) as f32;
+                offset[i] = (-scale * bias[i] / rows) as f32;
+                slope[i] = (-scale * f64::from(self.moments.inverse[i]) * weight[i] / rows) as f32;
             }
         }
-        let block = block_rows(c) * c;
-        for_each_chunk(dx, block, x.len(), |i, dx| {
-            let range = i * block..i * block + dx.len();
+        let dx = in_chunks(x.len(), block_rows(c) * c, |range, dx| {
             let (x, dy) = (&x[range.clone()], &dy[range]);
-            run(self.level, InputGradient { x, dy, channels: &channels, offset: &offset, slope: &slope, dx });
+            run(self.level, InputGradient { x, dy, channels, offset: &offset, slope: &slope, dx });
         });
+        let single = |sums: Vec<f64>| sums.into_iter().map(|v| v as f32).collect();
+        (dx, sums.filter(|_| want_weights).map(|sums| sums.map(single)))
     }
 
     fn channels(&self) -> Channels<'_> {
@@ -330,7 +321,8 @@ impl BatchNorm {
     }
 
     fn norm<'a>(&self, moments: &'a Moments, weight: &'a [f32], bias: &'a [f32]) -> Norm<'a> {
-        Norm { level: self.level, moments, weight, bias, relu: self.relu }
+        let (level, relu, of_batch) = (self.level, self.relu, self.given.is_none());
+        Norm { level, moments, weight, bias, relu, of_batch }
     }
 
     /// Keeps the statistics of a batch of `rows` rows with this biased variance.
@@ -356,26 +348,16 @@ impl Node<3> for BatchNorm {
             }
         };
         let moments = self.moments.get_or_init(|| Moments::new(&statistics, self.epsilon));
-        let mut out = zeros(x.len());
-        self.norm(moments, &weight, &bias).normalize(&x, &mut out);
-        Ok((out, x.shape().clone()))
+        Ok((self.norm(moments, &weight, &bias).normalize(&x), x.shape().clone()))
     }
 
     fn backward(&self, [x, weight, bias]: [Operand; 3], back: Backward<3>) -> Gradients<3> {
         let Backward { dy, wanted, .. } = back;
         let Some(moments) = self.moments.get() else { candle_core::bail!("a batch norm has seen no batch") };
         let norm = self.norm(moments, &weight, &bias);
-        let of_batch = self.given.is_none();
-        let sums = (wanted[1] || wanted[2] || of_batch).then(|| norm.weight_gradients(&x, dy));
-        let dx = || {
-            let mut dx = zeros(dy.len());
-            norm.input_gradient(&x, dy, sums.as_ref().filter(|_| of_batch), &mut dx);
-            dx
-        };
-        let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect();
-        let gradient =
-            |values: fn(&WeightGradients) -> &[f64]| sums.as_ref().map(|sums| single(values(sums)));
-        Ok([wanted[0].then(dx), gradient(|sums| &sums.weight), gradient(|sums| &sums.bias)])
+        let (dx, weights) = norm.backward(&x, dy, wanted[1] || wanted[2]);
+        let [weight, bias] = weights.map_or([None, None], |gradients| gradients.map(Some));
+        Ok([Some(dx), weight, bias])
     }
 }
 

@@ -3,8 +3,7 @@
 use candle_core::{D, Tensor};
 
 use super::{
-    microkernel::zeros,
-    parallel::for_each_chunk,
+    parallel::{CHUNK, in_chunks},
     shell::{self, Node, Op, Operand, Output},
 };
 use crate::Result;
@@ -75,9 +74,6 @@ struct PgdStep {
     l2: bool,
 }
 
-/// Elements of a task.
-const CHUNK: usize = 1 << 14;
-
 fn at_least(v: f32, low: f32) -> f32 {
     if v < low { low } else { v }
 }
@@ -131,10 +127,9 @@ impl Node<3> for PgdStep {
 
     fn forward(&self, operands: [Operand; 3]) -> Output {
         let x = operands[0];
-        let mut out = zeros(x.len());
         let chunk = if self.l2 { x.len() / x.shape().dims()[0].max(1) } else { CHUNK };
-        for_each_chunk(&mut out, chunk, x.len(), |i, out| {
-            let operands = operands.map(|operand| &operand.values()[i * chunk..][..out.len()]);
+        let out = in_chunks(x.len(), chunk, |range, out| {
+            let operands = operands.map(|operand| &operand.values()[range.clone()]);
             if self.l2 { self.l2(operands, out) } else { self.linf(operands, out) }
         });
         Ok((out, x.shape().clone()))

@@ -15,7 +15,7 @@ use super::{
     group_norm::{ChannelSums, Moments, Norm, group_norm},
     matmul::{linear, linear_input_gradient, linear_rows, linear_weight_gradient},
     microkernel::zeros,
-    parallel::{add, for_each_chunk},
+    parallel::{CHUNK, add, for_each_chunk, for_each_pair},
     reduce::{bias_gradient, column_sums},
     shell::{Backward, Elements, Gradients, Node, Operand, Output, apply, on_cpu},
 };
@@ -281,13 +281,8 @@ impl Op {
 
     /// Multiplies by the mask, if there is one.
     fn drop_out(&self, values: &mut [f32]) -> candle_core::Result<()> {
-        const CHUNK: usize = 1 << 14;
         if let Some(mask) = &self.mask {
-            let mask = &*Elements::of(mask)?;
-            let len = values.len();
-            for_each_chunk(values, CHUNK, len, |i, values| {
-                values.iter_mut().zip(&mask[i * CHUNK..]).for_each(|(v, mask)| *v *= mask);
-            });
+            for_each_pair(values, &Elements::of(mask)?, |value, mask| *value *= mask);
         }
         Ok(())
     }
@@ -334,7 +329,7 @@ impl Op {
         let scale = self.block.output_scale as f32;
         if scale != 1.0 {
             let len = values.len();
-            for_each_chunk(values, 1 << 14, len, |_, values| values.iter_mut().for_each(|v| *v /= scale));
+            for_each_chunk(values, CHUNK, len, |_, values| values.iter_mut().for_each(|v| *v /= scale));
         }
     }
 

@@ -18,6 +18,7 @@ use candle_core::{
 };
 use rayon::prelude::*;
 
+use super::parallel::CHUNK;
 use crate::Result;
 
 /// An operand of a [`Node`].
@@ -429,7 +430,6 @@ fn in_chunks<const N: usize, U: Update<N>>(
     written: Vec<&mut [f32]>,
     read: &[f32],
 ) -> candle_core::Result<()> {
-    const CHUNK: usize = 1 << 14;
     let Ok(mut rest) = <[&mut [f32]; N]>::try_from(written) else { unreachable!("as many as tensors") };
     if let Some(other) = rest.iter().find(|values| values.len() != read.len()) {
         candle_core::bail!("{} of {} elements got {}", U::NAME, other.len(), read.len())
