@@ -74,7 +74,8 @@ impl Node<1> for Activation {
     const NAME: &'static str = "activation";
 
     fn forward(&self, [x]: [Operand; 1]) -> Output {
-        let out = in_chunks(x.len(), CHUNK, |range, out| run(self.level, Values(self.function, &x[range], out)));
+        let out =
+            in_chunks(x.len(), CHUNK, |range, out| run(self.level, Values(self.function, &x[range], out)));
         Ok((out, x.shape().clone()))
     }
 

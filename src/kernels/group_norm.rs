@@ -44,12 +44,8 @@ fn expect_fits(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor) -> Res
     let b = x.dim(0)?;
     let fits = |t: &Tensor| t.dims() == [c] || t.dims() == [b, c];
     if !fits(weight) || !fits(bias) {
-        bail!(
-            Alarm,
-            "{b} samples of {c} channels with weight {:?} and bias {:?}",
-            weight.dims(),
-            bias.dims()
-        );
+        let (weight, bias) = (weight.dims(), bias.dims());
+        bail!(Alarm, "{b} samples of {c} channels with weight {weight:?} and bias {bias:?}");
     }
     Ok(())
 }
@@ -83,10 +79,11 @@ impl Norm {
     ///
     /// `weight` and `bias` hold `c` numbers, or `c` for each sample.
     pub fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) -> Vec<Moments> {
-        let Self { level, groups, c, epsilon, .. } = *self;
+        let Self { level, groups, c, epsilon, silu, .. } = *self;
         let normalize = |(i, (x, out)): (usize, (&[f32], &mut [f32]))| {
             let moments = run(level, Statistics { x, c, groups, epsilon });
-            self.normalize_sample(i, x, &moments, weight, bias, out);
+            let channels = self.channels(i, &moments, weight, bias);
+            run(level, Normalize { x, channels, silu, out });
             moments
         };
         let sample = self.sample.max(1);
@@ -104,22 +101,9 @@ impl Norm {
         let sample = self.sample.max(1);
         for_each_chunk(out, sample, x.len(), |i, out| {
             let (x, moments) = (&x[i * sample..][..sample], &moments[i * self.groups..][..self.groups]);
-            self.normalize_sample(i, x, moments, weight, bias, out);
+            let channels = self.channels(i, moments, weight, bias);
+            run(self.level, Normalize { x, channels, silu: self.silu, out });
         });
-    }
-
-    fn normalize_sample(
-        &self,
-        i: usize,
-        x: &[f32],
-        moments: &[Moments],
-        weight: &[f32],
-        bias: &[f32],
-        out: &mut [f32],
-    ) {
-        let Self { level, c, silu, .. } = *self;
-        let channels = Channels::new(moments, of_sample(weight, c, i), of_sample(bias, c, i));
-        run(level, Normalize { x, channels, silu, out });
     }
 
     /// Writes the gradient of the input for `dy`, that of the output; returns those of each sample's weights.
@@ -132,10 +116,10 @@ impl Norm {
         moments: &[Moments],
         dx: &mut [f32],
     ) -> Vec<ChannelSums> {
-        let Self { level, groups, c, silu, .. } = *self;
+        let Self { level, groups, silu, .. } = *self;
         let gradients = |(i, dx): (usize, &mut [f32])| {
             let moments = &moments[i * groups..][..groups];
-            let channels = Channels::new(moments, of_sample(weight, c, i), of_sample(bias, c, i));
+            let channels = self.channels(i, moments, weight, bias);
             let range = i * dx.len()..(i + 1) * dx.len();
             run(level, SampleGradients { x: &x[range.clone()], dy: &dy[range], channels, groups, silu, dx })
         };
@@ -146,11 +130,23 @@ impl Norm {
             dx.par_chunks_exact_mut(sample).enumerate().map(gradients).collect()
         }
     }
-}
 
-/// The weights of sample `i`, where one row of `c` serves all samples.
-fn of_sample(weights: &[f32], c: usize, i: usize) -> &[f32] {
-    if weights.len() == c { weights } else { &weights[i * c..][..c] }
+    /// The factors for sample `i`, which has these moments.
+    fn channels<'a>(
+        &self,
+        i: usize,
+        moments: &[Moments],
+        weight: &'a [f32],
+        bias: &'a [f32],
+    ) -> Channels<'a> {
+        let c = self.c;
+        // One row may serve all samples.
+        let of_sample = |row: &'a [f32]| if row.len() == c { row } else { &row[i * c..][..c] };
+        let spread =
+            |f: fn(&Moments) -> f32| moments.iter().flat_map(|m| [f(m)].repeat(c / self.groups)).collect();
+        let (mean, inverse) = (spread(|m| m.mean), spread(|m| m.inverse));
+        Channels { mean, inverse, weight: of_sample(weight), bias: of_sample(bias) }
+    }
 }
 
 /// The factors that normalise one sample's channels.
@@ -159,14 +155,6 @@ struct Channels<'a> {
     inverse: Vec<f32>,
     weight: &'a [f32],
     bias: &'a [f32],
-}
-
-impl<'a> Channels<'a> {
-    fn new(moments: &[Moments], weight: &'a [f32], bias: &'a [f32]) -> Self {
-        let per_group = weight.len() / moments.len();
-        let spread = |f: fn(&Moments) -> f32| moments.iter().flat_map(|m| [f(m)].repeat(per_group)).collect();
-        Self { mean: spread(|m| m.mean), inverse: spread(|m| m.inverse), weight, bias }
-    }
 }
 
 /// The moments of each group of one sample.

@@ -66,7 +66,11 @@ pub struct Builder<'a> {
 enum Source {
     Declare(RefCell<Vec<Declaration>>),
     /// Parameters and buffers, the former with gradients if `tracked`.
-    Values { vars: HashMap<String, Var>, tracked: bool, packs: Arc<Packs> },
+    Values {
+        vars: HashMap<String, Var>,
+        tracked: bool,
+        packs: Arc<Packs>,
+    },
 }
 
 /// What the kernels derive from the weights, valid until these change; shared by all views.

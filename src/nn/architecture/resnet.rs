@@ -10,9 +10,7 @@ use crate::{
             BatchNorm, BatchNormMode, Conv2d, Linear, RunningStatistics, Standardization, fused, fused_macs,
             to_compute,
         },
-        network::{
-            ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes, macs_of_stages,
-        },
+        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes, macs_of_stages},
         params::{Builder, Packed},
     },
 };

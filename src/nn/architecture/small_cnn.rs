@@ -8,9 +8,7 @@ use crate::{
     Result, kernels,
     nn::{
         layers::{BatchNormMode, Conv2d, GroupNorm, Linear, to_compute},
-        network::{
-            ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes, macs_of_stages,
-        },
+        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes, macs_of_stages},
         params::Builder,
     },
 };
