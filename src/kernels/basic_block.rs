@@ -9,12 +9,12 @@ use candle_core::{Shape, Tensor};
 
 use super::{
     activation::relu,
-    batch_norm::{BatchStatistics, Moments, Norm, Statistics, batch_norm_eval, batch_norm_train, statistics},
+    batch_norm::{BatchStatistics, Moments, Norm, Statistics, batch_norm_eval, batch_norm_train},
     block::{BlockWeights, ranges, split},
     conv2d::{Bias, Convolution, conv2d_packed},
     microkernel::{Arithmetic, Loop, run, zeros},
     parallel::{CHUNK, add, for_each_chunk, in_chunks},
-    shell::{Backward, Gradients, Node, Operand, Output, apply, on_cpu},
+    shell::{self, Backward, Gradients, Node, Op, Operand, Output},
 };
 use crate::{
     Result,
@@ -67,12 +67,11 @@ impl BasicBlock {
         let Self { c_in, c_out, stride, .. } = *self;
         let (b, h, w, c) = x.dims4()?;
         let count = ranges(&self.parameters()).last().map_or(0, |last| last.end);
-        if c != c_in || theta.dims() != [count] {
+        let (images, theta) = (x.dims(), theta.dims());
+        if c != c_in || theta != [count] {
             bail!(
                 Alarm,
-                "a basic block of {c_in} channels and {count} parameters got {:?} and {:?}",
-                x.dims(),
-                theta.dims()
+                "a basic block of {c_in} channels and {count} parameters got {images:?} and {theta:?}"
             );
         }
         if [c_in, c_out, stride].contains(&0) {
@@ -80,7 +79,7 @@ impl BasicBlock {
         }
         let Some(running) = running else {
             if b * h.div_ceil(stride) * w.div_ceil(stride) < 2 {
-                bail!(Alarm, "images {:?} have one value a channel, expected two for a variance", x.dims());
+                bail!(Alarm, "images {images:?} have one value a channel, expected two for a variance");
             }
             return Ok(());
         };
@@ -115,92 +114,17 @@ pub fn basic_block(
     packed: &BlockWeights,
 ) -> Result<(Tensor, Vec<BatchStatistics>)> {
     block.check(x, theta, running)?;
-    if on_cpu(&[x, theta]) {
-        let how = (CpuLevel::get(), ConvAlgorithm::get());
-        basic_block_at(how, x, theta, running, block, packed)
-    } else {
-        composed(x, theta, running, block, packed)
-    }
-}
-
-/// The block composed of the device's ops.
-fn composed(
-    x: &Tensor,
-    theta: &Tensor,
-    running: Option<&[BatchStatistics]>,
-    block: &BasicBlock,
-    packed: &BlockWeights,
-) -> Result<(Tensor, Vec<BatchStatistics>)> {
-    let parts = split(theta, &block.parameters())?;
-    let mut seen = Vec::new();
-    let mut norm = |i: usize, name: &str, x: &Tensor, relu: bool| -> Result<Tensor> {
-        let (weight, bias) = (&parts[&*format!("{name}.weight")], &parts[&*format!("{name}.bias")]);
-        let Some(running) = running else {
-            let (out, statistics) = batch_norm_train(x, weight, bias, block.epsilon, relu)?;
-            seen.push(statistics);
-            return Ok(out);
-        };
-        batch_norm_eval(x, &running[i], weight, bias, block.epsilon, relu)
-    };
-    let conv = |x: &Tensor, i: usize, name: &str, stride: usize, padding: usize| {
-        conv2d_packed(x, &parts[name], None, stride, (padding, padding), Some(&packed[i]))
-    };
-    let h = norm(0, "bn1", &conv(x, 0, "conv1.weight", block.stride, 1)?, true)?;
-    let h = norm(1, "bn2", &conv(&h, 1, "conv2.weight", 1, 1)?, false)?;
-    let x = match block.has_shortcut() {
-        true => {
-            let x = conv(x, 2, "shortcut.0.weight", block.stride, 0)?;
-            norm(2, "shortcut.1", &x, false)?
-        }
-        false => x.clone(),
-    };
-    Ok((relu(&(h + x)?)?, seen))
-}
-
-fn basic_block_at(
-    (level, algorithm): (CpuLevel, ConvAlgorithm),
-    x: &Tensor,
-    theta: &Tensor,
-    running: Option<&[BatchStatistics]>,
-    block: &BasicBlock,
-    packed: &BlockWeights,
-) -> Result<(Tensor, Vec<BatchStatistics>)> {
-    let BasicBlock { c_in, c_out, stride, epsilon } = *block;
-    let (b, h, w, _) = x.dims4()?;
-    let conv1 = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 3, 3), stride, (1, 1))?;
-    let (out_h, out_w) = (h.div_ceil(stride), w.div_ceil(stride));
-    let conv2 =
-        Convolution::new(level, algorithm, (b, out_h, out_w, c_out), (c_out, c_out, 3, 3), 1, (1, 1))?;
-    let shortcut = Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, 1, 1), stride, (0, 0))?;
-    let rows = b * out_h * out_w;
-    let given = |running: &[BatchStatistics]| -> candle_core::Result<Vec<_>> {
-        running.iter().map(Statistics::given).collect()
-    };
-    let running = running.map(given).transpose()?;
-    let seen: Arc<OnceLock<Vec<Statistics>>> = Arc::default();
-    let op = Op {
-        level,
-        epsilon,
-        parts: ranges(&block.parameters()),
-        conv1,
-        conv2,
-        shortcut: block.has_shortcut().then_some(shortcut),
-        packed: packed.clone(),
-        running,
-        seen: Arc::clone(&seen),
-        keep: x.track_op() || theta.track_op(),
-        kept: OnceLock::new(),
-    };
-    let out = apply(op, [x, theta])?;
+    let how = (CpuLevel::get(), ConvAlgorithm::get());
+    let op = FusedBlock::new(how, [x, theta], running, block, packed)?;
+    let seen = Arc::clone(&op.seen);
+    let out = shell::run(op, [x, theta])?;
     // There are no batch statistics if statistics were given.
-    let seen = seen.get().into_iter().flatten();
-    let batch = seen.map(|statistics| statistics.unbiased(rows)).collect::<candle_core::Result<_>>()?;
-    Ok((out, batch))
+    Ok((out, seen.get().cloned().unwrap_or_default()))
 }
 
-struct Op {
+struct FusedBlock {
     level: CpuLevel,
-    epsilon: f64,
+    block: BasicBlock,
     /// Where the parameters are in the vector.
     parts: Vec<Range<usize>>,
     conv1: Convolution,
@@ -208,9 +132,9 @@ struct Op {
     shortcut: Option<Convolution>,
     packed: BlockWeights,
     /// The statistics to normalise by, unless they are those of the batch.
-    running: Option<Vec<Statistics>>,
-    /// The statistics of the batch.
-    seen: Arc<OnceLock<Vec<Statistics>>>,
+    running: Option<Vec<BatchStatistics>>,
+    /// The statistics of the batch, the variances unbiased.
+    seen: Arc<OnceLock<Vec<BatchStatistics>>>,
     /// Whether there will be a backward pass.
     keep: bool,
     kept: OnceLock<Kept>,
@@ -240,7 +164,34 @@ impl Loop for AddRelu<'_> {
     }
 }
 
-impl Op {
+impl FusedBlock {
+    fn new(
+        (level, algorithm): (CpuLevel, ConvAlgorithm),
+        [x, theta]: [&Tensor; 2],
+        running: Option<&[BatchStatistics]>,
+        block: &BasicBlock,
+        packed: &BlockWeights,
+    ) -> Result<Self> {
+        let BasicBlock { c_in, c_out, stride, .. } = *block;
+        let (b, h, w, _) = x.dims4()?;
+        let convolution = |(h, w, c_in): (usize, usize, usize), k: usize, stride: usize| {
+            Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, k, k), stride, (k / 2, k / 2))
+        };
+        Ok(Self {
+            level,
+            block: *block,
+            parts: ranges(&block.parameters()),
+            conv1: convolution((h, w, c_in), 3, stride)?,
+            conv2: convolution((h.div_ceil(stride), w.div_ceil(stride), c_out), 3, 1)?,
+            shortcut: block.has_shortcut().then(|| convolution((h, w, c_in), 1, stride)).transpose()?,
+            packed: packed.clone(),
+            running: running.map(<[_]>::to_vec),
+            seen: Arc::default(),
+            keep: x.track_op() || theta.track_op(),
+            kept: OnceLock::new(),
+        })
+    }
+
     fn part<'a>(&self, theta: &'a [f32], i: usize) -> &'a [f32] {
         self.parts.get(i).map_or(&[], |range| &theta[range.clone()])
     }
@@ -252,38 +203,35 @@ impl Op {
         Norm { level: self.level, moments, weight, bias, relu: i == 0, of_batch }
     }
 
-    fn block_forward(&self, x: &[f32], theta: &[f32]) -> Vec<f32> {
+    fn block_forward(&self, x: &[f32], theta: &[f32]) -> candle_core::Result<Vec<f32>> {
         let c = self.part(theta, 1).len();
         let (mut seen, mut all_moments) = (Vec::new(), Vec::new());
         // The output of norm `i`.
-        let mut normalize = |i: usize, input: &[f32]| {
-            let moments = match &self.running {
-                Some(running) => Moments::new(&running[i], self.epsilon),
-                None => {
-                    seen.push(statistics(self.level, input, c));
-                    Moments::new(&seen[i], self.epsilon)
-                }
-            };
+        let mut normalize = |i: usize, input: &[f32]| -> candle_core::Result<Vec<f32>> {
+            let given = self.running.as_ref().map(|running| &running[i]);
+            let (statistics, of_batch) = Statistics::of(self.level, input, c, given)?;
+            seen.extend(of_batch);
+            let moments = Moments::new(&statistics, self.block.epsilon);
             let out = self.norm(theta, i, &moments).normalize(input);
             all_moments.push(moments);
-            out
+            Ok(out)
         };
         let convolve = |i: usize, convolution: &Convolution, x: &[f32]| {
             let kernels = self.packed[i].forward(convolution, self.part(theta, 3 * i));
             convolution.forward(x, &kernels, Bias::None)
         };
         let first = convolve(0, &self.conv1, x);
-        let hidden = normalize(0, &first);
+        let hidden = normalize(0, &first)?;
         let second = convolve(1, &self.conv2, &hidden);
         drop(hidden);
-        let mut out = normalize(1, &second);
+        let mut out = normalize(1, &second)?;
         let mut inputs = vec![first, second];
         let through;
         let residual = match &self.shortcut {
             None => x,
             Some(shortcut) => {
                 inputs.push(convolve(2, shortcut, x));
-                through = normalize(2, &inputs[2]);
+                through = normalize(2, &inputs[2])?;
                 &through[..]
             }
         };
@@ -291,13 +239,11 @@ impl Op {
         for_each_chunk(&mut out, CHUNK, len, |i, z| {
             run(self.level, AddRelu { residual: &residual[i * CHUNK..][..z.len()], z });
         });
-        if self.running.is_none() {
-            self.seen.get_or_init(|| seen);
-        }
+        self.seen.get_or_init(|| seen);
         if self.keep {
             self.kept.get_or_init(|| Kept { inputs, moments: all_moments });
         }
-        out
+        Ok(out)
     }
 
     /// The wanted ones among the gradients of `x` and `theta`.
@@ -354,11 +300,11 @@ impl Op {
     }
 }
 
-impl Node<2> for Op {
+impl Node<2> for FusedBlock {
     const NAME: &'static str = "basic-block";
 
     fn forward(&self, [x, theta]: [Operand; 2]) -> Output {
-        Ok((self.block_forward(&x, &theta), self.conv2.out_shape()))
+        Ok((self.block_forward(&x, &theta)?, self.conv2.out_shape()))
     }
 
     fn backward(&self, [x, theta]: [Operand; 2], Backward { out, dy, wanted }: Backward<2>) -> Gradients<2> {
@@ -366,6 +312,38 @@ impl Node<2> for Op {
             candle_core::bail!("a block that was not tracked has no gradient")
         };
         Ok(self.block_backward(&x, &theta, kept, out, dy, wanted))
+    }
+}
+
+impl Op<2> for FusedBlock {
+    /// The block composed of the device's ops.
+    fn reference(&self, [x, theta]: [&Tensor; 2]) -> Result<Tensor> {
+        let BasicBlock { stride, epsilon, .. } = self.block;
+        let parts = split(theta, &self.block.parameters())?;
+        let mut seen = Vec::new();
+        let mut norm = |i: usize, name: &str, x: &Tensor, relu: bool| -> Result<Tensor> {
+            let (weight, bias) = (&parts[&*format!("{name}.weight")], &parts[&*format!("{name}.bias")]);
+            let Some(running) = &self.running else {
+                let (out, statistics) = batch_norm_train(x, weight, bias, epsilon, relu)?;
+                seen.push(statistics);
+                return Ok(out);
+            };
+            batch_norm_eval(x, &running[i], weight, bias, epsilon, relu)
+        };
+        let conv = |x: &Tensor, i: usize, name: &str, stride: usize, padding: usize| {
+            conv2d_packed(x, &parts[name], None, stride, (padding, padding), Some(&self.packed[i]))
+        };
+        let h = norm(0, "bn1", &conv(x, 0, "conv1.weight", stride, 1)?, true)?;
+        let h = norm(1, "bn2", &conv(&h, 1, "conv2.weight", 1, 1)?, false)?;
+        let x = match self.block.has_shortcut() {
+            true => {
+                let x = conv(x, 2, "shortcut.0.weight", stride, 0)?;
+                norm(2, "shortcut.1", &x, false)?
+            }
+            false => x.clone(),
+        };
+        self.seen.get_or_init(|| seen);
+        relu(&(h + x)?)
     }
 }
 
@@ -384,14 +362,34 @@ mod tests {
         [random(1, (b, h, w, block.c_in)), (random(2, count) * 0.4).unwrap()]
     }
 
+    fn by(
+        run: impl Fn(FusedBlock, [&Tensor; 2]) -> Result<Tensor>,
+        level: CpuLevel,
+        block: &BasicBlock,
+        running: Option<&[BatchStatistics]>,
+        t: &[Tensor],
+    ) -> Result<(Tensor, Vec<BatchStatistics>)> {
+        let (how, operands) = ((level, ConvAlgorithm::Winograd), [&t[0], &t[1]]);
+        let op = FusedBlock::new(how, operands, running, block, &BlockWeights::default())?;
+        let seen = Arc::clone(&op.seen);
+        Ok((run(op, operands)?, seen.get().cloned().unwrap()))
+    }
+
     fn at(
         level: CpuLevel,
         block: &BasicBlock,
         running: Option<&[BatchStatistics]>,
         t: &[Tensor],
     ) -> Result<(Tensor, Vec<BatchStatistics>)> {
-        let how = (level, ConvAlgorithm::Winograd);
-        basic_block_at(how, &t[0], &t[1], running, block, &BlockWeights::default())
+        by(shell::apply, level, block, running, t)
+    }
+
+    fn composed(
+        block: &BasicBlock,
+        running: Option<&[BatchStatistics]>,
+        t: &[Tensor],
+    ) -> Result<(Tensor, Vec<BatchStatistics>)> {
+        by(|op, operands| op.reference(operands), CpuLevel::Portable, block, running, t)
     }
 
     fn running(block: &BasicBlock) -> Vec<BatchStatistics> {
@@ -409,7 +407,7 @@ mod tests {
                 check_against(
                     &operands,
                     |level, t| Ok(at(level, block, None, t)?.0),
-                    |t| Ok(composed(&t[0], &t[1], None, block, &BlockWeights::default())?.0),
+                    |t| Ok(composed(block, None, t)?.0),
                 );
                 let running = running(block);
                 let doubles: Vec<BatchStatistics> = running
@@ -422,7 +420,7 @@ mod tests {
                 check_against(
                     &operands,
                     |level, t| Ok(at(level, block, Some(&running), t)?.0),
-                    |t| Ok(composed(&t[0], &t[1], Some(&doubles), block, &BlockWeights::default())?.0),
+                    |t| Ok(composed(block, Some(&doubles), t)?.0),
                 );
             }
         }
@@ -433,8 +431,7 @@ mod tests {
         for block in &BLOCKS {
             let operands = operands(block, (3, 6, 5));
             let (_, found) = at(CpuLevel::get(), block, None, &operands).unwrap();
-            let (_, expected) =
-                composed(&operands[0], &operands[1], None, block, &BlockWeights::default()).unwrap();
+            let (_, expected) = composed(block, None, &operands).unwrap();
             assert_eq!((found.len(), expected.len()), (block.norms(), block.norms()));
             for (found, expected) in found.iter().zip(&expected) {
                 let pairs = [(&found.mean, &expected.mean), (&found.variance, &expected.variance)];

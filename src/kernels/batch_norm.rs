@@ -1,6 +1,6 @@
 //! Batch normalisation, with ReLU in the same pass.
 //!
-//! The work is done by functions on slices, [`statistics`] and those of [`Norm`]; the custom op is a shell around
+//! The work is done by functions on slices, those of [`Statistics`] and of [`Norm`]; the custom op is a shell around
 //! them.
 
 use std::sync::{Arc, OnceLock};
@@ -88,16 +88,27 @@ pub(super) struct Statistics {
 }
 
 impl Statistics {
-    /// Those given by a caller, whose variance is used unchanged.
-    pub fn given(statistics: &BatchStatistics) -> candle_core::Result<Self> {
+    /// Those given by a caller, whose variance is used unchanged, or else those of a matrix of `c` columns, and the
+    /// latter as a caller gets them, with the unbiased estimate of the variance.
+    pub fn of(
+        level: CpuLevel,
+        x: &[f32],
+        c: usize,
+        given: Option<&BatchStatistics>,
+    ) -> candle_core::Result<(Self, Option<BatchStatistics>)> {
+        let Some(given) = given else {
+            let found = statistics(level, x, c);
+            let unbiased = found.unbiased(x.len() / c)?;
+            return Ok((found, Some(unbiased)));
+        };
         let doubles = |t: &Tensor| -> candle_core::Result<Vec<f64>> {
             Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
         };
-        Ok(Self { mean: doubles(&statistics.mean)?, variance: doubles(&statistics.variance)? })
+        Ok((Self { mean: doubles(&given.mean)?, variance: doubles(&given.variance)? }, None))
     }
 
     /// The same with the unbiased estimate of the variance, for `rows` rows.
-    pub fn unbiased(&self, rows: usize) -> candle_core::Result<BatchStatistics> {
+    fn unbiased(&self, rows: usize) -> candle_core::Result<BatchStatistics> {
         let rows = rows as f64;
         let vector = |values: &[f64], factor: f64| {
             let values: Vec<f32> = values.iter().map(|v| (v * factor) as f32).collect();
@@ -129,7 +140,7 @@ fn block_rows(c: usize) -> usize {
 }
 
 /// The statistics of the channels of a matrix with `c` columns.
-pub(super) fn statistics(level: CpuLevel, x: &[f32], c: usize) -> Statistics {
+fn statistics(level: CpuLevel, x: &[f32], c: usize) -> Statistics {
     struct Sums<'a>(&'a [f32], usize);
     impl Loop for Sums<'_> {
         type Output = [Vec<f64>; 2];
@@ -338,15 +349,10 @@ impl Node<3> for BatchNorm {
     const NAME: &'static str = "batch-norm";
 
     fn forward(&self, [x, weight, bias]: [Operand; 3]) -> Output {
-        let statistics = match &self.given {
-            Some(given) => Statistics::given(given)?,
-            None => {
-                let found = statistics(self.level, &x, weight.len());
-                let unbiased = found.unbiased(x.len() / weight.len())?;
-                self.seen.get_or_init(|| unbiased);
-                found
-            }
-        };
+        let (statistics, of_batch) = Statistics::of(self.level, &x, weight.len(), self.given.as_ref())?;
+        if let Some(seen) = of_batch {
+            self.seen.get_or_init(|| seen);
+        }
         let moments = self.moments.get_or_init(|| Moments::new(&statistics, self.epsilon));
         Ok((self.norm(moments, &weight, &bias).normalize(&x), x.shape().clone()))
     }

@@ -77,12 +77,12 @@ pub(super) type ChannelSums = [Vec<f64>; 2];
 impl Norm {
     /// Writes the output; returns the moments of each sample and group, which [`Norm::backward`] needs again.
     ///
-    /// `weight` and `bias` hold `c` numbers, or `c` for each sample.
-    pub fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32]) -> Vec<Moments> {
+    /// `affine`: weight and bias, `c` numbers each, or `c` for each sample.
+    pub fn forward(&self, x: &[f32], affine: [&[f32]; 2], out: &mut [f32]) -> Vec<Moments> {
         let Self { level, groups, c, epsilon, silu, .. } = *self;
         let normalize = |(i, (x, out)): (usize, (&[f32], &mut [f32]))| {
             let moments = run(level, Statistics { x, c, groups, epsilon });
-            let channels = self.channels(i, &moments, weight, bias);
+            let channels = self.channels(i, &moments, affine);
             run(level, Normalize { x, channels, silu, out });
             moments
         };
@@ -97,11 +97,11 @@ impl Norm {
     }
 
     /// Writes the output again, with the moments that [`Norm::forward`] returned.
-    pub fn normalize(&self, x: &[f32], moments: &[Moments], weight: &[f32], bias: &[f32], out: &mut [f32]) {
+    pub fn normalize(&self, x: &[f32], moments: &[Moments], affine: [&[f32]; 2], out: &mut [f32]) {
         let sample = self.sample.max(1);
         for_each_chunk(out, sample, x.len(), |i, out| {
             let (x, moments) = (&x[i * sample..][..sample], &moments[i * self.groups..][..self.groups]);
-            let channels = self.channels(i, moments, weight, bias);
+            let channels = self.channels(i, moments, affine);
             run(self.level, Normalize { x, channels, silu: self.silu, out });
         });
     }
@@ -111,15 +111,14 @@ impl Norm {
         &self,
         x: &[f32],
         dy: &[f32],
-        weight: &[f32],
-        bias: &[f32],
         moments: &[Moments],
+        affine: [&[f32]; 2],
         dx: &mut [f32],
     ) -> Vec<ChannelSums> {
         let Self { level, groups, silu, .. } = *self;
         let gradients = |(i, dx): (usize, &mut [f32])| {
             let moments = &moments[i * groups..][..groups];
-            let channels = self.channels(i, moments, weight, bias);
+            let channels = self.channels(i, moments, affine);
             let range = i * dx.len()..(i + 1) * dx.len();
             run(level, SampleGradients { x: &x[range.clone()], dy: &dy[range], channels, groups, silu, dx })
         };
@@ -132,20 +131,15 @@ impl Norm {
     }
 
     /// The factors for sample `i`, which has these moments.
-    fn channels<'a>(
-        &self,
-        i: usize,
-        moments: &[Moments],
-        weight: &'a [f32],
-        bias: &'a [f32],
-    ) -> Channels<'a> {
+    fn channels<'a>(&self, i: usize, moments: &[Moments], affine: [&'a [f32]; 2]) -> Channels<'a> {
         let c = self.c;
         // One row may serve all samples.
         let of_sample = |row: &'a [f32]| if row.len() == c { row } else { &row[i * c..][..c] };
         let spread =
             |f: fn(&Moments) -> f32| moments.iter().flat_map(|m| [f(m)].repeat(c / self.groups)).collect();
         let (mean, inverse) = (spread(|m| m.mean), spread(|m| m.inverse));
-        Channels { mean, inverse, weight: of_sample(weight), bias: of_sample(bias) }
+        let [weight, bias] = affine.map(of_sample);
+        Channels { mean, inverse, weight, bias }
     }
 }
 
@@ -301,7 +295,7 @@ impl Node<3> for GroupNorm {
 
     fn forward(&self, [x, weight, bias]: [Operand; 3]) -> Output {
         let mut out = zeros(x.len());
-        let moments = self.norm.forward(&x, &weight, &bias, &mut out);
+        let moments = self.norm.forward(&x, [&weight, &bias], &mut out);
         self.moments.get_or_init(|| moments);
         Ok((out, x.shape().clone()))
     }
@@ -310,7 +304,7 @@ impl Node<3> for GroupNorm {
         let Backward { dy, wanted, .. } = back;
         let moments = self.moments.get().map_or(&[][..], Vec::as_slice);
         let mut dx = zeros(dy.len());
-        let sums = self.norm.backward(&x, dy, &weight, &bias, moments, &mut dx);
+        let sums = self.norm.backward(&x, dy, moments, [&weight, &bias], &mut dx);
         let gradient = |of: Operand, k: usize| match of.shape().rank() {
             2 => sums.iter().flat_map(|sums| &sums[k]).map(|&v| v as f32).collect(),
             _ => (0..self.norm.c).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect(),

@@ -17,7 +17,7 @@ use super::{
     microkernel::zeros,
     parallel::{CHUNK, add, for_each_chunk, for_each_pair},
     reduce::{bias_gradient, column_sums},
-    shell::{Backward, Elements, Gradients, Node, Operand, Output, apply, on_cpu},
+    shell::{self, Backward, Elements, Gradients, Node, Op, Operand, Output},
 };
 use crate::{
     Result,
@@ -88,14 +88,12 @@ impl ResnetBlock {
         let ResnetBlock { c_in, c_out, time_dim, groups, .. } = *self;
         let (b, _, _, c) = x.dims4()?;
         let count = ranges(&self.parameters()).last().map_or(0, |last| last.end);
-        if c != c_in || temb.dims() != [b, time_dim] || theta.dims() != [count] {
+        let [images, temb, theta] = [x, temb, theta].map(Tensor::dims);
+        if c != c_in || temb != [b, time_dim] || theta != [count] {
             bail!(
                 Alarm,
-                "a residual block of {c_in} channels, {time_dim} features of the step and {count} parameters got {:?}, {:?} \
-                 and {:?}",
-                x.dims(),
-                temb.dims(),
-                theta.dims()
+                "a residual block of {c_in} channels, {time_dim} features of the step and {count} parameters got \
+                 {images:?}, {temb:?} and {theta:?}"
             );
         }
         if [groups, c_in, c_out, time_dim].contains(&0) || c_in % groups != 0 || c_out % groups != 0 {
@@ -133,103 +131,15 @@ pub fn resnet_block(
     mask: Option<&Tensor>,
 ) -> Result<Tensor> {
     block.check(x, temb, theta)?;
-    let (b, h, w, _) = x.dims4()?;
-    if let Some(mask) = mask
-        && mask.dims() != [b, h, w, block.c_out]
-    {
-        bail!(
-            Alarm,
-            "images {:?} of a block to {} channels got a mask {:?}",
-            x.dims(),
-            block.c_out,
-            mask.dims()
-        );
+    let ((b, h, w, _), c_out) = (x.dims4()?, block.c_out);
+    if let Some(mask) = mask.map(Tensor::dims).filter(|mask| *mask != [b, h, w, c_out]) {
+        bail!(Alarm, "images {:?} of a block to {c_out} channels got a mask {mask:?}", x.dims());
     }
-    if on_cpu(&[x, temb, theta, mask.unwrap_or(x)]) {
-        let how = (CpuLevel::get(), ConvAlgorithm::get());
-        resnet_block_at(how, x, temb, theta, block, packed, mask)
-    } else {
-        composed(x, temb, theta, block, packed, mask)
-    }
+    let (how, operands) = ((CpuLevel::get(), ConvAlgorithm::get()), [x, temb, theta]);
+    shell::run(FusedBlock::new(how, operands, block, packed, mask)?, operands)
 }
 
-/// The block composed of the device's ops.
-fn composed(
-    x: &Tensor,
-    temb: &Tensor,
-    theta: &Tensor,
-    block: &ResnetBlock,
-    packed: &BlockWeights,
-    mask: Option<&Tensor>,
-) -> Result<Tensor> {
-    let parts = split(theta, &block.parameters())?;
-    let ResnetBlock { groups, epsilon, .. } = *block;
-    let part = |name: &str| &parts[name];
-    let (weight, bias) = (part("norm1.weight"), part("norm1.bias"));
-    let h = group_norm(x, groups, weight, bias, epsilon, true)?;
-    let step = linear(temb, part("time_emb_proj.weight"), Some(part("time_emb_proj.bias")))?;
-    let conv1 =
-        |bias: Option<&Tensor>| conv2d_packed(&h, part("conv1.weight"), bias, 1, (1, 1), Some(&packed[0]));
-    let (weight, bias) = (part("norm2.weight"), part("norm2.bias"));
-    let h = if block.scale_shift {
-        let h = conv1(Some(part("conv1.bias")))?;
-        let factor = (step.narrow(1, 0, block.c_out)? + 1.0)?;
-        let shift = step.narrow(1, block.c_out, block.c_out)?;
-        let bias = (factor.broadcast_mul(bias)? + shift)?;
-        group_norm(&h, groups, &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
-    } else {
-        let h = add_channels(&conv1(None)?, &add_channels(&step, part("conv1.bias"))?)?;
-        group_norm(&h, groups, weight, bias, epsilon, true)?
-    };
-    let h = match mask {
-        Some(mask) => (&h * mask.detach().to_dtype(h.dtype())?)?,
-        None => h,
-    };
-    let h = conv2d_packed(&h, part("conv2.weight"), Some(part("conv2.bias")), 1, (1, 1), Some(&packed[1]))?;
-    let x = match block.has_shortcut() {
-        true => {
-            let (weight, bias) = (part("conv_shortcut.weight"), part("conv_shortcut.bias"));
-            conv2d_packed(x, weight, Some(bias), 1, (0, 0), Some(&packed[2]))?
-        }
-        false => x.clone(),
-    };
-    let out = (x + h)?;
-    Ok(if block.output_scale == 1.0 { out } else { (out / block.output_scale)? })
-}
-
-fn resnet_block_at(
-    (level, algorithm): (CpuLevel, ConvAlgorithm),
-    x: &Tensor,
-    temb: &Tensor,
-    theta: &Tensor,
-    block: &ResnetBlock,
-    packed: &BlockWeights,
-    mask: Option<&Tensor>,
-) -> Result<Tensor> {
-    let ResnetBlock { c_in, c_out, groups, .. } = *block;
-    let (b, h, w, _) = x.dims4()?;
-    let convolution = |c_in: usize, k: usize| {
-        Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, k, k), 1, (k / 2, k / 2))
-    };
-    let norm = |c: usize| Norm { level, groups, c, sample: h * w * c, epsilon: block.epsilon, silu: true };
-    let op = Op {
-        level,
-        block: *block,
-        parts: block.parts(),
-        conv1: convolution(c_in, 3)?,
-        conv2: convolution(c_out, 3)?,
-        shortcut: convolution(c_in, 1)?,
-        norm1: norm(c_in),
-        norm2: norm(c_out),
-        packed: packed.clone(),
-        mask: mask.map(|mask| mask.detach().contiguous()).transpose()?,
-        keep: x.track_op() || temb.track_op() || theta.track_op(),
-        kept: OnceLock::new(),
-    };
-    apply(op, [x, temb, theta])
-}
-
-struct Op {
+struct FusedBlock {
     level: CpuLevel,
     block: ResnetBlock,
     parts: Parts,
@@ -239,6 +149,7 @@ struct Op {
     norm1: Norm,
     norm2: Norm,
     packed: BlockWeights,
+    /// Contiguous, of the type of the images.
     mask: Option<Tensor>,
     /// Whether there will be a backward pass.
     keep: bool,
@@ -255,7 +166,36 @@ struct Kept {
     affine: [Vec<f32>; 2],
 }
 
-impl Op {
+impl FusedBlock {
+    fn new(
+        (level, algorithm): (CpuLevel, ConvAlgorithm),
+        operands: [&Tensor; 3],
+        block: &ResnetBlock,
+        packed: &BlockWeights,
+        mask: Option<&Tensor>,
+    ) -> Result<Self> {
+        let ResnetBlock { c_in, c_out, groups, epsilon, .. } = *block;
+        let (x, (b, h, w, _)) = (operands[0], operands[0].dims4()?);
+        let convolution = |c_in: usize, k: usize| {
+            Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, k, k), 1, (k / 2, k / 2))
+        };
+        let norm = |c: usize| Norm { level, groups, c, sample: h * w * c, epsilon, silu: true };
+        Ok(Self {
+            level,
+            block: *block,
+            parts: block.parts(),
+            conv1: convolution(c_in, 3)?,
+            conv2: convolution(c_out, 3)?,
+            shortcut: convolution(c_in, 1)?,
+            norm1: norm(c_in),
+            norm2: norm(c_out),
+            packed: packed.clone(),
+            mask: mask.map(|mask| mask.detach().to_dtype(x.dtype())?.contiguous()).transpose()?,
+            keep: operands.iter().any(|operand| operand.track_op()),
+            kept: OnceLock::new(),
+        })
+    }
+
     /// What the step adds for each sample, or its scale and shift.
     fn step(&self, temb: &[f32], theta: &[f32]) -> Vec<f32> {
         let [weight, bias] = self.parts.time.each_ref().map(|range| &theta[range.clone()]);
@@ -293,7 +233,7 @@ impl Op {
         let c = self.block.c_out;
         let step = self.step(temb, theta);
         let mut normed = zeros(x.len());
-        let moments1 = self.norm1.forward(x, part(&norm1[0]), part(&norm1[1]), &mut normed);
+        let moments1 = self.norm1.forward(x, norm1.each_ref().map(part), &mut normed);
         let bias = part(&conv1[1]);
         let added: Vec<f32> = match self.block.scale_shift {
             true => Vec::new(),
@@ -306,7 +246,7 @@ impl Op {
         let middle = self.conv1.forward(&normed, &kernels, bias);
         let affine = self.affine(&step, theta);
         normed.resize(middle.len(), 0.0);
-        let moments2 = self.norm2.forward(&middle, &affine[0], &affine[1], &mut normed);
+        let moments2 = self.norm2.forward(&middle, affine.each_ref().map(Vec::as_slice), &mut normed);
         self.drop_out(&mut normed)?;
         let residual = if self.block.has_shortcut() {
             let kernels = self.packed[2].forward(&self.shortcut, part(&shortcut[0]));
@@ -315,8 +255,7 @@ impl Op {
             x.to_vec()
         };
         let kernels = self.packed[1].forward(&self.conv2, part(&conv2[0]));
-        let mut out =
-            self.conv2.forward_onto(&normed, &kernels, Bias::Channels(part(&conv2[1])), Some(residual));
+        let mut out = self.conv2.forward_onto(&normed, &kernels, Bias::Channels(part(&conv2[1])), Some(residual));
         self.divide(&mut out);
         if self.keep {
             self.kept.get_or_init(|| Kept { moments1, middle, moments2, affine });
@@ -357,12 +296,13 @@ impl Op {
         let mut dtheta = zeros(if want_theta { theta.len() } else { 0 });
         let mut set = |range: &Range<usize>, values: &[f32]| dtheta[range.clone()].copy_from_slice(values);
         let Kept { moments1, middle, moments2, affine } = kept;
-        let [weight2, bias2] = affine;
+        let affine1 = norm1.each_ref().map(part);
+        let affine2 = affine.each_ref().map(Vec::as_slice);
 
         let mut normed = Vec::new();
         if want_theta {
             normed.resize(middle.len(), 0f32);
-            self.norm2.normalize(middle, moments2, weight2, bias2, &mut normed);
+            self.norm2.normalize(middle, moments2, affine2, &mut normed);
             self.drop_out(&mut normed)?;
             set(&conv2[0], &self.conv2.weight_gradient(&normed, dy));
             let dbias = bias_gradient(level, dy, c_out);
@@ -376,7 +316,7 @@ impl Op {
             self.conv2.input_gradient(dy, &self.packed[1].backward(&self.conv2, part(&conv2[0])));
         self.drop_out(&mut dnormed)?;
         let mut dmiddle = zeros(middle.len());
-        let sums = self.norm2.backward(middle, &dnormed, weight2, bias2, moments2, &mut dmiddle);
+        let sums = self.norm2.backward(middle, &dnormed, moments2, affine2, &mut dmiddle);
         drop(dnormed);
         let mut dtemb = None;
         if want_temb || want_theta {
@@ -395,7 +335,7 @@ impl Op {
         if want_theta {
             normed.clear();
             normed.resize(x.len(), 0f32);
-            self.norm1.normalize(x, moments1, part(&norm1[0]), part(&norm1[1]), &mut normed);
+            self.norm1.normalize(x, moments1, affine1, &mut normed);
             set(&conv1[0], &self.conv1.weight_gradient(&normed, &dmiddle));
             set(&conv1[1], &bias_gradient(level, &dmiddle, c_out));
         }
@@ -404,8 +344,7 @@ impl Op {
             let dnormed =
                 self.conv1.input_gradient(&dmiddle, &self.packed[0].backward(&self.conv1, part(&conv1[0])));
             let mut through = zeros(x.len());
-            let (weight, bias) = (part(&norm1[0]), part(&norm1[1]));
-            let sums = self.norm1.backward(x, &dnormed, weight, bias, moments1, &mut through);
+            let sums = self.norm1.backward(x, &dnormed, moments1, affine1, &mut through);
             if want_theta {
                 let total = |k: usize| -> Vec<f32> {
                     (0..self.block.c_in).map(|i| sums.iter().map(|s| s[k][i]).sum::<f64>() as f32).collect()
@@ -461,7 +400,7 @@ impl Op {
     }
 }
 
-impl Node<3> for Op {
+impl Node<3> for FusedBlock {
     const NAME: &'static str = "resnet-block";
 
     fn forward(&self, [x, temb, theta]: [Operand; 3]) -> Output {
@@ -473,6 +412,47 @@ impl Node<3> for Op {
             candle_core::bail!("a block that was not tracked has no gradient")
         };
         self.block_backward(operands.map(Operand::values), kept, dy, wanted)
+    }
+}
+
+impl Op<3> for FusedBlock {
+    /// The block composed of the device's ops.
+    fn reference(&self, [x, temb, theta]: [&Tensor; 3]) -> Result<Tensor> {
+        let (block, packed) = (&self.block, &self.packed);
+        let parts = split(theta, &block.parameters())?;
+        let ResnetBlock { c_out, groups, epsilon, .. } = *block;
+        let pair = |name: &str| (&parts[&*format!("{name}.weight")], &parts[&*format!("{name}.bias")]);
+        let (weight, bias) = pair("norm1");
+        let h = group_norm(x, groups, weight, bias, epsilon, true)?;
+        let (weight, bias) = pair("time_emb_proj");
+        let step = linear(temb, weight, Some(bias))?;
+        let (weight, conv_bias) = pair("conv1");
+        let conv1 = |bias: Option<&Tensor>| conv2d_packed(&h, weight, bias, 1, (1, 1), Some(&packed[0]));
+        let (weight, bias) = pair("norm2");
+        let h = if block.scale_shift {
+            let h = conv1(Some(conv_bias))?;
+            let factor = (step.narrow(1, 0, c_out)? + 1.0)?;
+            let bias = (factor.broadcast_mul(bias)? + step.narrow(1, c_out, c_out)?)?;
+            group_norm(&h, groups, &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
+        } else {
+            let h = add_channels(&conv1(None)?, &add_channels(&step, conv_bias)?)?;
+            group_norm(&h, groups, weight, bias, epsilon, true)?
+        };
+        let h = match &self.mask {
+            Some(mask) => (h * mask)?,
+            None => h,
+        };
+        let (weight, bias) = pair("conv2");
+        let h = conv2d_packed(&h, weight, Some(bias), 1, (1, 1), Some(&packed[1]))?;
+        let x = match block.has_shortcut() {
+            true => {
+                let (weight, bias) = pair("conv_shortcut");
+                conv2d_packed(x, weight, Some(bias), 1, (0, 0), Some(&packed[2]))?
+            }
+            false => x.clone(),
+        };
+        let out = (x + h)?;
+        Ok(if block.output_scale == 1.0 { out } else { (out / block.output_scale)? })
     }
 }
 
@@ -526,16 +506,17 @@ mod tests {
         [random(1, (b, h, w, block.c_in)), random(2, (b, block.time_dim)), (random(3, count) * 0.3).unwrap()]
     }
 
+    fn op(level: CpuLevel, block: &ResnetBlock, t: &[Tensor], mask: Option<&Tensor>) -> Result<FusedBlock> {
+        let how = (level, ConvAlgorithm::Winograd);
+        FusedBlock::new(how, [&t[0], &t[1], &t[2]], block, &BlockWeights::default(), mask)
+    }
+
     fn at(level: CpuLevel, block: &ResnetBlock, t: &[Tensor], mask: Option<&Tensor>) -> Result<Tensor> {
-        resnet_block_at(
-            (level, ConvAlgorithm::Winograd),
-            &t[0],
-            &t[1],
-            &t[2],
-            block,
-            &BlockWeights::default(),
-            mask,
-        )
+        shell::apply(op(level, block, t, mask)?, [&t[0], &t[1], &t[2]])
+    }
+
+    fn composed(block: &ResnetBlock, t: &[Tensor], mask: Option<&Tensor>) -> Result<Tensor> {
+        op(CpuLevel::Portable, block, t, mask)?.reference([&t[0], &t[1], &t[2]])
     }
 
     #[test]
@@ -551,7 +532,7 @@ mod tests {
                     check_against(
                         &operands(block, size),
                         |level, t| at(level, block, t, mask),
-                        |t| composed(&t[0], &t[1], &t[2], block, &BlockWeights::default(), mask),
+                        |t| composed(block, t, mask),
                     );
                 }
             }
