@@ -168,14 +168,9 @@ impl GroupNorm {
         })
     }
 
-    /// `x`: `(b, …, channels)`. Returns its shape.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::group_norm(x, self.groups, &self.weight, &self.bias, self.epsilon, false)
-    }
-
-    /// The norm, then SiLU, in one pass.
-    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        kernels::group_norm(x, self.groups, &self.weight, &self.bias, self.epsilon, true)
+    /// The norm, then SiLU if `silu`. `x`: `(b, …, channels)`. Returns its shape.
+    pub fn forward(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
+        kernels::group_norm(x, self.groups, &self.weight, &self.bias, self.epsilon, silu)
     }
 }
 

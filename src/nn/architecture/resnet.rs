@@ -64,12 +64,9 @@ impl ResNetConfig {
         if widths.is_empty() || widths.contains(&0) {
             bail!(Data, "widths is {widths:?}, expected a positive number for each stage");
         }
-        if blocks.len() != widths.len() || blocks.contains(&0) {
-            bail!(
-                Data,
-                "blocks is {blocks:?}, expected a positive number for each of {} stages",
-                widths.len()
-            );
+        let stages = widths.len();
+        if blocks.len() != stages || blocks.contains(&0) {
+            bail!(Data, "blocks is {blocks:?}, expected a positive number for each of {stages} stages");
         }
         let side = self.last_side();
         if let Some(pool) = self.pool.filter(|pool| !(1..=side).contains(pool)) {

@@ -123,7 +123,7 @@ struct ConvNormSilu {
 
 impl ConvNormSilu {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.norm.forward_silu(&self.conv.forward(x)?)
+        self.norm.forward(&self.conv.forward(x)?, true)
     }
 }
 

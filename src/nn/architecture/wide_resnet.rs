@@ -201,21 +201,13 @@ impl Block {
             WideResNetLayout::Deepmind if stride == 2 => (0, 1),
             _ => (1, 1),
         };
-        let first = Conv2d::without_bias(c_in, c_out, 3, stride, &b.pp(convs[0]))?;
-        let shortcut = (c_in != c_out)
-            .then(|| Conv2d::without_bias(c_in, c_out, 1, stride, &b.pp(shortcut)))
-            .transpose()?;
-        Ok(Self {
-            norms: [
-                Norm::new(c_in, activation, &b.pp(norms[0]))?,
-                Norm::new(c_out, activation, &b.pp(norms[1]))?,
-            ],
-            convs: [
-                first.with_stride(stride, padding),
-                Conv2d::without_bias(c_out, c_out, 3, 1, &b.pp(convs[1]))?,
-            ],
-            shortcut,
-        })
+        let conv =
+            |c_in, kernel, stride, name| Conv2d::without_bias(c_in, c_out, kernel, stride, &b.pp(name));
+        let norm = |channels, name| Norm::new(channels, activation, &b.pp(name));
+        let first = conv(c_in, 3, stride, convs[0])?.with_stride(stride, padding);
+        let shortcut = (c_in != c_out).then(|| conv(c_in, 1, stride, shortcut)).transpose()?;
+        let norms = [norm(c_in, norms[0])?, norm(c_out, norms[1])?];
+        Ok(Self { norms, convs: [first, conv(c_out, 3, 1, convs[1])?], shortcut })
     }
 
     fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {

@@ -102,16 +102,15 @@ impl Attention {
         config: &UNetConfig,
         b: &Builder,
     ) -> Result<Self> {
-        let linear = |b: &Builder| Linear::new(channels, channels, b);
+        let norm = |groups| GroupNorm::new(groups, channels, config.norm_eps, &b.pp("group_norm"));
+        let linear = |name, former| Linear::new(channels, channels, &b.pp_or(name, former));
         Ok(Self {
-            group_norm: groups
-                .map(|groups| GroupNorm::new(groups, channels, config.norm_eps, &b.pp("group_norm")))
-                .transpose()?,
+            group_norm: groups.map(norm).transpose()?,
             // The second names are those of `diffusers` before 0.17, still found on the Hub.
-            to_q: linear(&b.pp_or("to_q", "query"))?,
-            to_k: linear(&b.pp_or("to_k", "key"))?,
-            to_v: linear(&b.pp_or("to_v", "value"))?,
-            to_out: linear(&b.pp_or("to_out.0", "proj_attn"))?,
+            to_q: linear("to_q", "query")?,
+            to_k: linear("to_k", "key")?,
+            to_v: linear("to_v", "value")?,
+            to_out: linear("to_out.0", "proj_attn")?,
             channels,
             head_dim: config.attention_head_dim.unwrap_or(channels),
             output_scale,
@@ -123,7 +122,7 @@ impl Attention {
         let (b, h, w, c) = x.dims4()?;
         let positions = x.reshape((b, h * w, c))?;
         let normed = match &self.group_norm {
-            Some(norm) => norm.forward(&positions)?,
+            Some(norm) => norm.forward(&positions, false)?,
             None => positions,
         };
         let heads = c / self.head_dim;
@@ -169,12 +168,9 @@ impl Layer {
         b: &Builder,
     ) -> Result<Self> {
         let groups = Some(config.norm_num_groups);
-        Ok(Self {
-            resnet: ResnetBlock::new(c_in, c_out, 1.0, config, &b.pp("resnets").pp(i))?,
-            attention: attention
-                .then(|| Attention::new(c_out, groups, 1.0, config, &b.pp("attentions").pp(i)))
-                .transpose()?,
-        })
+        let resnet = ResnetBlock::new(c_in, c_out, 1.0, config, &b.pp("resnets").pp(i))?;
+        let of_outputs = || Attention::new(c_out, groups, 1.0, config, &b.pp("attentions").pp(i));
+        Ok(Self { resnet, attention: attention.then(of_outputs).transpose()? })
     }
 
     fn forward(&self, x: &Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
@@ -205,12 +201,11 @@ impl Resolution {
         let layers = (0..config.layers_per_block)
             .map(|l| Layer::new(if l == 0 { c_in } else { c_out }, c_out, attention, l, config, b));
         let padding = (config.downsample_padding, 1);
+        let conv = || Conv2d::new(c_out, c_out, 3, &b.pp("downsamplers.0.conv"));
+        let halve = || conv().map(|conv| conv.with_stride(2, padding));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            resample: (i + 1 < channels.len())
-                .then(|| Conv2d::new(c_out, c_out, 3, &b.pp("downsamplers.0.conv")))
-                .transpose()?
-                .map(|conv| conv.with_stride(2, padding)),
+            resample: (i + 1 < channels.len()).then(halve).transpose()?,
         })
     }
 
@@ -220,12 +215,10 @@ impl Resolution {
         let (scale, groups) = (config.mid_block_scale_factor, config.mid_attention_groups());
         let resnet = |i: usize| ResnetBlock::new(channels, channels, scale, config, &b.pp("resnets").pp(i));
         let first = resnet(0)?;
-        let attention = config
-            .add_attention
-            .then(|| Attention::new(channels, groups, scale, config, &b.pp("attentions.0")))
-            .transpose()?;
-        let layers = vec![Layer { resnet: first, attention }, Layer { resnet: resnet(1)?, attention: None }];
-        Ok(Self { layers, resample: None })
+        let attention = || Attention::new(channels, groups, scale, config, &b.pp("attentions.0"));
+        let first = Layer { resnet: first, attention: config.add_attention.then(attention).transpose()? };
+        let last = Layer { resnet: resnet(1)?, attention: None };
+        Ok(Self { layers: vec![first, last], resample: None })
     }
 
     /// `UpBlock2D` and `AttnUpBlock2D` for resolution `i`, counted from the coarsest: each layer takes a skip from the
@@ -242,11 +235,10 @@ impl Resolution {
             let c_skip = if l + 1 == n_layers { c_next } else { c_out };
             Layer::new(c_in + c_skip, c_out, attention, l, config, b)
         });
+        let convolution = || Conv2d::new(c_out, c_out, 3, &b.pp("upsamplers.0.conv"));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            resample: (i + 1 < coarse_first.len())
-                .then(|| Conv2d::new(c_out, c_out, 3, &b.pp("upsamplers.0.conv")))
-                .transpose()?,
+            resample: (i + 1 < coarse_first.len()).then(convolution).transpose()?,
         })
     }
 

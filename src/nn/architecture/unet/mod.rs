@@ -35,32 +35,23 @@ impl UNet {
     fn new(config: &UNetConfig, b: &Builder) -> Result<Self> {
         expect_none(&config.faults())?;
         let (first, time_dim) = (config.block_out_channels[0], config.time_dim());
+        let (groups, epsilon) = (config.norm_num_groups, config.norm_eps);
         let blocks = 0..config.block_out_channels.len();
         let time = b.pp("time_embedding");
+        let embedding = |classes| Embedding::new(classes, time_dim, &b.pp("class_embedding"));
+        let down = |i| Resolution::down(i, config, &b.pp("down_blocks").pp(i));
+        let up = |i| Resolution::up(i, config, &b.pp("up_blocks").pp(i));
         Ok(Self {
             conv_in: Conv2d::new(config.in_channels, first, 3, &b.pp("conv_in"))?,
             time_embedding: (
                 Linear::new(first, time_dim, &time.pp("linear_1"))?,
                 Linear::new(time_dim, time_dim, &time.pp("linear_2"))?,
             ),
-            class_embedding: config
-                .num_class_embeds
-                .map(|classes| Embedding::new(classes, time_dim, &b.pp("class_embedding")))
-                .transpose()?,
-            down_blocks: blocks
-                .clone()
-                .map(|i| Resolution::down(i, config, &b.pp("down_blocks").pp(i)))
-                .collect::<Result<_>>()?,
+            class_embedding: config.num_class_embeds.map(embedding).transpose()?,
+            down_blocks: blocks.clone().map(down).collect::<Result<_>>()?,
             mid_block: Resolution::middle(config, &b.pp("mid_block"))?,
-            up_blocks: blocks
-                .map(|i| Resolution::up(i, config, &b.pp("up_blocks").pp(i)))
-                .collect::<Result<_>>()?,
-            conv_norm_out: GroupNorm::new(
-                config.norm_num_groups,
-                first,
-                config.norm_eps,
-                &b.pp("conv_norm_out"),
-            )?,
+            up_blocks: blocks.map(up).collect::<Result<_>>()?,
+            conv_norm_out: GroupNorm::new(groups, first, epsilon, &b.pp("conv_norm_out"))?,
             conv_out: Conv2d::new(first, config.out_channels, 3, &b.pp("conv_out"))?,
             config: config.clone(),
         })
@@ -98,7 +89,7 @@ impl UNet {
         for block in &self.up_blocks {
             x = block.forward_up(x, &temb, &mut skips, dropout)?;
         }
-        Ok(self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?.to_dtype(given)?)
+        Ok(self.conv_out.forward(&self.conv_norm_out.forward(&x, true)?)?.to_dtype(given)?)
     }
 
     /// The embedding of step and class after the SiLU with which all residual blocks begin: `(b, time)`.
@@ -156,16 +147,12 @@ impl DenoiserArchitecture for UNetConfig {
         let Some(size) = self.sample_size else {
             bail!(Data, "the U-Net's sample_size is not set, expected the side of its images")
         };
-        if self.out_channels != self.in_channels {
-            bail!(
-                Data,
-                "out_channels is {}, expected {}, that of in_channels",
-                self.out_channels,
-                self.in_channels
-            );
+        let Self { in_channels, out_channels, .. } = *self;
+        if out_channels != in_channels {
+            bail!(Data, "out_channels is {out_channels}, expected {in_channels}, that of in_channels");
         }
         let (height, width) = size.height_width();
-        Ok((height, width, self.in_channels))
+        Ok((height, width, in_channels))
     }
 
     fn num_classes(&self) -> Option<usize> {
