@@ -32,13 +32,9 @@ struct CrossEntropy {
 impl CrossEntropy {
     fn new(level: CpuLevel, logits: &Tensor, labels: &Tensor, smoothing: f64) -> Result<Self> {
         let (b, classes) = logits.dims2()?;
-        if labels.dims() != [b] || labels.dtype() != DType::U32 {
-            bail!(
-                Alarm,
-                "{b} samples have labels {:?} of type {:?}, expected u32",
-                labels.dims(),
-                labels.dtype()
-            );
+        let (dims, dtype) = (labels.dims(), labels.dtype());
+        if dims != [b] || dtype != DType::U32 {
+            bail!(Alarm, "{b} samples have labels {dims:?} of type {dtype:?}, expected u32");
         }
         let known = if labels.device().is_cpu() { labels.to_vec1::<u32>()? } else { Vec::new() };
         let known: Vec<usize> = known.into_iter().map(|label| label as usize).collect();
@@ -51,8 +47,7 @@ impl CrossEntropy {
 
 /// Writes the probabilities of each row of logits; returns the losses.
 struct Losses<'a> {
-    labels: &'a [usize],
-    smoothing: f64,
+    of: &'a CrossEntropy,
     logits: &'a [f32],
     probabilities: &'a mut [f32],
 }
@@ -61,13 +56,13 @@ impl Loop for Losses<'_> {
     type Output = Vec<f32>;
     #[inline(always)]
     fn run<A: Arithmetic>(self) -> Vec<f32> {
-        let Self { labels, smoothing, logits, probabilities } = self;
+        let Self { of: CrossEntropy { known: labels, smoothing, .. }, logits, probabilities } = self;
         let classes = logits.len() / labels.len().max(1);
         let rows = logits.chunks_exact(classes.max(1)).zip(probabilities.chunks_exact_mut(classes.max(1)));
         let loss = |(&label, (logits, probabilities)): (&usize, (&[f32], &mut [f32]))| {
             let (largest, total) = softmax_row::<A>(1.0, logits, probabilities);
             let mut expected = f64::from(logits[label] - largest);
-            if smoothing > 0.0 {
+            if *smoothing > 0.0 {
                 let sum: f64 = logits.iter().map(|&z| f64::from(z - largest)).sum();
                 expected = (1.0 - smoothing) * expected + smoothing * sum / classes as f64;
             }
@@ -80,9 +75,8 @@ impl Loop for Losses<'_> {
 impl CrossEntropy {
     fn losses_and_probabilities(&self, logits: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let mut probabilities = vec![0f32; logits.len()];
-        let Self { known: labels, smoothing, .. } = self;
-        let losses = Losses { labels, smoothing: *smoothing, logits, probabilities: &mut probabilities };
-        (run(self.level, losses), probabilities)
+        let losses = run(self.level, Losses { of: self, logits, probabilities: &mut probabilities });
+        (losses, probabilities)
     }
 }
 
@@ -123,13 +117,9 @@ impl Op<1> for CrossEntropy {
 /// `p_logits`, `q_logits`: `(b, classes)`. Returns `(b,)`. Fails if their shapes differ.
 pub fn kl_divergence(p_logits: &Tensor, q_logits: &Tensor) -> Result<Tensor> {
     p_logits.dims2()?;
-    if p_logits.dims() != q_logits.dims() {
-        bail!(
-            Alarm,
-            "logits {:?} and {:?} are compared, expected one shape",
-            p_logits.dims(),
-            q_logits.dims()
-        );
+    let (p, q) = (p_logits.dims(), q_logits.dims());
+    if p != q {
+        bail!(Alarm, "logits {p:?} and {q:?} are compared, expected one shape");
     }
     shell::run(KlDivergence, [p_logits, q_logits])
 }

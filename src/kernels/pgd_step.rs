@@ -17,14 +17,9 @@ pub fn pgd_step(
     (step, epsilon): (f64, f64),
     l2: bool,
 ) -> Result<Tensor> {
-    if x.dims() != start.dims() || x.dims() != gradient.dims() {
-        bail!(
-            Alarm,
-            "images {:?} got a start {:?} and a gradient {:?}",
-            x.dims(),
-            start.dims(),
-            gradient.dims()
-        );
+    let [images, from, along] = [x, start, gradient].map(Tensor::dims);
+    if images != from || images != along {
+        bail!(Alarm, "images {images:?} got a start {from:?} and a gradient {along:?}");
     }
     shell::run(PgdStep { step, epsilon, l2 }, [&x.detach(), &start.detach(), &gradient.detach()])
 }
