@@ -86,16 +86,20 @@ impl AdamStep {
     pub fn apply(&self, weight: &Tensor, gradient: &Tensor, [first, second]: [&Tensor; 2]) -> Result<()> {
         shell::update(self, [weight, first, second], gradient)
     }
+
+    /// What the loops compute with: the factors, the epsilon, and for both moments the decay and the share of the new.
+    fn singles(&self) -> [f32; 9] {
+        let Self { scale, keep, step_size, correction, beta1, beta2, epsilon } = *self;
+        [scale, keep, step_size, correction, epsilon, beta1, 1.0 - beta1, beta2, 1.0 - beta2]
+            .map(|v| v as f32)
+    }
 }
 
 impl Update<3> for AdamStep {
     const NAME: &'static str = "adam-step";
 
     fn update(&self, [weight, first, second]: [&mut [f32]; 3], gradient: &[f32]) {
-        let Self { scale, keep, step_size, correction, beta1, beta2, epsilon } = *self;
-        let [b1, c1, b2, c2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(|v| v as f32);
-        let [scale, keep, step_size, correction, epsilon] =
-            [scale, keep, step_size, correction, epsilon].map(|v| v as f32);
+        let [scale, keep, step_size, correction, epsilon, b1, c1, b2, c2] = self.singles();
         for (((w, &g), m), v) in weight.iter_mut().zip(gradient).zip(first).zip(second) {
             let g = scale * g;
             *m = b1 * *m + c1 * g;
@@ -116,10 +120,7 @@ impl Update<3> for AdamStep {
     #[cfg(feature = "cuda")]
     fn cuda(&self, [weight, first, second]: [&Tensor; 3], gradient: &Tensor) -> TensorResult<()> {
         use super::cuda::{elementwise, kernel, launch, with_views};
-        let Self { scale, keep, step_size, correction, beta1, beta2, epsilon } = *self;
-        let [b1, c1, b2, c2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(|v| v as f32);
-        let [scale, keep, step_size, correction, epsilon] =
-            [scale, keep, step_size, correction, epsilon].map(|v| v as f32);
+        let [scale, keep, step_size, correction, epsilon, b1, c1, b2, c2] = self.singles();
         let n = weight.elem_count();
         with_views::<f32, 4, _>([weight, gradient, first, second], |device, [weight, gradient, m, v]| {
             let (step, config) = (kernel(device, "adam_step")?, elementwise(n));
