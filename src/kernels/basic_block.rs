@@ -9,7 +9,7 @@ use candle_core::{Shape, Tensor};
 
 use super::{
     activation::relu,
-    batch_norm::{BatchStatistics, Moments, Norm, Statistics, batch_norm_eval, batch_norm_train},
+    batch_norm::{BatchStatistics, Moments, Norm, batch_norm_eval, batch_norm_train},
     block::{BlockWeights, ranges, split},
     conv2d::{Bias, Convolution, conv2d_packed},
     microkernel::{Arithmetic, Loop, run, zeros},
@@ -209,9 +209,8 @@ impl FusedBlock {
         // The output of norm `i`.
         let mut normalize = |i: usize, input: &[f32]| -> candle_core::Result<Vec<f32>> {
             let given = self.running.as_ref().map(|running| &running[i]);
-            let (statistics, of_batch) = Statistics::of(self.level, input, c, given)?;
+            let (moments, of_batch) = Moments::of(self.level, input, c, given, self.block.epsilon)?;
             seen.extend(of_batch);
-            let moments = Moments::new(&statistics, self.block.epsilon);
             let out = self.norm(theta, i, &moments).normalize(input);
             all_moments.push(moments);
             Ok(out)

@@ -1,6 +1,6 @@
 //! Batch normalisation, with ReLU in the same pass.
 //!
-//! The work is done by functions on slices, those of [`Statistics`] and of [`Norm`]; the custom op is a shell around
+//! The work is done by functions on slices, those of [`Moments`] and of [`Norm`]; the custom op is a shell around
 //! them.
 
 use std::sync::{Arc, OnceLock};
@@ -81,44 +81,6 @@ fn channels(x: &Tensor, vectors: &[&Tensor]) -> Result<usize> {
     Ok(c)
 }
 
-/// Mean and biased variance of each channel.
-pub(super) struct Statistics {
-    pub mean: Vec<f64>,
-    pub variance: Vec<f64>,
-}
-
-impl Statistics {
-    /// Those given by a caller, whose variance is used unchanged, or else those of a matrix of `c` columns, and the
-    /// latter as a caller gets them, with the unbiased estimate of the variance.
-    pub fn of(
-        level: CpuLevel,
-        x: &[f32],
-        c: usize,
-        given: Option<&BatchStatistics>,
-    ) -> candle_core::Result<(Self, Option<BatchStatistics>)> {
-        let Some(given) = given else {
-            let found = statistics(level, x, c);
-            let unbiased = found.unbiased(x.len() / c)?;
-            return Ok((found, Some(unbiased)));
-        };
-        let doubles = |t: &Tensor| -> candle_core::Result<Vec<f64>> {
-            Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
-        };
-        Ok((Self { mean: doubles(&given.mean)?, variance: doubles(&given.variance)? }, None))
-    }
-
-    /// The same with the unbiased estimate of the variance, for `rows` rows.
-    fn unbiased(&self, rows: usize) -> candle_core::Result<BatchStatistics> {
-        let rows = rows as f64;
-        let vector = |values: &[f64], factor: f64| {
-            let values: Vec<f32> = values.iter().map(|v| (v * factor) as f32).collect();
-            Tensor::new(values, &Device::Cpu)
-        };
-        let (mean, variance) = (vector(&self.mean, 1.0)?, vector(&self.variance, rows / (rows - 1.0))?);
-        Ok(BatchStatistics { mean, variance })
-    }
-}
-
 /// Mean and 1 / √(variance + ε) of each channel.
 pub(super) struct Moments {
     pub mean: Vec<f32>,
@@ -126,11 +88,32 @@ pub(super) struct Moments {
 }
 
 impl Moments {
-    pub fn new(statistics: &Statistics, epsilon: f64) -> Self {
-        Self {
-            mean: statistics.mean.iter().map(|&mean| mean as f32).collect(),
-            inverse: statistics.variance.iter().map(|v| (1.0 / (v + epsilon).sqrt()) as f32).collect(),
-        }
+    /// Those of statistics given by a caller, whose variance is used unchanged, or else of the statistics of `x`, a
+    /// matrix of `c` columns. Returns the latter too, with the unbiased estimate of the variance.
+    pub fn of(
+        level: CpuLevel,
+        x: &[f32],
+        c: usize,
+        given: Option<&BatchStatistics>,
+        epsilon: f64,
+    ) -> candle_core::Result<(Self, Option<BatchStatistics>)> {
+        let doubles = |t: &Tensor| -> candle_core::Result<Vec<f64>> {
+            Ok(Elements::of(&t.contiguous()?)?.iter().map(|&v| f64::from(v)).collect())
+        };
+        let singles = |values: &[f64], factor: f64| -> Vec<f32> {
+            values.iter().map(|v| (v * factor) as f32).collect()
+        };
+        let ([mean, variance], of_batch) = match given {
+            Some(given) => ([doubles(&given.mean)?, doubles(&given.variance)?], None),
+            None => {
+                let ([mean, variance], rows) = (statistics(level, x, c), (x.len() / c) as f64);
+                let vector = |values, factor| Tensor::new(singles(values, factor), &Device::Cpu);
+                let (as_is, unbiased) = (vector(&mean, 1.0)?, vector(&variance, rows / (rows - 1.0))?);
+                ([mean, variance], Some(BatchStatistics { mean: as_is, variance: unbiased }))
+            }
+        };
+        let inverse = variance.iter().map(|v| (1.0 / (v + epsilon).sqrt()) as f32).collect();
+        Ok((Self { mean: singles(&mean, 1.0), inverse }, of_batch))
     }
 }
 
@@ -139,8 +122,8 @@ fn block_rows(c: usize) -> usize {
     ((1 << 15) / c.max(1)).max(1)
 }
 
-/// The statistics of the channels of a matrix with `c` columns.
-fn statistics(level: CpuLevel, x: &[f32], c: usize) -> Statistics {
+/// Mean and biased variance of the channels of a matrix with `c` columns.
+fn statistics(level: CpuLevel, x: &[f32], c: usize) -> [Vec<f64>; 2] {
     struct Sums<'a>(&'a [f32], usize);
     impl Loop for Sums<'_> {
         type Output = [Vec<f64>; 2];
@@ -154,7 +137,7 @@ fn statistics(level: CpuLevel, x: &[f32], c: usize) -> Statistics {
     let mean: Vec<f64> = sums.iter().map(|sum| sum / rows).collect();
     // In double precision, cancellation costs at most half of the 16 digits for mean / σ up to 1e4.
     let variance = squares.iter().zip(&mean).map(|(s, mean)| (s / rows - mean * mean).max(0.0)).collect();
-    Statistics { mean, variance }
+    [mean, variance]
 }
 
 /// The factors that normalise the channels: `z = x̂ · weight + bias`, `x̂ = (x - mean) · inverse`; the output is
@@ -349,11 +332,12 @@ impl Node<3> for BatchNorm {
     const NAME: &'static str = "batch-norm";
 
     fn forward(&self, [x, weight, bias]: [Operand; 3]) -> Output {
-        let (statistics, of_batch) = Statistics::of(self.level, &x, weight.len(), self.given.as_ref())?;
+        let (c, given) = (weight.len(), self.given.as_ref());
+        let (moments, of_batch) = Moments::of(self.level, &x, c, given, self.epsilon)?;
         if let Some(seen) = of_batch {
             self.seen.get_or_init(|| seen);
         }
-        let moments = self.moments.get_or_init(|| Moments::new(&statistics, self.epsilon));
+        let moments = self.moments.get_or_init(|| moments);
         Ok((self.norm(moments, &weight, &bias).normalize(&x), x.shape().clone()))
     }
 
