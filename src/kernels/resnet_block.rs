@@ -255,7 +255,8 @@ impl FusedBlock {
             x.to_vec()
         };
         let kernels = self.packed[1].forward(&self.conv2, part(&conv2[0]));
-        let mut out = self.conv2.forward_onto(&normed, &kernels, Bias::Channels(part(&conv2[1])), Some(residual));
+        let mut out =
+            self.conv2.forward_onto(&normed, &kernels, Bias::Channels(part(&conv2[1])), Some(residual));
         self.divide(&mut out);
         if self.keep {
             self.kept.get_or_init(|| Kept { moments1, middle, moments2, affine });
