@@ -34,11 +34,11 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
             Box::new(Conv2d { x, weight, bias, grad, stride, padding: (padding, padding), backward })
         }
         Work::Denoise { t } => {
-            let model = DiffusionModel::load(dir, device)?;
+            let model = DiffusionModel::load(dir, None, device)?;
             Box::new(Denoise { model, x, t, labels: inputs.remove("labels") })
         }
         Work::Sample { steps } => {
-            let model = DiffusionModel::load(dir, device)?;
+            let model = DiffusionModel::load(dir, None, device)?;
             let sampler = SamplerConfig { kind: SamplerKind::Ddim, steps, ..model.scheduler().sampler() };
             let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
             let conditioning =
@@ -46,7 +46,7 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
             Box::new(Sample { model, sampler, plan, conditioning, x })
         }
         Work::DenoiseGradients { t, parts } => {
-            let model = DiffusionModel::load(dir, device)?;
+            let model = DiffusionModel::load(dir, None, device)?;
             Box::new(DenoiseGradients {
                 network: model.tracked()?,
                 params: model.params().clone(),

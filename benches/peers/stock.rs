@@ -31,7 +31,7 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
             })
         }
         Work::Denoise { t } => {
-            let model = DiffusionModel::load(dir, device)?;
+            let model = DiffusionModel::load(dir, None, device)?;
             let config = unet_config(&model)?;
             let weights = frozen(&variables(model.params())?);
             let (t, labels) = (steps(t, &x)?, inputs.remove("labels"));
@@ -43,7 +43,7 @@ pub fn prepare(dir: &Path, work: Work, device: &Device) -> Result<Box<dyn Case>>
         }
         Work::Sample { .. } => return Err("sampling is not written in stock candle".into()),
         Work::DenoiseGradients { t, .. } => {
-            let model = DiffusionModel::load(dir, device)?;
+            let model = DiffusionModel::load(dir, None, device)?;
             let config = unet_config(&model)?;
             let weights = tracked(&variables(model.params())?);
             let (t, labels, noise) = (steps(t, &x)?, inputs.remove("labels"), take(&mut inputs, "noise")?);

@@ -9,13 +9,14 @@ mod process;
 pub mod sampler;
 mod schedule;
 mod scheduler_config;
+mod scheduler_file;
 
 pub use loss::denoising_loss;
 pub use model::{ClassConditioning, DiffusionModel};
-pub use precondition::{Level, Preconditioning, Prediction, PredictionType};
+pub use precondition::{Denoised, Level, Preconditioning, Prediction, PredictionType};
 pub use process::{Process, SigmaRange, TrainingPair};
 pub use schedule::NoiseSchedule;
-pub use scheduler_config::{BetaSchedule, SchedulerClass, SchedulerConfig};
+pub use scheduler_config::{AlgorithmType, BetaSchedule, SchedulerClass, SchedulerConfig};
 
 #[cfg(test)]
 mod tests;

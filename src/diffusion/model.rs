@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{Level, Prediction, SchedulerClass, SchedulerConfig};
+use super::{Denoised, Level, Prediction, SchedulerClass, SchedulerConfig, sampler::SamplerKind};
 use crate::{
     Result, ResultExt, fs,
     nn::{DIFFUSERS_VERSION, DenoiserConfig, DenoiserNetwork, Params},
@@ -45,6 +45,7 @@ pub struct DiffusionModel {
     scheduler: SchedulerConfig,
     params: Params,
     frozen: Box<dyn DenoiserNetwork>,
+    notes: Vec<String>,
 }
 
 impl DiffusionModel {
@@ -57,14 +58,15 @@ impl DiffusionModel {
     ) -> Result<Self> {
         scheduler.validate()?;
         let params = Params::init(seed, device, |b| config.build(b))?;
-        Self::over(config, scheduler, params)
+        Self::over(config, scheduler, params, Vec::new())
     }
 
-    /// Reads a model's folder.
+    /// Reads a model's folder; its scheduler's keys are read for a sampler, if one is given, see
+    /// [`SchedulerConfig::load`].
     ///
     /// Fails with [`Error::Data`](crate::Error::Data), naming each faulty file, everything that was found wrong in
     /// it and what was expected.
-    pub fn load(dir: &Path, device: &Device) -> Result<Self> {
+    pub fn load(dir: &Path, sampler: Option<SamplerKind>, device: &Device) -> Result<Self> {
         let file = |name: &str| {
             let nested = dir.join(name);
             // Old folders on the Hub have all files at the top level, which `diffusers` still allows.
@@ -84,23 +86,35 @@ impl DiffusionModel {
         };
         let path = file(INDEX)?;
         let index: Map<String, Value> = fs::read_json(&path)?;
-        let found = index.get("unet").and_then(|unet| unet.get(1));
+        let class_of = |part: &str| index.get(part).and_then(|part| part.get(1));
+        let found = class_of("unet");
         let Some(class) = found.and_then(Value::as_str).filter(|class| DenoiserConfig::TAGS.contains(class))
         else {
             let (path, found) = (path.display(), found.map_or("absent".into(), Value::to_string));
             let expected: Vec<_> = DenoiserConfig::TAGS.iter().map(|class| format!("\"{class}\"")).collect();
             bail!(Data, "{path}: the class of unet is {found}, expected {}", expected.join(" or "))
         };
+        let mut notes = Vec::new();
         let config = file(UNET_CONFIG).and_then(|path| {
-            DenoiserConfig::from_json(class, fs::read_json(&path)?).context(|| path.display().to_string())
+            let (config, ignored) = DenoiserConfig::from_json(class, fs::read_json(&path)?)
+                .context(|| path.display().to_string())?;
+            notes.extend(ignored.map(|ignored| format!("{}: {ignored}", path.display())));
+            Ok(config)
         });
-        let scheduler = file(SCHEDULER_CONFIG).and_then(|path| SchedulerConfig::load(&path));
+        let scheduler = file(SCHEDULER_CONFIG).and_then(|path| {
+            let class = class_of("scheduler").and_then(Value::as_str);
+            let (scheduler, said) = SchedulerConfig::load(&path, class, sampler)?;
+            notes.extend(said);
+            Ok(scheduler)
+        });
         let params = match (&config, file(UNET_WEIGHTS)) {
             (Ok(config), Ok(path)) => Params::load(&path, device, |b| config.build(b)).map(Some),
             (_, weights) => weights.map(|_| None),
         };
         match (config, scheduler, params) {
-            (Ok(config), Ok(scheduler), Ok(Some(params))) => Self::over(config, scheduler, params),
+            (Ok(config), Ok(scheduler), Ok(Some(params))) => {
+                Self::over(config, scheduler, params, notes).context(|| dir.display().to_string())
+            }
             (config, scheduler, params) => {
                 let faults = [config.err(), scheduler.err(), params.err()];
                 let mut faults: Vec<_> = faults.into_iter().flatten().collect();
@@ -113,9 +127,32 @@ impl DiffusionModel {
         }
     }
 
-    fn over(config: DenoiserConfig, scheduler: SchedulerConfig, params: Params) -> Result<Self> {
+    fn over(
+        config: DenoiserConfig,
+        scheduler: SchedulerConfig,
+        params: Params,
+        notes: Vec<String>,
+    ) -> Result<Self> {
+        let learned = scheduler.variance_type.is_learned();
+        // Most classes take no notice of a predicted variance; these two say whether there is one.
+        let says = matches!(
+            scheduler.class,
+            SchedulerClass::DDPMScheduler | SchedulerClass::DPMSolverMultistepScheduler
+        );
+        match (config.predicts_variance(), learned) {
+            (true, false) if says => bail!(
+                Data,
+                "the network predicts a variance (out_channels is twice in_channels), but the scheduler's variance_type \
+                 is not learned or learned_range"
+            ),
+            (false, true) => bail!(
+                Data,
+                "the scheduler's variance_type is learned, but the network predicts none (out_channels is in_channels)"
+            ),
+            _ => {}
+        }
         let frozen = params.frozen(|b| config.build(b))?;
-        Ok(Self { config, scheduler, params, frozen })
+        Ok(Self { config, scheduler, params, frozen, notes })
     }
 
     /// Writes the model's folder, `model_index.json` last: a folder that has it is complete.
@@ -150,8 +187,8 @@ impl DiffusionModel {
     }
 
     /// D(x; σ): the image predicted from `x`, `(b, h, w, c)` f32, an image in [-1, 1] and `level.sigma` times its
-    /// noise. Without gradients to the parameters. Returns its shape.
-    pub fn denoise(&self, x: &Tensor, level: Level, conditioning: &ClassConditioning) -> Result<Tensor> {
+    /// noise. Without gradients to the parameters.
+    pub fn denoise(&self, x: &Tensor, level: Level, conditioning: &ClassConditioning) -> Result<Denoised> {
         let of = |classes: Option<&Tensor>, x: &Tensor| {
             self.prediction().denoise(x, level, &|x, t| self.predict(x, t, classes))
         };
@@ -162,10 +199,19 @@ impl DiffusionModel {
                 let nulls = Tensor::full(*null, classes.dims(), classes.device())?;
                 // One call with twice the images; the result for an image does not depend on its position.
                 let both = of(Some(&Tensor::cat(&[classes, &nulls], 0)?), &Tensor::cat(&[x, x], 0)?)?;
-                let (with, without) = (both.narrow(0, 0, x.dim(0)?)?, both.narrow(0, x.dim(0)?, x.dim(0)?)?);
-                Ok(((with * *scale)? + (without * (1.0 - scale))?)?)
+                let n = x.dim(0)?;
+                let (with, without) = (both.image.narrow(0, 0, n)?, both.image.narrow(0, n, n)?);
+                Ok(Denoised {
+                    image: ((with * *scale)? + (without * (1.0 - scale))?)?,
+                    variance: both.variance.map(|variance| variance.narrow(0, 0, n)).transpose()?,
+                })
             }
         }
+    }
+
+    /// What its folder's files say that is not taken as it stands.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// What the network predicts.
@@ -232,7 +278,7 @@ mod tests {
         let classes = |classes: [u32; 2]| Tensor::new(&classes, &Device::Cpu).unwrap();
         let level = Level { sigma: 1.5, t: 400.0 };
         let values = |conditioning: ClassConditioning| -> Vec<f32> {
-            model.denoise(&x, level, &conditioning).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+            model.denoise(&x, level, &conditioning).unwrap().image.flatten_all().unwrap().to_vec1().unwrap()
         };
         let guided = |scale| values(ClassConditioning::Guided { classes: classes([1, 0]), null: 2, scale });
         let with = values(ClassConditioning::Classes(classes([1, 0])));
@@ -249,7 +295,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let saved = DiffusionModel::init(config(), SchedulerConfig::default(), 4, &Device::Cpu).unwrap();
         saved.save(dir.path()).unwrap();
-        let loaded = DiffusionModel::load(dir.path(), &Device::Cpu).unwrap();
+        let loaded = DiffusionModel::load(dir.path(), None, &Device::Cpu).unwrap();
         assert_eq!((loaded.config(), loaded.scheduler()), (saved.config(), saved.scheduler()));
         assert_eq!(output(&loaded), output(&saved));
         assert!(output(&saved).iter().any(|v| *v != 0.0));
@@ -265,13 +311,14 @@ mod tests {
             std::fs::rename(dir.path().join(name), dir.path().join(flat)).unwrap();
             let _ = std::fs::remove_dir(dir.path().join(part));
         }
-        assert_eq!(output(&DiffusionModel::load(dir.path(), &Device::Cpu).unwrap()), output(&saved));
+        assert_eq!(output(&DiffusionModel::load(dir.path(), None, &Device::Cpu).unwrap()), output(&saved));
     }
 
     #[test]
     fn bad_folders_are_data_errors_that_name_the_file_and_what_was_expected() {
         let dir = tempfile::tempdir().unwrap();
-        let load = || DiffusionModel::load(dir.path(), &Device::Cpu).err().expect("a bad folder is refused");
+        let load =
+            || DiffusionModel::load(dir.path(), None, &Device::Cpu).err().expect("a bad folder is refused");
         let said = |part: &str| {
             let error = load();
             assert_eq!(error.exit_code(), 65, "{error}");

@@ -1,6 +1,6 @@
 //! How a network's output is turned into an image, given what it was trained to predict.
 
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 
 use crate::Result;
 
@@ -66,7 +66,8 @@ impl Prediction {
         ((1.0 - c_skip) / c_out, -c_skip * sigma / c_out)
     }
 
-    /// The image predicted from `x`, D(x; σ). `network` is F, called with its input and the level's t.
+    /// The image predicted from `x`, D(x; σ). `network` is F, called with its input and the level's t. It may return
+    /// twice the channels: then the latter half is its prediction of the variance.
     ///
     /// `x`: `(b, h, w, c)` f32, an image in [-1, 1] and `level.sigma` times its noise. Returns its shape.
     pub fn denoise(
@@ -74,12 +75,41 @@ impl Prediction {
         x: &Tensor,
         level: Level,
         network: &dyn Fn(&Tensor, f64) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let Preconditioning { c_skip, c_out, c_in } = self.at(level.sigma);
-        let output = network(&(x * c_in)?, level.t)?;
+    ) -> Result<Denoised> {
+        let output = network(&(x * self.at(level.sigma).c_in)?, level.t)?;
+        let (channels, found) = (x.dim(D::Minus1)?, output.dim(D::Minus1)?);
+        let (output, variance) = match found == 2 * channels {
+            true => (
+                output.narrow(D::Minus1, 0, channels)?.contiguous()?,
+                Some(output.narrow(D::Minus1, channels, channels)?.contiguous()?),
+            ),
+            false => (output, None),
+        };
+        Ok(Denoised { image: self.image(x, &output, level.sigma)?, variance })
+    }
+
+    /// The image that an output of the network for `x` stands for: c_skip x + c_out F.
+    pub(super) fn image(self, x: &Tensor, output: &Tensor, sigma: f64) -> Result<Tensor> {
+        let Preconditioning { c_skip, c_out, .. } = self.at(sigma);
         let predicted = (output * c_out)?;
         if c_skip == 0.0 { Ok(predicted) } else { Ok((predicted + (x * c_skip)?)?) }
     }
+
+    /// The output of the network for `x` that stands for an image, with σ above 0.
+    pub(super) fn output(self, x: &Tensor, image: &Tensor, sigma: f64) -> Result<Tensor> {
+        let Preconditioning { c_skip, c_out, .. } = self.at(sigma);
+        Ok(((image - (x * c_skip)?)? / c_out)?)
+    }
+}
+
+/// What a network makes of a noisy image.
+#[derive(Clone, Debug)]
+pub struct Denoised {
+    /// The predicted image, D(x; σ).
+    pub image: Tensor,
+    /// Its prediction of the variance of ancestral sampling, if it makes one, shaped like the image: how it is meant
+    /// says [`Variance`](super::sampler::Variance).
+    pub variance: Option<Tensor>,
 }
 
 named! {
@@ -115,7 +145,7 @@ mod tests {
                     assert_eq!(t, 5.0);
                     Ok(x.zeros_like()?.affine(1.0, output)?)
                 };
-                let found = prediction.denoise(&x, Level { sigma, t: 5.0 }, &network).unwrap();
+                let found = prediction.denoise(&x, Level { sigma, t: 5.0 }, &network).unwrap().image;
                 let found = f64::from(found.to_vec1::<f32>().unwrap()[0]);
                 assert!((found - image).abs() < 1e-5 * (1.0 + sigma), "{prediction:?} at {sigma}: {found}");
             }

@@ -5,17 +5,15 @@ use std::f64::consts::FRAC_PI_2;
 use super::Level;
 use crate::Result;
 
-/// The variances β of the forward process and their products, one per step, indexed from 0.
+/// The noise of the forward process, step by step, indexed from 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NoiseSchedule {
-    /// β of each step.
-    pub(super) betas: Vec<f64>,
     /// ᾱ of each step, the product of 1 - β up to it: the share of the signal's variance that is left.
     pub(super) alphas_cumprod: Vec<f64>,
 }
 
 impl NoiseSchedule {
-    /// A schedule of these variances. Fails with [`Error::Data`](crate::Error::Data) if there are none, or if one
+    /// A schedule of these variances β. Fails with [`Error::Data`](crate::Error::Data) if there are none, or if one
     /// is not above 0 and below 1.
     pub fn new(betas: Vec<f64>) -> Result<Self> {
         if betas.is_empty() {
@@ -24,14 +22,18 @@ impl NoiseSchedule {
         if let Some((t, beta)) = betas.iter().enumerate().find(|(_, b)| !(**b > 0.0 && **b < 1.0)) {
             bail!(Data, "beta of step {t} is {beta}, expected above 0 and below 1");
         }
-        let alphas_cumprod: Vec<f64> = betas
+        let alphas_cumprod = betas
             .iter()
             .scan(1.0, |product, beta| {
                 *product *= 1.0 - beta;
                 Some(*product)
             })
             .collect();
-        let schedule = Self { betas, alphas_cumprod };
+        Self::of(alphas_cumprod)
+    }
+
+    fn of(alphas_cumprod: Vec<f64>) -> Result<Self> {
+        let schedule = Self { alphas_cumprod };
         // Images are f32 and are viewed as x_0 + σ ε.
         let sigma = |t: usize| schedule.level(t).sigma;
         if let Some(t) = (0..schedule.len()).find(|&t| !(1e-30..1e30).contains(&sigma(t))) {
@@ -65,10 +67,26 @@ impl NoiseSchedule {
         Self::new((0..steps).map(|t| (1.0 - alpha_bar(t + 1) / alpha_bar(t)).min(0.999)).collect())
     }
 
+    /// β grows like the logistic function from -6 to 6, from `start` to `end` (Xu et al. 2022, GeoDiff).
+    pub fn sigmoid(steps: usize, start: f64, end: f64) -> Result<Self> {
+        Self::new(linspace(steps, -6.0, 6.0).map(|x| start + (end - start) / (1.0 + (-x).exp())).collect())
+    }
+
+    /// The schedule with √ᾱ shifted and stretched so that it falls to nothing at the last step, whose ᾱ becomes
+    /// `last` (Lin et al. 2024, Alg. 1).
+    pub fn with_zero_terminal_snr(self, last: f64) -> Result<Self> {
+        let roots: Vec<f64> = self.alphas_cumprod.iter().map(|alpha_bar| alpha_bar.sqrt()).collect();
+        let (first, end) = (roots[0], roots[roots.len() - 1]);
+        let mut alphas_cumprod: Vec<f64> =
+            roots.iter().map(|root| ((root - end) * first / (first - end)).powi(2)).collect();
+        alphas_cumprod[roots.len() - 1] = last;
+        Self::of(alphas_cumprod)
+    }
+
     /// The number of steps, T.
     #[expect(clippy::len_without_is_empty, reason = "a schedule has at least one step")]
     pub fn len(&self) -> usize {
-        self.betas.len()
+        self.alphas_cumprod.len()
     }
 
     /// The noise level of step `t`.
@@ -102,6 +120,15 @@ impl NoiseSchedule {
     }
 }
 
+#[cfg(test)]
+impl NoiseSchedule {
+    /// β of each step.
+    pub(super) fn betas(&self) -> Vec<f64> {
+        let before = std::iter::once(&1.0).chain(&self.alphas_cumprod);
+        self.alphas_cumprod.iter().zip(before).map(|(after, before)| 1.0 - after / before).collect()
+    }
+}
+
 fn linspace(n: usize, start: f64, end: f64) -> impl Iterator<Item = f64> {
     let last = n.saturating_sub(1).max(1) as f64;
     (0..n).map(move |i| start + (end - start) * (i as f64 / last))
@@ -132,13 +159,13 @@ mod tests {
     #[test]
     fn the_cosine_schedule_has_the_known_values_and_one_capped_beta() {
         let schedule = NoiseSchedule::squared_cosine(1000).unwrap();
-        close(schedule.betas[0], 4.1284225e-5, 8);
+        close(schedule.betas()[0], 4.1284225e-5, 8);
         for (t, expected) in
             [(249, 0.84701216), (499, 0.49384359), (749, 0.1442721), (998, 2.4287669e-6), (999, 2.4287669e-9)]
         {
             close(schedule.alphas_cumprod[t], expected, 7);
         }
-        assert_eq!(schedule.betas.iter().filter(|beta| **beta == 0.999).count(), 1);
+        assert_eq!(schedule.betas().iter().filter(|beta| (*beta - 0.999).abs() < 1e-9).count(), 1);
     }
 
     #[test]
@@ -158,7 +185,7 @@ mod tests {
 
     #[test]
     fn scaled_linear_is_linear_in_the_root_and_keeps_the_ends() {
-        let betas = NoiseSchedule::scaled_linear(3, 0.01, 0.09).unwrap().betas.to_vec();
+        let betas = NoiseSchedule::scaled_linear(3, 0.01, 0.09).unwrap().betas();
         for (found, expected) in betas.iter().zip([0.01, 0.04, 0.09]) {
             close(*found, expected, 12);
         }

@@ -1,20 +1,15 @@
-//! `scheduler/scheduler_config.json`: the schedulers of `diffusers` that are supported here, and their keys.
-
-use std::path::Path;
+//! What a scheduler of `diffusers` says: the noise of a model, and the sampler that it asks for.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
     NoiseSchedule, Prediction, PredictionType, Process, SigmaRange,
-    sampler::{SamplerConfig, SamplerKind, Spacing, Variance},
+    sampler::{Churn, SamplerConfig, SamplerKind, Spacing, StepConfig, UniPcVariant, Variance},
 };
-use crate::{Error, Result, ResultExt, fs};
+use crate::Result;
 
-/// The noise of a model and the sampler that it asks for.
-///
-/// The keys and the defaults of each class are `diffusers`'. A file has only the keys of its class; keys that are
-/// not supported here must have the value at which they do nothing.
+/// The noise of a model and the sampler that it asks for. The keys and the defaults of each class are `diffusers`'.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SchedulerConfig {
     /// Which sampler.
@@ -30,6 +25,8 @@ pub struct SchedulerConfig {
     pub beta_schedule: BetaSchedule,
     /// Every β, instead of the three settings above.
     pub trained_betas: Option<Vec<f64>>,
+    /// Whether β is rescaled so that nothing of the image is left at the last step (Lin et al. 2024).
+    pub rescale_betas_zero_snr: bool,
     /// The variance of the ancestral sampler's noise.
     pub variance_type: Variance,
     /// Whether the predicted image is clipped at every step.
@@ -42,8 +39,16 @@ pub struct SchedulerConfig {
     pub timestep_spacing: Spacing,
     /// An offset added to the steps with leading spacing.
     pub steps_offset: usize,
-    /// Whether DDIM ends at ᾱ = 1, instead of the ᾱ of step 0.
+    /// Whether DDIM and PNDM end at ᾱ = 1, instead of the ᾱ of step 0.
     pub set_alpha_to_one: bool,
+    /// Whether PNDM begins without Runge-Kutta steps.
+    pub skip_prk_steps: bool,
+    /// Which of the multistep solvers of DPMSolverMultistepScheduler.
+    pub algorithm_type: AlgorithmType,
+    /// The order of UniPC.
+    pub solver_order: usize,
+    /// The function B(h) of UniPC.
+    pub solver_type: UniPcVariant,
     /// Whether σ falls as in Karras et al. 2022, Eq. 5.
     pub use_karras_sigmas: bool,
     /// EDM's σ_min.
@@ -62,8 +67,11 @@ pub struct SchedulerConfig {
 pub enum SchedulerClass {
     DDPMScheduler,
     DDIMScheduler,
+    PNDMScheduler,
     DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
     EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
     EDMEulerScheduler,
 }
@@ -77,6 +85,18 @@ named! {
         ScaledLinear = "scaled_linear",
         /// ᾱ falls like a squared cosine (Nichol & Dhariwal 2021).
         SquaredCosine = "squaredcos_cap_v2",
+        /// β grows like the logistic function from -6 to 6 (Xu et al. 2022).
+        Sigmoid = "sigmoid",
+    }
+}
+
+named! {
+    /// The multistep solvers of one class of `diffusers`, under its names.
+    pub enum AlgorithmType {
+        /// DPM-Solver++ (Lu et al. 2022).
+        DpmSolver = "dpmsolver++",
+        /// Its form with fresh noise.
+        SdeDpmSolver = "sde-dpmsolver++",
     }
 }
 
@@ -89,6 +109,7 @@ impl Default for SchedulerConfig {
             beta_end: 0.02,
             beta_schedule: BetaSchedule::Linear,
             trained_betas: None,
+            rescale_betas_zero_snr: false,
             variance_type: Variance::FixedSmall,
             clip_sample: true,
             clip_sample_range: 1.0,
@@ -96,6 +117,10 @@ impl Default for SchedulerConfig {
             timestep_spacing: Spacing::Leading,
             steps_offset: 0,
             set_alpha_to_one: true,
+            skip_prk_steps: false,
+            algorithm_type: AlgorithmType::DpmSolver,
+            solver_order: 2,
+            solver_type: UniPcVariant::Bh2,
             use_karras_sigmas: false,
             sigma_min: 0.002,
             sigma_max: 80.0,
@@ -105,89 +130,43 @@ impl Default for SchedulerConfig {
     }
 }
 
-/// The keys of all classes but EDM's.
-const DISCRETE: [&str; 8] = [
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "timestep_spacing",
-    "steps_offset",
-];
-
-/// The keys of EDM's class.
-const EDM: [&str; 6] =
-    ["num_train_timesteps", "prediction_type", "sigma_min", "sigma_max", "sigma_data", "rho"];
-
-/// The keys that are not supported, with the value at which they do nothing; `None` if any value will do.
-const NEUTRAL: [(&str, Option<&str>); 21] = [
-    ("thresholding", Some("false")),
-    ("dynamic_thresholding_ratio", None),
-    ("sample_max_value", None),
-    ("rescale_betas_zero_snr", Some("false")),
-    ("solver_order", Some("2")),
-    ("algorithm_type", Some("\"dpmsolver++\"")),
-    ("solver_type", Some("\"midpoint\"")),
-    // The last step goes to σ = 0 and is of order 1, whatever these two say.
-    ("lower_order_final", None),
-    ("euler_at_final", None),
-    ("use_exponential_sigmas", Some("false")),
-    ("use_beta_sigmas", Some("false")),
-    ("use_lu_lambdas", Some("false")),
-    ("use_flow_sigmas", Some("false")),
-    ("flow_shift", None),
-    ("final_sigmas_type", Some("\"zero\"")),
-    ("lambda_min_clipped", Some("\"-Infinity\"")),
-    ("use_dynamic_shifting", Some("false")),
-    ("time_shift_type", None),
-    ("interpolation_type", Some("\"linear\"")),
-    ("timestep_type", Some("\"discrete\"")),
-    ("sigma_schedule", Some("\"karras\"")),
-];
-
-/// Whether a key that a class does not have changes nothing.
-fn of_no_effect(key: &str, value: &Value) -> bool {
-    // Which array library to use, and the steps once more, before `diffusers` 0.5.
-    key.starts_with('_')
-        || ["tensor_format", "timestep_values"].contains(&key)
-        // Of other classes of the same family, and empty there.
-        || (value.is_null() && ["variance_type", "sigma_min", "sigma_max"].contains(&key))
-}
-
 impl SchedulerClass {
-    /// Its supported keys.
-    fn keys(self) -> Vec<&'static str> {
-        let own: &[&str] = match self {
-            Self::DDPMScheduler => &["variance_type", "clip_sample", "clip_sample_range"],
-            Self::DDIMScheduler => &["set_alpha_to_one", "clip_sample", "clip_sample_range"],
-            Self::HeunDiscreteScheduler => &["use_karras_sigmas", "clip_sample", "clip_sample_range"],
-            Self::DPMSolverMultistepScheduler | Self::EulerDiscreteScheduler => &["use_karras_sigmas"],
-            Self::EDMEulerScheduler => return EDM.to_vec(),
-        };
-        DISCRETE.iter().chain(own).copied().collect()
-    }
-
     /// The sampler of this name.
     pub fn kind(self) -> SamplerKind {
         match self {
             Self::DDPMScheduler => SamplerKind::Ddpm,
             Self::DDIMScheduler => SamplerKind::Ddim,
+            Self::PNDMScheduler => SamplerKind::Pndm,
             Self::DPMSolverMultistepScheduler => SamplerKind::DpmSolver,
+            Self::UniPCMultistepScheduler => SamplerKind::UniPc,
             Self::EulerDiscreteScheduler | Self::EDMEulerScheduler => SamplerKind::Euler,
+            Self::EulerAncestralDiscreteScheduler => SamplerKind::EulerAncestral,
             Self::HeunDiscreteScheduler => SamplerKind::Heun,
+        }
+    }
+
+    /// The class of a sampler; that of DDIM for one that `diffusers` has not.
+    pub fn of(kind: SamplerKind) -> Self {
+        match kind {
+            SamplerKind::Ddpm => Self::DDPMScheduler,
+            SamplerKind::Ddim | SamplerKind::Ipndm => Self::DDIMScheduler,
+            SamplerKind::Pndm => Self::PNDMScheduler,
+            SamplerKind::DpmSolver | SamplerKind::SdeDpmSolver => Self::DPMSolverMultistepScheduler,
+            SamplerKind::UniPc => Self::UniPCMultistepScheduler,
+            SamplerKind::Euler => Self::EulerDiscreteScheduler,
+            SamplerKind::EulerAncestral => Self::EulerAncestralDiscreteScheduler,
+            SamplerKind::Heun => Self::HeunDiscreteScheduler,
         }
     }
 
     /// The values of the keys that a file leaves out.
     pub fn defaults(self) -> SchedulerConfig {
         let base = SchedulerConfig { class: self, ..SchedulerConfig::default() };
-        if matches!(self, Self::DDPMScheduler | Self::DDIMScheduler) {
-            return base;
-        }
-        let solver = SchedulerConfig { clip_sample: false, timestep_spacing: Spacing::Linspace, ..base };
+        let solver =
+            SchedulerConfig { clip_sample: false, timestep_spacing: Spacing::Linspace, ..base.clone() };
         match self {
+            Self::DDPMScheduler | Self::DDIMScheduler => base,
+            Self::PNDMScheduler => SchedulerConfig { clip_sample: false, set_alpha_to_one: false, ..base },
             Self::HeunDiscreteScheduler => SchedulerConfig { beta_start: 0.00085, beta_end: 0.012, ..solver },
             _ => solver,
         }
@@ -195,61 +174,7 @@ impl SchedulerClass {
 }
 
 impl SchedulerConfig {
-    /// Reads `scheduler_config.json`.
-    ///
-    /// Fails with [`Error::Data`], naming the file, every unsupported key and what was expected.
-    pub fn load(path: &Path) -> Result<Self> {
-        let of_file = || path.display().to_string();
-        let text = fs::read_text(path)?;
-        // Python writes a number that JSON cannot express.
-        let text = text.replace(": -Infinity", ": \"-Infinity\"");
-        let json = serde_json::from_str(&text)
-            .map_err(|e| Error::Data(format!("no JSON object: {e}")))
-            .context(of_file)?;
-        Self::from_json(json).context(of_file)
-    }
-
-    /// What `scheduler_config.json` says; see [`SchedulerConfig::load`].
-    pub fn from_json(mut json: Map<String, Value>) -> Result<Self> {
-        let bad = |e| Error::Data(format!("not a scheduler that is built: {e}"));
-        let class = json.remove("_class_name").unwrap_or_else(|| "DDPMScheduler".into());
-        let class: SchedulerClass = serde_json::from_value(class).map_err(bad)?;
-        let keys = class.keys();
-        let mut whole = class.defaults().as_map()?;
-        let mut faults = Vec::new();
-        for (key, value) in json {
-            let neutral = NEUTRAL.iter().find(|(name, _)| *name == key);
-            if keys.contains(&key.as_str()) {
-                whole.insert(key, value);
-            } else if let Some((_, allowed)) = neutral {
-                let text = value.to_string();
-                if !allowed.is_none_or(|allowed| value.is_null() || text == allowed) {
-                    let expected = allowed.unwrap_or_default();
-                    faults.push(format!("{key} is {value}, expected {expected}: nothing else is built"));
-                }
-            } else if !of_no_effect(&key, &value) {
-                faults.push(format!("{key} is {value}, expected no such key in a {class:?}"));
-            }
-        }
-        let config = serde_json::from_value::<Self>(Value::Object(whole)).map_err(bad);
-        match config.and_then(|config| config.validate().map(|()| config)) {
-            Ok(config) if faults.is_empty() => return Ok(config),
-            Ok(_) => {}
-            Err(error) => faults.push(error.to_string()),
-        }
-        bail!(Data, "{}", faults.join("; "))
-    }
-
-    /// The contents of `scheduler_config.json`, as `diffusers` reads it: each class with its own keys.
-    pub fn to_json(&self) -> Result<Map<String, Value>> {
-        let keys = self.class.keys();
-        let mut json = self.as_map()?;
-        json.retain(|key, _| key == "_class_name" || keys.contains(&key.as_str()));
-        json.insert("_diffusers_version".into(), crate::nn::DIFFUSERS_VERSION.into());
-        Ok(json)
-    }
-
-    fn as_map(&self) -> Result<Map<String, Value>> {
+    pub(super) fn as_map(&self) -> Result<Map<String, Value>> {
         match serde_json::to_value(self) {
             Ok(Value::Object(json)) => Ok(json),
             _ => bail!(Alarm, "the configuration of the scheduler does not make a JSON object: {self:?}"),
@@ -263,6 +188,9 @@ impl SchedulerConfig {
             bail!(Data, "clip_sample_range is {range}, expected above 0");
         }
         if self.class != SchedulerClass::EDMEulerScheduler {
+            if !(1..=3).contains(&self.solver_order) {
+                bail!(Data, "solver_order is {}, expected from 1 to 3", self.solver_order);
+            }
             return self.schedule().map(drop);
         }
         if self.prediction_type != PredictionType::Epsilon {
@@ -279,6 +207,14 @@ impl SchedulerConfig {
         Ok(())
     }
 
+    /// ᾱ of the last step with zero terminal SNR: what stands for 0 in the classes that do not divide by it.
+    fn last_alpha_bar(&self) -> f64 {
+        match self.class {
+            SchedulerClass::DDPMScheduler | SchedulerClass::DDIMScheduler => 1e-20,
+            _ => LAST_ALPHA_BAR,
+        }
+    }
+
     /// The noise schedule. Fails with [`Error::Data`] if a β is not above 0 and below 1.
     fn schedule(&self) -> Result<NoiseSchedule> {
         let Self { num_train_timesteps: steps, beta_start: start, beta_end: end, .. } = *self;
@@ -287,12 +223,21 @@ impl SchedulerConfig {
             if found != steps {
                 bail!(Data, "trained_betas has {found} numbers, expected num_train_timesteps = {steps}");
             }
-            return NoiseSchedule::new(betas.clone());
+            return self.rescaled(NoiseSchedule::new(betas.clone())?);
         }
-        match self.beta_schedule {
+        let schedule = match self.beta_schedule {
             BetaSchedule::Linear => NoiseSchedule::linear(steps, start, end),
             BetaSchedule::ScaledLinear => NoiseSchedule::scaled_linear(steps, start, end),
             BetaSchedule::SquaredCosine => NoiseSchedule::squared_cosine(steps),
+            BetaSchedule::Sigmoid => NoiseSchedule::sigmoid(steps, start, end),
+        }?;
+        self.rescaled(schedule)
+    }
+
+    fn rescaled(&self, schedule: NoiseSchedule) -> Result<NoiseSchedule> {
+        match self.rescale_betas_zero_snr {
+            true => schedule.with_zero_terminal_snr(self.last_alpha_bar()),
+            false => Ok(schedule),
         }
     }
 
@@ -317,134 +262,44 @@ impl SchedulerConfig {
         }
     }
 
-    /// The sampler that the model folder asks for, with [`SamplerKind::default_steps`].
+    /// How many steps a sampler makes if nobody says: all steps of training with ddpm and ddim, if the last of them can
+    /// be visited, else 50, as with the solvers.
+    pub fn default_steps(&self, kind: SamplerKind) -> usize {
+        let no_signal = self.rescale_betas_zero_snr && self.prediction_type == PredictionType::Epsilon;
+        match kind {
+            SamplerKind::Ddpm | SamplerKind::Ddim if self.steps_offset == 0 && !no_signal => {
+                self.num_train_timesteps
+            }
+            _ => self.num_train_timesteps.min(50),
+        }
+    }
+
+    /// The sampler that it asks for, with [`SchedulerConfig::default_steps`].
     pub fn sampler(&self) -> SamplerConfig {
+        let kind = match self.algorithm_type {
+            AlgorithmType::SdeDpmSolver => SamplerKind::SdeDpmSolver,
+            AlgorithmType::DpmSolver => self.class.kind(),
+        };
         SamplerConfig {
-            kind: self.class.kind(),
-            steps: self.class.kind().default_steps(self.num_train_timesteps),
-            eta: 0.0,
-            clip: self.clip_sample.then_some(self.clip_sample_range),
-            variance: self.variance_type,
+            kind,
+            steps: self.default_steps(kind),
             spacing: self.timestep_spacing,
             steps_offset: self.steps_offset,
             final_alpha_bar_is_one: self.set_alpha_to_one,
             karras_sigmas: self.use_karras_sigmas,
+            step: StepConfig {
+                eta: 0.0,
+                clip: self.clip_sample.then_some(self.clip_sample_range),
+                variance: self.variance_type,
+                churn: Churn::NONE,
+                skip_prk_steps: self.skip_prk_steps,
+                solver_order: self.solver_order,
+                unipc: self.solver_type,
+                prediction: self.prediction(),
+            },
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn parse(json: Value) -> Result<SchedulerConfig> {
-        let Value::Object(json) = json else { panic!("the test gives an object") };
-        SchedulerConfig::from_json(json)
-    }
-
-    /// The file of google/ddpm-cifar10-32, which an early version of `diffusers` wrote.
-    #[test]
-    fn a_scheduler_from_the_hub_is_honoured() {
-        let config = parse(json!({
-            "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02,
-            "beta_schedule": "linear", "beta_start": 0.0001, "clip_sample": true,
-            "num_train_timesteps": 1000, "trained_betas": null, "variance_type": "fixed_large",
-            "tensor_format": "pt", "timestep_values": null
-        }))
-        .unwrap();
-        let sampler = config.sampler();
-        assert_eq!((sampler.kind, sampler.steps, sampler.clip), (SamplerKind::Ddpm, 1000, Some(1.0)));
-        assert_eq!(sampler.variance, Variance::FixedLarge);
-        assert_eq!(
-            config.process().unwrap(),
-            Process::Discrete(NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap())
-        );
-    }
-
-    const CLASSES: [SchedulerClass; 6] = [
-        SchedulerClass::DDPMScheduler,
-        SchedulerClass::DDIMScheduler,
-        SchedulerClass::DPMSolverMultistepScheduler,
-        SchedulerClass::EulerDiscreteScheduler,
-        SchedulerClass::HeunDiscreteScheduler,
-        SchedulerClass::EDMEulerScheduler,
-    ];
-
-    #[test]
-    fn what_is_written_is_read_back_and_each_class_has_its_own_keys() {
-        for class in CLASSES {
-            let config = SchedulerConfig { num_train_timesteps: 300, ..class.defaults() };
-            let json = config.to_json().unwrap();
-            assert_eq!(SchedulerConfig::from_json(json.clone()).unwrap(), config);
-            assert_eq!(json.contains_key("set_alpha_to_one"), class == SchedulerClass::DDIMScheduler);
-            assert_eq!(json.contains_key("beta_start"), class != SchedulerClass::EDMEulerScheduler);
-        }
-        let minimal = parse(json!({"_class_name": "HeunDiscreteScheduler"})).unwrap();
-        assert_eq!((minimal.beta_end, minimal.clip_sample), (0.012, false));
-    }
-
-    /// What `save_pretrained` of diffusers 0.42.1 writes.
-    #[test]
-    fn a_solver_with_a_number_that_json_does_not_have_loads() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("scheduler_config.json");
-        let text = r#"{
-            "_class_name": "DPMSolverMultistepScheduler", "_diffusers_version": "0.42.1",
-            "algorithm_type": "dpmsolver++", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
-            "dynamic_thresholding_ratio": 0.995, "euler_at_final": false, "final_sigmas_type": "zero", "flow_shift": 1.0,
-            "lambda_min_clipped": -Infinity, "lower_order_final": true, "num_train_timesteps": 1000,
-            "prediction_type": "v_prediction", "rescale_betas_zero_snr": false, "sample_max_value": 1.0,
-            "solver_order": 2, "solver_type": "midpoint", "steps_offset": 0, "thresholding": false,
-            "time_shift_type": "exponential", "timestep_spacing": "linspace", "trained_betas": null,
-            "use_beta_sigmas": false, "use_dynamic_shifting": false, "use_exponential_sigmas": false,
-            "use_flow_sigmas": false, "use_karras_sigmas": true, "use_lu_lambdas": false, "variance_type": null
-        }"#;
-        fs::publish(&path, text.as_bytes()).unwrap();
-        let config = SchedulerConfig::load(&path).unwrap();
-        assert_eq!((config.sampler().kind, config.sampler().karras_sigmas), (SamplerKind::DpmSolver, true));
-        assert_eq!(config.prediction(), Prediction::Velocity);
-    }
-
-    #[test]
-    fn options_that_are_not_built_are_refused_by_key_and_value() {
-        for (json, expected) in [
-            (json!({"thresholding": true}), "thresholding is true, expected false"),
-            (json!({"rescale_betas_zero_snr": true}), "rescale_betas_zero_snr is true"),
-            (json!({"beta_schedule": "sigmoid"}), "found 'sigmoid', expected linear or"),
-            (json!({"variance_type": "learned_range"}), "found 'learned_range', expected fixed_small or"),
-            (json!({"_class_name": "PNDMScheduler"}), "unknown variant `PNDMScheduler`"),
-            (json!({"beta_end": 2.0}), "beta of step"),
-            (
-                json!({"trained_betas": [0.1]}),
-                "trained_betas has 1 numbers, expected num_train_timesteps = 1000",
-            ),
-            (json!({"clip_sample_range": 0.0}), "clip_sample_range is 0, expected above 0"),
-            (
-                json!({"set_alpha_to_one": true}),
-                "set_alpha_to_one is true, expected no such key in a DDPMScheduler",
-            ),
-            (
-                json!({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}),
-                "solver_order is 3, expected 2: nothing else is built",
-            ),
-            (
-                json!({"_class_name": "EulerDiscreteScheduler", "sigma_max": 10.0}),
-                "sigma_max is 10.0, expected no such key",
-            ),
-            (
-                json!({"_class_name": "EDMEulerScheduler", "sigma_max": 0.001}),
-                "sigma_max is 0.001, expected above",
-            ),
-            (
-                json!({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}),
-                "prediction_type is VPrediction, expected epsilon for EDM",
-            ),
-        ] {
-            let error = parse(json).unwrap_err();
-            assert_eq!(error.exit_code(), 65);
-            assert!(error.to_string().contains(expected), "{error}\ndoes not say: {expected}");
-        }
-    }
-}
+/// What `diffusers` takes for ᾱ = 0, where σ would be infinite.
+const LAST_ALPHA_BAR: f64 = 1.0 / (1 << 24) as f64;

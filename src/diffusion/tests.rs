@@ -7,7 +7,7 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
 use super::{
-    sampler::{Plan, Start, sample},
+    sampler::{Churn, Plan, SamplerKind, Start, Variance, sample},
     *,
 };
 use crate::{
@@ -29,38 +29,61 @@ fn nhwc(images: &Tensor) -> Tensor {
 /// The images of a case, whose name is JSON.
 fn images(model: &DiffusionModel, case: &str, tensors: &HashMap<String, Tensor>) -> Result<Tensor> {
     let mut options: Map<String, Value> = serde_json::from_str(case).unwrap();
+    let mut number = |key: &str| options.remove(key).and_then(|value| value.as_f64());
+    let steps = number("steps").unwrap() as usize;
+    let eta = number("eta").unwrap_or(0.0);
+    let churn = Churn {
+        amount: number("S_churn").unwrap_or(0.0),
+        min: number("S_min").unwrap_or(0.0),
+        max: number("S_max").unwrap_or(f64::INFINITY),
+        noise: number("S_noise").unwrap_or(1.0),
+    };
     let class = match options.remove("kind").unwrap().as_str().unwrap() {
         "ddpm" => "DDPMScheduler",
         "ddim" => "DDIMScheduler",
-        "dpm-solver++" => "DPMSolverMultistepScheduler",
+        "pndm" => "PNDMScheduler",
+        "dpm-solver++" | "sde-dpm-solver++" => "DPMSolverMultistepScheduler",
+        "unipc" => "UniPCMultistepScheduler",
         "euler" => "EulerDiscreteScheduler",
+        "euler-ancestral" => "EulerAncestralDiscreteScheduler",
         "heun" => "HeunDiscreteScheduler",
         _ => "EDMEulerScheduler",
     };
-    let steps = options.remove("steps").unwrap().as_u64().unwrap() as usize;
-    let eta = options.remove("eta").map_or(0.0, |eta| eta.as_f64().unwrap());
     options.insert("_class_name".into(), class.into());
-    let scheduler = SchedulerConfig::from_json(options)?;
-    let config = sampler::SamplerConfig { steps, eta, ..scheduler.sampler() };
+    let scheduler = SchedulerConfig::from_json(options, None, &mut Vec::new())?;
+    let mut config = sampler::SamplerConfig { steps, ..scheduler.sampler() };
+    (config.step.eta, config.step.churn) = (eta, churn);
+    if case.contains("S_churn") {
+        config.kind = SamplerKind::Heun;
+    }
     let plan = Plan::new(&config, &scheduler.process()?)?;
+    // Where a variance is learned, tests/golden/schedulers.py makes one of the image.
+    let network = |x: &Tensor, t: f64| {
+        let output = model.predict(x, t, None)?;
+        let share = (x * 3.0)?.sin()?;
+        Ok(match config.step.variance {
+            Variance::LearnedRange => Tensor::cat(&[output, share], 3)?,
+            Variance::Learned => Tensor::cat(&[output, share.affine(1e-3, 1.5e-3)?], 3)?,
+            _ => output,
+        })
+    };
     sample(
         &config,
         &plan,
         Start::Noise(nhwc(&tensors["noise"])),
-        &mut |x, level| scheduler.prediction().denoise(x, level, &|x, t| model.predict(x, t, None)),
+        &mut |x, level| scheduler.prediction().denoise(x, level, &network),
         &mut |step| Ok(nhwc(&tensors[&format!("fresh.{step}")])),
         &mut |_, _| Ok(()),
     )
 }
 
 /// The folder is as `save_pretrained` wrote it.
-#[test]
-fn the_same_noise_gives_the_images_of_diffusers() {
-    let model = DiffusionModel::load(&golden("diffusers_model"), &Device::Cpu).unwrap();
-    let tensors = candle_core::safetensors::load(golden("loops.safetensors"), &Device::Cpu).unwrap();
+fn expect_images_of(file: &str, count: usize) {
+    let model = DiffusionModel::load(&golden("diffusers_model"), None, &Device::Cpu).unwrap();
+    let tensors = candle_core::safetensors::load(golden(file), &Device::Cpu).unwrap();
     let mut cases: Vec<_> = tensors.keys().filter(|name| name.starts_with('{')).collect();
     cases.sort();
-    assert_eq!(cases.len(), 48);
+    assert_eq!(cases.len(), count);
     let max = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
     let mut failures = Vec::new();
     for case in cases {
@@ -73,6 +96,17 @@ fn the_same_noise_gives_the_images_of_diffusers() {
         }
     }
     assert!(failures.is_empty(), "off by more than 1e-3:\n{}", failures.join("\n"));
+}
+
+#[test]
+fn the_same_noise_gives_the_images_of_diffusers() {
+    expect_images_of("loops.safetensors", 48);
+}
+
+/// Those of EDM are of its own stochastic sampler.
+#[test]
+fn the_same_noise_gives_the_images_of_diffusers_with_multistep_ancestral_and_stochastic_samplers() {
+    expect_images_of("schedulers.safetensors", 124);
 }
 
 /// Data, steps and noise are those that PyTorch recorded: tests/golden/training.py.

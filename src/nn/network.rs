@@ -58,7 +58,8 @@ pub trait ClassifierArchitecture: Debug + Send + Sync {
 pub trait DenoiserNetwork: Send + Sync {
     /// `x`: `(b, h, w, c)` f32, pixels in [-1, 1] plus noise. `t`: `(b,)` f32, the noise level as given to the
     /// network: for a discrete process the step, from 0. `classes`: `(b,)` u32, given if and only if the network is
-    /// conditional. Returns the shape of `x`.
+    /// conditional. Returns the shape of `x`, with twice the channels if it [predicts the
+    /// variance](DenoiserArchitecture::predicts_variance).
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) if images or classes do not fit the network.
     fn forward(&self, x: &Tensor, t: &Tensor, classes: Option<&Tensor>) -> Result<Tensor>;
@@ -82,8 +83,14 @@ pub trait DenoiserNetwork: Send + Sync {
 /// The configuration of a [`DenoiserNetwork`]: a JSON object with only the keys that it writes itself.
 pub trait DenoiserArchitecture: Debug + Send + Sync {
     /// (height, width, channels) of the input and output images. Fails with [`Error::Data`](crate::Error::Data) if
-    /// the configuration leaves their size open, or if input and output differ in channels.
+    /// the configuration leaves their size open, or if the output has other channels, and not twice as many.
     fn image_shape(&self) -> Result<(usize, usize, usize)>;
+
+    /// Whether the output has twice the channels of the image: then the latter half is a prediction of the variance
+    /// (Nichol & Dhariwal 2021).
+    fn predicts_variance(&self) -> bool {
+        false
+    }
 
     /// How many classes the network is conditioned on; `None` if it is not.
     fn num_classes(&self) -> Option<usize>;

@@ -32,7 +32,7 @@ pub use self::{
     },
     optimizer::{AdamSettings, OptimizerSettings, SgdSettings},
     process::{DiscreteSettings, ProcessSettings},
-    sampler::{DdimSettings, SamplerSettings, SigmaSettings, StepsSettings},
+    sampler::{ChurnSettings, DdimSettings, SamplerSettings, SigmaSettings, StepsSettings},
     schedule::{CosineSettings, ScheduleSettings, WarmupSettings},
     table::from_table,
 };

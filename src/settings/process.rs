@@ -54,6 +54,11 @@ impl ProcessSettings {
 
     /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
     pub fn validate(&self) -> Result<()> {
+        if let Self::Discrete(DiscreteSettings { variance, .. }) = self
+            && variance.is_learned()
+        {
+            bail!(Usage, "variance is {variance}, expected a fixed one: the variance is not learned here");
+        }
         let steps = self.scheduler().num_train_timesteps;
         expect_within("num_train_timesteps", steps, 2, 100_000)?;
         if let Err(error) = self.scheduler().process() {

@@ -405,7 +405,7 @@ fn a_models_faults_are_all_named_at_once_and_nothing_is_made() {
     candle_core::safetensors::save(&tensors, &weights).unwrap();
     edit("scheduler/scheduler_config.json", &|json| {
         json["thresholding"] = true.into();
-        json["beta_schedule"] = "sigmoid".into();
+        json["beta_schedule"] = "laplace".into();
     });
     refused(&[
         "conv_in.bias is missing",
@@ -413,7 +413,7 @@ fn a_models_faults_are_all_named_at_once_and_nothing_is_made() {
         "conv_out.bias holds NaN",
         "conv_norm_out.weight has shape [3], expected [8]",
         "thresholding is true, expected false",
-        "found 'sigmoid', expected linear",
+        "found 'laplace', expected linear",
     ]);
 
     std::fs::write(&weights, &whole[..whole.len() - 5]).unwrap();

@@ -8,9 +8,9 @@ use crate::Result;
 /// The rest is the noise as predicted before the image was clipped.
 pub(super) fn step(step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajectory> {
     let stride = step.stride();
-    let x_start = denoise(step.x, stride.from)?;
+    let x_start = denoise(step.x, stride.from)?.image;
     let (from, to) = (stride.from.sigma.powi(2), stride.to.sigma.powi(2));
-    let fresh = step.eta.powi(2) * to * (1.0 - to / from);
+    let fresh = step.config.eta.powi(2) * to * (1.0 - to / from);
     let predicted = ((to - fresh).sqrt(), stride.from.sigma);
     let eps = ((step.x - &x_start)? / predicted.1)?;
     let mut x = mix(1.0, &step.clipped(&x_start)?, predicted.0, &eps)?;

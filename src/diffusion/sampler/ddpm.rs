@@ -12,15 +12,33 @@ use crate::Result;
 /// the noise's variance that is removed.
 pub(super) fn step(step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajectory> {
     let stride = step.stride();
-    let x_start = step.clipped(&denoise(step.x, stride.from)?)?;
+    let denoised = denoise(step.x, stride.from)?;
+    let x_start = step.clipped(&denoised.image)?;
     let (from, to) = (stride.from.sigma.powi(2), stride.to.sigma.powi(2));
     let kept = to / from;
     let mut x = mix(1.0 - kept, &x_start, kept, step.x)?;
-    let variance = match step.variance {
+    // 1 - ᾱ / ᾱ_next, over ᾱ_next as all images are.
+    let large = (1.0 + to) * (from - to) / (1.0 + from);
+    let variance = match step.config.variance {
         Variance::FixedSmall | Variance::FixedSmallLog => to * (1.0 - kept),
-        // 1 - ᾱ / ᾱ_next, over ᾱ_next. The first training step gets no noise.
-        Variance::FixedLarge if stride.from.t == 0.0 => 0.0,
-        Variance::FixedLarge => (1.0 + to) * (from - to) / (1.0 + from),
+        // The first training step gets no noise.
+        _ if stride.from.t == 0.0 => return Ok(Trajectory { x, history: Vec::new() }),
+        Variance::FixedLarge => large,
+        Variance::Learned | Variance::LearnedRange => {
+            let Some(output) = denoised.variance else {
+                bail!(Alarm, "the network predicts no variance, but variance_type says so")
+            };
+            let deviation = if step.config.variance == Variance::Learned {
+                (output * (1.0 + to))?.sqrt()?
+            } else {
+                // Nichol & Dhariwal 2021, Eq. 15. A last step's small variance is 0; its logarithm is diffusers'.
+                let small = (to * (1.0 - kept)).max(1e-20 * (1.0 + to)).ln();
+                let share = output.affine(0.5, 0.5)?;
+                share.affine((large.ln() - small) / 2.0, small / 2.0)?.exp()?
+            };
+            x = (x + (deviation * noise(step.i as u32)?)?)?;
+            return Ok(Trajectory { x, history: Vec::new() });
+        }
     };
     if variance > 0.0 {
         x = mix(1.0, &x, variance.sqrt(), &noise(step.i as u32)?)?;

@@ -5,7 +5,7 @@ use super::step::{Denoise, Step, Trajectory, mix};
 use crate::Result;
 
 /// The Adams-Bashforth weights for equal steps, the latest slope first.
-const WEIGHTS: [&[f64]; 4] = [
+pub(super) const WEIGHTS: [&[f64]; 4] = [
     &[1.0],
     &[3.0 / 2.0, -1.0 / 2.0],
     &[23.0 / 12.0, -16.0 / 12.0, 5.0 / 12.0],
@@ -15,7 +15,7 @@ const WEIGHTS: [&[f64]; 4] = [
 /// DDIM's step with the noise extrapolated from up to four predictions; the first three steps are of lower order.
 pub(super) fn step(step: &Step, denoise: Denoise) -> Result<Trajectory> {
     let stride = step.stride();
-    let x_start = denoise(step.x, stride.from)?;
+    let x_start = denoise(step.x, stride.from)?.image;
     let mut history = vec![((step.x - x_start)? / stride.from.sigma)?];
     history.extend(step.history.iter().take(3).cloned());
     let weights = WEIGHTS[history.len() - 1];

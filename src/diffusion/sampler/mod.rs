@@ -12,22 +12,26 @@ mod euler;
 mod heun;
 mod ipndm;
 mod plan;
+mod pndm;
 mod sample;
 mod step;
+mod timesteps;
+mod unipc;
 
 use serde::{Deserialize, Serialize};
 
 use self::step::Step;
+
 pub use self::{
     plan::Plan,
     sample::{Start, sample},
-    step::{Denoise, Noise, Stride, Trajectory, Variance},
+    step::{Churn, Denoise, Noise, StepConfig, Stride, Trajectory, UniPcVariant, Variance},
 };
 use crate::Result;
 
 /// Which sampler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum SamplerKind {
     /// Ancestral sampling (Ho et al. 2020, Alg. 2).
     Ddpm,
@@ -36,40 +40,49 @@ pub enum SamplerKind {
     /// DPM-Solver++(2M) (Lu et al. 2022, Alg. 2).
     #[serde(rename = "dpm-solver++")]
     DpmSolver,
+    /// SDE-DPM-Solver++(2M), which adds fresh noise (Lu et al. 2022, §5).
+    #[serde(rename = "sde-dpm-solver++")]
+    SdeDpmSolver,
+    /// UniPC, a unified predictor-corrector (Zhao et al. 2023).
+    #[serde(rename = "unipc")]
+    UniPc,
+    /// Pseudo numerical methods (Liu et al. 2022).
+    Pndm,
     /// Improved pseudo numerical methods of order 4 (Zhang & Chen 2023, App. H.2).
     Ipndm,
-    /// Heun's method, with two network calls per step (Karras et al. 2022, Alg. 1).
+    /// Heun's method, with two network calls per step (Karras et al. 2022, Alg. 2).
     Heun,
-    /// Euler's method (Karras et al. 2022, Alg. 1 without its correction).
+    /// Euler's method (Karras et al. 2022, Alg. 2 without its correction).
     Euler,
+    /// Ancestral sampling with the small variance at the levels of Euler's method.
+    EulerAncestral,
 }
 
 impl SamplerKind {
-    /// The default number of steps for a model with `total` training steps: all of them with ddpm and ddim, 50 with
-    /// the solvers.
-    pub fn default_steps(self, total: usize) -> usize {
-        match self {
-            Self::Ddpm | Self::Ddim => total,
-            _ => total.min(50),
-        }
-    }
-
     /// Whether it is one of those that in `diffusers` go by σ, not by t: with Karras' levels between the first and the last
     /// that are visited, linspace spacing between whole steps, and noise of σ alone at the first level.
     fn goes_by_sigma(self) -> bool {
-        matches!(self, Self::Heun | Self::Euler)
+        matches!(self, Self::Heun | Self::Euler | Self::EulerAncestral)
     }
 
     /// One step of the sampler.
     fn step(self, step: &Step, denoise: Denoise, noise: Noise) -> Result<Trajectory> {
         match self {
-            Self::Ddpm => ddpm::step(step, denoise, noise),
+            Self::Ddpm | Self::EulerAncestral => ddpm::step(step, denoise, noise),
             Self::Ddim => ddim::step(step, denoise, noise),
-            Self::DpmSolver => dpm_solver::step(step, denoise),
+            Self::DpmSolver => dpm_solver::step(step, denoise, None),
+            Self::SdeDpmSolver => dpm_solver::step(step, denoise, Some(noise)),
+            Self::UniPc => unipc::step(step, denoise),
+            Self::Pndm => pndm::step(step, denoise),
             Self::Ipndm => ipndm::step(step, denoise),
-            Self::Heun => heun::step(step, denoise),
-            Self::Euler => euler::step(step, denoise),
+            Self::Heun => heun::step(step, denoise, noise),
+            Self::Euler => euler::step(step, denoise, noise),
         }
+    }
+
+    /// Whether `diffusers` places one more step for it, and leaves out the one without noise.
+    fn skips_last(self) -> bool {
+        matches!(self, Self::DpmSolver | Self::SdeDpmSolver | Self::UniPc)
     }
 }
 
@@ -92,13 +105,6 @@ pub struct SamplerConfig {
     pub kind: SamplerKind,
     /// The number of steps. Each is one call of the network; Heun's method makes twice as many, less one.
     pub steps: usize,
-    /// How much noise DDIM adds: 0 is deterministic, 1 is ancestral sampling. No effect with other samplers.
-    pub eta: f64,
-    /// The absolute value to which DDPM, DDIM and Heun's method clip the predicted image at every step. No effect
-    /// with other samplers, as in `diffusers`.
-    pub clip: Option<f64>,
-    /// The variance of DDPM's noise. No effect with other samplers.
-    pub variance: Variance,
     /// Which steps are visited. No effect with EDM.
     pub spacing: Spacing,
     /// An offset added to the steps with leading spacing.
@@ -106,8 +112,10 @@ pub struct SamplerConfig {
     /// Whether DDIM ends at ᾱ = 1, instead of the ᾱ of step 0.
     pub final_alpha_bar_is_one: bool,
     /// Whether σ falls from the first to the last in equal steps of σ^(1/7) (Karras et al. 2022, Eq. 5), with
-    /// Euler, Heun and DPM-Solver++. EDM's σ always does.
+    /// Euler, Heun, DPM-Solver++ and UniPC. EDM's σ always does.
     pub karras_sigmas: bool,
+    /// What belongs to single samplers.
+    pub step: StepConfig,
 }
 
 #[cfg(test)]

@@ -1,13 +1,16 @@
 //! Which noise levels a sampler visits.
 
-use super::{SamplerConfig, SamplerKind, Spacing, Stride};
+use super::{SamplerConfig, SamplerKind, Spacing, Stride, pndm::RUNGE_KUTTA_STEPS};
 use crate::{
     Result,
-    diffusion::{Level, NoiseSchedule, Process, SigmaRange, process::continuous_level},
+    diffusion::{Level, NoiseSchedule, Prediction, Process, SigmaRange, process::continuous_level},
 };
 
 /// The ρ of Karras' levels on a discrete schedule.
 const RHO: f64 = 7.0;
+
+/// Above any σ but that of a last step with zero terminal SNR.
+const NO_SIGNAL: f64 = 1e9;
 
 /// The path from noise to an image.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,8 +27,9 @@ impl Plan {
     ///
     /// Fails with [`Error::Usage`](crate::Error::Usage) if `steps`, `steps_offset` or `eta` do not fit.
     pub fn new(config: &SamplerConfig, process: &Process) -> Result<Self> {
-        if !(0.0..=1.0).contains(&config.eta) {
-            bail!(Usage, "eta is {}, expected from 0 to 1", config.eta);
+        let eta = config.step.eta;
+        if !(0.0..=1.0).contains(&eta) {
+            bail!(Usage, "eta is {eta}, expected from 0 to 1");
         }
         match process {
             Process::Discrete(schedule) => Self::discrete(config, schedule),
@@ -58,25 +62,33 @@ impl Plan {
     /// Steps that each end where the next one begins, the last one without noise.
     fn through(levels: &[Level]) -> Vec<Stride> {
         let next = levels.iter().skip(1).copied().chain([CLEAN]);
-        levels.iter().zip(next).map(|(&from, to)| Stride { from, to }).collect()
+        levels.iter().zip(next).map(|(&from, to)| Stride::new(from, to)).collect()
     }
 
     fn continuous(config: &SamplerConfig, range: &SigmaRange) -> Result<Self> {
         if config.steps == 0 {
             bail!(Usage, "the sampler's steps are 0, expected at least 1");
         }
+        if config.kind == SamplerKind::Pndm {
+            bail!(
+                Usage,
+                "the sampler is pndm, expected another: it goes by the steps of training, which EDM has not"
+            );
+        }
         let levels: Vec<Level> = range.sigmas(config.steps).map(continuous_level).collect();
+        let mut strides = Self::through(&levels);
+        config.churn(&mut strides, continuous_level);
         // The total variance of noise and data of variance 1 at the first level.
-        Ok(Self { strides: Self::through(&levels), initial_scale: (1.0 + range.max * range.max).sqrt() })
+        Ok(Self { strides, initial_scale: (1.0 + range.max * range.max).sqrt() })
     }
 
     fn discrete(config: &SamplerConfig, schedule: &NoiseSchedule) -> Result<Self> {
         let times = config.timesteps(schedule)?;
         let mut levels: Vec<Level> = times.iter().map(|&t| schedule.level_between(t)).collect();
         let by_sigma = config.kind.goes_by_sigma();
-        if config.karras_sigmas && (by_sigma || config.kind == SamplerKind::DpmSolver) {
-            // diffusers' DPM-Solver++ goes through the whole schedule, to the nearest steps.
-            let whole = !by_sigma;
+        // diffusers' multistep solvers go through the whole schedule, to the nearest steps.
+        let whole = config.kind.skips_last();
+        if config.karras_sigmas && (by_sigma || whole) {
             let (max, min) = if whole {
                 (schedule.level(schedule.len() - 1).sigma, schedule.level(0).sigma)
             } else {
@@ -88,64 +100,65 @@ impl Plan {
                 levels.iter_mut().for_each(|level| level.t = level.t.round_ties_even());
             }
         }
+        if levels[0].sigma > NO_SIGNAL && config.step.prediction == Prediction::Epsilon {
+            bail!(
+                Usage,
+                "the first step is the last of training, where nothing of the image is left: the noise that the network \
+                 predicts does not tell it; expected fewer steps with spacing leading, or another sampler"
+            );
+        }
         let mut strides = Self::through(&levels);
-        if config.kind == SamplerKind::Ddim {
+        if matches!(config.kind, SamplerKind::Ddim | SamplerKind::Pndm) {
             let gap = (schedule.len() / config.steps) as f64;
             for stride in &mut strides {
-                stride.to = match stride.from.t - gap {
-                    before if before >= 0.0 => schedule.level(before as usize),
-                    _ if config.final_alpha_bar_is_one => CLEAN,
-                    _ => schedule.level(0),
-                };
+                stride.to = config.level_at(schedule, stride.from.t - gap);
+            }
+            if config.kind == SamplerKind::Pndm {
+                config.first_steps(&mut strides, &levels, schedule, gap);
             }
         }
+        config.churn(&mut strides, |sigma| schedule.level_of(sigma));
         let sigma = levels[0].sigma;
         let pure = by_sigma && config.spacing != Spacing::Leading;
-        // An image at variance 1 is all noise at the first level, except for two samplers of diffusers.
+        // An image at variance 1 is all noise at the first level, except for some samplers of diffusers.
         let initial_scale = if pure { sigma } else { (1.0 + sigma * sigma).sqrt() };
         Ok(Self { strides, initial_scale })
     }
 }
 
 impl SamplerConfig {
-    /// The training steps in the order in which they are visited, from noisy to clean: whole ones, except for
-    /// linspace spacing with the samplers that go by σ.
-    ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage) if `steps` or `steps_offset` do not fit the schedule.
-    pub fn timesteps(&self, schedule: &NoiseSchedule) -> Result<Vec<f64>> {
-        let (n, total) = (self.steps, schedule.len());
-        if n == 0 || n > total {
-            bail!(Usage, "the sampler's steps are {n}, expected from 1 to {total}, the steps in training");
+    /// The level of a training step; a negative one is the end.
+    fn level_at(&self, schedule: &NoiseSchedule, t: f64) -> Level {
+        match t {
+            t if t >= 0.0 => schedule.level(t as usize),
+            _ if self.final_alpha_bar_is_one => CLEAN,
+            _ => schedule.level(0),
         }
-        // diffusers' DPM-Solver++ places one more step, and leaves out the one without noise.
-        let places = if self.kind == SamplerKind::DpmSolver { n + 1 } else { n };
-        let skipped = places - n;
-        let fractional = self.kind.goes_by_sigma();
-        let times: Vec<f64> = match self.spacing {
-            Spacing::Leading => {
-                (skipped..places).rev().map(|i| (i * (total / places) + self.steps_offset) as f64).collect()
-            }
-            Spacing::Trailing => {
-                let ratio = total as f64 / n as f64;
-                (0..n).map(|i| (total as f64 - i as f64 * ratio).round_ties_even() - 1.0).collect()
-            }
-            Spacing::Linspace => {
-                // The division comes last, so that the first step is exactly the last training step.
-                let last = (places - 1).max(1) as f64;
-                let exact = (skipped..places).rev().map(|i| (i * (total - 1)) as f64 / last);
-                exact.map(|t| if fractional { t } else { t.round_ties_even() }).collect()
-            }
+    }
+
+    /// The levels on the way of PNDM's first steps, which end where the next ones begin.
+    fn first_steps(&self, strides: &mut [Stride], levels: &[Level], schedule: &NoiseSchedule, gap: f64) {
+        let (count, way) = match self.step.skip_prk_steps {
+            true => (1, gap),
+            false => (RUNGE_KUTTA_STEPS, (gap / 2.0).floor()),
         };
-        let (offset, first) = (self.steps_offset, times[0]);
-        if first >= total as f64 {
-            bail!(Usage, "with steps_offset {offset} the first step is {first}, expected below {total}");
+        for (stride, next) in strides.iter_mut().zip(&levels[1..]).take(count) {
+            stride.to = *next;
+            stride.between = [stride.from.t - way, next.t + way].map(|t| self.level_at(schedule, t));
         }
-        if let Some(twice) = times.windows(2).find(|pair| pair[0] <= pair[1]).map(|pair| pair[0]) {
-            bail!(
-                Usage,
-                "{n} steps of this sampler visit step {twice} of {total} twice, expected fewer steps"
-            );
+    }
+
+    /// Raises the levels at which Euler's and Heun's methods ask the network.
+    fn churn(&self, strides: &mut [Stride], level_of: impl Fn(f64) -> Level) {
+        let steps = strides.len();
+        if !matches!(self.kind, SamplerKind::Euler | SamplerKind::Heun) {
+            return;
         }
-        Ok(times)
+        for stride in strides {
+            let raised = self.step.churn.raised(stride.from.sigma, steps);
+            if raised > stride.from.sigma {
+                stride.between[0] = level_of(raised);
+            }
+        }
     }
 }

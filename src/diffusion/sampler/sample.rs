@@ -33,8 +33,7 @@ pub fn sample(
         bail!(Usage, "the sampler is to start at step {first}, but has {}", strides.len());
     }
     for i in first..strides.len() {
-        let SamplerConfig { eta, clip, variance, .. } = *config;
-        let step = Step { eta, clip, variance, strides, i, x: &at.x, history: &at.history };
+        let step = Step { config: &config.step, strides, i, x: &at.x, history: &at.history };
         at = config.kind.step(&step, denoise, noise)?;
         let scale = plan.scale_after(i);
         if scale != 1.0 {

@@ -2,33 +2,49 @@
 
 use candle_core::{Device, Tensor};
 
-use super::*;
-use crate::diffusion::{Level, NoiseSchedule, Process, SigmaRange};
+use super::{step::Step, *};
+use crate::{
+    Result,
+    diffusion::{Denoised, Level, NoiseSchedule, Prediction, Process, SigmaRange},
+};
 
-fn ddpm(steps: usize, variance: Variance) -> SamplerConfig {
-    SamplerConfig {
-        kind: SamplerKind::Ddpm,
+fn with(kind: SamplerKind, steps: usize, change: impl FnOnce(&mut SamplerConfig)) -> SamplerConfig {
+    let mut config = SamplerConfig {
+        kind,
         steps,
-        eta: 0.0,
-        clip: None,
-        variance,
         spacing: Spacing::Leading,
         steps_offset: 0,
         final_alpha_bar_is_one: true,
         karras_sigmas: false,
-    }
+        step: StepConfig {
+            eta: 0.0,
+            clip: None,
+            variance: Variance::FixedSmall,
+            churn: Churn::NONE,
+            skip_prk_steps: true,
+            solver_order: 2,
+            unipc: UniPcVariant::Bh2,
+            prediction: Prediction::Epsilon,
+        },
+    };
+    change(&mut config);
+    config
 }
 
 fn of_kind(kind: SamplerKind, steps: usize) -> SamplerConfig {
-    SamplerConfig { kind, ..ddpm(steps, Variance::FixedSmall) }
+    with(kind, steps, |_| {})
+}
+
+fn ddpm(steps: usize, variance: Variance) -> SamplerConfig {
+    with(SamplerKind::Ddpm, steps, |config| config.step.variance = variance)
 }
 
 fn ddim(steps: usize, eta: f64) -> SamplerConfig {
-    SamplerConfig { eta, ..of_kind(SamplerKind::Ddim, steps) }
+    with(SamplerKind::Ddim, steps, |config| config.step.eta = eta)
 }
 
-const SOLVERS: [SamplerKind; 4] =
-    [SamplerKind::DpmSolver, SamplerKind::Ipndm, SamplerKind::Heun, SamplerKind::Euler];
+const SOLVERS: [SamplerKind; 5] =
+    [SamplerKind::DpmSolver, SamplerKind::UniPc, SamplerKind::Ipndm, SamplerKind::Heun, SamplerKind::Euler];
 
 fn schedule() -> NoiseSchedule {
     NoiseSchedule::linear(1000, 1e-4, 0.02).unwrap()
@@ -62,7 +78,7 @@ fn run(config: &SamplerConfig, process: &Process, noise: Tensor, denoise: Denois
 }
 
 /// The denoiser of a network that predicts noise, given as a function of the image at variance 1 and the step.
-fn of_noise(network: impl Fn(&Tensor, f64) -> Tensor) -> impl FnMut(&Tensor, Level) -> Result<Tensor> {
+fn of_noise(network: impl Fn(&Tensor, f64) -> Tensor) -> impl FnMut(&Tensor, Level) -> Result<Denoised> {
     move |x, level| crate::diffusion::Prediction::Epsilon.denoise(x, level, &|x, t| Ok(network(x, t)))
 }
 
@@ -70,7 +86,7 @@ fn of_noise(network: impl Fn(&Tensor, f64) -> Tensor) -> impl FnMut(&Tensor, Lev
 #[test]
 fn the_ddim_loop_gives_the_constants_of_diffusers() {
     let noise = tensor((0..768).map(|i| i as f32 / 768.0).collect());
-    let config = SamplerConfig { clip: Some(1.0), ..ddim(10, 0.0) };
+    let config = with(SamplerKind::Ddim, 10, |config| config.step.clip = Some(1.0));
     let mut denoise = of_noise(|x, t| (x * (t / (t + 1.0))).unwrap());
     let x = run(&config, &discrete(), noise, &mut denoise, &mut |_| unreachable!());
     let sum: f64 = x.iter().map(|v| f64::from(v.abs())).sum();
@@ -82,12 +98,11 @@ fn the_ddim_loop_gives_the_constants_of_diffusers() {
 /// images at variance 1.
 fn posterior(t: usize, to: usize, variance: Variance) -> [f64; 3] {
     let schedule = schedule();
-    let stride = Stride { from: schedule.level(t), to: schedule.level(to) };
+    let stride = Stride::new(schedule.level(t), schedule.level(to));
     let config = ddpm(1000, variance);
     let x = tensor(vec![0.0, 1.0, 0.0]);
-    let SamplerConfig { eta, clip, variance, .. } = config;
-    let step = Step { eta, clip, variance, strides: &[stride], i: 0, x: &x, history: &[] };
-    let mut denoise = |_: &Tensor, _| Ok(tensor(vec![1.0, 0.0, 0.0]));
+    let step = Step { config: &config.step, strides: &[stride], i: 0, x: &x, history: &[] };
+    let mut denoise = |_: &Tensor, _| Ok(Denoised { image: tensor(vec![1.0, 0.0, 0.0]), variance: None });
     let found = ddpm::step(&step, &mut denoise, &mut |_| Ok(tensor(vec![0.0, 0.0, 1.0]))).unwrap();
     let [image, x, sigma] = values(&found.x)[..] else { panic!("three elements") };
     let [root, root_to] = [t, to].map(|t| schedule.alphas_cumprod[t].sqrt());
@@ -109,7 +124,7 @@ fn ancestral_steps_have_the_known_coefficients() {
             assert!((found / expected - 1.0).abs() < 5e-6, "step {t}: {found}, expected {expected}");
         }
         let large = posterior(t, t - 1, Variance::FixedLarge)[2];
-        assert!((large / schedule().betas[t] - 1.0).abs() < 1e-5, "step {t}: {large}");
+        assert!((large / schedule().betas()[t] - 1.0).abs() < 1e-5, "step {t}: {large}");
     }
 }
 
@@ -124,10 +139,10 @@ fn variances_are_those_of_diffusers() {
 }
 
 /// The denoiser of data N(mu, s2), without error.
-fn oracle(mu: f64, s2: f64) -> impl FnMut(&Tensor, Level) -> Result<Tensor> {
+fn oracle(mu: f64, s2: f64) -> impl FnMut(&Tensor, Level) -> Result<Denoised> {
     move |x, level| {
         let gain = s2 / (s2 + level.sigma * level.sigma);
-        Ok(x.affine(gain, mu * (1.0 - gain))?)
+        Ok(Denoised { image: x.affine(gain, mu * (1.0 - gain))?, variance: None })
     }
 }
 
@@ -180,13 +195,17 @@ fn every_solver_brings_gaussian_data_to_their_mean_and_variance_as_fast_as_its_o
         (variance / s2 - 1.0).abs()
     };
     for process in [edm(), discrete()] {
-        for (kind, at_50) in SOLVERS.into_iter().zip([0.02, 0.02, 0.02, 0.15]) {
+        for (kind, at_50) in SOLVERS.into_iter().zip([0.02, 0.02, 0.02, 0.02, 0.15]) {
             let found = error(kind, 50, &process);
             assert!(found < at_50, "{kind:?}: variance off by {found}");
         }
     }
-    for (kind, order) in [(SamplerKind::Euler, 1.0), (SamplerKind::Heun, 2.0), (SamplerKind::DpmSolver, 2.0)]
-    {
+    for (kind, order) in [
+        (SamplerKind::Euler, 1.0),
+        (SamplerKind::Heun, 2.0),
+        (SamplerKind::DpmSolver, 2.0),
+        (SamplerKind::UniPc, 2.5),
+    ] {
         let found = (error(kind, 20, &edm()) / error(kind, 40, &edm())).log2();
         assert!(found > order - 0.25, "{kind:?}: order {found}");
     }
@@ -221,8 +240,14 @@ fn ddim_without_noise_is_euler() {
 #[test]
 fn a_run_that_was_saved_and_resumed_gives_the_same_bits() {
     let solvers = SOLVERS.map(|kind| of_kind(kind, 20));
-    for config in [ddpm(20, Variance::FixedLarge), ddim(20, 0.5)].into_iter().chain(solvers) {
-        let config = SamplerConfig { clip: Some(1.0), ..config };
+    let ancestral = [SamplerKind::SdeDpmSolver, SamplerKind::EulerAncestral].map(|kind| of_kind(kind, 20));
+    let pndm =
+        [false, true].map(|skip| with(SamplerKind::Pndm, 20, |config| config.step.skip_prk_steps = skip));
+    let churned = with(SamplerKind::Heun, 20, |config| config.step.churn.amount = 5.0);
+    let others = [ddpm(20, Variance::FixedLarge), ddim(20, 0.5), churned];
+    for config in others.into_iter().chain(solvers).chain(ancestral).chain(pndm) {
+        let mut config = config;
+        config.step.clip = Some(1.0);
         let plan = Plan::new(&config, &discrete()).unwrap();
         let run = |start: Start, saved: &mut Vec<(usize, Trajectory)>| {
             let mut denoise = of_noise(|x, t| (x.cos().unwrap() * (t / 1000.0)).unwrap());
@@ -302,9 +327,60 @@ fn settings_that_do_not_fit_the_schedule_are_refused() {
     );
     assert_eq!(error(ddim(10, 1.5)), "eta is 1.5, expected from 0 to 1");
     let offset = SamplerConfig { steps_offset: 1, ..ddim(1000, 0.0) };
-    assert_eq!(error(offset), "with steps_offset 1 the first step is 1000, expected below 1000");
+    assert_eq!(
+        error(offset),
+        "with 1000 steps and steps_offset 1 the first step is 1000, expected below 1000: lower steps"
+    );
     assert_eq!(
         error(of_kind(SamplerKind::DpmSolver, 1000)),
         "1000 steps of this sampler visit step 0 of 1000 twice, expected fewer steps"
     );
+}
+
+/// Hashes of the steps of all counts that diffusers places, by tests/golden/schedulers.py.
+#[test]
+fn all_numbers_of_steps_are_placed_as_numpy_does() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/timesteps.json");
+    let golden: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let fnv = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    for (name, kind) in
+        [("ddim", SamplerKind::Ddim), ("dpm-solver++", SamplerKind::DpmSolver), ("euler", SamplerKind::Euler)]
+    {
+        for spacing in [Spacing::Leading, Spacing::Trailing, Spacing::Linspace] {
+            let expected = &golden[format!("{name} {spacing}")];
+            let surplus = expected["one_too_many"].as_array().unwrap();
+            let mut hash = 0xcbf2_9ce4_8422_2325;
+            for steps in (1..=1000u64).filter(|steps| surplus.iter().all(|n| n != *steps)) {
+                let config = SamplerConfig { spacing, ..of_kind(kind, steps as usize) };
+                for t in config.timesteps(&schedule()).unwrap_or_default() {
+                    hash = (t as f32).to_le_bytes().into_iter().fold(hash, fnv);
+                }
+            }
+            assert_eq!(expected["fnv"], format!("{hash:016x}"), "{name} {spacing}");
+        }
+    }
+}
+
+#[test]
+fn no_signal_is_left_at_the_last_step_of_a_schedule_that_is_rescaled() {
+    let plain = schedule();
+    let rescaled = schedule().with_zero_terminal_snr(1e-20).unwrap();
+    assert!((rescaled.level(0).sigma / plain.level(0).sigma - 1.0).abs() < 1e-9);
+    assert!((rescaled.level(999).sigma / 1e10 - 1.0).abs() < 1e-9);
+    assert!(rescaled.level(998).sigma > plain.level(998).sigma);
+}
+
+#[test]
+fn noise_alone_is_not_asked_for_the_noise_in_it() {
+    let process = Process::Discrete(schedule().with_zero_terminal_snr(1e-20).unwrap());
+    let plan = |spacing, prediction| {
+        let config = with(SamplerKind::Ddim, 10, |config| {
+            (config.spacing, config.step.prediction) = (spacing, prediction);
+        });
+        Plan::new(&config, &process)
+    };
+    assert!(plan(Spacing::Leading, Prediction::Epsilon).is_ok());
+    assert!(plan(Spacing::Trailing, Prediction::Velocity).is_ok());
+    let error = plan(Spacing::Trailing, Prediction::Epsilon).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("nothing of the image is left"), "{error}");
 }

@@ -89,16 +89,30 @@ networks! {
     }
 }
 
+/// What `EMAModel.save_pretrained` of `diffusers` adds to the configuration of the averaged network.
+const EMA_KEYS: [&str; 8] = [
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "min_value",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+];
+
 impl DenoiserConfig {
     /// Reads `unet/config.json` for the network `class`, one of [`DenoiserConfig::TAGS`]. Keys that start with `_`
-    /// say who wrote it and are not part of the configuration.
+    /// say who wrote it and are not part of the configuration. Returns what should be said about keys that do not
+    /// matter, too.
     ///
     /// Fails with [`Error::Data`], naming everything that is wrong and what was expected.
-    pub fn from_json(class: &str, mut json: Map<String, Value>) -> Result<Self> {
+    pub fn from_json(class: &str, mut json: Map<String, Value>) -> Result<(Self, Option<String>)> {
         match json.remove("_class_name") {
             Some(found) if found != class => bail!(Data, "_class_name is {found}, expected \"{class}\""),
             _ => json.retain(|key, _| !key.starts_with('_')),
         }
+        let ignored: Vec<_> = EMA_KEYS.into_iter().filter(|key| json.remove(*key).is_some()).collect();
         let mut tagged = json.clone();
         tagged.insert("_class_name".into(), class.into());
         let config: Self = serde_json::from_value(Value::Object(tagged))
@@ -110,7 +124,8 @@ impl DenoiserConfig {
             .collect();
         faults.extend(config.faults());
         expect_none(&faults)?;
-        Ok(config)
+        let note = format!("{} belong to a moving average: ignored", ignored.join(", "));
+        Ok((config, (!ignored.is_empty()).then_some(note)))
     }
 
     /// The contents of `unet/config.json`, complete, as `diffusers` reads it.

@@ -6,7 +6,7 @@ use super::*;
 
 fn parse(json: Value) -> Result<DenoiserConfig> {
     let Value::Object(json) = json else { panic!("the test gives an object") };
-    DenoiserConfig::from_json("UNet2DModel", json)
+    DenoiserConfig::from_json("UNet2DModel", json).map(|(config, _)| config)
 }
 
 #[test]
@@ -60,9 +60,20 @@ fn what_comes_out_of_a_denoiser_has_the_shape_of_what_goes_in() {
     assert_eq!(config(square).image_shape().unwrap(), (32, 32, 1));
     for (json, expected) in [
         (json!({}), "the U-Net's sample_size is not set, expected the side of its images"),
-        (json!({"sample_size": 32, "out_channels": 6}), "out_channels is 6, expected 3, that of in_channels"),
+        (json!({"sample_size": 32, "out_channels": 5}), "out_channels is 5, expected 3, that of in_channels"),
     ] {
         let error = config(json).image_shape().unwrap_err();
         assert_eq!((error.exit_code(), &*error.to_string()), (65, expected));
     }
+}
+
+/// train_unconditional.py of diffusers saves the averaged network so.
+#[test]
+fn what_a_moving_average_adds_is_ignored_and_said() {
+    let json = json!({"sample_size": 32, "decay": 0.9999, "power": 0.75, "use_ema_warmup": true});
+    let (config, note) = DenoiserConfig::from_json("UNet2DModel", json.as_object().unwrap().clone()).unwrap();
+    assert_eq!(config, parse(json!({"sample_size": 32})).unwrap());
+    assert_eq!(note.unwrap(), "decay, power, use_ema_warmup belong to a moving average: ignored");
+    let learned = parse(json!({"sample_size": 32, "out_channels": 6})).unwrap();
+    assert!(learned.predicts_variance() && learned.image_shape().unwrap() == (32, 32, 3));
 }

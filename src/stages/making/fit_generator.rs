@@ -404,7 +404,7 @@ mod tests {
         let real = Real::load(&path("split")).unwrap();
         let (fit, settings) =
             (real.fit(), json!({"image_size": 8, "channels": 1, "hidden": 64, "num_classes": 10}));
-        let network = DenoiserConfig::from_json("Mlp", settings.as_object().unwrap().clone()).unwrap();
+        let network = DenoiserConfig::from_json("Mlp", settings.as_object().unwrap().clone()).unwrap().0;
 
         let flags = "--steps=200 --batch=32 --learning-rate=5e-3 --warmup-steps=10 --ema-decay=0.95 --validate-every=50 --sample-every=100";
         let stage: FitGenerator = from_flags(&Vec::from_iter(flags.split(' ').map(str::to_owned))).unwrap();
@@ -431,7 +431,7 @@ mod tests {
         assert_eq!(losses.len(), 4);
         assert!(losses[3] < 0.6, "it has not learned: a network that says 0 has a loss of 1: {losses:?}");
 
-        let model = DiffusionModel::load(&path("model"), &Device::Cpu).unwrap();
+        let model = DiffusionModel::load(&path("model"), None, &Device::Cpu).unwrap();
         assert_eq!(*model.config(), network);
         let flags = "--count=40 --shard-rows=16 --micro-batch=8 --sampler=ddpm --steps=20";
         let stage: Generate = from_flags(&Vec::from_iter(flags.split(' ').map(str::to_owned))).unwrap();

@@ -21,7 +21,7 @@ use crate::{
     device::all_of_class,
     diffusion::{
         ClassConditioning, DiffusionModel,
-        sampler::{Plan, SamplerConfig, Start, Trajectory, sample},
+        sampler::{Plan, SamplerConfig, SamplerKind, Start, Trajectory, sample},
     },
     error::expect_within as expect,
     fs::{self, Parts, Record, bytes_of, floats_of},
@@ -29,7 +29,7 @@ use crate::{
     progress::{Progress, check_stop, checkpoint_interval},
     rng::stream,
     settings::SamplerSettings,
-    stage::{Input, Job, Outcome, Stage},
+    stage::{Input, Job, Outcome, Stage, note},
     tables::{
         pool::PoolInfo,
         records::GeneratorInfo,
@@ -140,6 +140,9 @@ pub struct Generate {
     /// have been trained with a null class.
     #[arg(long, default_value_t = 1.0)]
     pub guidance: f64,
+    /// The class of the model that stands for none, if its folder does not say so. No images of it are made.
+    #[arg(long)]
+    pub null_class: Option<u32>,
     /// Start from the noise in this file instead of the seed's: tensor `noise` of shape (count, channels, height,
     /// width).
     #[arg(long)]
@@ -197,12 +200,16 @@ struct Worker<'a> {
 }
 
 /// The model in `dir` on each of the devices, read once for each GPU, and once for all workers on the CPU.
-fn load(dir: &Path, devices: Vec<Device>) -> Result<Vec<(Arc<DiffusionModel>, Device)>> {
+fn load(
+    dir: &Path,
+    sampler: Option<SamplerKind>,
+    devices: Vec<Device>,
+) -> Result<Vec<(Arc<DiffusionModel>, Device)>> {
     let mut workers: Vec<(Arc<DiffusionModel>, Device)> = Vec::new();
     for device in devices {
         let model = match workers.first() {
             Some((model, _)) if device.is_cpu() => Arc::clone(model),
-            _ => Arc::new(DiffusionModel::load(dir, &device)?),
+            _ => Arc::new(DiffusionModel::load(dir, sampler, &device)?),
         };
         workers.push((model, device));
     }
@@ -318,8 +325,9 @@ impl Stage for Generate {
         let all = self.shard_count();
         let share = self.shards.as_ref().map_or(0..all, |s| s.0.clone());
         let devices = self.workers.devices(&job.device, share.len())?;
-        let models = load(dir, devices)?;
+        let models = load(dir, self.sampler.sampler_kind(), devices)?;
         let (model, _) = &models[0];
+        model.notes().iter().for_each(|said| note(self, said));
         let sampler = self.sampler.sampler(model.scheduler());
         let plan = Plan::new(&sampler, &model.scheduler().process()?)?;
         let (info, null_class) = self.info(job, dir, model, &sampler)?;
@@ -410,25 +418,39 @@ impl Generate {
         if let Some(known) = known.as_ref().filter(|k| k.shape != shape) {
             bail!(Data, "{file}: images are {}, expected the network's {shape}", known.shape);
         }
-        let null_class = known.as_ref().and_then(|k| k.null_class);
+        let recorded = known.as_ref().and_then(|k| k.null_class);
         let named = known.as_ref().map_or(0, |k| k.class_names.len());
-        if let Some(null) = null_class.filter(|&null| null as usize != named || classes.is_none()) {
+        if let Some(null) = recorded.filter(|&null| null as usize != named || classes.is_none()) {
             bail!(
                 Data,
                 "{file}: null_class is {null}, expected {named} behind the class names of a conditional model"
             );
+        }
+        let null_class = recorded.or(self.null_class);
+        if let Some(given) = self.null_class
+            && (null_class != Some(given) || classes.is_none_or(|n| given as usize >= n))
+        {
+            let expected = match (recorded, classes) {
+                (Some(recorded), _) => format!("{recorded}, as {file} says"),
+                (None, Some(n)) => format!("below {n}, the classes of the model"),
+                (None, None) => "none: the model has no classes".into(),
+            };
+            bail!(Usage, "null_class is {given}, expected {expected}");
         }
         let class_names = match (&known, classes) {
             (Some(_), Some(n)) if named + usize::from(null_class.is_some()) != n => {
                 bail!(Data, "{file}: {named} class names, expected {n}")
             }
             (Some(known), _) => known.class_names.clone(),
-            (None, n) => (0..n.unwrap_or(0)).map(|c| c.to_string()).collect(),
+            (None, n) => {
+                let classes = 0..n.unwrap_or(0) as u32;
+                classes.filter(|c| null_class != Some(*c)).map(|c| c.to_string()).collect()
+            }
         };
         if self.guidance != 1.0 && null_class.is_none() {
             bail!(
                 Usage,
-                "guidance is {}, expected 1: {} was not trained with a null class, as its {} would say",
+                "guidance is {}, expected 1: {} was not trained with a null class, as its {} or --null-class would say",
                 self.guidance,
                 dir.display(),
                 GeneratorInfo::FILE
@@ -445,7 +467,7 @@ impl Generate {
             conditional: classes.is_some(),
             generator: job.fingerprint.clone(),
             sampler: json!({
-                "kind": sampler.kind, "steps": sampler.steps, "eta": sampler.eta, "clip": sampler.clip,
+                "kind": sampler.kind, "steps": sampler.steps, "eta": sampler.step.eta, "clip": sampler.step.clip,
                 "spacing": sampler.spacing, "karras_sigmas": sampler.karras_sigmas, "guidance": self.guidance,
                 "initial_noise_blake3": noise_hash,
             }),
@@ -559,7 +581,11 @@ impl Worker<'_> {
         };
         let conditioning = if info.conditional {
             let n = info.class_names.len() as u64;
-            let classes = Tensor::new(samples.iter().map(|s| (s % n) as u32).collect::<Vec<_>>(), device)?;
+            // The null class may be any of the network's.
+            let of_network =
+                |class: u32| class + u32::from(self.run.null_class.is_some_and(|null| class >= null));
+            let classes: Vec<_> = samples.iter().map(|s| of_network((s % n) as u32)).collect();
+            let classes = Tensor::new(classes, device)?;
             match self.run.null_class {
                 Some(null) if config.guidance != 1.0 => {
                     ClassConditioning::Guided { classes, null, scale: config.guidance }
@@ -756,7 +782,7 @@ mod tests {
             DiffusionModel::init(DenoiserConfig::UNet(config), SchedulerConfig::default(), 0, &Device::Cpu);
         let model = model.unwrap();
         model.save(dir.path()).unwrap();
-        let workers = load(dir.path(), vec![Device::Cpu; 3]).unwrap();
+        let workers = load(dir.path(), None, vec![Device::Cpu; 3]).unwrap();
         assert_eq!(workers.len(), 3);
         assert!(workers.iter().all(|(model, _)| Arc::ptr_eq(model, &workers[0].0)));
     }

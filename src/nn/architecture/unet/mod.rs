@@ -148,11 +148,19 @@ impl DenoiserArchitecture for UNetConfig {
             bail!(Data, "the U-Net's sample_size is not set, expected the side of its images")
         };
         let Self { in_channels, out_channels, .. } = *self;
-        if out_channels != in_channels {
-            bail!(Data, "out_channels is {out_channels}, expected {in_channels}, that of in_channels");
+        if out_channels != in_channels && !self.predicts_variance() {
+            bail!(
+                Data,
+                "out_channels is {out_channels}, expected {in_channels}, that of in_channels, or twice as many if the \
+                 variance is learned"
+            );
         }
         let (height, width) = size.height_width();
         Ok((height, width, in_channels))
+    }
+
+    fn predicts_variance(&self) -> bool {
+        self.out_channels == 2 * self.in_channels
     }
 
     fn num_classes(&self) -> Option<usize> {
