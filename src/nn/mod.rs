@@ -13,6 +13,7 @@ mod lr;
 mod network;
 pub mod optim;
 mod params;
+mod state_dict;
 
 pub use architecture::*;
 pub use classifier::{Classifier, ClassifierConfig};
@@ -20,3 +21,4 @@ pub use layers::{BatchNorm, BatchNormMode, Conv2d, Embedding, GroupNorm, Linear,
 pub use lr::{LrDecay, LrSchedule};
 pub use network::{ClassifierArchitecture, ClassifierNetwork, DenoiserArchitecture, DenoiserNetwork};
 pub use params::{Buffer, Builder, Init, Packed, Params};
+pub use state_dict::{Dtype, StateDict};

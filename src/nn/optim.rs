@@ -485,7 +485,10 @@ mod tests {
             let after = values(&frozen.forward(&x).unwrap());
             assert_ne!(after, before);
             let bytes = params.to_safetensors(&[]).unwrap();
-            let fresh = Params::from_safetensors(&bytes, "bytes", &Device::Cpu, build).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("model.safetensors");
+            crate::fs::publish(&path, &bytes).unwrap();
+            let fresh = Params::load(&path, &Device::Cpu, build).unwrap();
             assert_eq!(after, values(&fresh.frozen(build).unwrap().forward(&x).unwrap()));
         }
     }

@@ -4,9 +4,8 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap, HashSet},
     fmt::Display,
-    fs, iter,
+    iter,
     path::Path,
-    slice,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -14,9 +13,9 @@ use std::{
 };
 
 use candle_core::{DType, Device, Shape, Tensor, Var};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use crate::{Error, Result, kernels::PackedWeights, rng};
+use super::state_dict::{SHOWN, StateDict};
+use crate::{Error, Result, kernels::PackedWeights, progress, rng};
 
 /// How a parameter starts out. The distributions are PyTorch's defaults for the layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -145,6 +144,11 @@ impl Part {
     fn name(&self) -> &str {
         &self.names[0]
     }
+
+    /// The name that a file has it under, if it has it.
+    fn name_in(&self, file: &StateDict) -> Option<&str> {
+        self.names.iter().map(String::as_str).find(|name| file.shape(name).is_some())
+    }
 }
 
 impl Declaration {
@@ -157,33 +161,37 @@ impl Declaration {
         Ok(Var::from_vec(values, self.shape.clone(), device)?)
     }
 
-    /// Takes the values from a file; `None` if something is wrong with them, which is added to `faults`.
-    fn read<'a>(
-        &self,
-        found: &mut BTreeMap<&'a str, TensorView<'a>>,
-        faults: &mut Faults,
-        device: &Device,
-    ) -> Result<Option<Var>> {
+    /// Takes the values out of a file; `None` if something is wrong with them, which is added to `faults`.
+    fn take(&self, file: &mut StateDict, faults: &mut Faults, device: &Device) -> Result<Option<Var>> {
+        if self.kind == Kind::Counter {
+            // Files from before PyTorch 0.4.1 do not count, and no layer goes by the count.
+            let count = match self.parts[0].name_in(file) {
+                Some(name) => {
+                    let count = file.integer(name);
+                    file.remove(name);
+                    faults.or_fault(count)?
+                }
+                None => {
+                    faults.uncounted += 1;
+                    Some(0)
+                }
+            };
+            return Ok(count.map(|count| Var::from_tensor(&Tensor::new(count, device)?)).transpose()?);
+        }
         let mut values = Vec::with_capacity(self.shape.elem_count());
         for part in &self.parts {
-            let Some(view) = faults.take(found, &part.names, &part.shape, |view| view.shape()) else {
+            let Some(name) = part.name_in(file) else {
+                faults.missing.push(part.name().to_owned());
                 continue;
             };
-            if self.kind == Kind::Counter {
-                if view.dtype() == Dtype::I64 {
-                    let tensor = Tensor::from_raw_buffer(view.data(), DType::I64, view.shape(), device)?;
-                    return Ok(Some(Var::from_tensor(&tensor)?));
-                }
-                faults.add(format!("{} is of type {:?}, expected I64", part.name(), view.dtype()));
-            } else {
-                match finite_f32(&view)? {
-                    Ok(part) => values.extend(part),
-                    Err(fault) => faults.add(format!("{} {fault}", part.name())),
-                }
+            match file.shape(name) {
+                Some(shape) if shape != part.shape.dims() => faults.shape(name, shape, part.shape.dims()),
+                _ => values.extend(faults.or_fault(file.values(name))?.unwrap_or_default()),
             }
+            file.remove(name);
         }
-        let whole = values.len() == self.shape.elem_count() && self.kind != Kind::Counter;
-        Ok(if whole { Some(Var::from_vec(values, self.shape.clone(), device)?) } else { None })
+        let whole = values.len() == self.shape.elem_count();
+        Ok(whole.then(|| Var::from_vec(values, self.shape.clone(), device)).transpose()?)
     }
 }
 
@@ -368,43 +376,50 @@ impl Params {
         }
     }
 
-    /// Reads the parameters of the network that `build` makes from a safetensors file, into memory.
+    /// Reads the parameters of the network that `build` makes from a file of safetensors or of PyTorch.
     ///
-    /// Fails as [`Params::from_safetensors`] does, naming the file.
+    /// Fails as [`StateDict::open`] and [`Params::from_state_dict`] do, naming the file.
     pub fn load<N>(path: &Path, device: &Device, build: impl FnOnce(&Builder) -> Result<N>) -> Result<Self> {
-        let bytes = fs::read(path).map_err(Error::io(path))?;
-        Self::from_safetensors(&bytes, &path.display().to_string(), device, build)
+        Self::from_state_dict(StateDict::open(path)?, device, build)
     }
 
-    /// Takes the parameters of the network that `build` makes from the bytes of a safetensors file.
+    /// Takes the parameters of the network that `build` makes out of a file.
     ///
-    /// f32, f16 and bf16 tensors are accepted and held as f32, counters as i64. Fails with [`Error::Data`], naming
-    /// the `origin` of the bytes and *every* tensor that is missing, unexpected, misshapen, of another type or not
-    /// finite.
-    pub fn from_safetensors<N>(
-        bytes: &[u8],
-        origin: &str,
+    /// f64, f32, f16 and bf16 tensors are accepted and held as f32, counters of any type as i64; those that are missing
+    /// are 0, with a note. A prefix of all names that is none of the network's is taken off, with a note. Fails with
+    /// [`Error::Data`], naming the file, and with their numbers the tensors that are missing, unexpected, misshapen, of
+    /// another type or not finite.
+    pub fn from_state_dict<N>(
+        mut file: StateDict,
         device: &Device,
         build: impl FnOnce(&Builder) -> Result<N>,
     ) -> Result<Self> {
-        if bytes.starts_with(b"version https://git-lfs") {
-            bail!(
-                Data,
-                "{origin}: is a pointer of Git LFS, not the file that it stands for: `git lfs pull` fetches that"
-            );
+        let declared = declare(build)?.1;
+        let known: Vec<&String> =
+            declared.iter().flat_map(|d| &d.parts).flat_map(|part| &part.names).collect();
+        let origin = file.origin().to_owned();
+        while let Some(prefix) =
+            file.common_prefix().filter(|p| !known.iter().any(|name| name.starts_with(p)))
+        {
+            progress::note(&format!("{origin}: the prefix {prefix} of all names is taken off"));
+            let len = prefix.len();
+            file.strip(len);
         }
-        let file = SafeTensors::deserialize(bytes)
-            .map_err(|e| Error::Data(format!("{origin}: not a safetensors file: {e}")))?;
         let mut faults = Faults::default();
-        let mut found: BTreeMap<&str, TensorView> = file.iter().collect();
         let mut params = Self::default();
-        for declaration in declare(build)?.1 {
-            if let Some(var) = declaration.read(&mut found, &mut faults, device)? {
-                params.push(&declaration, var);
+        for declaration in &declared {
+            if let Some(var) = declaration.take(&mut file, &mut faults, device)? {
+                params.push(declaration, var);
             }
         }
-        found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
-        faults.check(origin)?;
+        faults.unexpected.extend(file.names().map(str::to_owned));
+        faults.check(&origin)?;
+        if faults.uncounted > 0 {
+            progress::note(&format!(
+                "{origin}: {} batch counters are missing and begin at 0",
+                faults.uncounted
+            ));
+        }
         Ok(params)
     }
 
@@ -484,7 +499,7 @@ impl Params {
             let parts = if found.contains_key(name.as_str()) { &whole[..] } else { parts };
             let mut flat = Vec::with_capacity(parts.len());
             for (name, shape) in parts {
-                if let Some(tensor) = faults.take(&mut found, slice::from_ref(name), shape, |t| t.dims()) {
+                if let Some(tensor) = faults.take(&mut found, name, shape) {
                     flat.push(tensor.flatten_all()?.to_dtype(var.dtype())?);
                 }
             }
@@ -494,13 +509,12 @@ impl Params {
         }
         for (name, Buffer(var)) in &self.buffers {
             if found.contains_key(name.as_str())
-                && let Some(tensor) =
-                    faults.take(&mut found, slice::from_ref(name), var.shape(), |t| t.dims())
+                && let Some(tensor) = faults.take(&mut found, name, var.shape())
             {
                 pairs.push((var, tensor.clone()));
             }
         }
-        found.keys().for_each(|name| faults.add(format!("{name} is not part of this network")));
+        faults.unexpected.extend(found.keys().map(|name| (*name).to_owned()));
         faults.check("the tensors given")?;
         let _overwriting = self.overwriting();
         for (var, tensor) in pairs {
@@ -551,58 +565,81 @@ impl From<Vec<(String, Var)>> for Params {
     }
 }
 
-/// The values as f32, or what is wrong with them.
-fn finite_f32(view: &TensorView) -> Result<std::result::Result<Vec<f32>, String>> {
-    let dtype = match view.dtype() {
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        other => return Ok(Err(format!("is of type {other:?}, expected F32, F16 or BF16"))),
-    };
-    let tensor = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?;
-    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    Ok(match values.iter().find(|v| !v.is_finite()) {
-        Some(v) => Err(format!("holds {v}, expected finite numbers")),
-        None => Ok(values),
-    })
-}
-
 /// Everything that is wrong with a set of tensors, to be reported together.
 #[derive(Default)]
-struct Faults(Vec<String>);
+struct Faults {
+    wrong: Vec<String>,
+    /// The names of what is not there.
+    missing: Vec<String>,
+    /// The names of what nobody asks for.
+    unexpected: Vec<String>,
+    /// How many counters are not there, which is no fault.
+    uncounted: usize,
+}
 
 impl Faults {
-    fn add(&mut self, fault: String) {
-        self.0.push(fault);
-    }
-
-    /// Takes what has the first of these names that there is, if it has this shape.
-    fn take<T>(
+    /// Takes the tensor of this name, if there is one of this shape.
+    fn take<'t>(
         &mut self,
-        found: &mut BTreeMap<&str, T>,
-        names: &[String],
+        found: &mut BTreeMap<&str, &'t Tensor>,
+        name: &str,
         shape: &Shape,
-        dims_of: impl Fn(&T) -> &[usize],
-    ) -> Option<T> {
-        let (name, expected) = (&names[0], shape.dims());
-        match names.iter().find_map(|name| found.remove(name.as_str())) {
-            Some(taken) if dims_of(&taken) == expected => return Some(taken),
-            Some(other) => self.add(format!("{name} has shape {:?}, expected {expected:?}", dims_of(&other))),
-            None => self.add(format!("{name} is missing")),
+    ) -> Option<&'t Tensor> {
+        match found.remove(name) {
+            Some(tensor) if tensor.shape() == shape => return Some(tensor),
+            Some(tensor) => self.shape(name, tensor.dims(), shape.dims()),
+            None => self.missing.push(name.to_owned()),
         }
         None
     }
 
-    fn check(self, origin: &str) -> Result<()> {
-        if self.0.is_empty() {
+    fn shape(&mut self, name: &str, found: &[usize], expected: &[usize]) {
+        self.wrong.push(format!("{name} has shape {found:?}, expected {expected:?}"));
+    }
+
+    /// What was read, or `None` after a fault in the data.
+    fn or_fault<T>(&mut self, read: Result<T>) -> Result<Option<T>> {
+        match read {
+            Err(Error::Data(fault)) => {
+                self.wrong.push(fault);
+                Ok(None)
+            }
+            read => read.map(Some),
+        }
+    }
+
+    /// Fails if there are faults, with at most [`SHOWN`] of them and the numbers of the others.
+    fn check(&self, origin: &str) -> Result<()> {
+        let kinds = [
+            (&self.wrong, "", "do not fit"),
+            (&self.missing, " is missing", "are missing"),
+            (&self.unexpected, " is not part of this network", "are not part of this network"),
+        ];
+        let share = SHOWN / kinds.iter().filter(|(names, ..)| !names.is_empty()).count().max(1);
+        let mut told = Vec::new();
+        for (names, one, all) in kinds {
+            told.extend(names.iter().take(share).map(|name| format!("{name}{one}")));
+            if names.len() > share {
+                told.push(format!("{} in all {all}", names.len()));
+            }
+        }
+        let prefixed =
+            |missing: &String| self.unexpected.iter().find_map(|name| name.strip_suffix(missing.as_str()));
+        if let Some(prefix) = self.missing.first().and_then(prefixed) {
+            let count = self.unexpected.iter().filter(|name| name.starts_with(prefix)).count();
+            told.push(format!("{count} of these begin with {prefix}"));
+        }
+        if told.is_empty() {
             return Ok(());
         }
-        bail!(Data, "{origin}: not the weights of this network: {}", self.0.join("; "))
+        bail!(Data, "{origin}: not the weights of this network: {}", told.join("; "))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
     use super::*;
 
     struct Net {
@@ -715,7 +752,7 @@ mod tests {
         );
         let text = Params::load(&path, &Device::Cpu, Net::new).unwrap_err().to_string();
         assert!(text.contains("in.weight has shape [4], expected [2, 3]"), "{text}");
-        assert!(text.contains("out.weight is of type U8, expected F32, F16 or BF16"), "{text}");
+        assert!(text.contains("out.weight is of type U8, expected F64, F32, F16 or BF16"), "{text}");
 
         crate::fs::publish(&path, b"<html>").unwrap();
         let error = Params::load(&path, &Device::Cpu, Net::new).unwrap_err();
@@ -780,7 +817,10 @@ mod tests {
             (view.dtype(), view.shape(), view.data()),
             (Dtype::I64, &[][..], &[0, 0, 0, 0, 0, 1, 0, 0][..])
         );
-        let back = Params::from_safetensors(&bytes, "bytes", &Device::Cpu, with_buffers).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        crate::fs::publish(&path, &bytes).unwrap();
+        let back = Params::load(&path, &Device::Cpu, with_buffers).unwrap();
         let (_, mean, count) = back.frozen(with_buffers).unwrap();
         assert!(!mean.get().track_op());
         assert_eq!(
@@ -826,18 +866,64 @@ mod tests {
         assert_eq!(params.buffers()[1].1.get().to_scalar::<i64>().unwrap(), 7);
     }
 
+    /// A file with a norm whose counter is of this type, or missing.
+    fn norm(dir: &Path, counter: Option<(Dtype, Vec<u8>)>) -> std::path::PathBuf {
+        let mut tensors = vec![
+            ("norm.weight", Dtype::F32, &[3][..], &[0; 12][..]),
+            ("norm.mean", Dtype::F32, &[3], &[0; 12]),
+        ];
+        tensors
+            .extend(counter.iter().map(|(dtype, bytes)| ("norm.count", *dtype, &[][..], bytes.as_slice())));
+        write(dir, &tensors)
+    }
+
     #[test]
-    fn a_counter_of_another_type_is_named() {
+    fn a_counter_may_be_of_any_type_or_missing_but_has_to_be_whole() {
         let dir = tempfile::tempdir().unwrap();
+        let count = |counter: Option<(Dtype, Vec<u8>)>| {
+            let loaded = Params::load(&norm(dir.path(), counter), &Device::Cpu, with_buffers);
+            loaded.map(|params| params.buffers()[1].1.get().to_scalar::<i64>().unwrap())
+        };
+        assert_eq!(count(Some((Dtype::F32, 7f32.to_le_bytes().into()))).unwrap(), 7);
+        assert_eq!(count(Some((Dtype::I32, (-3i32).to_le_bytes().into()))).unwrap(), -3);
+        assert_eq!(count(None).unwrap(), 0);
+        let error = count(Some((Dtype::F64, 1.5f64.to_le_bytes().into()))).unwrap_err().to_string();
+        assert!(error.ends_with("norm.count is 1.5, expected an integer"), "{error}");
+    }
+
+    #[test]
+    fn doubles_are_rounded_and_a_common_prefix_is_taken_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let f64s = |v: &[f64]| v.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let (a, b) = (f64s(&[0.1, 0.0, 0.0, 0.0, 0.0, 1e-50]), f64s(&[1.0; 4]));
         let path = write(
             dir.path(),
             &[
-                ("norm.weight", Dtype::F32, &[3], &[0; 12]),
-                ("norm.mean", Dtype::F32, &[3], &[0; 12]),
-                ("norm.count", Dtype::F32, &[], &[0; 4]),
+                ("module._orig_mod.in.weight", Dtype::F64, &[2, 3], &a),
+                ("module._orig_mod.out.weight", Dtype::F64, &[4], &b),
             ],
         );
-        let error = Params::load(&path, &Device::Cpu, with_buffers).unwrap_err().to_string();
-        assert!(error.ends_with("norm.count is of type F32, expected I64"), "{error}");
+        let params = Params::load(&path, &Device::Cpu, Net::new).unwrap();
+        assert_eq!(values(&params.vars()[0].1), [0.1f32, 0.0, 0.0, 0.0, 0.0, 0.0]);
+
+        let path = write(dir.path(), &[("in.weight", Dtype::F64, &[2, 3], &f64s(&[1e300; 6]))]);
+        let error = Params::load(&path, &Device::Cpu, Net::new).unwrap_err().to_string();
+        assert!(error.contains("in.weight holds inf, expected finite numbers"), "{error}");
+    }
+
+    #[test]
+    fn many_faults_are_told_by_ten_names_their_numbers_and_a_prefix() {
+        let dir = tempfile::tempdir().unwrap();
+        let build =
+            |b: &Builder| (0..30).map(|i| b.get(&format!("w{i}"), 1, Init::Ones)).collect::<Result<Vec<_>>>();
+        let names: Vec<_> = (0..30).map(|i| format!("net.w{i}")).chain(["sigma".into()]).collect();
+        let tensors: Vec<_> =
+            names.iter().map(|name| (name.as_str(), Dtype::F32, &[1][..], &[0; 4][..])).collect();
+        let path = write(dir.path(), &tensors);
+        let error = Params::load(&path, &Device::Cpu, build).unwrap_err().to_string();
+        let end = "; 31 in all are not part of this network; 30 of these begin with net.";
+        assert!(error.contains("w4 is missing; 30 in all are missing; net.w0 is not part"), "{error}");
+        assert!(error.ends_with(end), "{error}");
+        assert_eq!(error.matches(" is ").count(), 10, "{error}");
     }
 }
