@@ -39,6 +39,7 @@ mod text;
 pub mod attack;
 pub mod certify;
 pub mod cli;
+pub mod convert;
 pub mod curate;
 pub mod data;
 pub mod device;

@@ -2,6 +2,7 @@
 
 mod arc;
 mod check;
+mod convert;
 mod global;
 mod plan;
 mod publish;
@@ -42,6 +43,8 @@ enum Verb {
     Check(check::Args),
     #[command(flatten)]
     Stage(stage::Verb),
+    /// Make a model folder of a checkpoint of PyTorch or of safetensors.
+    Convert(convert::Args),
     /// Verify a data set and copy it to where it is published from.
     Publish(publish::Args),
 }
@@ -96,6 +99,7 @@ fn perform(verb: &Verb, global: &Global) -> Result<()> {
         Verb::Status(args) => status::main(args, global),
         Verb::Check(args) => check::main(args, global),
         Verb::Stage(verb) => verb.main(global),
+        Verb::Convert(args) => convert::main(args, global),
         Verb::Publish(args) => publish::main(args, global),
     }
 }

@@ -10,6 +10,7 @@ pub mod sampler;
 mod schedule;
 mod scheduler_config;
 mod scheduler_file;
+mod weights;
 
 pub use loss::denoising_loss;
 pub use model::{ClassConditioning, DiffusionModel};

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{Denoised, Level, Prediction, SchedulerClass, SchedulerConfig, sampler::SamplerKind};
+use super::{Denoised, Level, Prediction, SchedulerClass, SchedulerConfig, sampler::SamplerKind, weights};
 use crate::{
     Result, ResultExt, fs,
     nn::{DIFFUSERS_VERSION, DenoiserConfig, DenoiserNetwork, Params},
@@ -58,7 +58,7 @@ impl DiffusionModel {
     ) -> Result<Self> {
         scheduler.validate()?;
         let params = Params::init(seed, device, |b| config.build(b))?;
-        Self::over(config, scheduler, params, Vec::new())
+        Self::new(config, scheduler, params)
     }
 
     /// Reads a model's folder; its scheduler's keys are read for a sampler, if one is given, see
@@ -107,13 +107,18 @@ impl DiffusionModel {
             notes.extend(said);
             Ok(scheduler)
         });
-        let params = match (&config, file(UNET_WEIGHTS)) {
-            (Ok(config), Ok(path)) => Params::load(&path, device, |b| config.build(b)).map(Some),
+        let unet = if dir.join("unet").is_dir() { dir.join("unet") } else { dir.to_owned() };
+        let params = match (&config, weights::open(&unet)) {
+            (Ok(config), Ok((weights, note))) => {
+                notes.extend(note);
+                Params::from_state_dict(weights, device, |b| config.build(b)).map(Some)
+            }
             (_, weights) => weights.map(|_| None),
         };
         match (config, scheduler, params) {
             (Ok(config), Ok(scheduler), Ok(Some(params))) => {
-                Self::over(config, scheduler, params, notes).context(|| dir.display().to_string())
+                let model = Self::new(config, scheduler, params).context(|| dir.display().to_string())?;
+                Ok(Self { notes, ..model })
             }
             (config, scheduler, params) => {
                 let faults = [config.err(), scheduler.err(), params.err()];
@@ -127,12 +132,11 @@ impl DiffusionModel {
         }
     }
 
-    fn over(
-        config: DenoiserConfig,
-        scheduler: SchedulerConfig,
-        params: Params,
-        notes: Vec<String>,
-    ) -> Result<Self> {
+    /// A model with these parameters.
+    ///
+    /// Fails with [`Error::Data`](crate::Error::Data) if they are not those of its network, or if network and
+    /// scheduler do not agree on whether the variance is learned.
+    pub fn new(config: DenoiserConfig, scheduler: SchedulerConfig, params: Params) -> Result<Self> {
         let learned = scheduler.variance_type.is_learned();
         // Most classes take no notice of a predicted variance; these two say whether there is one.
         let says = matches!(
@@ -152,7 +156,7 @@ impl DiffusionModel {
             _ => {}
         }
         let frozen = params.frozen(|b| config.build(b))?;
-        Ok(Self { config, scheduler, params, frozen, notes })
+        Ok(Self { config, scheduler, params, frozen, notes: Vec::new() })
     }
 
     /// Writes the model's folder, `model_index.json` last: a folder that has it is complete.
@@ -351,6 +355,6 @@ mod tests {
         std::fs::remove_file(dir.path().join(UNET_WEIGHTS)).unwrap();
         model.save(dir.path()).unwrap();
         std::fs::remove_file(dir.path().join(UNET_WEIGHTS)).unwrap();
-        said("diffusion_pytorch_model.safetensors: no such file");
+        said("no weights: expected diffusion_pytorch_model.safetensors, found config.json");
     }
 }

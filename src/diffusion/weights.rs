@@ -28,8 +28,11 @@ pub(super) fn open(dir: &Path) -> Result<(StateDict, Option<String>)> {
         let there = if names.is_empty() { "nothing".into() } else { names.join(", ") };
         bail!(Data, "{}: no weights: expected {STEM}safetensors, found {there}", dir.display())
     };
-    let others: Vec<&str> =
-        found[1..].iter().filter(|other| other.1 == rank && other.2 != variant).map(|other| other.3).collect();
+    let others: Vec<&str> = found[1..]
+        .iter()
+        .filter(|other| other.1 == rank && other.2 != variant)
+        .map(|other| other.3)
+        .collect();
     if is_variant && !others.is_empty() {
         bail!(
             Data,
@@ -43,7 +46,8 @@ pub(super) fn open(dir: &Path) -> Result<(StateDict, Option<String>)> {
         true => StateDict::open_sharded(&path)?,
         false => StateDict::open(&path)?,
     };
-    let note = is_variant.then(|| format!("{}: the weights are those of the variant {variant}", path.display()));
+    let note =
+        is_variant.then(|| format!("{}: the weights are those of the variant {variant}", path.display()));
     Ok((weights, note))
 }
 
@@ -93,6 +97,8 @@ mod tests {
             let name = format!("diffusion_pytorch_model.{variant}.safetensors");
             fs::publish(&dir.path().join(name), b"").unwrap();
         }
-        said("several variants, diffusion_pytorch_model.fp16.safetensors and diffusion_pytorch_model.non_ema");
+        said(
+            "several variants, diffusion_pytorch_model.fp16.safetensors and diffusion_pytorch_model.non_ema",
+        );
     }
 }

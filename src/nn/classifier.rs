@@ -32,7 +32,8 @@ impl ClassifierConfig {
         Ok(())
     }
 
-    fn from_json(mut json: Map<String, Value>) -> Result<Self> {
+    /// Reads `config.json`. Fails with [`Error::Data`], naming a key that is missing, unknown or impossible.
+    pub fn from_json(mut json: Map<String, Value>) -> Result<Self> {
         let data = |e: serde_json::Error| Error::Data(format!("not a classifier: {e}"));
         let class_names = json.remove("class_names").unwrap_or_default();
         let config = Self {
@@ -57,7 +58,7 @@ impl Classifier {
     pub fn init(config: ClassifierConfig, seed: u64, device: &Device) -> Result<Self> {
         config.validate()?;
         let params = Params::init(seed, device, |b| config.architecture.build(b))?;
-        Self::over(config, params)
+        Self::new(config, params)
     }
 
     /// Reads a classifier's folder.
@@ -79,10 +80,11 @@ impl Classifier {
         let config =
             ClassifierConfig::from_json(fs::read_json(&path)?).context(|| path.display().to_string())?;
         let params = Params::load(&file(WEIGHTS)?, device, |b| config.architecture.build(b))?;
-        Self::over(config, params)
+        Self::new(config, params)
     }
 
-    fn over(config: ClassifierConfig, params: Params) -> Result<Self> {
+    /// A classifier with these parameters. Fails if they are not those of its network.
+    pub fn new(config: ClassifierConfig, params: Params) -> Result<Self> {
         let frozen = params.frozen(|b| config.architecture.build(b))?;
         Ok(Self { config, params, frozen })
     }

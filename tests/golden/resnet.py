@@ -32,12 +32,13 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self):
+    def __init__(self, widths=WIDTHS, blocks=BLOCKS):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        c_in = WIDTHS[0]
-        for i, (width, n) in enumerate(zip(WIDTHS, BLOCKS)):
+        self.stages = len(widths)
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        c_in = widths[0]
+        for i, (width, n) in enumerate(zip(widths, blocks)):
             blocks = [Block(c_in if j == 0 else width, width, 2 if i > 0 and j == 0 else 1) for j in range(n)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             c_in = width
@@ -45,33 +46,38 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
-        for i in range(len(WIDTHS)):
+        for i in range(self.stages):
             x = getattr(self, f"layer{i + 1}")(x)
         return self.linear(x.mean((2, 3)))
 
 
-torch.manual_seed(18)
-model = ResNet().double()
-with torch.no_grad():
-    # Norms start at 1 and 0, which would hide swapped or lost numbers.
-    for parameter in model.parameters():
-        parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).float())
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.copy_((0.1 * torch.randn_like(buffer)).float())
-        elif name.endswith("running_var"):
-            buffer.copy_((0.5 + torch.rand_like(buffer)).float())
-        else:
-            buffer.fill_(41)
-x = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE).double().requires_grad_()
-labels = torch.tensor([4, 0, 2])
+def randomise(model):
+    """Random numbers for norms too: they start at 1 and 0, which would hide swapped or lost numbers."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_((0.1 * torch.randn_like(buffer)).float())
+            elif name.endswith("running_var"):
+                buffer.copy_((0.5 + torch.rand_like(buffer)).float())
+            else:
+                buffer.fill_(41)
 
-tensors = {f"model.{key}": value.clone() for key, value in model.state_dict().items()}
-tensors |= {"x": x, "labels": labels, "logits_eval": model.eval()(x)}
-tensors["logits_train"] = model.train()(x)
-F.cross_entropy(tensors["logits_train"], labels).backward()
-tensors |= {f"after.{key}": value for key, value in model.named_buffers()}
-tensors |= {f"grad.{key}": value.grad for key, value in model.named_parameters()} | {"grad_x": x.grad}
 
-single = {k: v.detach().float() if v.is_floating_point() else v for k, v in tensors.items()}
-save_file({k: v.contiguous() for k, v in single.items()}, "resnet.safetensors", {"versions": f"torch {torch.__version__}"})
+if __name__ == "__main__":
+    torch.manual_seed(18)
+    model = ResNet().double()
+    randomise(model)
+    x = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE).double().requires_grad_()
+    labels = torch.tensor([4, 0, 2])
+
+    tensors = {f"model.{key}": value.clone() for key, value in model.state_dict().items()}
+    tensors |= {"x": x, "labels": labels, "logits_eval": model.eval()(x)}
+    tensors["logits_train"] = model.train()(x)
+    F.cross_entropy(tensors["logits_train"], labels).backward()
+    tensors |= {f"after.{key}": value for key, value in model.named_buffers()}
+    tensors |= {f"grad.{key}": value.grad for key, value in model.named_parameters()} | {"grad_x": x.grad}
+
+    single = {k: v.detach().float() if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file({k: v.contiguous() for k, v in single.items()}, "resnet.safetensors", {"versions": f"torch {torch.__version__}"})

@@ -2,6 +2,7 @@
 
 mod arc;
 mod bad_input;
+mod convert;
 mod cuda;
 mod curate;
 mod discriminators;

@@ -4,6 +4,7 @@
 mod golden;
 #[cfg(test)]
 mod mlp;
+mod recognition;
 mod resnet;
 mod small_cnn;
 mod unet;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use self::{
+    recognition::{Recognized, recognize},
     resnet::ResNetConfig,
     small_cnn::SmallCnnConfig,
     unet::{SampleSize, UNetConfig},
