@@ -1,15 +1,15 @@
 //! Samplers, predictions and conditioning through the program.
 
-use std::{collections::HashMap, path::Path};
+use std::{cell::Cell, collections::HashMap, path::Path};
 
 use arrow_array::Int64Array;
 use candle_core::{DType, Device, Tensor};
 use proxyset::data::table::{self, Table};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     pipeline::SMALL,
-    run::{TINY_UNET, fails, files, kill_after, made, ok, shards},
+    run::{TINY_UNET, fails, files, kill_after, made, ok, shards, succeeds},
 };
 
 const COUNT: usize = 20;
@@ -44,7 +44,21 @@ fn every_sampler_makes_images_of_given_noise_with_every_prediction() {
             "fit-generator --split {} {TINY_UNET} {settings} {process} --out {model} --quiet",
             made().path("split")
         ));
-        for sampler in ["ddpm", "ddim", "dpm-solver++", "ipndm", "heun", "euler"] {
+        for sampler in [
+            "ddpm",
+            "ddim",
+            "dpm-solver++",
+            "sde-dpm-solver++",
+            "unipc",
+            "pndm",
+            "ipndm",
+            "heun",
+            "euler",
+            "euler-ancestral",
+        ] {
+            if (&*prediction, sampler) == ("edm", "pndm") {
+                continue;
+            }
             let out = path(&format!("{prediction}-{sampler}"));
             let float = out.join("images.safetensors");
             ok(&format!(
@@ -151,6 +165,12 @@ fn guidance_needs_a_null_class_and_changes_the_images() {
     }
     let images = |guidance: &str| pixels(&floats(Path::new(&path(&format!("pool-{guidance}.floats")))));
     assert!(images("1") != images("3") && images("0") != images("1"));
+    // The same folder without class names: the flag tells what its proxyset.json told.
+    std::fs::remove_file(format!("{model}/proxyset.json")).unwrap();
+    ok(&format!("{} --null-class 10", generate(&model, 3.0, &path("told"))));
+    assert!(pixels(&floats(Path::new(&path("told.floats")))) == images("3"));
+    let wrong = format!("{} --null-class 11", generate(&model, 3.0, &path("none")));
+    fails(&wrong, 2, &["null_class is 11, expected below 11"]);
     let said = "guidance is 3, expected 1: ";
     fails(
         &generate(&made().path("generator"), 3.0, &path("none")),
@@ -160,11 +180,141 @@ fn guidance_needs_a_null_class_and_changes_the_images() {
     assert!(!Path::new(&path("none")).exists());
 }
 
+/// Folders as people have them, made of the one that `DDPMPipeline.save_pretrained` wrote.
+#[test]
+fn folders_of_diffusers_are_read_as_diffusers_reads_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/diffusers_model");
+    let folder = |name: &str| {
+        let copy = dir.path().join(name);
+        for file in [
+            "model_index.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "scheduler/scheduler_config.json",
+        ] {
+            std::fs::create_dir_all(copy.join(file).parent().unwrap()).unwrap();
+            std::fs::copy(golden.join(file), copy.join(file)).unwrap();
+        }
+        copy
+    };
+    let edit = |folder: &Path, file: &str, values: Value| {
+        let path = folder.join(file);
+        let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        json.as_object_mut().unwrap().extend(values.as_object().unwrap().clone());
+        std::fs::write(path, json.to_string()).unwrap();
+    };
+    let runs = Cell::new(0);
+    let generate = |model: &Path, more: &str| {
+        runs.set(runs.get() + 1);
+        let out = dir.path().join(format!("pool-{}", runs.get()));
+        let model = model.display();
+        let command = format!(
+            "generate --model {model} --count 4 --shard-rows 4 --micro-batch 4 --save-float {0}.floats --out {0} {more}",
+            out.display()
+        );
+        (command, out)
+    };
+    let made_by = |model: &Path, more: &str, said: &[&str]| {
+        let (command, out) = generate(model, more);
+        succeeds(&command, said);
+        pixels(&floats(&out.with_extension("floats")))
+    };
+    let refused = |model: &Path, more: &str, said: &[&str]| {
+        let (command, out) = generate(model, more);
+        fails(&command, 65, said);
+        assert!(!out.exists(), "{command}: something was made");
+    };
+    let close = |a: &[f32], b: &[f32], tolerance: f32| {
+        let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= tolerance, "off by {worst}");
+    };
+    let steps = "--steps 5";
+    let plain = made_by(&folder("plain"), steps, &[]);
+
+    // What `--use_ema` of train_unconditional.py, and another scheduler class, leave in the files.
+    let ema = folder("ema");
+    edit(&ema, "unet/config.json", json!({"decay": 0.9999, "power": 0.75, "use_ema_warmup": true}));
+    let said = ["decay, power, use_ema_warmup belong to a moving average: ignored"];
+    assert!(made_by(&ema, steps, &said) == plain);
+    let swapped = folder("swapped");
+    let scheduler = "scheduler/scheduler_config.json";
+    edit(&swapped, scheduler, json!({"skip_prk_steps": true, "solver_order": 3, "_use_default_values": []}));
+    let said = ["a DDPMScheduler has no skip_prk_steps, solver_order: ignored"];
+    assert!(made_by(&swapped, steps, &said) == plain);
+    edit(&swapped, scheduler, json!({"beta_shape": 2}));
+    refused(&swapped, steps, &["beta_shape is 2, expected no such key"]);
+
+    // A class that is not built has a noise schedule nevertheless; the index decides.
+    let lms = folder("lms");
+    edit(&lms, scheduler, json!({"_class_name": "LMSDiscreteScheduler"}));
+    edit(&lms, "model_index.json", json!({"scheduler": ["diffusers", "LMSDiscreteScheduler"]}));
+    refused(&lms, steps, &["LMSDiscreteScheduler", "--sampler chooses one for its noise"]);
+    let ddim = folder("ddim");
+    edit(&ddim, "model_index.json", json!({"scheduler": ["diffusers", "DDIMScheduler"]}));
+    let said = ["the scheduler is a DDIMScheduler, as model_index.json says, not a \"DDPMScheduler\""];
+    let of_index = made_by(&ddim, "--steps 4", &said);
+    assert!(made_by(&lms, "--sampler ddim --steps 4", &[]) == of_index);
+    // The last of all steps cannot be visited with an offset.
+    edit(&ddim, scheduler, json!({"steps_offset": 1}));
+    made_by(&ddim, "", &[]);
+
+    // Weights of a variant, in parts, and both.
+    let weights = "unet/diffusion_pytorch_model.safetensors";
+    let tensors = candle_core::safetensors::load(golden.join(weights), &Device::Cpu).unwrap();
+    let half = |names: &[&String], path: &Path| {
+        let of = |name: &&String| ((**name).clone(), tensors[*name].to_dtype(DType::F16).unwrap());
+        candle_core::safetensors::save(&names.iter().map(of).collect::<HashMap<_, _>>(), path).unwrap();
+    };
+    let mut names: Vec<&String> = tensors.keys().collect();
+    names.sort();
+    let variant = folder("variant");
+    std::fs::remove_file(variant.join(weights)).unwrap();
+    refused(
+        &variant,
+        steps,
+        &["no weights: expected diffusion_pytorch_model.safetensors, found config.json"],
+    );
+    half(&names, &variant.join("unet/diffusion_pytorch_model.fp16.safetensors"));
+    let rounded = made_by(&variant, steps, &["the weights are those of the variant fp16"]);
+    close(&rounded, &plain, 0.05);
+    let parts = folder("parts");
+    std::fs::remove_file(parts.join(weights)).unwrap();
+    let (first, second) = names.split_at(names.len() / 2);
+    let mut map = serde_json::Map::new();
+    for (i, part) in [first, second].into_iter().enumerate() {
+        let file = format!("diffusion_pytorch_model-{:05}-of-00002.safetensors", i + 1);
+        half(part, &parts.join("unet").join(&file));
+        map.extend(part.iter().map(|name| ((*name).clone(), file.clone().into())));
+    }
+    let index = json!({"metadata": {}, "weight_map": map}).to_string();
+    std::fs::write(parts.join("unet/diffusion_pytorch_model.safetensors.index.json"), index).unwrap();
+    assert!(made_by(&parts, steps, &[]) == rounded);
+
+    // Channels that do not fit.
+    let wide = folder("wide");
+    edit(&wide, "unet/config.json", json!({"out_channels": 2}));
+    refused(&wide, steps, &["conv_out.weight has shape [1, 16, 3, 3], expected [2, 16, 3, 3]"]);
+    let learned = folder("learned");
+    edit(&learned, "unet/config.json", json!({"out_channels": 2}));
+    let network = tensors.iter().map(|(name, tensor)| match &**name {
+        "conv_out.weight" | "conv_out.bias" => (name.clone(), Tensor::cat(&[tensor, tensor], 0).unwrap()),
+        _ => (name.clone(), tensor.clone()),
+    });
+    candle_core::safetensors::save(&network.collect::<HashMap<_, _>>(), learned.join(weights)).unwrap();
+    refused(&learned, steps, &["the network predicts a variance (out_channels is twice in_channels)"]);
+    edit(&learned, scheduler, json!({"variance_type": "learned_range"}));
+    made_by(&learned, steps, &[]);
+    let alone = folder("alone");
+    edit(&alone, scheduler, json!({"variance_type": "learned"}));
+    refused(&alone, steps, &["the network predicts none"]);
+}
+
 /// The predictions of earlier steps are part of the saved state.
 #[test]
 fn samplers_that_remember_survive_kills() {
     let dir = tempfile::tempdir().unwrap();
-    for sampler in ["dpm-solver++", "ipndm"] {
+    for sampler in ["dpm-solver++", "unipc", "pndm"] {
         let path = |name: &str| dir.path().join(format!("{sampler}-{name}")).display().to_string();
         let generate = |out: &str| {
             format!(

@@ -24,6 +24,18 @@ pub fn ok(args: &str) -> String {
 /// Runs the program, which must exit with `code` and print each of `parts` on stderr.
 #[track_caller]
 pub fn fails(args: &str, code: i32, parts: &[&str]) {
+    assert_ne!(code, 0);
+    ends(args, code, parts);
+}
+
+/// Runs the program, which must succeed and print each of `parts` on stderr.
+#[track_caller]
+pub fn succeeds(args: &str, parts: &[&str]) {
+    ends(args, 0, parts);
+}
+
+#[track_caller]
+fn ends(args: &str, code: i32, parts: &[&str]) {
     let output = proxyset(args).output().unwrap();
     assert_eq!(output.status.code(), Some(code), "{}", described(args, &output));
     let stderr = String::from_utf8_lossy(&output.stderr);

@@ -60,7 +60,10 @@ fn what_comes_out_of_a_denoiser_has_the_shape_of_what_goes_in() {
     assert_eq!(config(square).image_shape().unwrap(), (32, 32, 1));
     for (json, expected) in [
         (json!({}), "the U-Net's sample_size is not set, expected the side of its images"),
-        (json!({"sample_size": 32, "out_channels": 5}), "out_channels is 5, expected 3, that of in_channels"),
+        (
+            json!({"sample_size": 32, "out_channels": 5}),
+            "out_channels is 5, expected 3, that of in_channels, or twice as many if the variance is learned",
+        ),
     ] {
         let error = config(json).image_shape().unwrap_err();
         assert_eq!((error.exit_code(), &*error.to_string()), (65, expected));
