@@ -28,6 +28,18 @@ pub struct Smoothing {
     pub alpha: f64,
 }
 
+/// The least number of copies with which [`Smoothing::certify`] can certify anything: if all `n` of them agree, the
+/// bound is `α^(1/n)`, which has to be over 1/2. `alpha` is between 0 and 1.
+pub fn least_to_certify(alpha: f64) -> u64 {
+    (-alpha.log2()).floor() as u64 + 1
+}
+
+/// The least number of copies with which [`Smoothing::predict`] can predict anything: if all `n` of them agree, the
+/// test's p-value is `2^(1-n)`, which has to be at most α. `alpha` is between 0 and 1.
+pub fn least_to_predict(alpha: f64) -> u64 {
+    (1.0 - alpha.log2()).ceil() as u64
+}
+
 /// What is certified about an image.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Certificate {
@@ -130,6 +142,19 @@ mod tests {
         assert_eq!(predict([33, 67, 0]), Some(1));
         assert_eq!(predict([34, 66, 0]), None);
         assert_eq!(predict([0, 100, 0]), Some(1));
+    }
+
+    #[test]
+    fn one_copy_less_than_the_least_number_decides_nothing() {
+        for alpha in [0.4, 0.2, 0.1, 0.05, 0.01, 0.001, 1e-4, 1e-6, 1e-12] {
+            let all_agree = |n: u64| Smoothing { n, n0: 1, sigma: 1.0, alpha };
+            let certified = |n| all_agree(n).certify(&|_, n| Ok(vec![0, n])).unwrap().class;
+            let predicted = |n| all_agree(n).predict(&|_, n| Ok(vec![0, n])).unwrap();
+            let (certify, predict) = (least_to_certify(alpha), least_to_predict(alpha));
+            assert_eq!((certified(certify - 1), certified(certify)), (None, Some(1)), "{alpha}: {certify}");
+            assert_eq!((predicted(predict - 1), predicted(predict)), (None, Some(1)), "{alpha}: {predict}");
+        }
+        assert_eq!([least_to_certify(0.001), least_to_predict(0.001)], [10, 11]);
     }
 
     #[test]

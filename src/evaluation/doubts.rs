@@ -6,13 +6,52 @@ use super::{Evaluation, unchanged};
 use crate::{
     Result,
     attack::{
-        Norm, Threat,
+        Loss, Norm, Threat,
         search::{choice, distance, length},
     },
 };
 
+/// The share of images from which on a saturated loss is worth a word.
+const MANY: f64 = 0.1;
+
 /// The number of images that are evaluated twice.
 const TWICE: usize = 64;
+
+/// The doubts about logits as such: those that are not finite.
+pub fn unusable(logits: &[Vec<f32>]) -> Vec<String> {
+    let count = |is: fn(&[f32]) -> bool| logits.iter().filter(|row| is(row)).count();
+    let nan = count(|row| row.iter().any(|z| z.is_nan()));
+    let infinite =
+        count(|row| row.iter().any(|z| z.is_infinite()) && !row.iter().any(|z| z.is_nan()));
+    let mut doubts = Vec::new();
+    if nan > 0 {
+        doubts.push(format!("{nan} images are answered with what is no number, which counts as wrong"));
+    }
+    if infinite > 0 {
+        doubts.push(format!(
+            "{infinite} images are answered with infinite logits, of which no loss has a gradient: the network overflows"
+        ));
+    }
+    doubts
+}
+
+/// The doubt about an attack that climbs nothing but the cross-entropy, if that is saturated on more than a tenth of
+/// the images that withstood it: as sure as the network is of their classes, the cross-entropy is 0 up to rounding.
+///
+/// `rows`: the images that withstood it, as indices of `logits` and `labels`. `rounding`: the largest probability of
+/// all other classes together that the attack does not tell from 0.
+pub fn saturation(logits: &[Vec<f32>], labels: &[u32], rows: &[usize], rounding: f32) -> Option<String> {
+    let wrong = |row: usize| -Loss::CrossEntropy.of(&logits[row], labels[row] as usize).1[labels[row] as usize];
+    let saturated = rows.iter().filter(|&&row| wrong(row) <= rounding).count();
+    (saturated as f64 > MANY * rows.len() as f64).then(|| {
+        format!(
+            "the cross-entropy has no gradient, up to rounding, on {saturated} of the {} images that withstood the attack: \
+             the network is too sure of them, and the robust accuracy is too high if they can be fooled; climb the margin \
+             (PGD's loss cw, apgd-dlr) or take autoattack",
+            rows.len()
+        )
+    })
+}
 
 impl Evaluation<'_> {
     /// The findings of the attack `name` that count, by image: adversarial images that the network still
@@ -57,10 +96,6 @@ impl Evaluation<'_> {
         let first: Vec<usize> = (0..self.data.len().min(TWICE)).collect();
         let unseen = Self { kept: None, bar: None, ..*self };
         let again = unseen.logits_of("again", &first, &unchanged)?;
-        let nan = logits.iter().filter(|row| row.iter().any(|z| z.is_nan())).count();
-        if nan > 0 {
-            doubts.push(format!("{nan} images are answered with what is no number, which counts as wrong"));
-        }
         // Compares directions, as AutoAttack does: the last bits may differ on a GPU.
         let direction = |row: &[f32]| -> Vec<f32> {
             let size = length(Norm::L2, row.iter().copied()) + 1e-10;
@@ -165,7 +200,31 @@ mod tests {
             doubts(&|x| Ok(pixels(x)?.narrow(1, 0, 3)?)),
             "with 3 classes the targeted DLR loss is not defined:",
         );
-        said(doubts(&|x| Ok((pixels(x)? * f64::NAN)?)), "6 images are answered with what is no number");
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_counted() {
+        let infinite = vec![f32::INFINITY, 0.0];
+        let all = [vec![1.0, 2.0], infinite.clone(), vec![f32::NAN, f32::INFINITY], infinite];
+        let said = unusable(&all);
+        assert!(said[0].starts_with("1 images are answered with what is no number"), "{said:?}");
+        assert!(said[1].starts_with("2 images are answered with infinite logits"), "{said:?}");
+        assert_eq!(unusable(&all[..1]), [""; 0]);
+    }
+
+    /// 1 - p is e^-z here: 6e-8, which is lost beside 1 in single precision, lies between z = 16 and 17.
+    #[test]
+    fn a_cross_entropy_that_rounds_to_0_on_many_images_is_doubted() {
+        let logits = |z: f32| vec![0.0, z, -1e3];
+        let all: Vec<_> = [16.0, 17.0, 1e4, 5.0, f32::INFINITY].map(logits).into();
+        let said = |rows: &[usize]| saturation(&all, &[1; 5], rows, f32::EPSILON / 2.0);
+        assert!(said(&[0, 1, 2, 3]).unwrap().contains("on 2 of the 4 images that withstood"));
+        assert_eq!(said(&[0, 3, 4]), None);
+        assert_eq!(said(&[]), None);
+        let few: Vec<usize> = (0..10).map(|i| if i == 0 { 1 } else { 3 }).collect();
+        assert_eq!(said(&few), None, "one in ten");
+        let double = |rows: &[usize]| saturation(&all, &[1; 5], rows, (f64::EPSILON / 2.0) as f32);
+        assert!(double(&[0, 1]).is_none() && double(&[2]).is_some());
     }
 
     #[test]

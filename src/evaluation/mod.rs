@@ -19,6 +19,7 @@ use std::{
 use candle_core::Device;
 use findings::Findings;
 
+pub use self::doubts::{saturation, unusable};
 pub(crate) use self::examined::{Examined, expect_images};
 use crate::{
     Result,

@@ -155,6 +155,16 @@ impl EvaluationAttackSettings {
         })
     }
 
+    /// If all that is climbed is the cross-entropy: the largest probability of all wrong classes together that the
+    /// attack does not tell from 0, since PGD computes in single precision and APGD in double.
+    pub fn cross_entropy_rounding(&self) -> Option<f32> {
+        match self {
+            Self::Pgd(PgdSettings { loss: PgdLoss::Ce, .. }) => Some(f32::EPSILON / 2.0),
+            Self::ApgdCe(_) => Some((f64::EPSILON / 2.0) as f32),
+            _ => None,
+        }
+    }
+
     /// Fails with [`Error::Usage`](crate::Error::Usage), naming the value, if one of them is impossible.
     pub fn validate(&self) -> Result<()> {
         self.sequence(0).map(drop)

@@ -41,6 +41,10 @@ pub struct TrainRecord {
     /// Accuracy of the kept checkpoint on the held-out real images, under attack or noise if it was trained that
     /// way.
     pub held_out_accuracy: f64,
+    /// The standard deviation of the noise on the images learned from, for pixels in [0, 1]: 0 if there was none.
+    /// `None` in records of before it was kept.
+    #[serde(default)]
+    pub sigma: Option<f64>,
 }
 
 impl Record for TrainRecord {

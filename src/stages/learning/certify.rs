@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use crate::{
     Error, Result,
     attack::search::choice,
-    certify::{Certificate, Smoothing},
+    certify::{Certificate, Smoothing, least_to_certify, least_to_predict},
     data::{self, Dataset, Range, Source, gaussian_noise, to_tensor},
     error::expect_within as expect,
     evaluation::Examined,
-    fs,
+    fs::{self, Record},
     nn::Classifier,
     plot,
     progress::{Progress, check_stop},
@@ -21,8 +21,14 @@ use crate::{
     settings::{self, NoSettings},
     stage::{Input, Job, Outcome, Stage, note},
     stats::clopper_pearson,
-    tables::{images::write_certified, records::MODEL},
+    tables::{
+        images::write_certified,
+        records::{MODEL, TrainRecord},
+    },
 };
+
+/// The largest σ without a doubt about its unit: in pixels from 0 to 1, little can be seen under such noise.
+const LARGEST_SIGMA: f64 = 2.0;
 
 /// Certificates.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -99,6 +105,29 @@ impl Certify {
         }
     }
 
+    /// Reasons to doubt that σ is what the classifier was trained for.
+    fn doubts(&self, train: Option<&TrainRecord>) -> Vec<String> {
+        let sigma = self.sigma;
+        let mut doubts = Vec::new();
+        if sigma > LARGEST_SIGMA {
+            let unit = sigma / 255.0;
+            doubts.push(format!(
+                "sigma is {sigma} for pixels in [0, 1], under which little can be seen; if it was meant for pixels up to \
+                 255, it is {unit:.4}"
+            ));
+        }
+        match train.and_then(|train| train.sigma) {
+            Some(0.0) => doubts.push(format!(
+                "the classifier was trained without noise, and is smoothed with sigma {sigma}: expect it to abstain"
+            )),
+            Some(trained) if (trained - sigma).abs() > 1e-6 * trained => {
+                doubts.push(format!("the classifier was trained with sigma {trained}, and is smoothed with {sigma}"));
+            }
+            _ => {}
+        }
+        doubts
+    }
+
     /// The certificate of one image; with [`Mode::Predict`] its radius and bound are 0, which is always true.
     fn one(
         &self,
@@ -150,7 +179,20 @@ impl Stage for Certify {
         }
         expect("n", self.n, 1, 1 << 40)?;
         expect("alpha", self.alpha, 1e-12, 0.5)?;
-        expect("batch", self.batch, 1, 1 << 20)
+        expect("batch", self.batch, 1, 1 << 20)?;
+        let Self { n, alpha, .. } = *self;
+        let (least, done) = match self.mode {
+            Mode::Certify(_) => (least_to_certify(alpha), "certified"),
+            Mode::Predict(_) => (least_to_predict(alpha), "predicted"),
+        };
+        if n < least {
+            bail!(
+                Usage,
+                "n is {n} and alpha {alpha}, with which nothing can be {done} even if all copies agree; expected n from \
+                 {least}"
+            );
+        }
+        Ok(())
     }
 
     fn amount(&self) -> String {
@@ -167,9 +209,11 @@ impl Stage for Certify {
         let (model, limit) = (self.model.as_deref(), self.limit);
         let examined =
             Examined::load(model, &self.data, self.official_split, limit, self.max_bad, &job.device)?;
-        let Examined { classifier, data, .. } = &examined;
+        let Examined { dir, classifier, data } = &examined;
+        let warnings = self.doubts(TrainRecord::read_if_there(dir)?.as_ref());
 
         let out = job.open()?;
+        warnings.iter().for_each(|doubt| note(self, &format!("warning: {doubt}")));
         let parts = fs::Parts::new(job.hidden(out, "parts"));
         let rows: Vec<usize> = (0..data.len()).step_by(self.skip).collect();
         let bar = Progress::new(Self::NAME, rows.len() as u64, "images");
@@ -220,6 +264,7 @@ impl Stage for Certify {
             "certified": table,
             "smoothing": { "sigma": self.sigma, "n0": self.n0(), "n": self.n, "alpha": self.alpha },
             "seed": self.seed,
+            "warnings": warnings,
             "data": examined.data_record(&self.data, self.official_split)?,
             "model_blake3": examined.model_blake3()?,
             "seconds": started.elapsed().as_secs_f64(),
@@ -240,5 +285,46 @@ impl Stage for Certify {
         fs::publish_json(&out.join("certify.json"), &summary)?;
         note(self, &format!("{correct} of {n} right, {abstained} abstained"));
         Ok(Outcome::Done(summary))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn certify(sigma: f64) -> Certify {
+        Certify { sigma, ..Certify::default() }
+    }
+
+    #[test]
+    fn copies_with_which_nothing_can_be_decided_are_refused() {
+        let predict = Mode::Predict(NoSettings {});
+        for (mode, n, least) in [(Certify::default().mode, 9, 10), (predict, 10, 11)] {
+            let settings = |n| Certify { n, mode: mode.clone(), ..Certify::default() };
+            let error = settings(n).validate().unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().ends_with(&format!("expected n from {least}")), "{error}");
+            settings(least).validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_sigma_other_than_that_of_the_training_is_doubted() {
+        let trained = |sigma| TrainRecord {
+            schema: String::new(),
+            arm: "real".into(),
+            seed: 0,
+            real: 1,
+            synthetic: 0,
+            held_out_accuracy: 0.5,
+            sigma,
+        };
+        let doubts = |sigma, record: Option<f64>| certify(sigma).doubts(Some(&trained(record)));
+        assert_eq!(doubts(0.25, Some(0.25)), [""; 0]);
+        assert_eq!(doubts(0.25, None), [""; 0]);
+        assert_eq!(certify(0.25).doubts(None), [""; 0]);
+        assert!(doubts(1.0, Some(0.25))[0].contains("trained with sigma 0.25, and is smoothed with 1"));
+        assert!(doubts(0.25, Some(0.0))[0].contains("trained without noise"));
+        assert!(certify(64.0).doubts(None)[0].contains("if it was meant for pixels up to 255, it is 0.2510"));
     }
 }

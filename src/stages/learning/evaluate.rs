@@ -18,7 +18,7 @@ use crate::{
     },
     data::{self, Source},
     error::expect_within as expect,
-    evaluation::{Evaluation, Examined, unchanged},
+    evaluation::{Evaluation, Examined, saturation, unchanged, unusable},
     fs::{self, Record},
     progress::{Progress, checkpoint_interval},
     settings::{self, BallSettings, EvaluationAttackSettings, PgdSettings},
@@ -146,7 +146,10 @@ impl Stage for Evaluate {
         let mut standing: Vec<usize> = (0..data.len()).filter(|&row| right[row]).collect();
         let clean_correct = standing.len() as u64;
         let sequence = self.attack.sequence(self.seed)?;
-        let mut warnings = if sequence.is_empty() { Vec::new() } else { clean.doubts(&logits, &standing)? };
+        let mut warnings = unusable(&logits);
+        if !sequence.is_empty() {
+            warnings.extend(clean.doubts(&logits, &standing)?);
+        }
         warnings.iter().for_each(|doubt| note(self, &format!("warning: {doubt}")));
 
         let mut broken_by: Vec<Option<&str>> = vec![None; data.len()];
@@ -178,6 +181,11 @@ impl Stage for Evaluate {
                 warnings.push(doubt);
             }
             survivors.push(Survivors { attack: name.to_owned(), before, after, accuracy, interval });
+        }
+        let rounding = self.attack.cross_entropy_rounding();
+        if let Some(doubt) = rounding.and_then(|r| saturation(&logits, &data.labels, &standing, r)) {
+            note(self, &format!("warning: {doubt}"));
+            warnings.push(doubt);
         }
         let norm = self.attack.ball().map_or(Norm::Linf, |ball| ball.norm);
         let perturbation = (!sequence.is_empty()).then(|| extremes(norm, &clean, &adversarial));

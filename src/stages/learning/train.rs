@@ -391,6 +391,7 @@ impl Stage for Train {
             real: train.len(),
             synthetic: synthetic.iter().map(|(data, _)| data.len()).sum(),
             held_out_accuracy,
+            sigma: Some(self.objective.noise().map_or(0.0, |noise| noise.sigma)),
         };
         record.write(out)?;
         let (right, n) = (100.0 * held_out_accuracy, held_out.len());
