@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     hub,
     image::{self, Shape},
+    part::{Part, drawn},
     table::{self, Table},
 };
 use crate::{Error, Result, ResultExt};
@@ -101,6 +102,8 @@ pub struct Dataset {
     pub pixels: Vec<u8>,
     /// `(n,)`, indices into `class_names`.
     pub labels: Vec<u32>,
+    /// `(n,)`, the place of each image in its split, or the number of its [`Dataset::push`].
+    pub rows: Vec<usize>,
     /// The names of the classes.
     pub class_names: Vec<String>,
     /// How many rows were left out because they were bad.
@@ -135,6 +138,7 @@ impl Dataset {
             shape: self.shape,
             pixels: indices.iter().flat_map(|&i| self.image(i)).copied().collect(),
             labels: indices.iter().map(|&i| self.labels[i]).collect(),
+            rows: indices.iter().map(|&i| self.rows[i]).collect(),
             class_names: self.class_names.clone(),
             bad_rows: 0,
         }
@@ -142,7 +146,7 @@ impl Dataset {
 
     /// No images yet.
     pub fn empty(shape: Shape, class_names: Vec<String>) -> Self {
-        Self { shape, pixels: Vec::new(), labels: Vec::new(), class_names, bad_rows: 0 }
+        Self { shape, pixels: Vec::new(), labels: Vec::new(), rows: Vec::new(), class_names, bad_rows: 0 }
     }
 
     /// Appends an image.
@@ -152,6 +156,7 @@ impl Dataset {
     pub fn push(&mut self, image: &[u8], label: u32) {
         assert_eq!(image.len(), self.shape.size(), "pixels of a {} image", self.shape);
         self.pixels.extend_from_slice(image);
+        self.rows.push(self.labels.len());
         self.labels.push(label);
     }
 
@@ -159,6 +164,7 @@ impl Dataset {
     pub fn concat(mut self, other: &Self) -> Self {
         self.pixels.extend_from_slice(&other.pixels);
         self.labels.extend_from_slice(&other.labels);
+        self.rows.extend_from_slice(&other.rows);
         self.bad_rows += other.bad_rows;
         self
     }
@@ -170,6 +176,23 @@ impl Dataset {
             counts[label as usize] += 1;
         }
         counts
+    }
+
+    /// The warning that some classes have no image here, if this is not all of a split but `part` of it.
+    pub fn left_out(&self, part: Part) -> Option<String> {
+        /// How many classes a message lists.
+        const LISTED: usize = 10;
+        let counts = self.class_counts().into_iter().zip(&self.class_names);
+        let without: Vec<String> =
+            counts.filter(|(count, _)| *count == 0).map(|(_, name)| format!("'{name}'")).collect();
+        (part != Part::All && !without.is_empty()).then(|| {
+            let (n, classes, more) =
+                (without.len(), self.class_names.len(), if without.len() > LISTED { ", …" } else { "" });
+            format!(
+                "{part} have none of {n} of the {classes} classes: {}{more}",
+                without[..n.min(LISTED)].join(", ")
+            )
+        })
     }
 }
 
@@ -184,7 +207,26 @@ impl Source {
     /// with [`Error::Usage`] if there is no such file or split, and with [`Error::Data`] on bad rows, no rows,
     /// missing columns and damaged files.
     pub fn load(&self, split: OfficialSplit, limit: Option<usize>, max_bad: usize) -> Result<Dataset> {
-        let mut loader = Loader { limit: limit.unwrap_or(usize::MAX), max_bad, ..Loader::default() };
+        self.read(split, Loader { limit: limit.unwrap_or(usize::MAX), max_bad, ..Loader::default() })
+    }
+
+    /// Loads a part of a split; see [`Source::load`]. Of a part that is drawn, only the images that were drawn are
+    /// decoded and may be bad.
+    pub fn load_part(&self, split: OfficialSplit, part: Part, max_bad: usize) -> Result<Dataset> {
+        match part {
+            Part::All => self.load(split, None, max_bad),
+            Part::First(n) => self.load(split, Some(n), max_bad),
+            Part::Drawn(n) => {
+                let labels = self.labels(split)?;
+                let known = labels.iter().filter_map(|&label| check_label(label, None).ok());
+                let classes = known.max().map_or(0, |label| label + 1);
+                let chosen = Some(drawn(&labels, n));
+                self.read(split, Loader { limit: usize::MAX, max_bad, chosen, classes, ..Loader::default() })
+            }
+        }
+    }
+
+    fn read(&self, split: OfficialSplit, mut loader: Loader) -> Result<Dataset> {
         match self {
             Self::Digits => loader.add(Table::new(format!("{DIGITS}/{split}"), in_memory(digits(split)))?)?,
             Self::Path(path) => match find(path, split)? {
@@ -198,6 +240,22 @@ impl Source {
             },
         }
         loader.finish(&format!("{self}, split {split}"))
+    }
+
+    /// The label of each row of a split as it stands there, whether or not it is a class; no image is decoded.
+    fn labels(&self, split: OfficialSplit) -> Result<Vec<Option<i128>>> {
+        let Self::Path(path) = self else {
+            return table_labels(Table::new(format!("{DIGITS}/{split}"), in_memory(digits(split)))?);
+        };
+        Ok(match find(path, split)? {
+            Found::Parquet(files) => files
+                .iter()
+                .map(|file| table_labels(Table::open(file)?))
+                .collect::<Result<Vec<_>>>()?
+                .concat(),
+            Found::Npz(file) => Arrays::read(&file)?.labels.into_iter().map(|l| Some(l.into())).collect(),
+            Found::Images(folder) => folder.files.iter().map(|&(_, label)| Some(label.into())).collect(),
+        })
     }
 
     /// Whether the data set has this split, even if it is damaged or ambiguous.
@@ -456,10 +514,17 @@ type Row = std::result::Result<(Shape, Vec<u8>, u32), String>;
 #[derive(Default)]
 struct Loader {
     limit: usize,
+    /// The rows to load, ascending; `None` for all.
+    chosen: Option<Vec<usize>>,
     max_bad: usize,
+    /// The number of rows before the next one.
+    seen: usize,
     shape: Option<Shape>,
     pixels: Vec<u8>,
     labels: Vec<u32>,
+    rows: Vec<usize>,
+    /// The least number of classes, if they have no names.
+    classes: u32,
     /// What the first file declares; all others must declare the same.
     class_names: Option<Option<Vec<String>>>,
     bad_rows: usize,
@@ -467,19 +532,16 @@ struct Loader {
 
 impl Loader {
     fn add<R: ChunkReader>(&mut self, table: Table<R>) -> Result<()> {
-        let file = table.file().to_path_buf();
+        let (file, first_row) = (table.file().to_path_buf(), self.seen);
         let has = |name: &str| table.schema().index_of(name).is_ok();
         let image = if !has("image") && has("img") { "img" } else { "image" };
         self.add_class_names(&table)?;
         let left = self.limit - self.labels.len();
         let mut batches = table.read(&[image, "label"], left.clamp(1, BATCH_ROWS))?;
-        let mut first_row = 0;
         while self.labels.len() < self.limit
             && let Some(batch) = batches.next()
         {
-            let batch = batch?;
-            self.add_batch(&file, first_row, &batch, image)?;
-            first_row += batch.num_rows();
+            self.add_batch(&file, first_row, &batch?, image)?;
         }
         Ok(())
     }
@@ -501,26 +563,125 @@ impl Loader {
         Ok(())
     }
 
+    /// The next `n` rows, each with whether it is to be loaded.
+    fn next(&mut self, n: usize) -> Vec<(usize, bool)> {
+        let rows = self.seen..self.seen + n;
+        self.seen += n;
+        let wanted = |row| self.chosen.as_ref().is_none_or(|chosen| chosen.binary_search(&row).is_ok());
+        rows.map(|row| (row, wanted(row))).collect()
+    }
+
     /// Image files; those in a class's folder get its label.
     fn add_files(&mut self, folder: ImageFolder) -> Result<()> {
-        self.class_names = Some(Some(folder.class_names));
-        for files in folder.files.chunks(BATCH_ROWS) {
+        let ImageFolder { files: all, class_names, .. } = folder;
+        self.class_names = Some(Some(class_names));
+        for files in all.chunks(BATCH_ROWS) {
             if self.labels.len() == self.limit {
                 break;
             }
-            let decoded = files.par_iter().map(|(file, label)| {
+            let wanted = self.next(files.len()).into_par_iter().zip(files).filter(|((_, wanted), _)| *wanted);
+            let decoded = wanted.map(|((row, _), (file, label))| {
                 let bytes = fs::read(file).map_err(Error::io(file))?;
                 let image = image::decode(&bytes).map_err(|e| e.to_string());
-                Ok(image.map(|(shape, pixels)| (shape, pixels, *label)))
+                Ok((row, image.map(|(shape, pixels)| (shape, pixels, *label))))
             });
             let rows = decoded.collect::<Result<Vec<_>>>()?;
-            self.add_rows(rows, &|row| files[row].0.display().to_string())?;
+            self.add_rows(rows, &|row| all[row].0.display().to_string())?;
         }
         Ok(())
     }
 
     /// The arrays of an `.npz` file.
     fn add_arrays(&mut self, file: &Path) -> Result<()> {
+        let Arrays { shape, pixels, labels, labelled } = Arrays::read(file)?;
+        if !labelled {
+            self.class_names = Some(Some(vec![UNLABELLED.into()]));
+        }
+        let rows = self.next(labels.len()).into_iter().zip(pixels.chunks_exact(shape.size()).zip(labels));
+        let wanted = rows.filter(|((_, wanted), _)| *wanted);
+        let rows = wanted.map(|((row, _), (image, label))| {
+            (row, check_label(Some(label.into()), None).map(|label| (shape, image.to_vec(), label)))
+        });
+        self.add_rows(rows, &|row| format!("{}: row {row}", file.display()))
+    }
+
+    fn add_batch(&mut self, file: &Path, first_row: usize, batch: &RecordBatch, image: &str) -> Result<()> {
+        let images = hub::image_bytes(file, batch, image)?;
+        let labels = labels(file, batch)?;
+        let classes = self.class_names.as_ref().and_then(Option::as_ref).map(Vec::len);
+        let decode = |image: Option<&[u8]>, label| -> Row {
+            let label = check_label(label, classes)?;
+            let image = image.ok_or_else(|| "image is null, expected the bytes of one".to_owned())?;
+            let (shape, pixels) = image::decode(image).map_err(|e| e.to_string())?;
+            Ok((shape, pixels, label))
+        };
+        let rows: Vec<_> = self
+            .next(batch.num_rows())
+            .into_par_iter()
+            .zip(images.into_par_iter().zip(labels))
+            .filter(|((_, wanted), _)| *wanted)
+            .map(|((row, _), (image, label))| (row, decode(image, label)))
+            .collect();
+        self.add_rows(rows, &|row| format!("{}: row {}", file.display(), row - first_row))
+    }
+
+    /// Rows of the split by their places: decoded images with their labels, or what is wrong with them; `place` names
+    /// one in errors.
+    fn add_rows(
+        &mut self,
+        rows: impl IntoIterator<Item = (usize, Row)>,
+        place: &dyn Fn(usize) -> String,
+    ) -> Result<()> {
+        for (row, outcome) in rows {
+            if self.labels.len() == self.limit {
+                break;
+            }
+            let outcome = outcome.and_then(|(shape, pixels, label)| match *self.shape.get_or_insert(shape) {
+                expected if expected == shape => Ok((pixels, label)),
+                expected => Err(format!("image is {shape}, expected {expected} as the first one")),
+            });
+            match outcome {
+                Ok((pixels, label)) => {
+                    self.pixels.extend_from_slice(&pixels);
+                    self.labels.push(label);
+                    self.rows.push(row);
+                }
+                Err(problem) => {
+                    self.bad_rows += 1;
+                    let (place, bad, allowed) = (place(row), self.bad_rows, self.max_bad);
+                    if bad > allowed {
+                        bail!(Data, "{place}: {problem} (bad row {bad}, and max_bad allows {allowed})");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self, name: &str) -> Result<Dataset> {
+        let Some(shape) = self.shape else {
+            bail!(Data, "{name}: no images in it ({} bad rows), expected at least one", self.bad_rows)
+        };
+        let class_names = self.class_names.flatten().unwrap_or_else(|| {
+            let classes = self.labels.iter().max().map_or(0, |label| label + 1);
+            (0..classes.max(self.classes)).map(|class| class.to_string()).collect()
+        });
+        let Self { pixels, labels, rows, bad_rows, .. } = self;
+        Ok(Dataset { shape, pixels, labels, rows, class_names, bad_rows })
+    }
+}
+
+/// The arrays of an `.npz` file.
+struct Arrays {
+    shape: Shape,
+    pixels: Vec<u8>,
+    labels: Vec<i64>,
+    /// Whether the file has labels; if not, they are 0.
+    labelled: bool,
+}
+
+impl Arrays {
+    fn read(file: &Path) -> Result<Self> {
         let unreadable = |e: candle_core::Error| {
             Error::Data(format!("{}: not an .npz file, or a damaged one: {e}", file.display()))
         };
@@ -552,86 +713,25 @@ impl Loader {
         let dims = images.dims().to_vec();
         let shape = Shape { height: dims[1], width: dims[2], channels: dims.get(3).copied().unwrap_or(1) };
         let to_i64 = |labels: Tensor| labels.to_dtype(DType::I64)?.to_vec1::<i64>();
+        let labelled = labels.is_some();
         let labels = match labels {
             Some(labels) => to_i64(labels).map_err(unreadable)?,
-            None => {
-                self.class_names = Some(Some(vec![UNLABELLED.into()]));
-                vec![0; dims[0]]
-            }
+            None => vec![0; dims[0]],
         };
         if labels.len() != dims[0] {
             bail!(Data, "{}: {} images, but {} labels", file.display(), dims[0], labels.len());
         }
         image::check_sides("'image'", shape.height, shape.width).context(|| file.display().to_string())?;
         let pixels = images.flatten_all().and_then(|p| p.to_vec1::<u8>()).map_err(unreadable)?;
-        for (k, (images, labels)) in
-            pixels.chunks(BATCH_ROWS * shape.size()).zip(labels.chunks(BATCH_ROWS)).enumerate()
-        {
-            let rows = images
-                .chunks_exact(shape.size())
-                .zip(labels)
-                .map(|(image, &label)| Ok((shape, image.to_vec(), check_label(Some(label.into()), None)?)));
-            let first_row = k * BATCH_ROWS;
-            self.add_rows(rows.collect(), &|row| format!("{}: row {}", file.display(), first_row + row))?;
-        }
-        Ok(())
+        Ok(Self { shape, pixels, labels, labelled })
     }
+}
 
-    fn add_batch(&mut self, file: &Path, first_row: usize, batch: &RecordBatch, image: &str) -> Result<()> {
-        let images = hub::image_bytes(file, batch, image)?;
-        let labels = labels(file, batch)?;
-        let classes = self.class_names.as_ref().and_then(Option::as_ref).map(Vec::len);
-        let rows: Vec<_> = images
-            .into_par_iter()
-            .zip(labels)
-            .map(|(image, label)| {
-                let label = check_label(label, classes)?;
-                let image = image.ok_or_else(|| "image is null, expected the bytes of one".to_owned())?;
-                let (shape, pixels) = image::decode(image).map_err(|e| e.to_string())?;
-                Ok::<_, String>((shape, pixels, label))
-            })
-            .collect();
-        self.add_rows(rows, &|row| format!("{}: row {}", file.display(), first_row + row))
-    }
-
-    /// Decoded images with their labels, or what is wrong with them; `place` names one in errors.
-    fn add_rows(&mut self, rows: Vec<Row>, place: &dyn Fn(usize) -> String) -> Result<()> {
-        for (row, outcome) in rows.into_iter().enumerate() {
-            if self.labels.len() == self.limit {
-                break;
-            }
-            let outcome = outcome.and_then(|(shape, pixels, label)| match *self.shape.get_or_insert(shape) {
-                expected if expected == shape => Ok((pixels, label)),
-                expected => Err(format!("image is {shape}, expected {expected} as the first one")),
-            });
-            match outcome {
-                Ok((pixels, label)) => {
-                    self.pixels.extend_from_slice(&pixels);
-                    self.labels.push(label);
-                }
-                Err(problem) => {
-                    self.bad_rows += 1;
-                    let (place, bad, allowed) = (place(row), self.bad_rows, self.max_bad);
-                    if bad > allowed {
-                        bail!(Data, "{place}: {problem} (bad row {bad}, and max_bad allows {allowed})");
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(self, name: &str) -> Result<Dataset> {
-        let Some(shape) = self.shape else {
-            bail!(Data, "{name}: no images in it ({} bad rows), expected at least one", self.bad_rows)
-        };
-        let class_names = self.class_names.flatten().unwrap_or_else(|| {
-            let classes = self.labels.iter().max().map_or(0, |label| label + 1);
-            (0..classes).map(|class| class.to_string()).collect()
-        });
-        let Self { pixels, labels, bad_rows, .. } = self;
-        Ok(Dataset { shape, pixels, labels, class_names, bad_rows })
-    }
+/// The labels of a whole table; see [`Source::labels`].
+fn table_labels<R: ChunkReader>(table: Table<R>) -> Result<Vec<Option<i128>>> {
+    let file = table.file().to_path_buf();
+    let batches = table.read(&["label"], BATCH_ROWS)?;
+    Ok(batches.map(|batch| labels(&file, &batch?)).collect::<Result<Vec<_>>>()?.concat())
 }
 
 fn listed(arrays: &NpzTensors) -> String {
@@ -901,6 +1001,43 @@ mod tests {
         assert!(bad_data(dir.path()).contains("but files before it have"));
     }
 
+    /// Sorted by class, in two files without names for the classes, with a bad row that no draw takes.
+    #[test]
+    fn a_part_is_drawn_over_all_files_and_knows_its_rows_and_all_classes() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = |row: u8| Some(if row == 9 { b"bad".to_vec() } else { png(row) });
+        let rows =
+            |rows: std::ops::Range<u8>| rows.map(|row| (bytes(row), Some(i64::from(row / 4)))).collect();
+        write_rows(&dir.path().join("train-0.parquet"), rows(0..7), &[]);
+        write_rows(&dir.path().join("train-1.parquet"), rows(7..12), &[]);
+        let load = |part| source(dir.path()).load_part(OfficialSplit::Train, part, 0);
+        let mut refused = 0;
+        for n in 1..=12 {
+            match load(Part::Drawn(n)) {
+                Ok(data) => {
+                    assert_eq!((data.len(), data.class_names.len()), (n, 3));
+                    let counts = data.class_counts();
+                    assert!(
+                        counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1,
+                        "{n}: {counts:?}"
+                    );
+                    for (i, &row) in data.rows.iter().enumerate() {
+                        assert_eq!((usize::from(data.image(i)[0]), data.labels[i] as usize), (row, row / 4));
+                    }
+                }
+                Err(error) => {
+                    assert!(error.to_string().contains("train-1.parquet: row 2: not an image"), "{error}");
+                    refused += 1;
+                }
+            }
+        }
+        assert!((1..11).contains(&refused), "{refused}");
+        let digits = |part| Source::Digits.load_part(OfficialSplit::Test, part, 0).unwrap();
+        assert_eq!(digits(Part::Drawn(360)), digits(Part::All));
+        assert_eq!(digits(Part::First(2)).rows, [0, 1]);
+        assert_eq!(digits(Part::Drawn(50)).class_counts(), [5; 10]);
+    }
+
     #[test]
     fn damaged_files_are_bad_data_or_read_but_never_panic() {
         let dir = tempfile::tempdir().unwrap();
@@ -955,6 +1092,9 @@ mod tests {
         assert_eq!((data.labels.clone(), data.shape), (vec![0, 1, 1], SHAPE));
         assert_eq!([data.image(0)[0], data.image(1)[0], data.image(2)[0]], [2, 1, 0]);
         assert_eq!(source.load(OfficialSplit::Train, Some(2), 0).unwrap().labels, [0, 1]);
+        let drawn = source.load_part(OfficialSplit::Train, Part::Drawn(2), 0).unwrap();
+        let (row, image) = (drawn.rows[1], drawn.image(1)[0]);
+        assert_eq!((drawn.labels, [None, Some(1), Some(0)][row]), (vec![0, 1], Some(image)));
         assert!(!source.has(OfficialSplit::Test));
         said(root, OfficialSplit::Test, 2, "no images of a test split");
 
@@ -1006,6 +1146,8 @@ mod tests {
         assert_eq!((data.labels.clone(), data.class_names.len()), (vec![1, 0, 2], 3));
         assert_eq!(data.pixels, (0..72).collect::<Vec<u8>>());
         assert_eq!(Source::Path(file.clone()).load(OfficialSplit::Train, Some(2), 0).unwrap().labels, [1, 0]);
+        let drawn = Source::Path(file.clone()).load_part(OfficialSplit::Train, Part::Drawn(2), 0).unwrap();
+        assert_eq!((drawn.labels, drawn.rows, drawn.class_names.len()), (vec![1, 0], vec![0, 1], 3));
         said(&file, OfficialSplit::Test, 2, "has the train split only");
 
         write_npz(&file, &[("image", image(&[3, 2, 2]))]);

@@ -15,19 +15,18 @@ pub(crate) struct Examined<'a> {
 }
 
 impl<'a> Examined<'a> {
-    /// Reads both; of the data only the first `limit` images, if it is not 0. They must fit each other in the size of
-    /// the images and the number and names of the classes.
+    /// Reads both. They must fit each other in the size of the images and the number and names of the classes.
     pub(crate) fn load(
         model: Option<&'a Path>,
         source: &data::Source,
         split: data::OfficialSplit,
-        limit: usize,
+        part: data::Part,
         max_bad: usize,
         device: &Device,
     ) -> Result<Self> {
         let Some(dir) = model else { bail!(Usage, "model is not set, expected the folder of a classifier") };
         let classifier = Classifier::load(dir, device)?;
-        let data = source.load(split, (limit > 0).then_some(limit), max_bad)?;
+        let data = source.load_part(split, part, max_bad)?;
         expect_images(&classifier, dir, source, data.shape)?;
         let (known, named) = (&classifier.config().class_names, &data.class_names);
         let (folder, classes) = (dir.display(), known.len());
@@ -35,7 +34,11 @@ impl<'a> Examined<'a> {
             bail!(Data, "classifier {folder} knows {classes} classes, expected at least 2");
         }
         if classes != named.len() {
-            bail!(Data, "classifier {folder} knows {classes} classes, but {source} has {}", named.len());
+            bail!(
+                Data,
+                "classifier {folder} knows {classes} classes, but {part} of {source} have {}",
+                named.len()
+            );
         }
         if let Some((i, (known, named))) = known.iter().zip(named).enumerate().find(|(_, (a, b))| a != b) {
             bail!(

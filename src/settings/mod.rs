@@ -15,6 +15,7 @@ mod denoiser;
 mod flags;
 mod objective;
 mod optimizer;
+mod part;
 mod process;
 mod sampler;
 mod schedule;
@@ -31,6 +32,7 @@ pub use self::{
         TradesSettings,
     },
     optimizer::{AdamSettings, OptimizerSettings, SgdSettings},
+    part::PartSettings,
     process::{DiscreteSettings, ProcessSettings},
     sampler::{ChurnSettings, DdimSettings, SamplerSettings, SigmaSettings, StepsSettings},
     schedule::{CosineSettings, ScheduleSettings, WarmupSettings},

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Result,
-    data::{self, Dataset, Source},
+    data::{self, Dataset, Part, Source},
     fs::{self, Record},
     stage::Input,
 };
@@ -21,8 +21,11 @@ pub struct Division {
     pub schema: String,
     /// The real data.
     pub source: Source,
-    /// How many training images, from the first on, it divides; 0 for all.
+    /// How many training images, from the first on, it divides; 0 for all, or for those drawn.
     pub limit: usize,
+    /// How many training images, drawn evenly over the classes, it divides; 0 for all, or for the first.
+    #[serde(default)]
+    pub drawn: usize,
     /// Unreadable rows that were tolerated.
     pub max_bad: usize,
     /// The fingerprint of the training file or files.
@@ -65,7 +68,12 @@ impl Real {
                 fs::short(&division.source_fingerprint, 16)
             );
         }
-        Ok(Self { train: load_train(&division.source, division.limit, division.max_bad)?, division })
+        let part = match division {
+            Division { limit: 0, drawn: 0, .. } => Part::All,
+            Division { limit: 0, drawn, .. } => Part::Drawn(drawn),
+            Division { limit, .. } => Part::First(limit),
+        };
+        Ok(Self { train: load_train(&division.source, part, division.max_bad)?, division })
     }
 
     /// The images to learn from.
@@ -104,6 +112,6 @@ pub(crate) fn test_fingerprint(source: &Source) -> Result<Option<String>> {
 }
 
 /// The training images to divide.
-pub(crate) fn load_train(source: &Source, limit: usize, max_bad: usize) -> Result<Dataset> {
-    source.load(data::OfficialSplit::Train, (limit > 0).then_some(limit), max_bad)
+pub(crate) fn load_train(source: &Source, part: Part, max_bad: usize) -> Result<Dataset> {
+    source.load_part(data::OfficialSplit::Train, part, max_bad)
 }

@@ -21,7 +21,11 @@ use super::{
     labels::LABEL,
     shards::{self, Column, nullable, read_whole, required},
 };
-use crate::{Result, certify::Certificate, data::table};
+use crate::{
+    Result,
+    certify::Certificate,
+    data::{Dataset, table},
+};
 
 const FILE: &str = "images.parquet";
 const INDEX: &str = "index";
@@ -30,8 +34,10 @@ const CLEAN_CORRECT: &str = "clean_correct";
 const ROBUST_CORRECT: &str = "robust_correct";
 const BROKEN_BY: &str = "broken_by";
 
-/// What an evaluation found for each image of a split, in order.
+/// What an evaluation found for each image, in order.
 pub(crate) struct Evaluated<'a> {
+    /// The images' places in the split.
+    pub(crate) rows: &'a [usize],
     pub(crate) labels: &'a [u32],
     pub(crate) logits: &'a [Vec<f32>],
     pub(crate) clean: &'a [bool],
@@ -54,7 +60,7 @@ impl Evaluated<'_> {
         write(
             dir,
             [
-                required(INDEX, Int64Array::from_iter_values(0..n as i64)),
+                required(INDEX, Int64Array::from_iter_values(self.rows.iter().map(|&row| row as i64))),
                 required(LABEL, Int64Array::from_iter_values(self.labels.iter().map(|&l| i64::from(l)))),
                 required(CLEAN_LOGITS, logits.finish()),
                 required(CLEAN_CORRECT, BooleanArray::from(self.clean.to_vec())),
@@ -78,22 +84,22 @@ pub(crate) fn read_correct(dir: &Path) -> Result<(Vec<bool>, Option<Vec<bool>>)>
     Ok((clean, robust.into_iter().collect()))
 }
 
-/// Writes what certify found for some images: their places in the split, their labels and their certificates, or
-/// only predictions if there are no `radii`.
+/// Writes what certify found for the images `rows` of `data`: their places in the split, their labels and their
+/// certificates, or only predictions if there are no `radii`.
 pub(crate) fn write_certified(
     dir: &Path,
     rows: &[usize],
-    labels: &[u32],
+    data: &Dataset,
     certificates: &[Certificate],
     radii: bool,
 ) -> Result<()> {
-    let label = |&row: &usize| i64::from(labels[row]);
+    let label = |&row: &usize| i64::from(data.labels[row]);
     let only = |value: f64| radii.then_some(value);
-    let correct = rows.iter().zip(certificates).map(|(&row, c)| c.class == Some(labels[row]));
+    let correct = rows.iter().zip(certificates).map(|(&row, c)| c.class == Some(data.labels[row]));
     write(
         dir,
         [
-            required(INDEX, Int64Array::from_iter_values(rows.iter().map(|&row| row as i64))),
+            required(INDEX, Int64Array::from_iter_values(rows.iter().map(|&row| data.rows[row] as i64))),
             required(LABEL, Int64Array::from_iter_values(rows.iter().map(label))),
             nullable(
                 "prediction",

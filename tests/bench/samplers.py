@@ -33,7 +33,7 @@ for kind, steps in RUNS:
     run("generate", "--model", model, "--count", count, "--sampler", kind, "--steps", steps, "--micro-batch", 50,
         "--shard-rows", 1000, "--out", pool)
     run("quality", "--pool", pool, "--classifier", classifier, "--data", data,
-        "--limit", 2 * count, "--out", quality)
+        "--first", 2 * count, "--out", quality)
     found = done(quality)["summary"]
     calls = 2 * steps - 1 if kind == "heun" else steps
     print(

@@ -40,7 +40,7 @@ run("train", "--split", split, "--objective", "plain", *NETWORKS, "--steps", 20,
 inputs = {}
 for size in SIZES:
     pool, labels, networks = (out / f"{name}-{size}" for name in ("pool", "labels", "networks"))
-    run("import", "--source", out / "rest.parquet", "--limit", size, "--shard-rows", 1000, "--out", pool)
+    run("import", "--source", out / "rest.parquet", "--first", size, "--shard-rows", 1000, "--out", pool)
     run("label", "--pool", pool, "--classifier", labeller, "--out", labels)
     run("fit-discriminator", "--split", split, "--pool", pool, *NETWORKS, "--epsilons", "0,1/255,2/255,4/255,8/255",
         "--steps", 4, "--attack-steps", 1, "--eval-every", 4, "--max-stop", 50, "--out", networks)

@@ -23,7 +23,7 @@ fn told_apart(dir: &Path, least: u8, epsilons: &str) -> Vec<Vec<f64>> {
         let pixels: Vec<u8> = digits.image(i).iter().map(|&pixel| pixel.max(least)).collect();
         std::fs::write(class.join(format!("{i:04}.png")), encode_png(&pixels, digits.shape)).unwrap();
     }
-    ok(&format!("split --limit {REAL} --out {}", path("split")));
+    ok(&format!("split --first {REAL} --out {}", path("split")));
     ok(&format!("import --source {} --shard-rows 500 --out {}", path("folder"), path("pool")));
     let fit = "--attack-steps 2 --attack-step-ratio 0.01 --steps 120 --channels 8,16 --eval-every 40 --learning-rate 5e-3";
     let (split, pool, out) = (path("split"), path("pool"), path("out"));

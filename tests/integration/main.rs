@@ -11,6 +11,7 @@ mod documents;
 mod extractors;
 mod generate;
 mod layers;
+mod parts;
 mod pipeline;
 mod resume;
 mod run;

@@ -18,8 +18,8 @@ use crate::{
         quality::{FeatureMatrix, frechet_distance, precision_recall},
     },
     rng::{Permutation, spread},
-    settings,
-    stage::{Input, Job, Outcome, Stage},
+    settings::{self, PartSettings},
+    stage::{Input, Job, Outcome, Stage, note},
     stats::clopper_pearson,
     tables::{
         pool::{POOL, Pool},
@@ -52,9 +52,10 @@ pub struct Quality {
     /// The official split to compare with.
     #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
     pub official_split: data::OfficialSplit,
-    /// Use only the first N real images; 0 for all.
-    #[arg(long, default_value_t = 0)]
-    pub limit: usize,
+    /// Which of the real images are used.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub part: PartSettings,
     /// Use only N images of the pool, drawn by the hashes of their uids; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub pool_limit: usize,
@@ -79,9 +80,10 @@ impl Stage for Quality {
     const ABOUT: &'static str =
         "Measure a pool against real images: Fréchet distance, precision, recall, class accuracy";
     const INPUTS: &'static [Input] = &[POOL, CLASSIFIER, Input::real_data("data")];
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
 
     fn validate(&self) -> Result<()> {
+        self.part.validate()?;
         expect("neighbours", self.neighbours, 1, 1000)?;
         expect("max_manifold", self.max_manifold, self.neighbours + 1, 1 << 20)
     }
@@ -94,8 +96,8 @@ impl Stage for Quality {
         let pool = Pool::open(self.pool.as_deref())?;
         let dir = CLASSIFIER.set(self.classifier.as_deref(), "the folder of a classifier")?;
         let network = Extractor::load(dir, &job.device)?;
-        let real =
-            self.data.load(self.official_split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        let part = self.part.part();
+        let real = self.data.load_part(self.official_split, part, self.max_bad)?;
         network.expect_shape(dir, &"the pool", pool.info.shape)?;
         network.expect_shape(dir, &"the real data", real.shape)?;
         if let Some(classifier) = network.classifier() {
@@ -107,13 +109,15 @@ impl Stage for Quality {
         if real.len() < least || wanted < least {
             bail!(
                 Usage,
-                "there are {} real images and {wanted} of the pool (limit, pool_limit), expected at least {least} of each: \
+                "there are {} real images and {wanted} of the pool (limit or first, pool_limit), expected at least {least} of each: \
                  more than neighbours = {}, and two for each half",
                 real.len(),
                 self.neighbours
             );
         }
         let out = job.open()?;
+        let warnings = Vec::from_iter(real.left_out(part));
+        warnings.iter().for_each(|warning| note(self, &format!("warning: {warning}")));
         let bar = Progress::new(Self::NAME, (real.len() + wanted) as u64, "images");
 
         let mut seen = Seen::default();
@@ -179,6 +183,7 @@ impl Stage for Quality {
                 "dimension": real_features.dim(),
                 "classifier_blake3": fs::hash_file(&dir.join("model.safetensors"))?.0,
             },
+            "warnings": warnings,
             "real": { "split": self.official_split, "blake3": self.data.fingerprint(self.official_split)? },
         });
         fs::publish_json(&out.join("quality.json"), &summary)?;

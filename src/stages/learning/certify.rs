@@ -18,7 +18,7 @@ use crate::{
     plot,
     progress::{Progress, check_stop},
     rng,
-    settings::{self, NoSettings},
+    settings::{self, NoSettings, PartSettings},
     stage::{Input, Job, Outcome, Stage, note},
     stats::clopper_pearson,
     tables::{
@@ -63,9 +63,10 @@ pub struct Certify {
     /// The official split to measure on. The test split is for measuring only, never for choosing anything.
     #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
     pub official_split: data::OfficialSplit,
-    /// Use only the first N images; 0 for all.
-    #[arg(long, default_value_t = 0)]
-    pub limit: usize,
+    /// Which of the images are used.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub part: PartSettings,
     /// Use only every N-th of these images, starting with the first.
     #[arg(long, default_value_t = 1)]
     pub skip: usize,
@@ -170,8 +171,10 @@ impl Stage for Certify {
         "Smooth a classifier with noise and certify radii within which its answers hold";
     const INPUTS: &'static [Input] = &[MODEL, Input::real_data("data")];
     const RUNTIME: &'static [&'static str] = &["batch"];
+    const REVISION: u32 = 1;
 
     fn validate(&self) -> Result<()> {
+        self.part.validate()?;
         expect("skip", self.skip, 1, usize::MAX)?;
         expect("sigma", self.sigma, 1e-6, 1e3)?;
         if let Some(n0) = self.n0() {
@@ -196,21 +199,19 @@ impl Stage for Certify {
     }
 
     fn amount(&self) -> String {
-        let images = match self.limit {
-            0 => "all images".into(),
-            limit => format!("{} images", limit.div_ceil(self.skip)),
-        };
-        let copies = self.n0().unwrap_or(0) + self.n;
-        format!("{images}, {copies} noisy copies each at sigma {}", self.sigma)
+        let skipping = if self.skip > 1 { format!("1 in {} of ", self.skip) } else { String::new() };
+        let (images, copies) = (self.part.part(), self.n0().unwrap_or(0) + self.n);
+        format!("{skipping}{images}, {copies} noisy copies each at sigma {}", self.sigma)
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let started = Instant::now();
-        let (model, limit) = (self.model.as_deref(), self.limit);
+        let (model, part) = (self.model.as_deref(), self.part.part());
         let examined =
-            Examined::load(model, &self.data, self.official_split, limit, self.max_bad, &job.device)?;
+            Examined::load(model, &self.data, self.official_split, part, self.max_bad, &job.device)?;
         let Examined { dir, classifier, data } = &examined;
-        let warnings = self.doubts(TrainRecord::read_if_there(dir)?.as_ref());
+        let mut warnings = self.doubts(TrainRecord::read_if_there(dir)?.as_ref());
+        warnings.extend(data.left_out(part));
 
         let out = job.open()?;
         warnings.iter().for_each(|doubt| note(self, &format!("warning: {doubt}")));
@@ -269,7 +270,7 @@ impl Stage for Certify {
             "model_blake3": examined.model_blake3()?,
             "seconds": started.elapsed().as_secs_f64(),
         });
-        write_certified(out, &rows, &data.labels, &certificates, certify)?;
+        write_certified(out, &rows, data, &certificates, certify)?;
         if certify {
             // The curve steps down where a certified radius ends.
             let mut curve = vec![(0.0, correct as f64 / n as f64)];

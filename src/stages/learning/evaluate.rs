@@ -21,7 +21,7 @@ use crate::{
     evaluation::{Evaluation, Examined, saturation, unchanged, unusable},
     fs::{self, Record},
     progress::{Progress, checkpoint_interval},
-    settings::{self, BallSettings, EvaluationAttackSettings, PgdSettings},
+    settings::{self, BallSettings, EvaluationAttackSettings, PartSettings, PgdSettings},
     stage::{Input, Job, Outcome, Stage, note},
     stats::clopper_pearson,
     tables::{
@@ -42,9 +42,10 @@ pub struct Evaluate {
     /// The official split to measure on. The test split is for measuring only, never for choosing anything.
     #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Test)]
     pub official_split: data::OfficialSplit,
-    /// Use only the first N images; 0 for all.
-    #[arg(long, default_value_t = 0)]
-    pub limit: usize,
+    /// Which of the images are used.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub part: PartSettings,
     /// How the classifier is attacked.
     #[command(flatten)]
     pub attack: EvaluationAttackSettings,
@@ -101,6 +102,7 @@ impl Stage for Evaluate {
     const ABOUT: &'static str = "Evaluate a classifier, clean and under attack";
     const INPUTS: &'static [Input] = &[MODEL, Input::real_data("data")];
     const RUNTIME: &'static [&'static str] = &["batch"];
+    const REVISION: u32 = 1;
 
     fn unused(&self) -> Vec<&'static str> {
         // FAB begins with the image itself, and draws nothing.
@@ -111,6 +113,7 @@ impl Stage for Evaluate {
 
     fn validate(&self) -> Result<()> {
         expect("batch", self.batch, 0, 1 << 20)?;
+        self.part.validate()?;
         if self.attack.ball().is_none() && self.save_adversarial {
             bail!(Usage, "save_adversarial is true without an attack, expected false");
         }
@@ -118,15 +121,14 @@ impl Stage for Evaluate {
     }
 
     fn amount(&self) -> String {
-        let images = if self.limit > 0 { format!("{} images", self.limit) } else { "all images".into() };
-        format!("{images}, {}", self.attack.summary())
+        format!("{}, {}", self.part.part(), self.attack.summary())
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let started = Instant::now();
-        let (model, limit) = (self.model.as_deref(), self.limit);
+        let (model, part) = (self.model.as_deref(), self.part.part());
         let examined =
-            Examined::load(model, &self.data, self.official_split, limit, self.max_bad, &job.device)?;
+            Examined::load(model, &self.data, self.official_split, part, self.max_bad, &job.device)?;
         let Examined { dir, classifier, data } = &examined;
         let train = TrainRecord::read_if_there(dir)?;
 
@@ -146,7 +148,8 @@ impl Stage for Evaluate {
         let mut standing: Vec<usize> = (0..data.len()).filter(|&row| right[row]).collect();
         let clean_correct = standing.len() as u64;
         let sequence = self.attack.sequence(self.seed)?;
-        let mut warnings = unusable(&logits);
+        let mut warnings = Vec::from_iter(data.left_out(part));
+        warnings.extend(unusable(&logits));
         if !sequence.is_empty() {
             warnings.extend(clean.doubts(&logits, &standing)?);
         }
@@ -210,6 +213,7 @@ impl Stage for Evaluate {
         };
         let robust = (0..data.len()).map(|row| right[row] && broken_by[row].is_none());
         let evaluated = Evaluated {
+            rows: &data.rows,
             labels: &data.labels,
             logits: &logits,
             clean: &right,

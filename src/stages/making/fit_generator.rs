@@ -381,7 +381,7 @@ mod tests {
     use super::*;
     use crate::{
         progress::STOP_AT_LOOK,
-        settings::from_flags,
+        settings::{PartSettings, from_flags},
         stages::making::{Generate, Split},
     };
 
@@ -399,7 +399,7 @@ mod tests {
     fn another_denoiser_than_the_u_net_trains_samples_and_resumes() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
-        let split = Split { limit: 300, ..Split::default() };
+        let split = Split { part: PartSettings { limit: 300, first: None }, ..Split::default() };
         Stage::run(&split, &Job::scratch(path("split"))).unwrap();
         let real = Real::load(&path("split")).unwrap();
         let (fit, settings) =

@@ -9,8 +9,8 @@ use crate::{
     error::expect_within as expect,
     fs::{self, Record},
     progress::{Progress, check_stop},
-    settings,
-    stage::{Input, Job, Outcome, Stage},
+    settings::{self, PartSettings},
+    stage::{Input, Job, Outcome, Stage, note},
     tables::{
         pool::{IMPORTED, PoolInfo},
         shards::{ShardRecord, pool_hash, read_record, record_file},
@@ -31,9 +31,10 @@ pub struct Import {
     /// The official split to import.
     #[arg(long, value_parser = settings::named::<data::OfficialSplit>(), default_value_t = data::OfficialSplit::Train)]
     pub official_split: data::OfficialSplit,
-    /// Use only the first N images; 0 for all.
-    #[arg(long, default_value_t = 0)]
-    pub limit: usize,
+    /// Which of the images are used.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub part: PartSettings,
     /// How many unreadable images to tolerate; they are skipped and counted.
     #[arg(long, default_value_t = 0)]
     pub max_bad: usize,
@@ -48,18 +49,19 @@ impl Stage for Import {
     const INPUTS: &'static [Input] = &[SOURCE];
 
     fn validate(&self) -> Result<()> {
+        self.part.validate()?;
         expect("shard_rows", self.shard_rows, 1, 1 << 24)
     }
 
     fn amount(&self) -> String {
         let source = self.source.as_ref().map_or("(source is not set)".into(), Source::to_string);
-        format!("the {} images of {source}", self.official_split)
+        format!("{} of the {} split of {source}", self.part.part(), self.official_split)
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
         let source = SOURCE.set(self.source.as_ref(), "images: Parquet, a folder or an .npz file")?;
-        let images =
-            source.load(self.official_split, (self.limit > 0).then_some(self.limit), self.max_bad)?;
+        let part = self.part.part();
+        let images = source.load_part(self.official_split, part, self.max_bad)?;
         let labelled = images.class_names != [UNLABELLED];
         let info = PoolInfo {
             schema: "proxyset.pool/1".into(),
@@ -74,6 +76,8 @@ impl Stage for Import {
             seed: 0,
         };
         let out = job.open()?;
+        let warnings = Vec::from_iter(images.left_out(part));
+        warnings.iter().for_each(|warning| note(self, &format!("warning: {warning}")));
         info.write(out)?;
         let dir = out.join("pool");
         let bar = Progress::new(Self::NAME, info.count, "images");
@@ -100,6 +104,7 @@ impl Stage for Import {
             "shards": info.shards,
             "shape": info.shape,
             "classes": info.class_names.len(),
+            "warnings": warnings,
             "pool_blake3": pool_hash(&dir, info.shards)?,
         })))
     }

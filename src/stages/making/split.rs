@@ -9,6 +9,7 @@ use crate::{
     error::expect_within as expect,
     fs::Record,
     rng::{Permutation, stream},
+    settings::PartSettings,
     stage::{Input, Job, Outcome, Stage},
     tables::division::{Division, load_train, test_fingerprint},
 };
@@ -23,9 +24,10 @@ pub struct Split {
     /// The real data: `builtin:digits`, or a folder or file of Hugging Face Parquet.
     #[arg(long, default_value = "builtin:digits")]
     pub source: Source,
-    /// Use only the first N training images; 0 for all.
-    #[arg(long, default_value_t = 0)]
-    pub limit: usize,
+    /// Which of the training images are used.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub part: PartSettings,
     /// The share of the training images that is kept from all generators: the proxy images.
     #[arg(long, default_value_t = 0.3)]
     pub proxy_fraction: f64,
@@ -47,18 +49,18 @@ impl Stage for Split {
     const KEEPS_NAMES: bool = true;
 
     fn validate(&self) -> Result<()> {
+        self.part.validate()?;
         expect("proxy_fraction", self.proxy_fraction, 0.01, 0.9)?;
         expect("proxy_folds", self.proxy_folds, 2, 100)
     }
 
     fn amount(&self) -> String {
-        let images =
-            if self.limit > 0 { format!("the first {} images", self.limit) } else { "all images".into() };
-        format!("{images} of {}, {:.0} % of them proxy", self.source, 100.0 * self.proxy_fraction)
+        let Self { part, source, proxy_fraction, .. } = self;
+        format!("{} of {source}, {:.0} % of them proxy", part.part(), 100.0 * proxy_fraction)
     }
 
     fn run(&self, job: &Job) -> Result<Outcome> {
-        let train = load_train(&self.source, self.limit, self.max_bad)?;
+        let train = load_train(&self.source, self.part.part(), self.max_bad)?;
         let (fit, proxy) = divide(&train, self)?;
         let out = job.open()?;
         let summary = json!({
@@ -72,7 +74,8 @@ impl Stage for Split {
         let division = Division {
             schema: "proxyset.split/1".into(),
             source: self.source.clone(),
-            limit: self.limit,
+            limit: self.part.first.unwrap_or(0),
+            drawn: self.part.limit,
             max_bad: self.max_bad,
             source_fingerprint: self.source.fingerprint(data::OfficialSplit::Train)?,
             test_fingerprint: test_fingerprint(&self.source)?,
@@ -87,7 +90,7 @@ impl Stage for Split {
 
 /// Deals out the images of each class, in a keyed order: first to the proxy folds in turn, then to `fit`.
 fn divide(train: &Dataset, config: &Split) -> Result<(Vec<usize>, Vec<Vec<usize>>)> {
-    let Split { source, proxy_fraction, proxy_folds, seed, .. } = config;
+    let Split { source, part, proxy_fraction, proxy_folds, seed, .. } = config;
     let mut fit = Vec::new();
     let mut proxy = vec![Vec::new(); *proxy_folds];
     for (class, name) in train.class_names.iter().enumerate() {
@@ -96,9 +99,10 @@ fn divide(train: &Dataset, config: &Split) -> Result<(Vec<usize>, Vec<Vec<usize>
         if n_proxy < *proxy_folds || n_proxy == members.len() {
             bail!(
                 Data,
-                "class {class} ('{name}') of {source} has {} images: too few for {proxy_folds} proxy folds of {:.0} % \
+                "class {class} ('{name}') has {} images in {} of {source}: too few for {proxy_folds} proxy folds of {:.0} % \
                  together",
                 members.len(),
+                part.part(),
                 100.0 * proxy_fraction
             );
         }
@@ -121,12 +125,12 @@ fn divide(train: &Dataset, config: &Split) -> Result<(Vec<usize>, Vec<Vec<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tables::division::Real;
+    use crate::{data::Part, tables::division::Real};
 
     #[test]
     fn parts_are_disjoint_complete_and_stratified() -> Result<()> {
         let config = Split::default();
-        let train = load_train(&config.source, 0, 0)?;
+        let train = load_train(&config.source, Part::All, 0)?;
         let (fit, proxy) = divide(&train, &config)?;
         let mut all: Vec<usize> = fit.iter().chain(proxy.iter().flatten()).copied().collect();
         all.sort_unstable();
@@ -140,14 +144,43 @@ mod tests {
     }
 
     #[test]
+    fn a_part_of_a_file_sorted_by_class_is_divided_if_it_is_drawn() -> Result<()> {
+        let mut sorted = load_train(&Split::default().source, Part::All, 0)?;
+        let mut order: Vec<usize> = (0..sorted.len()).collect();
+        order.sort_by_key(|&row| sorted.labels[row]);
+        sorted = sorted.subset(&order);
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        for (row, label) in sorted.labels.iter().enumerate() {
+            let class = dir.path().join(label.to_string());
+            std::fs::create_dir_all(&class).expect("a folder");
+            let png = data::encode_png(sorted.image(row), sorted.shape);
+            std::fs::write(class.join(format!("{row:05}.png")), png).expect("a file");
+        }
+        let source: Source = dir.path().to_string_lossy().parse().map_err(crate::Error::Usage)?;
+        let of = |limit, first| Split {
+            part: PartSettings { limit, first },
+            source: source.clone(),
+            ..Split::default()
+        };
+        let divided = |config: Split| divide(&load_train(&config.source, config.part.part(), 0)?, &config);
+        let (fit, proxy) = divided(of(100, None))?;
+        assert_eq!((fit.len(), proxy.concat().len()), (70, 30));
+        let error = divided(of(0, Some(100))).unwrap_err();
+        assert_eq!(error.exit_code(), 65);
+        assert!(error.to_string().contains("('1') has 0 images in the first 100 images of"), "{error}");
+        Ok(())
+    }
+
+    #[test]
     fn a_set_is_stopped_and_measured_on_different_images() -> Result<()> {
         let config = Split::default();
-        let train = load_train(&config.source, 0, 0)?;
+        let train = load_train(&config.source, Part::All, 0)?;
         let (fit, proxy) = divide(&train, &config)?;
         let division = Division {
             schema: String::new(),
             source: config.source.clone(),
             limit: 0,
+            drawn: 0,
             max_bad: 0,
             source_fingerprint: String::new(),
             test_fingerprint: None,
