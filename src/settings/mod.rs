@@ -28,7 +28,7 @@ pub use self::{
     denoiser::{DenoiserSettings, UNetSettings},
     flags::{Settings, StageDefault, defaults, from_flags, named},
     objective::{
-        AttackBatchNorm, AttackedSettings, NoiseSettings, ObjectiveSettings, StabilitySettings,
+        AttackBatchNorm, AttackedSettings, FgsmSettings, NoiseSettings, ObjectiveSettings, StabilitySettings,
         TradesSettings,
     },
     optimizer::{AdamSettings, OptimizerSettings, SgdSettings},

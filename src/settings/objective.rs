@@ -30,6 +30,37 @@ pub struct AttackedSettings {
     pub attack_batch_norm: AttackBatchNorm,
 }
 
+impl AttackedSettings {
+    /// The attack of training step `step`, whose radius may still grow.
+    fn pgd(&self, step: usize, seed: u64) -> Result<Pgd> {
+        let mut attack = self.attack.clone();
+        attack.ball.epsilon = attack.ball.epsilon.grown(step, self.epsilon_warmup_steps);
+        attack.pgd(seed)
+    }
+}
+
+/// FGSM from random starts.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FgsmSettings {
+    /// FGSM's step size as a multiple of epsilon; 1.25 in Wong et al.
+    #[arg(long, value_name = "RATIO", default_value_t = 1.25)]
+    pub fgsm_step_ratio: f64,
+    /// The ball, and the attack on the held-out images.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub attacked: AttackedSettings,
+}
+
+impl FgsmSettings {
+    /// FGSM at training step `step`, when the radius may still grow; from [`AttackedSettings::epsilon_warmup_steps`]
+    /// on it has its full size.
+    pub fn pgd(&self, step: usize, seed: u64) -> Result<Pgd> {
+        let mut attacked = self.attacked.clone();
+        (attacked.attack.steps.steps, attacked.attack.steps.step_ratio) = (1, self.fgsm_step_ratio);
+        attacked.pgd(step, seed)
+    }
+}
+
 /// TRADES.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TradesSettings {
@@ -69,9 +100,9 @@ tagged! {
         Plain(NoSettings) = "plain",
         /// Cross-entropy on PGD adversarial examples (Madry et al. 2018).
         PgdAt(AttackedSettings) = "pgd-at",
-        /// Cross-entropy after one attack step of 1.25 epsilon from a random start (Wong et al. 2020); the attack's
-        /// settings apply to the held-out images only.
-        FgsmRs(AttackedSettings) = "fgsm-rs",
+        /// Cross-entropy after one attack step from a random start (Wong et al. 2020); the number and size of the
+        /// attack's steps apply to the held-out images only.
+        FgsmRs(FgsmSettings) = "fgsm-rs",
         /// TRADES: cross-entropy plus the largest divergence of the predictions that an attack finds (Zhang et al.
         /// 2019).
         Trades(TradesSettings) = "trades",
@@ -87,7 +118,8 @@ impl ObjectiveSettings {
     /// The attack that training guards against, if there is one.
     pub fn attacked(&self) -> Option<&AttackedSettings> {
         match self {
-            Self::PgdAt(attacked) | Self::FgsmRs(attacked) => Some(attacked),
+            Self::PgdAt(attacked) => Some(attacked),
+            Self::FgsmRs(fgsm) => Some(&fgsm.attacked),
             Self::Trades(trades) => Some(&trades.attacked),
             Self::Plain(_) | Self::Stability(_) | Self::Gaussian(_) => None,
         }
@@ -104,15 +136,10 @@ impl ObjectiveSettings {
 
     /// The attack of training step `step`, whose radius may still grow, if there is one.
     pub fn attack_at(&self, step: usize, seed: u64) -> Result<Option<Pgd>> {
-        let Some(AttackedSettings { attack, epsilon_warmup_steps, .. }) = self.attacked() else {
-            return Ok(None);
-        };
-        let mut attack = attack.clone();
-        attack.ball.epsilon = attack.ball.epsilon.grown(step, *epsilon_warmup_steps);
-        if matches!(self, Self::FgsmRs(_)) {
-            (attack.steps.steps, attack.steps.step_ratio) = (1, 1.25);
+        match self {
+            Self::FgsmRs(fgsm) => fgsm.pgd(step, seed).map(Some),
+            _ => self.attacked().map(|attacked| attacked.pgd(step, seed)).transpose(),
         }
-        attack.pgd(seed).map(Some)
     }
 
     /// Which statistics batch norms use while the training attack runs.
@@ -132,6 +159,7 @@ impl ObjectiveSettings {
             expect_within("sigma", noise.sigma, 0.0, 1e3)?;
         }
         match self {
+            Self::FgsmRs(fgsm) => expect_within("fgsm_step_ratio", fgsm.fgsm_step_ratio, 1e-6, 1e6),
             Self::Trades(TradesSettings { beta, .. }) | Self::Stability(StabilitySettings { beta, .. }) => {
                 expect_within("beta", *beta, 0.0, 1e6)
             }
@@ -149,12 +177,37 @@ impl ObjectiveSettings {
         match self {
             Self::Plain(_) => "plain".into(),
             Self::PgdAt(_) => format!("PGD-{steps} {at}"),
-            Self::FgsmRs(_) => format!("FGSM from random starts {at}"),
+            Self::FgsmRs(fgsm) => {
+                format!("FGSM with steps of {} epsilon from random starts {at}", fgsm.fgsm_step_ratio)
+            }
             Self::Trades(TradesSettings { beta, .. }) => format!("TRADES-{steps} {at}, beta {beta}"),
             Self::Stability(StabilitySettings { beta, noise }) => {
                 format!("stability at sigma {}, beta {beta}", noise.sigma)
             }
             Self::Gaussian(noise) => format!("Gaussian noise of sigma {}", noise.sigma),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::from_flags;
+
+    #[test]
+    fn fgsm_makes_one_step_of_its_own_size_and_pgd_on_held_out_images_keeps_the_attack_s() {
+        let flags = ["--objective=fgsm-rs", "--epsilon=0.1", "--fgsm-step-ratio=2", "--attack-steps=5"];
+        let objective: ObjectiveSettings = from_flags(&flags.map(str::to_owned)).unwrap();
+        let fgsm = objective.attack_at(0, 7).unwrap().unwrap().config;
+        assert_eq!((fgsm.steps, fgsm.step_size), (1, 0.2));
+        let held_out = objective.attacked().unwrap().attack.pgd(7).unwrap().config;
+        assert_eq!((held_out.steps, held_out.step_size), (5, 0.05));
+        let standard: ObjectiveSettings = from_flags(&["--objective=fgsm-rs".to_owned()]).unwrap();
+        let step_size = standard.attack_at(0, 7).unwrap().unwrap().config.step_size;
+        assert!((step_size - 1.25 * 8.0 / 255.0).abs() < 1e-12, "{step_size}");
+        let flags = ["--objective=fgsm-rs", "--fgsm-step-ratio=0"].map(str::to_owned);
+        let error = from_flags::<ObjectiveSettings>(&flags).unwrap().validate().unwrap_err();
+        assert!(error.to_string().starts_with("fgsm_step_ratio is 0, expected"), "{error}");
+        assert!(from_flags::<ObjectiveSettings>(&["--fgsm-step-ratio=1".to_owned()]).is_err());
     }
 }

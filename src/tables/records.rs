@@ -45,6 +45,9 @@ pub struct TrainRecord {
     /// `None` in records of before it was kept.
     #[serde(default)]
     pub sigma: Option<f64>,
+    /// Reasons to doubt that the classifier is robust.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 impl Record for TrainRecord {

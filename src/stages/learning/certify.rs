@@ -319,6 +319,7 @@ mod tests {
             synthetic: 0,
             held_out_accuracy: 0.5,
             sigma,
+            warnings: Vec::new(),
         };
         let doubts = |sigma, record: Option<f64>| certify(sigma).doubts(Some(&trained(record)));
         assert_eq!(doubts(0.25, Some(0.25)), [""; 0]);

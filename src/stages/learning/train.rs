@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     Error, Result,
@@ -31,6 +31,12 @@ use crate::{
     text::one_or_many,
     training::{Mix, Part, Trainer},
 };
+
+/// Keys of the log: accuracies on the held-out images, under what the objective guards against, as they are, and after
+/// the single step of FGSM.
+const GUARDED: &str = "held_out_accuracy";
+const CLEAN: &str = "held_out_clean_accuracy";
+const FGSM: &str = "held_out_fgsm_accuracy";
 
 /// Trains a classifier on the real `fit` images and, if given, synthetic data sets:
 /// `γ · L(real) + (1 − γ) · L(synthetic)` (PORT, Sehwag et al. 2022, §2.1).
@@ -135,16 +141,22 @@ impl Train {
     }
 
     /// The accuracy on held-out images under what the objective guards against and, if there is such a thing, the
-    /// accuracy on the clean images.
+    /// accuracies on the clean images and after the single step of the training, by their keys in the log.
     fn held_out_accuracies(
         &self,
         classifier: &Classifier,
         held_out: &Dataset,
         device: &Device,
-    ) -> Result<(f64, Option<f64>)> {
+    ) -> Result<(f64, Vec<(&'static str, f64)>)> {
         let logits_of = |x: &Tensor| classifier.logits(x);
         let evaluation = Evaluation::new(&logits_of, held_out, device);
         let clean = share(&evaluation.right("clean", &unchanged)?);
+        let mut others = vec![(CLEAN, clean)];
+        if let ObjectiveSettings::FgsmRs(fgsm) = &self.objective {
+            let step = fgsm.pgd(fgsm.attacked.epsilon_warmup_steps, self.seed)?;
+            let attack = PgdSearch::new(step, 1, Counted::Last)?;
+            others.push((FGSM, share(&evaluation.stands("fgsm", &vec![true; held_out.len()], &attack)?)));
+        }
         let guarded = if let Some(attacked) = self.objective.attacked() {
             let attack = PgdSearch::new(attacked.attack.pgd(self.seed)?, 1, Counted::Last)?;
             evaluation.stands("pgd", &vec![true; held_out.len()], &attack)?
@@ -155,9 +167,9 @@ impl Train {
             };
             evaluation.right("noise", &noisy)?
         } else {
-            return Ok((clean, None));
+            return Ok((clean, Vec::new()));
         };
-        Ok((share(&guarded), Some(clean)))
+        Ok((share(&guarded), others))
     }
 
     /// Synthetic images in a batch, if there are synthetic data.
@@ -346,17 +358,19 @@ impl Stage for Train {
             };
             trainer.advance(lr.at(step), self.optimizer.grad_clip(), self.batch, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == steps {
-                let mut clean = None;
+                let mut others = Vec::new();
                 let accuracy = trainer.consider(averaged.params(), || {
-                    let (standing, unharmed) = self.held_out_accuracies(&averaged, &held_out, &job.device)?;
-                    clean = unharmed;
+                    let (standing, more) = self.held_out_accuracies(&averaged, &held_out, &job.device)?;
+                    others = more;
                     Ok(standing)
                 })?;
-                let mut line = json!({ "held_out_accuracy": accuracy, "learning_rate": lr.at(step) });
-                if let Some(clean) = clean {
-                    line["held_out_clean_accuracy"] = clean.into();
-                }
+                let mut line = json!({ GUARDED: accuracy, "learning_rate": lr.at(step) });
+                others.into_iter().for_each(|(key, accuracy)| line[key] = accuracy.into());
+                let known = collapse(trainer.log_lines()).is_some();
                 trainer.log(line);
+                if let Some(warning) = collapse(trainer.log_lines()).filter(|_| !known) {
+                    note(self, &format!("warning: {warning}"));
+                }
             }
             bar.add(1);
             trainer.end_step()?;
@@ -377,8 +391,8 @@ impl Stage for Train {
             (name.to_owned(), trainer.log_lines().iter().filter_map(at).collect::<Vec<_>>())
         };
         let curves = [
-            curve("held out, as trained against", "held_out_accuracy"),
-            curve("held out, clean", "held_out_clean_accuracy"),
+            curve("held out, as trained against", GUARDED),
+            curve("held out, clean", CLEAN),
             curve("training loss", "loss"),
         ];
         let svg = plot::lines("Training", "step", "accuracy, loss in nats", &curves)?;
@@ -392,6 +406,7 @@ impl Stage for Train {
             synthetic: synthetic.iter().map(|(data, _)| data.len()).sum(),
             held_out_accuracy,
             sigma: Some(self.objective.noise().map_or(0.0, |noise| noise.sigma)),
+            warnings: Vec::from_iter(collapse(trainer.log_lines())),
         };
         record.write(out)?;
         let (right, n) = (100.0 * held_out_accuracy, held_out.len());
@@ -404,6 +419,24 @@ impl Stage for Train {
         });
         Ok(Outcome::Done(summary))
     }
+}
+
+/// The warning of catastrophic overfitting (Wong et al. 2020; Andriushchenko & Flammarion 2020), by the first line of the
+/// log that shows it: the network withstands the single step that it is trained with, but less than half as often PGD,
+/// and the two are too far apart for chance.
+fn collapse(log: &[Value]) -> Option<String> {
+    log.iter().find_map(|line| {
+        let [pgd, fgsm] = [line[GUARDED].as_f64()?, line[FGSM].as_f64()?];
+        (pgd < fgsm / 2.0 && fgsm - pgd > 0.2).then(|| {
+            format!(
+                "catastrophic overfitting at step {}: {:.1} % of the held-out images withstand FGSM, but {:.1} % PGD; lower \
+                 fgsm_step_ratio or epsilon, or take pgd-at",
+                line["step"],
+                100.0 * fgsm,
+                100.0 * pgd
+            )
+        })
+    })
 }
 
 /// Divides `n` of the training images into those that are learned from and those that choose the checkpoint.
@@ -420,6 +453,40 @@ fn hold_out(fit: &Dataset, n: usize, share: f64, seed: u64) -> (Dataset, Dataset
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{settings::from_flags, stages::making::Split};
+
+    #[test]
+    fn a_network_that_withstands_its_own_step_and_not_pgd_has_collapsed() {
+        let line = |step: u64, fgsm: f64, pgd: f64| json!({ "step": step, FGSM: fgsm, GUARDED: pgd });
+        let healthy = [line(10, 0.12, 0.05), line(20, 0.7, 0.45), json!({ "step": 25, GUARDED: 0.0 })];
+        assert_eq!(collapse(&healthy), None);
+        let said = collapse(&[&healthy[..], &[line(30, 0.9, 0.01), line(40, 1.0, 0.0)]].concat()).unwrap();
+        assert!(
+            said.contains("at step 30: 90.0 % of the held-out images withstand FGSM, but 1.0 % PGD"),
+            "{said}"
+        );
+    }
+
+    /// At the radius 0.4 the network learns to withstand a step of four radii from a random start, and nothing else.
+    #[test]
+    fn fgsm_with_too_large_a_step_is_warned_of_in_the_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        Stage::run(&Split::default(), &Job::scratch(path("split"))).unwrap();
+        let train = |name: &str, flags: &str| {
+            let common = "--objective=fgsm-rs --architecture=resnet --channels=16,32 --blocks=1,1 --batch=64 \
+                          --eval-every=50 --warmup-steps=10";
+            let flags = format!("{common} {flags}").split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+            let stage = Train { split: Some(path("split")), ..from_flags(&flags).unwrap() };
+            Stage::run(&stage, &Job::scratch(path(name))).unwrap();
+            TrainRecord::read(&path(name)).unwrap().warnings
+        };
+        assert_eq!(train("small", "--epsilon=0.05 --steps=100"), [""; 0]);
+        let collapsed = "--epsilon=0.4 --fgsm-step-ratio=4 --steps=500 --learning-rate=0.2";
+        assert!(train("large", collapsed)[0].contains("catastrophic overfitting"));
+        let log = std::fs::read_to_string(path("large").join("metrics.jsonl")).unwrap();
+        assert!(log.lines().all(|line| line.contains(FGSM)), "{log}");
+    }
 
     #[test]
     fn the_arm_is_that_of_the_manifest_and_a_damaged_one_is_bad_data() {
