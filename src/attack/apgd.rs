@@ -2,25 +2,25 @@
 
 use super::{
     Attack, Example, Loss, Method, Norm, Search, Threat, method,
-    search::{Targeted, length},
+    search::{Targeted, length, random_point},
 };
 use crate::{Result, rng};
 
 /// APGD on the cross-entropy.
-pub const APGD_CE: Method = Method::new("apgd-ce", 0, |threat, seed, example| {
+pub const APGD_CE: Method = Method::new("apgd-ce", 0, |threat, seed, _, example| {
     let apgd = Apgd { threat, steps: method::STEPS, loss: Loss::CrossEntropy, seed };
     Box::new(Climb::new(apgd, 0, example))
 });
 
 /// APGD on the difference-of-logits ratio.
-pub const APGD_DLR: Method = Method::new("apgd-dlr", 1, |threat, seed, example| {
+pub const APGD_DLR: Method = Method::new("apgd-dlr", 1, |threat, seed, _, example| {
     let apgd = Apgd { threat, steps: method::STEPS, loss: Loss::Dlr, seed };
     Box::new(Climb::new(apgd, 0, example))
 });
 
 /// APGD on the targeted DLR loss, in turn for each of the classes ranked after the best one in the prediction for
 /// the image.
-pub const APGD_T: Method = Method::new("apgd-t", 2, |threat, seed, example| {
+pub const APGD_T: Method = Method::new("apgd-t", 2, |threat, seed, _, example| {
     Box::new(Targeted::new(example.image.clone(), method::TARGETS, move |rank, class| {
         let apgd = Apgd { threat, steps: method::STEPS, loss: Loss::TargetedDlr(class), seed };
         Climb::new(apgd, rank as u64, example.clone())
@@ -49,23 +49,6 @@ impl Attack for Apgd {
     fn search(&self, example: Example) -> Result<Box<dyn Search>> {
         Ok(Box::new(Climb::new(*self, 0, example)))
     }
-}
-
-/// A random point on the surface of the ball around the image, then clipped to the box; elements are drawn in CHW order.
-fn start(threat: &Threat, example: &Example, seed: u64) -> Vec<f32> {
-    let (h, w, c) = example.shape;
-    let mut draws = vec![0f32; example.image.len()];
-    match threat.norm() {
-        Norm::Linf => {
-            rng::uniforms(seed, example.id, rng::stream::ATTACK, &mut draws);
-            draws.iter_mut().for_each(|u| *u = 2.0 * *u - 1.0);
-        }
-        Norm::L2 => rng::normals(seed, example.id, rng::stream::ATTACK, &mut draws),
-    }
-    let scale = threat.epsilon() as f32 / length(threat.norm(), draws.iter().copied()).max(f32::MIN_POSITIVE);
-    let chw = |position: usize, channel: usize| draws[channel * h * w + position];
-    let pixels = example.image.iter().enumerate();
-    pixels.map(|(i, x)| (x + scale * chw(i / c, i % c)).clamp(0.0, 1.0)).collect()
 }
 
 /// The number of steps before each checkpoint: first 22 % of all steps, then 3 % less each time, but at least 6 %
@@ -105,7 +88,7 @@ impl Climb {
     /// `draw`: which of the image's random starts it is.
     fn new(settings: Apgd, draw: u64, example: Example) -> Self {
         let seed = rng::uint(settings.seed, draw, rng::stream::ATTACK);
-        let start = start(&settings.threat, &example, seed);
+        let start = random_point(&settings.threat, &example, seed, 1.0);
         Self {
             former: start.clone(),
             best: start.clone(),

@@ -1,26 +1,32 @@
-//! FAB, the fast adaptive boundary attack, targeted: the nearest image across the boundary to another class (Croce
-//! & Hein 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
+//! FAB, the fast adaptive boundary attack: the nearest image across the boundary to another class (Croce & Hein 2020,
+//! "Minimally distorted adversarial examples with a fast adaptive boundary attack", Alg. 1).
 
 use super::{
     Example, Loss, Method, Norm, Search, Threat, method,
-    search::{Targeted, distance, length},
+    search::{Targeted, distance, length, random_point},
 };
 use crate::Result;
 
-/// FAB, in turn towards each of the classes ranked after the best one in the prediction for the image. It starts at the
-/// image itself: nothing is drawn.
-pub const FAB_T: Method = Method::new("fab-t", 3, |threat, _, example| {
-    Box::new(Targeted::new(example.image.clone(), method::TARGETS, move |_, target| Approach {
-        threat,
-        point: example.image.clone(),
-        example: example.clone(),
-        target,
-        checked: false,
-        steps: 0,
-        margin: 0.0,
-        found: None,
+/// FAB, at each step towards the class whose boundary is nearest. It takes the gradient towards every class.
+pub const FAB: Method = Method::new("fab", 5, |threat, seed, start, example| {
+    let point = from(&threat, seed, start, &example);
+    Box::new(Approach::new(threat, example, point, Vec::new()))
+})
+.with_starts(method::STARTS);
+
+/// FAB, in turn towards each of the classes ranked after the best one in the prediction for the image.
+pub const FAB_T: Method = Method::new("fab-t", 3, |threat, seed, start, example| {
+    let point = from(&threat, seed, start, &example);
+    Box::new(Targeted::new(example.image.clone(), method::TARGETS, move |_, target| {
+        Approach::new(threat, example.clone(), point.clone(), vec![target])
     }))
 });
+
+/// Where FAB starts: first at the image itself, where nothing is drawn, then at random half way to the surface of the
+/// ball, as in the authors' code.
+fn from(threat: &Threat, seed: u64, start: usize, example: &Example) -> Vec<f32> {
+    if start == 0 { example.image.clone() } else { random_point(threat, example, seed, 0.5) }
+}
 
 /// The largest pull towards the original image, α_max.
 const ALPHA_MAX: f32 = 0.1;
@@ -29,28 +35,71 @@ const ETA: f32 = 1.05;
 /// The share of the perturbation that is kept when an adversarial image has been found, β.
 const BETA: f32 = 0.9;
 
-/// FAB on one image, towards one class.
+/// FAB on one image.
 struct Approach {
     /// The ball: an adversarial image counts if it lies within.
     threat: Threat,
     example: Example,
-    target: usize,
+    /// The classes whose boundaries may be approached; empty for all wrong ones, before their number is known.
+    targets: Vec<usize>,
     point: Vec<f32>,
     /// Whether `point` is the end of a step and so may be adversarial.
     checked: bool,
     steps: usize,
-    /// `z_target - z_label` at the point.
+    /// The margin of the target that was asked for last, `z_target - z_label` at the point.
     margin: f32,
+    /// How many targets have been asked for at the point.
+    asked: usize,
+    /// The nearest of their boundaries.
+    nearest: Option<Boundary>,
     found: Option<Vec<f32>>,
 }
 
+/// A boundary, linearised at the point.
+struct Boundary {
+    /// Its distance from the point, without regard to the box.
+    distance: f32,
+    margin: f32,
+    /// The gradient of the margin.
+    gradient: Vec<f32>,
+}
+
 impl Approach {
-    /// A step to the boundary, linearised at the point: a mixture of the projections of the point and the image.
-    fn step(&mut self, gradient: &[f32]) {
+    fn new(threat: Threat, example: Example, point: Vec<f32>, targets: Vec<usize>) -> Self {
+        Self {
+            threat,
+            example,
+            targets,
+            point,
+            checked: false,
+            steps: 0,
+            margin: 0.0,
+            asked: 0,
+            nearest: None,
+            found: None,
+        }
+    }
+
+    /// Takes the gradient of the margin of the target that was asked for; the boundary to step to, if it was the last.
+    fn consider(&mut self, gradient: &[f32]) -> Option<Boundary> {
+        let slope: f32 = match self.threat.norm() {
+            Norm::Linf => gradient.iter().map(|g| g.abs()).sum(),
+            Norm::L2 => length(Norm::L2, gradient.iter().copied()),
+        };
+        let (margin, distance) = (self.margin, self.margin.abs() / (slope + 1e-12));
+        if self.nearest.as_ref().is_none_or(|nearest| distance < nearest.distance) {
+            self.nearest = Some(Boundary { distance, margin, gradient: gradient.to_vec() });
+        }
+        self.asked = (self.asked + 1) % self.targets.len();
+        if self.asked == 0 { self.nearest.take() } else { None }
+    }
+
+    /// A step to the boundary: a mixture of the projections of the point and the image.
+    fn step(&mut self, Boundary { margin, gradient, .. }: &Boundary) {
         let norm = self.threat.norm();
         let dot =
             |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-        let offset = f64::from(self.margin) - dot(gradient, &self.point);
+        let offset = f64::from(*margin) - dot(gradient, &self.point);
         let to_border = |from: &[f32]| project_to_plane(norm, from, gradient, offset + dot(gradient, from));
         let (d1, d2) = (to_border(&self.point), to_border(&self.example.image));
         let size = |d: &[f32]| length(norm, d.iter().copied()).max(1e-8);
@@ -74,7 +123,11 @@ impl Search for Approach {
     }
 
     fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
-        let (margin, gradient) = Loss::TargetedMargin(self.target).of(logits, self.example.label);
+        if self.targets.is_empty() {
+            self.targets = (0..logits.len()).filter(|&class| class != self.example.label).collect();
+        }
+        let target = self.targets[self.asked];
+        let (margin, gradient) = Loss::TargetedMargin(target).of(logits, self.example.label);
         self.margin = margin;
         Ok(gradient)
     }
@@ -93,8 +146,10 @@ impl Search for Approach {
                 return Ok(());
             }
         }
-        if self.steps < method::STEPS {
-            self.step(gradient);
+        if self.steps < method::STEPS
+            && let Some(boundary) = self.consider(gradient)
+        {
+            self.step(&boundary);
         }
         Ok(())
     }
@@ -151,6 +206,33 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// A linear network of three classes whose nearest boundary is not that of the best wrong class: one step of FAB
+    /// goes there, and beyond it by 5 %.
+    #[test]
+    fn the_step_goes_to_the_nearest_boundary_not_to_the_best_wrong_class() {
+        let weights = [[0.0f32, 0.0], [1.0, 0.0], [0.0, 10.0]];
+        let (image, bias) = (vec![0.5f32, 0.5], [1.0f32, 0.3, -4.5]);
+        let logits = |x: &[f32]| -> Vec<f32> {
+            weights.iter().zip(bias).map(|(w, b)| w[0] * x[0] + w[1] * x[1] + b).collect()
+        };
+        // Margins -0.2 at slope 1 and -0.5 at slope 10: 0.2 and 0.05 away.
+        let threat = Threat::new(Norm::L2, crate::attack::Epsilon::try_from(0.06).unwrap()).unwrap();
+        let example = Example { image: image.clone(), shape: (1, 2, 1), label: 0, id: 0 };
+        let mut search = Approach::new(threat, example, image.clone(), Vec::new());
+        let mut queries = 0;
+        while let Some(point) = search.point().map(<[f32]>::to_vec) {
+            let z = logits(&point);
+            let weighted = search.weights(&z).unwrap();
+            let gradient =
+                [0, 1].map(|i| (0..3).map(|class| weighted[class] * weights[class][i]).sum::<f32>());
+            search.advance(&z, &gradient).unwrap();
+            queries += 1;
+        }
+        let found = search.found().unwrap();
+        assert!((found[0] - 0.5).abs() < 1e-6 && (found[1] - 0.5525).abs() < 1e-5, "{found:?}");
+        assert_eq!(queries, 3, "two gradients and a look");
+    }
 
     fn dot(a: &[f32], b: &[f32]) -> f64 {
         a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()

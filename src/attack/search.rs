@@ -5,7 +5,7 @@
 use candle_core::{Device, Tensor, Var};
 
 use super::{Norm, Threat};
-use crate::{Result, progress::check_stop};
+use crate::{Result, progress::check_stop, rng};
 
 /// A classifier as attacks see it: images `(b, h, w, c)` f32 in [0, 1] to logits `(b, classes)`. The logits of an
 /// image must not depend on the other images in the batch; the parameters are best frozen.
@@ -161,6 +161,68 @@ pub fn run(
             over(number, search.found())?;
         }
     }
+}
+
+/// Searches from one start after another, until one of these searches finds something.
+pub(super) struct Restarted<F> {
+    starts: usize,
+    begin: F,
+    /// The number of the present start, and the search from there.
+    start: usize,
+    search: Box<dyn Search>,
+}
+
+impl<F: Fn(usize) -> Box<dyn Search>> Restarted<F> {
+    /// `begin(start)`: the search from that start, counted from 0.
+    pub(super) fn new(starts: usize, begin: F) -> Self {
+        Self { starts, search: begin(0), begin, start: 0 }
+    }
+}
+
+impl<F: Fn(usize) -> Box<dyn Search>> Search for Restarted<F> {
+    fn point(&self) -> Option<&[f32]> {
+        self.search.point()
+    }
+
+    fn wants_gradient(&self) -> bool {
+        self.search.wants_gradient()
+    }
+
+    fn weights(&mut self, logits: &[f32]) -> Result<Vec<f32>> {
+        self.search.weights(logits)
+    }
+
+    fn advance(&mut self, logits: &[f32], gradient: &[f32]) -> Result<()> {
+        self.search.advance(logits, gradient)?;
+        let over = self.search.point().is_none() && self.search.found().is_none();
+        if over && self.start + 1 < self.starts {
+            self.start += 1;
+            self.search = (self.begin)(self.start);
+        }
+        Ok(())
+    }
+
+    fn found(&self) -> Option<&[f32]> {
+        self.search.found()
+    }
+}
+
+/// A random point at this share of the radius around the image, then clipped to the box; elements are drawn in CHW order.
+pub(super) fn random_point(threat: &Threat, example: &Example, seed: u64, share: f32) -> Vec<f32> {
+    let (h, w, c) = example.shape;
+    let mut draws = vec![0f32; example.image.len()];
+    match threat.norm() {
+        Norm::Linf => {
+            rng::uniforms(seed, example.id, rng::stream::ATTACK, &mut draws);
+            draws.iter_mut().for_each(|u| *u = 2.0 * *u - 1.0);
+        }
+        Norm::L2 => rng::normals(seed, example.id, rng::stream::ATTACK, &mut draws),
+    }
+    let radius = share * threat.epsilon() as f32;
+    let scale = radius / length(threat.norm(), draws.iter().copied()).max(f32::MIN_POSITIVE);
+    let chw = |position: usize, channel: usize| draws[channel * h * w + position];
+    let pixels = example.image.iter().enumerate();
+    pixels.map(|(i, x)| (x + scale * chw(i / c, i % c)).clamp(0.0, 1.0)).collect()
 }
 
 /// Searches in turn towards the classes ranked after the best one in the prediction for the image itself, until one

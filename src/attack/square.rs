@@ -8,7 +8,7 @@ use crate::{
 
 /// Square.
 pub const SQUARE: Method =
-    Method::new("square", 4, |threat, seed, example| Box::new(Walk::new(threat, seed, example)));
+    Method::new("square", 4, |threat, seed, _, example| Box::new(Walk::new(threat, seed, example)));
 
 /// The initial share of pixels that a square covers.
 const P_INIT: f64 = 0.8;

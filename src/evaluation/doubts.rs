@@ -21,8 +21,7 @@ const TWICE: usize = 64;
 pub fn unusable(logits: &[Vec<f32>]) -> Vec<String> {
     let count = |is: fn(&[f32]) -> bool| logits.iter().filter(|row| is(row)).count();
     let nan = count(|row| row.iter().any(|z| z.is_nan()));
-    let infinite =
-        count(|row| row.iter().any(|z| z.is_infinite()) && !row.iter().any(|z| z.is_nan()));
+    let infinite = count(|row| row.iter().any(|z| z.is_infinite()) && !row.iter().any(|z| z.is_nan()));
     let mut doubts = Vec::new();
     if nan > 0 {
         doubts.push(format!("{nan} images are answered with what is no number, which counts as wrong"));
@@ -41,7 +40,8 @@ pub fn unusable(logits: &[Vec<f32>]) -> Vec<String> {
 /// `rows`: the images that withstood it, as indices of `logits` and `labels`. `rounding`: the largest probability of
 /// all other classes together that the attack does not tell from 0.
 pub fn saturation(logits: &[Vec<f32>], labels: &[u32], rows: &[usize], rounding: f32) -> Option<String> {
-    let wrong = |row: usize| -Loss::CrossEntropy.of(&logits[row], labels[row] as usize).1[labels[row] as usize];
+    let wrong =
+        |row: usize| -Loss::CrossEntropy.of(&logits[row], labels[row] as usize).1[labels[row] as usize];
     let saturated = rows.iter().filter(|&&row| wrong(row) <= rounding).count();
     (saturated as f64 > MANY * rows.len() as f64).then(|| {
         format!(

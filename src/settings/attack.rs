@@ -6,7 +6,8 @@ use super::{NoSettings, flags::named};
 use crate::{
     Result,
     attack::{
-        Attack, Counted, Epsilon, METHODS, Method, Norm, Pgd, PgdConfig, PgdLoss, PgdSearch, STANDARD, Threat,
+        Attack, Counted, Epsilon, METHODS, Method, Norm, PLUS, Pgd, PgdConfig, PgdLoss, PgdSearch, STANDARD,
+        Threat,
     },
 };
 
@@ -104,12 +105,16 @@ tagged! {
         /// AutoAttack's version `standard` (Croce & Hein 2020): apgd-ce, apgd-t, fab-t and square, each on the
         /// images that withstood the ones before.
         AutoAttack(BallSettings) = "autoattack",
+        /// AutoAttack's version `plus`: apgd-ce, apgd-dlr and fab from five starts each, square, apgd-t and fab-t.
+        AutoAttackPlus(BallSettings) = "autoattack-plus",
         /// APGD on the cross-entropy, 100 steps.
         ApgdCe(BallSettings) = "apgd-ce",
         /// APGD on the difference-of-logits ratio, 100 steps.
         ApgdDlr(BallSettings) = "apgd-dlr",
         /// APGD towards nine target classes, 100 steps each.
         ApgdT(BallSettings) = "apgd-t",
+        /// FAB towards the nearest boundary of all classes, from five starts of 100 steps.
+        Fab(BallSettings) = "fab",
         /// FAB towards nine target classes, 100 steps each.
         FabT(BallSettings) = "fab-t",
         /// Square, with 5,000 queries.
@@ -124,9 +129,11 @@ impl EvaluationAttackSettings {
             Self::None(_) => None,
             Self::Pgd(pgd) => Some(&pgd.attack.ball),
             Self::AutoAttack(ball)
+            | Self::AutoAttackPlus(ball)
             | Self::ApgdCe(ball)
             | Self::ApgdDlr(ball)
             | Self::ApgdT(ball)
+            | Self::Fab(ball)
             | Self::FabT(ball)
             | Self::Square(ball) => Some(ball),
         }
@@ -141,6 +148,15 @@ impl EvaluationAttackSettings {
         }
     }
 
+    /// The attacks with a name of their own, in order.
+    pub fn methods(&self) -> Vec<Method> {
+        match self {
+            Self::AutoAttack(_) => STANDARD.into(),
+            Self::AutoAttackPlus(_) => PLUS.into(),
+            _ => METHODS.into_iter().filter(|method| method.name() == self.kind()).collect(),
+        }
+    }
+
     /// The attacks and their names, in order. Fails as [`Self::validate`] does.
     pub fn sequence(&self, seed: u64) -> Result<Vec<(&'static str, Box<dyn Attack>)>> {
         let Some(ball) = self.ball() else { return Ok(Vec::new()) };
@@ -149,10 +165,7 @@ impl EvaluationAttackSettings {
         }
         let threat = ball.threat()?;
         let named = |method: Method| (method.name(), method.attack(threat, seed));
-        Ok(match self {
-            Self::AutoAttack(_) => STANDARD.map(named).into(),
-            _ => METHODS.into_iter().filter(|method| method.name() == self.kind()).map(named).collect(),
-        })
+        Ok(self.methods().into_iter().map(named).collect())
     }
 
     /// If all that is climbed is the cross-entropy: the largest probability of all wrong classes together that the

@@ -3,9 +3,9 @@
     python check_autoattack.py PROXYSET DATA OUT COUNT NORM EPSILON MODEL [MODEL …]
 
 DATA is a folder of Hugging Face Parquet whose first COUNT test images are attacked; a MODEL is a folder of a small-cnn
-that proxyset trained. Each attack runs by itself on all images that are answered rightly, then the ensemble does, here
-and there. Prints a table of robust accuracies and fails if an attack differs by more than one percentage point, or the
-ensemble by more than half a one. Our adversarial images of the ensemble are judged by PyTorch too.
+that proxyset trained. Each attack runs by itself on all images that are answered rightly, then the ensembles do, here
+and there. Prints a table of robust accuracies and fails if an attack differs by more than one percentage point, or an
+ensemble by more than half a one. Our adversarial images are judged by PyTorch too.
 """
 
 import importlib.metadata
@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-ATTACKS = ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
+ATTACKS = ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
+VERSIONS = {"autoattack": "standard", "autoattack-plus": "plus"}
 proxyset, data, out, count, norm, epsilon, *models = sys.argv[1:]
 count = int(count)
 radius = float(epsilon.split("/")[0]) / float((epsilon + "/1").split("/")[1])
@@ -72,7 +73,7 @@ def ours(model, attack):
     """The record of our evaluation, and its seconds."""
     folder = Path(out) / f"{Path(model).name}-{norm}-{attack}"
     subprocess.run(
-        [proxyset, "evaluate", "--model", model, "--data", data, "--limit", str(count), "--norm", norm, "--epsilon",
+        [proxyset, "evaluate", "--model", model, "--data", data, "--first", str(count), "--norm", norm, "--epsilon",
          epsilon, "--attack", attack, "--save-adversarial", "true", "--out", str(folder), "--quiet"],
         check=True, stdout=subprocess.DEVNULL,
     )
@@ -89,15 +90,16 @@ for folder in models:
     network = SmallCnn(json.loads((Path(folder) / "config.json").read_text()))
     network.load_state_dict(load_file(Path(folder) / "model.safetensors"))
     network = network.eval().to(memory_format=torch.channels_last)
-    for attack in [*ATTACKS, "autoattack"]:
+    for attack in [*ATTACKS, *VERSIONS]:
         record, adversarial = ours(folder, attack)
-        version = {"version": "standard"} if attack == "autoattack" else {"version": "custom", "attacks": [attack]}
+        ensemble = attack in VERSIONS
+        version = {"version": VERSIONS[attack]} if ensemble else {"version": "custom", "attacks": [attack]}
         reference = AutoAttack(network, norm={"linf": "Linf", "l2": "L2"}[norm], eps=radius, seed=0, device="cpu",
                                **version)
         reference.verbose = False
-        if attack != "autoattack":
-            reference.apgd.n_restarts = 1
-            reference.fab.n_restarts = reference.apgd_targeted.n_restarts = 1
+        if not ensemble:
+            reference.apgd.n_restarts = reference.apgd_targeted.n_restarts = 1
+            reference.fab.n_restarts = 5 if attack == "fab" else 1
             reference.fab.n_target_classes = reference.apgd_targeted.n_target_classes = 9
             reference.square.n_queries = 5000
         started = time.time()
@@ -107,7 +109,7 @@ for folder in models:
             standing = (network(found).argmax(1) == y).sum().item() / count
             ours_there = (network(adversarial).argmax(1) == y).sum().item() / count
         difference = 100 * (record["robust_accuracy"] - standing)
-        allowed = 0.5 if attack == "autoattack" else 1.0
+        allowed = 0.5 if ensemble else 1.0
         failed |= abs(difference) > allowed + 1e-6 or abs(ours_there - record["robust_accuracy"]) > 0.002
         print(f"| {Path(folder).name} | {attack} | {record['robust_accuracy']:.3f} | {standing:.3f} | {difference:+.1f} "
               f"| {record['seconds']:.1f} | {seconds:.1f} |", flush=True)

@@ -84,10 +84,11 @@ impl Evaluate {
                 settings["loss"] = json!(loss);
                 settings["restarts"] = json!(restarts);
             }
-            _ => {
+            named => {
+                let starts: BTreeMap<_, _> = named.methods().iter().map(|m| (m.name(), m.starts())).collect();
                 settings["settings"] = json!({
                     "steps": method::STEPS,
-                    "restarts": method::RESTARTS,
+                    "starts": starts,
                     "targets": method::TARGETS,
                     "queries": method::QUERIES,
                 });
@@ -105,7 +106,7 @@ impl Stage for Evaluate {
     const REVISION: u32 = 1;
 
     fn unused(&self) -> Vec<&'static str> {
-        // FAB begins with the image itself, and draws nothing.
+        // Targeted FAB begins with the image itself, and draws nothing.
         let draws =
             !matches!(self.attack, EvaluationAttackSettings::None(_) | EvaluationAttackSettings::FabT(_));
         if draws { Vec::new() } else { vec!["seed"] }
