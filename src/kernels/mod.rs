@@ -21,7 +21,7 @@
 //! basic_block | resnet_block
 //! block
 //! conv2d | group_norm | batch_norm | attention | loss
-//! activation | add_channels | matmul | resample | optimizer | pgd_step | images
+//! activation | add_channels | matmul | max_pool | resample | optimizer | pgd_step | images
 //! cuda
 //! shell | reduce | math | algorithms
 //! microkernel | parallel
@@ -43,6 +43,7 @@ mod images;
 mod loss;
 mod math;
 mod matmul;
+mod max_pool;
 mod microkernel;
 mod optimizer;
 mod parallel;
@@ -65,6 +66,7 @@ pub use group_norm::group_norm;
 pub use images::{crop_images, crop_pixels, normal_images};
 pub use loss::{cross_entropy, kl_divergence, smoothed_cross_entropy};
 pub use matmul::{linear, linear_in_full, matmul};
+pub use max_pool::max_pool2d;
 pub use optimizer::{AdamStep, SgdStep, average_step};
 pub use pgd_step::{pgd_step, project, steepest};
 pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};

@@ -69,13 +69,14 @@ impl Conv2d {
 
 /// The parameters of a fused block as one vector, each as its layer begins in PyTorch: a bias as the weight before it,
 /// and vectors of a norm, which has no other weight, as 1 and 0.
-pub(super) fn fused(parameters: Vec<(&'static str, Shape)>, b: &Builder) -> Result<Tensor> {
+pub(super) fn fused(parameters: Vec<(impl AsRef<str>, Shape)>, b: &Builder) -> Result<Tensor> {
     let mut of_layer = None;
     b.flat(parameters.into_iter().map(|(name, shape)| {
-        if name.ends_with("weight") {
+        let weight = name.as_ref().ends_with("weight");
+        if weight {
             of_layer = (shape.rank() > 1).then(|| Init::FanIn(shape.elem_count() / shape.dims()[0]));
         }
-        let of_norm = if name.ends_with("weight") { Init::Ones } else { Init::Zeros };
+        let of_norm = if weight { Init::Ones } else { Init::Zeros };
         (name, shape, of_layer.unwrap_or(of_norm))
     }))
 }

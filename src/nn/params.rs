@@ -243,8 +243,12 @@ impl<'a> Builder<'a> {
 
     /// Several parameters of this part as one vector, stored one after another, row-major, as a fused block takes
     /// them. In files they are separate tensors under their own names.
-    pub fn flat(&self, parts: impl IntoIterator<Item = (&'static str, Shape, Init)>) -> Result<Tensor> {
-        let part = |(name, shape, init)| Part { names: self.names(name), shape, init };
+    pub fn flat(&self, parts: impl IntoIterator<Item = (impl AsRef<str>, Shape, Init)>) -> Result<Tensor> {
+        let part = |(name, shape, init): (_, Shape, Init)| Part {
+            names: self.names(AsRef::as_ref(&name)),
+            shape,
+            init,
+        };
         let parts: Vec<Part> = parts.into_iter().map(part).collect();
         let shape = Shape::from(parts.iter().map(|part| part.shape.elem_count()).sum::<usize>());
         let name = self.prefixes[0].trim_end_matches('.').to_owned();

@@ -8,8 +8,8 @@ use crate::{
     data::Shape,
     error::expect_within,
     nn::{
-        Activation, Architecture, ResNetConfig, SmallCnnConfig, Standardization, WideResNetConfig,
-        WideResNetLayout,
+        Activation, Architecture, ResNetBlock, ResNetConfig, ResNetLayout, ResNetStem, SmallCnnConfig,
+        Standardization, WideResNetConfig, WideResNetLayout,
     },
 };
 
@@ -24,6 +24,18 @@ pub struct SmallCnnSettings {
     pub groups: usize,
 }
 
+named! {
+    /// What a residual block consists of.
+    pub enum BlockKind {
+        /// Two convolutions, as in ResNet-18 and 34.
+        Basic = "basic",
+        /// Three convolutions, the last to four times as many channels, as in ResNet-50.
+        Bottleneck = "bottleneck",
+        /// Two convolutions, each with its norm before it, as in PreActResNet-18 (Rice et al. 2020).
+        Preactivation = "preactivation",
+    }
+}
+
 /// A residual network.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResNetSettings {
@@ -33,6 +45,13 @@ pub struct ResNetSettings {
     /// Residual blocks of each stage; two each if left out.
     #[arg(long, value_delimiter = ',')]
     pub blocks: Vec<usize>,
+    /// What a residual block consists of; basic if left out.
+    #[arg(long, value_parser = named::<BlockKind>())]
+    pub block: Option<BlockKind>,
+    /// What comes before the blocks; cifar if left out. With imagenet the parameters are named as in torchvision, with
+    /// cifar as in RobustBench.
+    #[arg(long, value_parser = named::<ResNetStem>())]
+    pub stem: Option<ResNetStem>,
     /// Standardise images by the mean and standard deviation of the real training images.
     #[arg(long, default_value_t = false, action = clap::ArgAction::Set)]
     pub standardize: bool,
@@ -96,12 +115,26 @@ impl ArchitectureSettings {
                 num_classes,
                 groups: *groups,
             }),
-            Self::Resnet(ResNetSettings { channels, blocks, .. }) => Architecture::Resnet(ResNetConfig {
-                widths: channels.clone(),
-                blocks: if blocks.is_empty() { vec![2; channels.len()] } else { blocks.clone() },
-                standardize,
-                ..ResNetConfig::resnet18(in_channels, image_size, num_classes)
-            }),
+            Self::Resnet(ResNetSettings { channels, blocks, block, stem, .. }) => {
+                Architecture::Resnet(ResNetConfig {
+                    block: match block {
+                        None | Some(BlockKind::Basic) => ResNetBlock::Basic,
+                        Some(BlockKind::Bottleneck) => ResNetBlock::Bottleneck,
+                        Some(BlockKind::Preactivation) => {
+                            ResNetBlock::Preactivation { final_norm: true, activated_shortcut: true }
+                        }
+                    },
+                    stem: stem.unwrap_or_default(),
+                    layout: match stem.unwrap_or_default() {
+                        ResNetStem::Cifar => ResNetLayout::RobustBench,
+                        ResNetStem::Imagenet => ResNetLayout::Torchvision,
+                    },
+                    widths: channels.clone(),
+                    blocks: if blocks.is_empty() { vec![2; channels.len()] } else { blocks.clone() },
+                    standardize,
+                    ..ResNetConfig::resnet18(in_channels, image_size, num_classes)
+                })
+            }
             Self::WideResnet(WideResNetSettings { depth, width, activation, .. }) => {
                 Architecture::WideResnet(WideResNetConfig {
                     in_channels,
@@ -134,7 +167,10 @@ impl ArchitectureSettings {
                     bail!(Usage, "channels is {channels:?}, expected multiples of groups = {groups}");
                 }
             }
-            Self::Resnet(ResNetSettings { channels, blocks, .. }) => {
+            Self::Resnet(ResNetSettings { channels, blocks, block, stem, .. }) => {
+                if (*block, *stem) == (Some(BlockKind::Preactivation), Some(ResNetStem::Imagenet)) {
+                    bail!(Usage, "stem is imagenet, expected cifar with blocks of preactivation");
+                }
                 if channels.is_empty() || channels.contains(&0) || blocks.contains(&0) {
                     bail!(Usage, "channels is {channels:?} and blocks {blocks:?}, expected positive numbers");
                 }

@@ -29,7 +29,7 @@ def architecture(module):
     return loaded
 
 
-def write(name, model, size):
+def write(name, model, size, made_by=None):
     model = model.double()
     with torch.no_grad():
         # Norms start at 1 and 0, which would hide swapped or lost numbers.
@@ -52,15 +52,17 @@ def write(name, model, size):
     tensors |= {f"after.{key}": value for key, value in model.named_buffers() if key in state}
     tensors |= {f"grad.{key}": value.grad for key, value in model.named_parameters()} | {"grad_x": x.grad}
     single = {k: v.detach().float() if v.is_floating_point() else v for k, v in tensors.items()}
-    versions = f"torch {torch.__version__}, robustbench {importlib.metadata.version('robustbench')}"
+    made_by = made_by or f"robustbench {importlib.metadata.version('robustbench')}"
+    versions = f"torch {torch.__version__}, {made_by}"
     save_file({k: v.contiguous() for k, v in single.items()}, f"{name}.safetensors", {"versions": versions})
 
 
-# The classes pool over 8 x 8 pixels, so the images behind the last group have to be as large.
-torch.manual_seed(28)
-trades = architecture("wide_resnet").WideResNet(depth=DEPTH, num_classes=CLASSES, widen_factor=WIDTH)
-write("wide_resnet_trades", trades, 32)
-deepmind = architecture("dm_wide_resnet").DMWideResNet(
-    num_classes=CLASSES, depth=DEPTH, width=WIDTH, activation_fn=nn.SiLU, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)
-)
-write("wide_resnet_deepmind", deepmind, 32)
+if __name__ == "__main__":
+    # The classes pool over 8 x 8 pixels, so the images behind the last group have to be as large.
+    torch.manual_seed(28)
+    trades = architecture("wide_resnet").WideResNet(depth=DEPTH, num_classes=CLASSES, widen_factor=WIDTH)
+    write("wide_resnet_trades", trades, 32)
+    deepmind = architecture("dm_wide_resnet").DMWideResNet(
+        num_classes=CLASSES, depth=DEPTH, width=WIDTH, activation_fn=nn.SiLU, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)
+    )
+    write("wide_resnet_deepmind", deepmind, 32)

@@ -1,4 +1,4 @@
-//! Classifiers compared with PyTorch's, from the files that tests/golden/resnet.py and wide_resnet.py write.
+//! Classifiers compared with PyTorch's, from the files that tests/golden/resnet.py, residual.py and wide_resnet.py write.
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -5,6 +5,7 @@ mod golden;
 #[cfg(test)]
 mod mlp;
 mod recognition;
+mod residual;
 mod resnet;
 mod small_cnn;
 mod unet;
@@ -17,7 +18,7 @@ use serde_json::{Map, Value};
 
 pub use self::{
     recognition::{Recognized, recognize},
-    resnet::ResNetConfig,
+    resnet::{ResNetBlock, ResNetConfig, ResNetLayout, ResNetStem},
     small_cnn::SmallCnnConfig,
     unet::{SampleSize, UNetConfig},
     wide_resnet::{Activation, WideResNetConfig, WideResNetLayout},

@@ -1,22 +1,59 @@
-//! The residual network of the robustness benchmarks, under RobustBench's names.
+//! Residual networks under the names of RobustBench's and torchvision's checkpoints.
 
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
+use super::residual::{BasicBlock, Bottleneck, Preactivation, Residual};
 use crate::{
     Result, kernels,
     nn::{
-        layers::{
-            BatchNorm, BatchNormMode, Conv2d, Linear, RunningStatistics, Standardization, fused, fused_macs,
-            to_compute,
-        },
-        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes, macs_of_stages},
-        params::{Builder, Packed},
+        layers::{BatchNorm, BatchNormMode, Conv2d, Linear, Standardization, to_compute},
+        network::{ClassifierArchitecture, ClassifierNetwork, expect_images, expect_sizes},
+        params::Builder,
     },
 };
 
-/// ResNet (He et al. 2016) in its form for small images: a 3 × 3 stem without pooling, stages of basic blocks, the
-/// mean over the remaining positions, and a linear layer. By default `widths` and `blocks` are those of ResNet-18.
+/// What a residual block consists of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum ResNetBlock {
+    /// Two 3 × 3 convolutions, each with a norm behind it: ResNet-18 and 34.
+    #[default]
+    Basic,
+    /// Convolutions of 1 × 1, 3 × 3 and 1 × 1, the last to four times as many channels: ResNet-50 and deeper ones.
+    Bottleneck,
+    /// Two 3 × 3 convolutions, each with a norm before it: PreActResNet-18.
+    Preactivation {
+        /// Whether there are a norm and ReLU behind the last block, as in Rice et al. 2020 but not in Wong et al. 2020.
+        final_norm: bool,
+        /// Whether convolutions around blocks take what comes out of the block's first ReLU, as in Rice et al. 2020, or
+        /// its input, as in Wong et al. 2020.
+        activated_shortcut: bool,
+    },
+}
+
+named! {
+    /// What comes before the residual blocks.
+    pub enum ResNetStem default Cifar {
+        /// A 3 × 3 convolution, for images of about 32 pixels.
+        Cifar = "cifar",
+        /// A 7 × 7 convolution and a maximum over 3 × 3, each of stride 2, for images of 64 to 224 pixels.
+        Imagenet = "imagenet",
+    }
+}
+
+named! {
+    /// Whose names the parameters have.
+    pub enum ResNetLayout default RobustBench {
+        /// RobustBench's: `shortcut` and `linear`.
+        RobustBench = "robustbench",
+        /// torchvision's: `downsample` and `fc`.
+        Torchvision = "torchvision",
+    }
+}
+
+/// ResNet (He et al. 2016): a stem, stages of residual blocks, the mean over the remaining positions, and a linear
+/// layer. By default it is ResNet-18 in its form for small images.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResNetConfig {
@@ -26,12 +63,21 @@ pub struct ResNetConfig {
     pub image_size: usize,
     /// The number of logits.
     pub num_classes: usize,
-    /// Channels of each stage; every stage after the first halves the image.
+    /// Channels of each stage, which bottlenecks multiply by four; every stage after the first halves the image.
     #[serde(default = "resnet18_widths")]
     pub widths: Vec<usize>,
     /// Residual blocks of each stage.
     #[serde(default = "resnet18_blocks")]
     pub blocks: Vec<usize>,
+    /// What each of them consists of.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub block: ResNetBlock,
+    /// What comes before them.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub stem: ResNetStem,
+    /// The names of the parameters.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub layout: ResNetLayout,
     /// The side of the windows whose means go into the linear layer: 4 in the form for CIFAR, where image sizes
     /// other than 32 change the number of inputs accordingly. Without it the mean is over the whole image (adaptive
     /// pooling).
@@ -50,16 +96,30 @@ fn resnet18_blocks() -> Vec<usize> {
     vec![2; 4]
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 impl ResNetConfig {
     /// ResNet-18.
     pub fn resnet18(in_channels: usize, image_size: usize, num_classes: usize) -> Self {
-        let (widths, blocks) = (resnet18_widths(), resnet18_blocks());
-        Self { in_channels, image_size, num_classes, widths, blocks, pool: None, standardize: None }
+        Self {
+            in_channels,
+            image_size,
+            num_classes,
+            widths: resnet18_widths(),
+            blocks: resnet18_blocks(),
+            block: ResNetBlock::default(),
+            stem: ResNetStem::default(),
+            layout: ResNetLayout::default(),
+            pool: None,
+            standardize: None,
+        }
     }
 
     /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
-        let Self { in_channels, image_size, num_classes, widths, blocks, .. } = self;
+        let Self { in_channels, image_size, num_classes, widths, blocks, stem, layout, .. } = self;
         expect_sizes(*in_channels, *image_size, *num_classes)?;
         if widths.is_empty() || widths.contains(&0) {
             bail!(Data, "widths is {widths:?}, expected a positive number for each stage");
@@ -68,6 +128,14 @@ impl ResNetConfig {
         if blocks.len() != stages || blocks.contains(&0) {
             bail!(Data, "blocks is {blocks:?}, expected a positive number for each of {stages} stages");
         }
+        if let ResNetBlock::Preactivation { .. } = self.block
+            && (*stem, *layout) != Default::default()
+        {
+            bail!(
+                Data,
+                "stem is {stem} and layout {layout}, expected cifar and robustbench with preactivation"
+            );
+        }
         let side = self.last_side();
         if let Some(pool) = self.pool.filter(|pool| !(1..=side).contains(pool)) {
             bail!(Data, "pool is {pool}, expected 1 to {side}, the side of the last images");
@@ -75,9 +143,25 @@ impl ResNetConfig {
         self.standardize.as_ref().map_or(Ok(()), |s| s.validate(*in_channels))
     }
 
+    /// The side of the images before the first stage.
+    fn first_side(&self) -> usize {
+        match self.stem {
+            ResNetStem::Cifar => self.image_size,
+            ResNetStem::Imagenet => self.image_size.div_ceil(4),
+        }
+    }
+
     /// The side of the images after the last stage.
     fn last_side(&self) -> usize {
-        (1..self.widths.len()).fold(self.image_size, |side, _| side.div_ceil(2))
+        (1..self.widths.len()).fold(self.first_side(), |side, _| side.div_ceil(2))
+    }
+
+    /// Channels that come out of a block of this width.
+    fn channels(&self, width: usize) -> usize {
+        match self.block {
+            ResNetBlock::Bottleneck => Bottleneck::EXPANSION * width,
+            _ => width,
+        }
     }
 }
 
@@ -101,8 +185,12 @@ impl ClassifierArchitecture for ResNetConfig {
 
 struct ResNet {
     conv1: Conv2d,
-    bn1: BatchNorm,
-    stages: Vec<Vec<BasicBlock>>,
+    /// The norm of the stem; with preactivation the first block begins with one.
+    bn1: Option<BatchNorm>,
+    /// Each with its stride.
+    blocks: Vec<(usize, Box<dyn Residual>)>,
+    /// The norm behind the last block, with preactivation.
+    bn: Option<BatchNorm>,
     linear: Linear,
     config: ResNetConfig,
 }
@@ -110,22 +198,46 @@ struct ResNet {
 impl ResNet {
     fn new(config: &ResNetConfig, b: &Builder) -> Result<Self> {
         config.validate()?;
-        let ResNetConfig { in_channels, num_classes, widths, blocks, .. } = config;
-        let stages = blocks.iter().enumerate().map(|(i, &n)| {
-            let b = b.pp(format!("layer{}", i + 1));
-            let block = |j: usize| {
-                let first = j == 0 && i > 0;
-                let (c_in, stride) = if first { (widths[i - 1], 2) } else { (widths[i], 1) };
-                BasicBlock::new(c_in, widths[i], stride, &b.pp(j))
-            };
-            (0..n).map(block).collect::<Result<_>>()
-        });
+        let ResNetConfig { in_channels, num_classes, widths, blocks, block, stem, layout, .. } = config;
+        let (kernel, stride) = match stem {
+            ResNetStem::Cifar => (3, 1),
+            ResNetStem::Imagenet => (7, 2),
+        };
+        let (shortcut, linear) = match layout {
+            ResNetLayout::RobustBench => ("shortcut", "linear"),
+            ResNetLayout::Torchvision => ("downsample", "fc"),
+        };
+        let norm =
+            |channels, name, there: bool| there.then(|| BatchNorm::new(channels, &b.pp(name))).transpose();
+        let conv1 = Conv2d::without_bias(*in_channels, widths[0], kernel, stride, &b.pp("conv1"))?;
+        let bn1 = norm(widths[0], "bn1", !matches!(block, ResNetBlock::Preactivation { .. }))?;
+        let mut channels = widths[0];
+        let mut built: Vec<(usize, Box<dyn Residual>)> = Vec::new();
+        for (i, (&width, &n)) in widths.iter().zip(blocks).enumerate() {
+            for j in 0..n {
+                let b = b.pp(format!("layer{}", i + 1)).pp(j);
+                let stride = if i > 0 && j == 0 { 2 } else { 1 };
+                let block: Box<dyn Residual> = match *block {
+                    ResNetBlock::Basic => Box::new(BasicBlock::new(channels, width, stride, shortcut, &b)?),
+                    ResNetBlock::Bottleneck => {
+                        Box::new(Bottleneck::new(channels, width, stride, shortcut, &b)?)
+                    }
+                    ResNetBlock::Preactivation { activated_shortcut, .. } => {
+                        Box::new(Preactivation::new(channels, width, stride, activated_shortcut, &b)?)
+                    }
+                };
+                built.push((stride, block));
+                channels = config.channels(width);
+            }
+        }
+        let final_norm = matches!(block, ResNetBlock::Preactivation { final_norm: true, .. });
         let windows = config.pool.map_or(1, |pool| (config.last_side() / pool).pow(2));
         Ok(Self {
-            conv1: Conv2d::without_bias(*in_channels, widths[0], 3, 1, &b.pp("conv1"))?,
-            bn1: BatchNorm::new(widths[0], &b.pp("bn1"))?,
-            stages: stages.collect::<Result<_>>()?,
-            linear: Linear::new(windows * widths[widths.len() - 1], *num_classes, &b.pp("linear"))?,
+            conv1,
+            bn1,
+            blocks: built,
+            bn: norm(channels, "bn", final_norm)?,
+            linear: Linear::new(windows * channels, *num_classes, &b.pp(linear))?,
             config: config.clone(),
         })
     }
@@ -133,64 +245,42 @@ impl ResNet {
 
 impl ClassifierNetwork for ResNet {
     fn features_and_logits(&self, x: &Tensor, mode: BatchNormMode) -> Result<(Tensor, Tensor)> {
-        expect_images(x, self.config.image_size, self.config.in_channels)?;
-        let x = Standardization::apply(self.config.standardize.as_ref(), x)?;
-        let mut x = self.bn1.forward(&self.conv1.forward(&to_compute(&x)?)?, mode, true)?;
-        for block in self.stages.iter().flatten() {
+        let Self { conv1, bn1, blocks, bn, linear, config } = self;
+        expect_images(x, config.image_size, config.in_channels)?;
+        let norm = |bn: &Option<BatchNorm>, x: Tensor| match bn {
+            Some(bn) => bn.forward(&x, mode, true),
+            None => Ok(x),
+        };
+        let x = Standardization::apply(config.standardize.as_ref(), x)?;
+        let mut x = norm(bn1, conv1.forward(&to_compute(&x)?)?)?;
+        if config.stem == ResNetStem::Imagenet {
+            x = kernels::max_pool2d(&x, 3, 2, 1)?;
+        }
+        for (_, block) in blocks {
             x = block.forward(&x, mode)?;
         }
-        let features = match self.config.pool {
+        let x = norm(bn, x)?;
+        let features = match config.pool {
             None => kernels::global_avg_pool(&x)?,
             // PyTorch flattens channel by channel.
             Some(pool) => kernels::avg_pool2d(&x, pool)?.permute((0, 3, 1, 2))?.flatten_from(1)?,
         };
-        let logits = self.linear.forward(&features)?;
+        let logits = linear.forward(&features)?;
         Ok((features, logits))
     }
 
     fn macs(&self) -> u64 {
-        let side = self.config.image_size;
-        let stages = macs_of_stages(side, &self.stages, BasicBlock::macs);
-        self.conv1.macs(side * side) + stages + self.linear.macs(1)
-    }
-}
-
-/// All parameters of a block are one vector: see [`kernels::basic_block`].
-struct BasicBlock {
-    theta: Tensor,
-    shape: kernels::BasicBlock,
-    /// One for each norm.
-    running: Vec<RunningStatistics>,
-    packed: [Packed; 3],
-}
-
-impl BasicBlock {
-    fn new(c_in: usize, c_out: usize, stride: usize, b: &Builder) -> Result<Self> {
-        let shape = kernels::BasicBlock { c_in, c_out, stride, epsilon: BatchNorm::EPSILON };
-        let theta = fused(shape.parameters(), b)?;
-        let norms = ["bn1", "bn2", "shortcut.1"].into_iter().take(shape.norms());
-        let running = norms.map(|name| RunningStatistics::new(c_out, &b.pp(name))).collect::<Result<_>>()?;
-        let packed = ["conv1", "conv2", "shortcut.0"].map(|name| b.packed(name));
-        Ok(Self { theta, shape, running, packed })
-    }
-
-    /// `x`: `(b, h, w, c_in)`. Returns `(b, h / stride, w / stride, c_out)`, rounded up.
-    fn forward(&self, x: &Tensor, mode: BatchNormMode) -> Result<Tensor> {
-        let packed = self.packed.each_ref().map(Packed::get);
-        let running = match mode {
-            BatchNormMode::Train => None,
-            BatchNormMode::Eval => Some(self.running.iter().map(RunningStatistics::get).collect::<Vec<_>>()),
+        let conv1_side = match self.config.stem {
+            ResNetStem::Cifar => self.config.image_size,
+            ResNetStem::Imagenet => self.config.image_size.div_ceil(2),
         };
-        let (out, batch) = kernels::basic_block(x, &self.theta, running.as_deref(), &self.shape, &packed)?;
-        for (running, batch) in self.running.iter().zip(&batch) {
-            running.track(batch)?;
-        }
-        Ok(out)
-    }
-
-    /// Multiply-adds for an output of `positions` pixels.
-    fn macs(&self, positions: usize) -> u64 {
-        fused_macs(self.shape.parameters(), positions)
+        let mut side = self.config.first_side();
+        let blocks = self.blocks.iter().map(|(stride, block)| {
+            let before = side;
+            side = side.div_ceil(*stride);
+            block.macs(before.pow(2), side.pow(2))
+        });
+        self.conv1.macs(conv1_side.pow(2)) + blocks.sum::<u64>() + self.linear.macs(1)
     }
 }
 
@@ -201,33 +291,60 @@ mod tests {
     use super::{super::golden::Golden, *};
     use crate::nn::params::{self, Params};
 
-    /// tests/golden/resnet.py: an odd image, a stage of two blocks, widths that differ.
-    fn config() -> ResNetConfig {
-        ResNetConfig { widths: vec![4, 6, 10], blocks: vec![1, 2, 1], ..ResNetConfig::resnet18(3, 9, 5) }
+    /// tests/golden/resnet.py: odd images, a stage of two blocks, widths that differ.
+    fn configs() -> Vec<(&'static str, ResNetConfig)> {
+        let small = |image_size, widths: [usize; 3], block, stem, layout| ResNetConfig {
+            widths: widths.into(),
+            blocks: vec![1, 2, 1],
+            block,
+            stem,
+            layout,
+            ..ResNetConfig::resnet18(3, image_size, 5)
+        };
+        let preactivation =
+            |final_norm, activated_shortcut| ResNetBlock::Preactivation { final_norm, activated_shortcut };
+        use ResNetBlock::{Basic, Bottleneck};
+        use ResNetLayout::{RobustBench, Torchvision};
+        use ResNetStem::{Cifar, Imagenet};
+        let wong = small(16, [4, 6, 8], preactivation(false, false), Cifar, RobustBench);
+        let standardize = Some(Standardization { mean: vec![0.5, 0.4, 0.3], std: vec![0.2, 0.25, 0.3] });
+        vec![
+            ("resnet", small(9, [4, 6, 10], Basic, Cifar, RobustBench)),
+            ("resnet_bottleneck", small(16, [4, 6, 8], Bottleneck, Cifar, RobustBench)),
+            ("resnet_torchvision", small(35, [4, 6, 8], Basic, Imagenet, Torchvision)),
+            ("resnet_torchvision_bottleneck", small(35, [4, 6, 8], Bottleneck, Imagenet, Torchvision)),
+            ("preact_resnet", ResNetConfig { standardize, ..wong.clone() }),
+            ("preact_resnet_final_norm", ResNetConfig { block: preactivation(true, true), ..wong }),
+        ]
     }
 
-    fn build(b: &Builder) -> Result<ResNet> {
-        ResNet::new(&config(), b)
+    fn each(check: impl Fn(&Golden, &dyn Fn(&Builder) -> Result<ResNet>)) {
+        for (name, config) in configs() {
+            let build = |b: &Builder| ResNet::new(&config, b);
+            check(&Golden::read(name, build), &build);
+        }
     }
 
     #[test]
-    fn names_are_those_of_robustbench() {
-        Golden::read("resnet", build).names_are_theirs(build);
+    fn names_are_those_of_robustbench_and_torchvision() {
+        each(|golden, build| golden.names_are_theirs(build));
     }
 
     #[test]
-    fn logits_by_running_statistics_are_those_of_pytorch_and_move_nothing() {
-        Golden::read("resnet", build).evaluates_alike(build);
+    fn logits_by_running_statistics_are_those_of_the_originals_and_move_nothing() {
+        each(|golden, build| golden.evaluates_alike(build));
     }
 
     #[test]
-    fn logits_gradients_and_running_statistics_of_a_training_step_are_those_of_pytorch() {
-        Golden::read("resnet", build).trains_alike(build);
+    fn logits_gradients_and_running_statistics_of_a_training_step_are_those_of_the_originals() {
+        each(|golden, build| golden.trains_alike(build));
     }
 
     #[test]
     fn an_image_sees_its_batch_only_in_training() {
-        let golden = Golden::read("resnet", build);
+        let (name, config) = configs().swap_remove(0);
+        let build = |b: &Builder| ResNet::new(&config, b);
+        let golden = Golden::read(name, build);
         let (net, x) = (golden.params.frozen(build).unwrap(), golden.x());
         let first =
             |x: &Tensor, mode| net.logits_by(x, mode).unwrap().to_vec2::<f32>().unwrap().swap_remove(0);
@@ -246,6 +363,35 @@ mod tests {
         let later = stage - stage / 8 + stage / 72;
         assert_eq!(config.macs().unwrap(), 1_769_472 + stage + 3 * later + 5120);
         assert_eq!(config.macs().unwrap(), 555_422_720);
+    }
+
+    /// Parameters as counted by torchvision 0.29 and RobustBench; multiply-adds as in torchvision's table of models
+    /// (1.81 and 4.09 G).
+    #[test]
+    fn the_networks_of_the_benchmarks_have_the_known_parameters_and_multiply_adds() {
+        let cifar = ResNetConfig::resnet18(3, 32, 10);
+        let imagenet = ResNetConfig {
+            stem: ResNetStem::Imagenet,
+            layout: ResNetLayout::Torchvision,
+            ..ResNetConfig::resnet18(3, 224, 1000)
+        };
+        let resnet50 = |config: &ResNetConfig| ResNetConfig {
+            block: ResNetBlock::Bottleneck,
+            blocks: vec![3, 4, 6, 3],
+            ..config.clone()
+        };
+        let block = ResNetBlock::Preactivation { final_norm: false, activated_shortcut: false };
+        let preactivation = ResNetConfig { block, ..cifar.clone() };
+        let networks = [
+            (imagenet.clone(), 11_689_512, 1_814_073_344),
+            (resnet50(&imagenet), 25_557_032, 4_089_184_256),
+            (resnet50(&cifar), 23_520_842, 1_297_829_888),
+            (preactivation, 11_171_146, 555_422_720),
+        ];
+        for (config, parameters, macs) in networks {
+            let (net, count) = params::skeleton(|b| ResNet::new(&config, b)).unwrap();
+            assert_eq!((count, net.macs()), (parameters, macs), "{config:?}");
+        }
     }
 
     /// The form for CIFAR pools windows of 4 x 4: for images of 64 pixels four of them go into the linear layer.
@@ -290,6 +436,12 @@ mod tests {
         assert_eq!(error.to_string(), "blocks is [2, 2], expected a positive number for each of 4 stages");
         let error = ResNetConfig { num_classes: 0, ..config }.validate().unwrap_err();
         assert_eq!(error.to_string(), "num_classes is 0, expected at least 1");
+        let block = ResNetBlock::Preactivation { final_norm: true, activated_shortcut: true };
+        let error = ResNetConfig { block, stem: ResNetStem::Imagenet, ..ResNetConfig::resnet18(3, 64, 10) };
+        assert_eq!(
+            error.validate().unwrap_err().to_string(),
+            "stem is imagenet and layout robustbench, expected cifar and robustbench with preactivation"
+        );
     }
 
     #[test]
@@ -297,5 +449,8 @@ mod tests {
         let json = r#"{"in_channels": 3, "image_size": 32, "num_classes": 10}"#;
         let config: ResNetConfig = serde_json::from_str(json).unwrap();
         assert_eq!(config, ResNetConfig::resnet18(3, 32, 10));
+        let written = serde_json::to_value(&config).unwrap();
+        let keys: Vec<_> = written.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["blocks", "image_size", "in_channels", "num_classes", "widths"]);
     }
 }
