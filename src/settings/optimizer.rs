@@ -14,9 +14,12 @@ pub struct SgdSettings {
     /// Peak learning rate.
     #[arg(long, default_value_t = 0.1)]
     pub learning_rate: f64,
-    /// Nesterov's momentum.
+    /// Momentum.
     #[arg(long, default_value_t = 0.9)]
     pub momentum: f64,
+    /// Whether the momentum is Nesterov's, which looks ahead by one step; true if left out.
+    #[arg(long)]
+    pub nesterov: Option<bool>,
     /// Weight decay.
     #[arg(long, default_value_t = 5e-4)]
     pub weight_decay: f64,
@@ -42,7 +45,7 @@ pub struct AdamSettings {
 tagged! {
     /// The optimiser, which turns gradients into steps.
     pub enum OptimizerSettings("optimizer", default "sgd") {
-        /// Stochastic gradient descent with Nesterov's momentum (Sutskever et al. 2013).
+        /// Stochastic gradient descent with momentum, by default Nesterov's (Sutskever et al. 2013).
         Sgd(SgdSettings) = "sgd",
         /// Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019).
         Adam(AdamSettings) = "adam",
@@ -53,8 +56,9 @@ impl OptimizerSettings {
     /// The optimiser, before its first step.
     pub fn optimizer(&self) -> Box<dyn Optimizer> {
         match *self {
-            Self::Sgd(SgdSettings { momentum, weight_decay, .. }) => {
-                Box::new(Sgd::new(SgdConfig { momentum, nesterov: true, weight_decay }))
+            Self::Sgd(SgdSettings { momentum, nesterov, weight_decay, .. }) => {
+                let nesterov = nesterov.unwrap_or(true);
+                Box::new(Sgd::new(SgdConfig { momentum, nesterov, weight_decay }))
             }
             Self::Adam(AdamSettings { weight_decay, .. }) => {
                 Box::new(Adam::new(AdamConfig { weight_decay, ..AdamConfig::default() }))
