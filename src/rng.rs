@@ -54,6 +54,14 @@ pub mod stream {
     pub const GAUSSIAN: u32 = 0xFFFF_FFF4;
     /// The directions of a hash of features; the sample is the bit.
     pub const DIRECTION: u32 = 0xFFFF_FFF3;
+    /// The windows of resized crops.
+    pub const CROP: u32 = 0xFFFE_FFFF;
+    /// Whether and where a training image shows another.
+    pub const CUT_MIX: u32 = 0xFFFE_FFFE;
+    /// Which other image that is.
+    pub const PARTNER: u32 = 0xFFFE_FFFD;
+    /// The first noisy copy of a training image in SmoothAdv; each further copy counts up.
+    pub const SMOOTHING: u32 = 0xFFFE_0000;
     /// The keys of a [`super::Permutation`].
     pub const PERMUTATION: u32 = 0xFFFF_FFF2;
 }

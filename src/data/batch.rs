@@ -2,7 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::image::Shape;
+use super::{
+    image::Shape,
+    resized_crop::{Window, stretched},
+};
 use crate::{Error, Result, kernels, rng};
 
 /// The range of values of a pixel tensor.
@@ -92,17 +95,26 @@ pub fn from_chw(values: Vec<f32>, dims: &[usize], device: &Device) -> Result<Ten
     })
 }
 
+/// Which part of a training image is shown.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Crop {
+    /// A crop of the original size after this many black pixels were added on each side; 4 is usual for 32x32.
+    Padded(usize),
+    /// A part of this share of the area or more, stretched to the original size; 0.08 is usual for 224x224.
+    Resized(f64),
+}
+
 /// Random crops and flips for training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Augment {
-    /// Black pixels added on each side before a crop of the original size is taken; 4 is usual for 32x32.
-    pub pad: usize,
+    /// Which part is shown.
+    pub crop: Crop,
     /// Whether to mirror images left to right with probability 1/2. Unsuitable for digits and other writing.
     pub flip: bool,
 }
 
-/// Pads, crops and flips each image of a batch according to its own draw; as [`to_tensor`] has it, and on a GPU it is
-/// done there.
+/// Crops and flips each image of a batch according to its own draw; as [`to_tensor`] has it. Padded crops are made on
+/// the device.
 ///
 /// `pixels`: images of `shape`; `samples`: what identifies each of them, the key of its draw together with `seed`, so
 /// that the result for an image does not depend on its batch.
@@ -118,15 +130,27 @@ pub fn augmented(
     range: Range,
     device: &Device,
 ) -> Result<Tensor> {
-    let windows = samples.iter().map(|&sample| {
+    let dims = (samples.len(), shape.height, shape.width, shape.channels);
+    let draws = samples.iter().map(|&sample| {
         let mut draws = [0.0; 3];
         rng::uniforms(seed, sample, rng::stream::AUGMENT, &mut draws);
-        let offsets = 2 * settings.pad + 1;
-        let offset = |u: f32| ((u * offsets as f32) as usize).min(offsets - 1);
-        (offset(draws[0]), offset(draws[1]), settings.flip && draws[2] < 0.5)
+        (sample, draws, settings.flip && draws[2] < 0.5)
     });
-    let dims = (samples.len(), shape.height, shape.width, shape.channels);
-    kernels::crop_images(pixels, windows, &range.table(), dims, settings.pad, device)
+    match settings.crop {
+        Crop::Padded(pad) => {
+            let offsets = 2 * pad + 1;
+            let offset = |u: f32| ((u * offsets as f32) as usize).min(offsets - 1);
+            let windows = draws.map(|(_, draws, flip)| (offset(draws[0]), offset(draws[1]), flip));
+            kernels::crop_images(pixels, windows, &range.table(), dims, pad, device)
+        }
+        Crop::Resized(smallest) => {
+            let window = |sample| {
+                Window::draw(shape, smallest, &mut rng::Stream::new(seed, sample, rng::stream::CROP))
+            };
+            let windows: Vec<_> = draws.map(|(sample, _, flip)| (window(sample), flip)).collect();
+            Ok(Tensor::from_vec(stretched(pixels, shape, &windows, &range.table()), dims, device)?)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -175,7 +199,10 @@ mod tests {
     #[test]
     fn without_padding_and_flip_nothing_changes() {
         let pixels: Vec<u8> = (0..72).collect();
-        assert_eq!(augment(&pixels, SHAPE, &[5, 6], 1, Augment { pad: 0, flip: false }), pixels);
+        assert_eq!(
+            augment(&pixels, SHAPE, &[5, 6], 1, Augment { crop: Crop::Padded(0), flip: false }),
+            pixels
+        );
     }
 
     #[test]
@@ -192,17 +219,20 @@ mod tests {
 
     #[test]
     fn the_draw_belongs_to_the_image_and_not_to_its_batch() {
-        let settings = Augment { pad: 2, flip: true };
         let pixels: Vec<u8> = (0..72).map(|i| i + 1).collect();
-        let both = augment(&pixels, SHAPE, &[5, 6], 1, settings);
-        assert_eq!(augment(&pixels[36..], SHAPE, &[6], 1, settings), both[36..]);
+        for crop in [Crop::Padded(2), Crop::Resized(0.2)] {
+            let settings = Augment { crop, flip: true };
+            let both = augment(&pixels, SHAPE, &[5, 6], 1, settings);
+            assert_eq!(augment(&pixels[36..], SHAPE, &[6], 1, settings), both[36..]);
+        }
     }
 
     #[test]
     fn all_offsets_occur_about_equally_often() {
         let shape = Shape { height: 1, width: 1, channels: 1 };
         let samples: Vec<u64> = (0..9_000).collect();
-        let kept = augment(&vec![1; 9_000], shape, &samples, 7, Augment { pad: 1, flip: false });
+        let kept =
+            augment(&vec![1; 9_000], shape, &samples, 7, Augment { crop: Crop::Padded(1), flip: false });
         let kept = kept.iter().filter(|&&pixel| pixel == 1).count();
         // One of nine windows shows the only pixel: 1000 ± 30 (one standard deviation).
         assert!((880..1120).contains(&kept), "{kept}");

@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use proxyset::{
     Result,
     attack::{Epsilon, Norm, Threat},
-    data::{Augment, Range, Shape as ImageShape, augmented, gaussian_noise},
+    data::{Augment, Crop, Range, Shape as ImageShape, augmented, gaussian_noise},
     device::{DeviceChoice, Precision},
     kernels::{self, BasicBlock, BatchStatistics, BlockWeights, ResnetBlock},
     nn::{
@@ -348,7 +348,7 @@ fn cuda_noise_and_augmentation_have_the_bits_of_the_cpu() {
     assert!(noise(&gpu) == noise(&Device::Cpu));
     let pixels: Vec<u8> = (0..samples.len() * shape.size()).map(|i| (i * 31 % 256) as u8).collect();
     for range in [Range::Unit, Range::Signed] {
-        let settings = Augment { pad: 2, flip: true };
+        let settings = Augment { crop: Crop::Padded(2), flip: true };
         let crops = |device: &Device| {
             bits(augmented(&pixels, shape, &samples, seed, settings, range, device).unwrap())
         };

@@ -216,6 +216,7 @@ impl Stage for FitGenerator {
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 1, 1 << 20)?;
         expect("accumulate", self.accumulate, 1, self.batch)?;
+        self.augmentation.validate()?;
         self.optimizer.validate()?;
         self.schedule.validate()?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)
