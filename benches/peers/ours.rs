@@ -14,7 +14,7 @@ use proxyset::{
         BatchNormMode, Classifier, ClassifierNetwork, DenoiserNetwork, Params,
         optim::{Optimizer, Sgd, SgdConfig},
     },
-    objective::pgd_at,
+    objective::{Targets, pgd_at},
 };
 use rayon::prelude::*;
 
@@ -298,9 +298,8 @@ impl PgdStep {
             &|x| self.tracked.logits_by(x, BatchNormMode::Train),
             &|x| self.frozen.logits_by(x, BatchNormMode::Train),
             &part(&self.x, range)?,
-            &part(&self.labels, range)?,
+            &Targets::new(&part(&self.labels, range)?, 0.0),
             &self.attack,
-            0.0,
             &range.clone().map(|i| i as u64).collect::<Vec<_>>(),
         )
     }

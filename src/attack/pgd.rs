@@ -107,6 +107,17 @@ impl Pgd {
         labels: &Tensor,
         sample_ids: &[u64],
     ) -> Result<Tensor> {
+        self.climb(logits_of, &|logits| self.config.loss.of(logits, labels), x, sample_ids)
+    }
+
+    /// [`Pgd::perturb`] by another loss, which is one number for each image's logits.
+    pub fn climb(
+        &self,
+        logits_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+        loss_of: &dyn Fn(&Tensor) -> Result<Tensor>,
+        x: &Tensor,
+        sample_ids: &[u64],
+    ) -> Result<Tensor> {
         let Self { threat, config, seed } = self;
         config.validate()?;
         let x = x.detach();
@@ -114,7 +125,7 @@ impl Pgd {
             return Ok(x);
         }
         let start = config.start(threat, &x, *seed, 0, sample_ids)?;
-        ascend(logits_of, &|logits| config.loss.of(logits, labels), &x, start, threat, config)
+        ascend(logits_of, loss_of, &x, start, threat, config)
     }
 }
 

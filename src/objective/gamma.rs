@@ -37,14 +37,17 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
-    use crate::objective::plain;
+    use crate::objective::{Targets, plain};
 
     #[test]
     fn gamma_at_the_share_of_real_images_is_the_mean_over_the_concatenated_batch() {
         let logits: Vec<_> = (0..8 * 3).map(|i| (i as f32 * 0.9).sin()).collect();
         let logits = Tensor::from_vec(logits, (8, 3), &Device::Cpu).unwrap();
         let labels = Tensor::new(&[0u32, 1, 2, 0, 1, 2, 0, 1], &Device::Cpu).unwrap();
-        let losses = plain(&|x| Ok(x.clone()), &logits, &labels, 0.0).unwrap().to_vec1::<f32>().unwrap();
+        let losses = plain(&|x| Ok(x.clone()), &logits, &Targets::new(&labels, 0.0))
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
         let mean = |part: &[f32]| part.iter().map(|&l| f64::from(l)).sum::<f64>() / part.len() as f64;
         let mixed = |gamma: f64| -> f64 {
             let mix = GammaMix::new(gamma, 3, 5).unwrap();

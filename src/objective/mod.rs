@@ -4,6 +4,8 @@
 mod cross_entropy;
 mod gamma;
 mod pgd_at;
+mod smooth_adv;
+mod targets;
 #[cfg(test)]
 mod tests;
 mod trades;
@@ -12,6 +14,8 @@ use candle_core::Tensor;
 pub use cross_entropy::plain;
 pub use gamma::GammaMix;
 pub use pgd_at::pgd_at;
+pub use smooth_adv::smooth_adv;
+pub use targets::Targets;
 pub use trades::{augment_gaussian, stable, trades_perturb};
 
 use crate::Result;

@@ -2,23 +2,25 @@
 
 use candle_core::Tensor;
 
-use super::{LogitsOf, plain};
+use super::{LogitsOf, Targets, plain};
 use crate::{Result, attack::Pgd};
 
 /// The cross-entropy of the adversarial version of each image.
 ///
 /// `tracked` and `frozen` are views of one network, with and without gradients to its parameters: the attack runs
-/// on the latter to avoid computing gradients that nobody uses. For the rest see [`Pgd::perturb`]. Returns `(b,)`.
+/// on the latter to avoid computing gradients that nobody uses, and climbs the cross-entropy without label smoothing. For
+/// the rest see [`Pgd::perturb`]. Returns `(b,)`.
 pub fn pgd_at(
     tracked: LogitsOf,
     frozen: LogitsOf,
     x: &Tensor,
-    labels: &Tensor,
+    targets: &Targets,
     attack: &Pgd,
-    label_smoothing: f64,
     sample_ids: &[u64],
 ) -> Result<Tensor> {
-    plain(tracked, &attack.perturb(frozen, x, labels, sample_ids)?, labels, label_smoothing)
+    let hard = Targets { smoothing: 0.0, ..*targets };
+    let x_adv = attack.climb(frozen, &|logits| hard.cross_entropy(logits), x, sample_ids)?;
+    plain(tracked, &x_adv, targets)
 }
 
 #[cfg(test)]
@@ -46,7 +48,10 @@ mod tests {
         let threat = Threat::new(Norm::Linf, Epsilon::try_from(0.1).unwrap()).unwrap();
         let config = PgdConfig { steps: 5, step_size: 0.05, random_start: true, loss: PgdLoss::Ce };
         let attack = Pgd { threat, config, seed: 0 };
-        let loss = pgd_at(&tracked, &frozen, &x, &labels, &attack, 0.0, &[0]).unwrap().sum_all().unwrap();
+        let loss = pgd_at(&tracked, &frozen, &x, &Targets::new(&labels, 0.0), &attack, &[0])
+            .unwrap()
+            .sum_all()
+            .unwrap();
         let margin = 0.6 - 2.0 * 0.3 - 0.1 * 3.0;
         assert!((loss.to_scalar::<f32>().unwrap() - (1.0 + (-margin as f32).exp()).ln()).abs() < 1e-5);
         // dL/dw = -(1 - p) x_adv, x_adv = x - ε sign(w)

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{GammaMix, plain, stable};
+use super::{GammaMix, Targets, plain, stable};
 use crate::{
     Result,
     attack::{Epsilon, Norm, PgdConfig, PgdLoss, Threat, ascend},
@@ -59,9 +59,10 @@ fn twenty_steps(objective: &str) {
     for (step, expected) in losses.iter().enumerate() {
         let image = |name: &str| nhwc(get(&format!("{step}.{name}")));
         let labels = get(&format!("{step}.labels")).to_dtype(DType::U32).unwrap();
+        let targets = Targets::new(&labels, 0.0);
         let each = match objective {
-            "pgd_at" => plain(&forward, &image("x_adv"), &labels, 0.0),
-            _ => stable(&forward, &image("x"), &image("x_adv"), &labels, 6.0, 0.0),
+            "pgd_at" => plain(&forward, &image("x_adv"), &targets),
+            _ => stable(&forward, &image("x"), &image("x_adv"), &targets, 6.0),
         };
         let loss = (each.unwrap() * &weights).unwrap().sum_all().unwrap();
         let grads = loss.backward().unwrap();

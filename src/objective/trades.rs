@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::LogitsOf;
+use super::{LogitsOf, Targets};
 use crate::{
     Result,
     attack::{Norm, Pgd, ascend},
@@ -17,19 +17,18 @@ const START: f64 = 0.001;
 /// Zhang et al. 2019, Eq. 5; with Gaussian noise for `x' - x` stability training, Zheng et al. 2016, as in Carmon
 /// et al. 2019).
 ///
-/// `x`, `x_near`: `(b, h, w, c)`; `labels`: `(b,)` u32. The two go through the network one after the other, each
-/// with its own batch statistics. `label_smoothing` is that of [`super::plain`]. Returns `(b,)`.
+/// `x`, `x_near`: `(b, h, w, c)`. The two go through the network one after the other, each with its own batch
+/// statistics. Returns `(b,)`.
 pub fn stable(
     tracked: LogitsOf,
     x: &Tensor,
     x_near: &Tensor,
-    labels: &Tensor,
+    targets: &Targets,
     beta: f64,
-    label_smoothing: f64,
 ) -> Result<Tensor> {
     let logits = tracked(x)?;
     let near = tracked(x_near)?;
-    let right = kernels::smoothed_cross_entropy(&logits, labels, label_smoothing)?;
+    let right = targets.cross_entropy(&logits)?;
     Ok((right + (kernels::kl_divergence(&logits, &near)? * beta)?)?)
 }
 
@@ -55,7 +54,7 @@ pub fn augment_gaussian(x: &Tensor, sigma: f64, seed: u64, sample_ids: &[u64]) -
 }
 
 /// Standard normal noise for the images `x`.
-fn noise_like(x: &Tensor, seed: u64, sample_ids: &[u64], stream: u32) -> Result<Tensor> {
+pub(super) fn noise_like(x: &Tensor, seed: u64, sample_ids: &[u64], stream: u32) -> Result<Tensor> {
     let (n, height, width, channels) = x.dims4()?;
     if sample_ids.len() != n {
         bail!(Usage, "there are {} sample ids, expected one for each of {n} images", sample_ids.len());
@@ -90,11 +89,11 @@ mod tests {
     fn without_weight_it_is_cross_entropy_and_at_the_image_itself_the_divergence_is_0() {
         let (x, labels) = (images(), Tensor::new(&[0u32, 2, 1], &Device::Cpu).unwrap());
         let near = (&x + 0.1).unwrap();
-        let plain = values(&plain(&linear, &x, &labels, 0.1).unwrap());
-        assert_eq!(values(&stable(&linear, &x, &near, &labels, 0.0, 0.1).unwrap()), plain);
-        assert_eq!(values(&stable(&linear, &x, &x, &labels, 6.0, 0.1).unwrap()), plain);
-        let weighed = values(&stable(&linear, &x, &near, &labels, 6.0, 0.1).unwrap());
-        let once = values(&stable(&linear, &x, &near, &labels, 1.0, 0.1).unwrap());
+        let plain = values(&plain(&linear, &x, &Targets::new(&labels, 0.1)).unwrap());
+        assert_eq!(values(&stable(&linear, &x, &near, &Targets::new(&labels, 0.1), 0.0).unwrap()), plain);
+        assert_eq!(values(&stable(&linear, &x, &x, &Targets::new(&labels, 0.1), 6.0).unwrap()), plain);
+        let weighed = values(&stable(&linear, &x, &near, &Targets::new(&labels, 0.1), 6.0).unwrap());
+        let once = values(&stable(&linear, &x, &near, &Targets::new(&labels, 0.1), 1.0).unwrap());
         for ((weighed, once), plain) in weighed.iter().zip(&once).zip(&plain) {
             assert!(once > plain && ((weighed - plain) - 6.0 * (once - plain)).abs() < 1e-5);
         }
@@ -130,7 +129,7 @@ mod tests {
         let (x, near) =
             (Var::from_tensor(&images()).unwrap(), Var::from_tensor(&(images() + 0.1).unwrap()).unwrap());
         let labels = Tensor::new(&[0u32, 2, 1], &Device::Cpu).unwrap();
-        let loss = stable(&linear, &x, &near, &labels, 2.0, 0.0).unwrap().sum_all().unwrap();
+        let loss = stable(&linear, &x, &near, &Targets::new(&labels, 0.0), 2.0).unwrap().sum_all().unwrap();
         let grads = loss.backward().unwrap();
         for var in [&x, &near] {
             let size = grads.get(var).unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();

@@ -28,8 +28,8 @@ pub use self::{
     denoiser::{DenoiserSettings, UNetSettings},
     flags::{Settings, StageDefault, defaults, from_flags, named},
     objective::{
-        AttackBatchNorm, AttackedSettings, FgsmSettings, NoiseSettings, ObjectiveSettings, StabilitySettings,
-        TradesSettings,
+        AttackBatchNorm, AttackedSettings, FgsmSettings, NoiseSettings, ObjectiveSettings, SmoothAdvSettings,
+        StabilitySettings, TradesSettings,
     },
     optimizer::{AdamSettings, OptimizerSettings, SgdSettings},
     part::PartSettings,

@@ -93,6 +93,23 @@ pub struct StabilitySettings {
     pub noise: NoiseSettings,
 }
 
+/// SmoothAdv.
+#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[command(mut_args(super::defaults(&[("norm", "l2", &[]), ("epsilon", "0.5", &[])])))]
+pub struct SmoothAdvSettings {
+    /// The noise.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub noise: NoiseSettings,
+    /// Noisy copies of each image; 1 to 8 in the paper.
+    #[arg(long, default_value_t = 2)]
+    pub noise_samples: usize,
+    /// The attack.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub attacked: AttackedSettings,
+}
+
 tagged! {
     /// The objective that training minimises.
     pub enum ObjectiveSettings("objective", default "pgd-at") {
@@ -111,6 +128,8 @@ tagged! {
         Stability(StabilitySettings) = "stability",
         /// Cross-entropy under Gaussian noise (Cohen et al. 2019).
         Gaussian(NoiseSettings) = "gaussian",
+        /// Cross-entropy under Gaussian noise on adversarial examples of the smoothed classifier (Salman et al. 2019).
+        SmoothAdv(SmoothAdvSettings) = "smooth-adv",
     }
 }
 
@@ -121,6 +140,7 @@ impl ObjectiveSettings {
             Self::PgdAt(attacked) => Some(attacked),
             Self::FgsmRs(fgsm) => Some(&fgsm.attacked),
             Self::Trades(trades) => Some(&trades.attacked),
+            Self::SmoothAdv(smooth) => Some(&smooth.attacked),
             Self::Plain(_) | Self::Stability(_) | Self::Gaussian(_) => None,
         }
     }
@@ -130,6 +150,7 @@ impl ObjectiveSettings {
         match self {
             Self::Stability(stability) => Some(&stability.noise),
             Self::Gaussian(noise) => Some(noise),
+            Self::SmoothAdv(smooth) => Some(&smooth.noise),
             Self::Plain(_) | Self::PgdAt(_) | Self::FgsmRs(_) | Self::Trades(_) => None,
         }
     }
@@ -163,6 +184,7 @@ impl ObjectiveSettings {
             Self::Trades(TradesSettings { beta, .. }) | Self::Stability(StabilitySettings { beta, .. }) => {
                 expect_within("beta", *beta, 0.0, 1e6)
             }
+            Self::SmoothAdv(smooth) => expect_within("noise_samples", smooth.noise_samples, 1, 1024),
             _ => Ok(()),
         }
     }
@@ -185,6 +207,9 @@ impl ObjectiveSettings {
                 format!("stability at sigma {}, beta {beta}", noise.sigma)
             }
             Self::Gaussian(noise) => format!("Gaussian noise of sigma {}", noise.sigma),
+            Self::SmoothAdv(SmoothAdvSettings { noise, noise_samples, .. }) => {
+                format!("SmoothAdv-{steps} {at}, {noise_samples} copies of sigma {}", noise.sigma)
+            }
         }
     }
 }

@@ -1,6 +1,10 @@
 //! Which image each slot of a training batch shows: first real images, then those of each synthetic source.
 
-use crate::{Result, data::Dataset, rng::Permutation};
+use crate::{
+    Result,
+    data::Dataset,
+    rng::{Permutation, Stream, stream},
+};
 
 /// Images to draw from: an endless sequence of epochs, each in its own keyed order.
 struct Source<'a> {
@@ -76,6 +80,20 @@ impl<'a> Mix<'a> {
         }
         unreachable!("a batch has as many slots as its sources together")
     }
+
+    /// An image of the same source and step as that of slot `slot`, drawn by the latter's key.
+    pub(crate) fn partner(&self, step: usize, slot: usize) -> Draw<'a> {
+        let mut first = 0;
+        for source in &self.sources {
+            if slot < first + source.slots {
+                let id = self.at(step, slot).id;
+                let drawn = Stream::new(self.seed, id, stream::PARTNER).below(source.slots);
+                return self.at(step, first + drawn);
+            }
+            first += source.slots;
+        }
+        unreachable!("a batch has as many slots as its sources together")
+    }
 }
 
 /// Distributes `slots` in proportion to `weights`, by largest remainders; the first source wins a tie.
@@ -124,6 +142,10 @@ mod tests {
             assert!((0..12).all(|slot| mix.at(step, slot).real == (slot < 3)));
         }
         assert_eq!(seen.len(), 6, "two steps of three are an epoch of six");
+        for slot in 0..12 {
+            let label = mix.at(1, slot).label;
+            assert_eq!(mix.partner(1, slot).label, label, "partners are of one source");
+        }
         let ids: HashSet<u64> = (0..24).map(|i| mix.at(i / 12, i % 12).id).collect();
         assert_eq!(ids.len(), 24, "every draw has its own key");
     }

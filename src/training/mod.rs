@@ -5,6 +5,6 @@ mod mix;
 mod trainer;
 
 pub(crate) use self::{
-    mix::Mix,
+    mix::{Draw, Mix},
     trainer::{Part, Trainer},
 };

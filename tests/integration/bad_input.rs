@@ -65,6 +65,19 @@ fn settings_that_cannot_be_are_usage_errors_that_name_value_and_range() {
             "train --split SPLIT --objective plain --epsilon 0.1",
             "--epsilon has no effect with --objective plain; it belongs to pgd-at, fgsm-rs, trades",
         ),
+        ("train --split SPLIT --cutmix 2", "cutmix is 2, expected 0 to 1"),
+        (
+            "train --split SPLIT --crop-pad 2 --crop-area 0.5",
+            "crop_pad is 2 and crop_area 0.5, expected one of them",
+        ),
+        (
+            "train --split SPLIT --architecture resnet --block preactivation --stem imagenet",
+            "stem is imagenet, expected cifar with blocks of preactivation",
+        ),
+        (
+            "train --split SPLIT --objective smooth-adv --noise-samples 0",
+            "noise_samples is 0, expected 1 to 1024",
+        ),
         ("train --split SPLIT --attack-batch-norm train", "attack_batch_norm is train, expected eval"),
         ("generate --model MODEL --sampler ddpm --eta 1", "--eta has no effect with --sampler ddpm"),
         ("evaluate --model MODEL --attack square --attack-steps 5", "--attack-steps has no effect"),

@@ -124,6 +124,14 @@ fn a_classifier_with_batch_norm_survives_kills_bit_for_bit() {
 }
 
 #[test]
+fn a_classifier_of_mixed_and_stretched_images_for_smoothing_survives_kills_bit_for_bit() {
+    let settings = "--objective smooth-adv --attack-steps 2 --cutmix 0.5 --crop-area 0.3 --nesterov false \
+        --architecture resnet --block preactivation --channels 8,8 --blocks 1,1 --steps 40 --batch 32 --eval-every 20";
+    let verb = format!("train --split {} {settings}", made().path("split"));
+    survives_kills(&verb, &["model.safetensors"]);
+}
+
+#[test]
 fn an_evaluation_survives_kills_verdict_for_verdict() {
     let settings = "--limit 80 --epsilon 0.05 --attack autoattack --save-adversarial true";
     let verb = format!("evaluate --model {} {settings}", made().path("classifier"));

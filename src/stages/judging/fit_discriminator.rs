@@ -19,7 +19,7 @@ use crate::{
     evaluation::{Evaluation, share},
     fs::{self, Record},
     nn::{Architecture, Classifier, ClassifierConfig},
-    objective::pgd_at,
+    objective::{Targets, pgd_at},
     progress::Progress,
     proxy::{
         REAL, SYNTHETIC,
@@ -252,7 +252,7 @@ impl FitDiscriminator {
                 let told = at(radii.start + turn);
                 let tracked = |x: &Tensor| tracked.logits(&told.apply(x)?);
                 let frozen = |x: &Tensor| net.logits(&told.apply(x)?);
-                let losses = pgd_at(&tracked, &frozen, &x, &y, &grown[turn], 0.0, &ids)?;
+                let losses = pgd_at(&tracked, &frozen, &x, &Targets::new(&y, 0.0), &grown[turn], &ids)?;
                 Ok((losses.sum_all()? / (2 * half) as f64)?)
             };
             let contribution = |slots: Span<usize>| -> Result<Part> {
@@ -327,6 +327,7 @@ impl Stage for FitDiscriminator {
         expect("epsilon_warmup", self.epsilon_warmup, 0.0, 1.0)?;
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 2, 1 << 20)?;
+        self.augmentation.validate()?;
         self.optimizer.validate()?;
         self.schedule.validate()?;
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;

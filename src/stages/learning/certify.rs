@@ -51,7 +51,7 @@ tagged! {
 /// Smooths a classifier with Gaussian noise and certifies it (Cohen et al. 2019): for each image the class and the
 /// ℓ2 radius within which the smoothed classifier's answer does not change, with probability 1 - alpha.
 ///
-/// The classifier should have been trained on such noise: `train --objective gaussian` or `stability`.
+/// The classifier should have been trained on such noise: `train --objective gaussian`, `stability` or `smooth-adv`.
 #[derive(clap::Args, Clone, Debug, Serialize, Deserialize)]
 pub struct Certify {
     /// The classifier's folder (`config.json`, `model.safetensors`), such as that of a finished train stage.

@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use crate::{
     Error, Result,
     attack::{Counted, Example, PgdSearch},
-    data::{self, Dataset, Range, Source, augmented},
+    data::{self, Dataset, Range, Source, augmented, cut_mix},
     error::expect_within as expect,
     evaluation::{Evaluation, share, unchanged},
     fs::{self, Record},
     nn::{Architecture, BatchNormMode, Classifier, ClassifierConfig, Standardization},
-    objective::{GammaMix, augment_gaussian, pgd_at, plain, stable, trades_perturb},
+    objective::{GammaMix, Targets, augment_gaussian, pgd_at, plain, smooth_adv, stable, trades_perturb},
     plot,
     progress::Progress,
     rng::{Permutation, stream},
@@ -29,7 +29,7 @@ use crate::{
         records::TrainRecord,
     },
     text::one_or_many,
-    training::{Mix, Part, Trainer},
+    training::{Draw, Mix, Part, Trainer},
 };
 
 /// Keys of the log: accuracies on the held-out images, under what the objective guards against, as they are, and after
@@ -94,6 +94,10 @@ pub struct Train {
     /// Random augmentation of the images.
     #[command(flatten)]
     pub augmentation: AugmentationSettings,
+    /// The probability with which a training image shows a window of another one of its batch, in image and target
+    /// (CutMix).
+    #[arg(long)]
+    pub cutmix: Option<f64>,
     /// Use only this many of the real training images, drawn by the seed; 0 for all.
     #[arg(long, default_value_t = 0)]
     pub real_images: usize,
@@ -116,27 +120,37 @@ struct Views<'a> {
 
 impl Train {
     /// The loss of each image of a batch.
-    fn losses(&self, views: &Views, x: &Tensor, labels: &Tensor, ids: &[u64], step: usize) -> Result<Tensor> {
+    fn losses(
+        &self,
+        views: &Views,
+        x: &Tensor,
+        targets: &Targets,
+        ids: &[u64],
+        step: usize,
+    ) -> Result<Tensor> {
         let Views { tracked, frozen } = *views;
-        let smoothing = self.label_smoothing;
         let attack = || {
             let attack = self.objective.attack_at(step, self.seed)?;
             attack.ok_or_else(|| Error::Alarm("an objective under attack has none".into()))
         };
         let noisy = |noise: &NoiseSettings| augment_gaussian(x, noise.sigma, self.seed, ids);
         match &self.objective {
-            ObjectiveSettings::Plain(_) => plain(&tracked, x, labels, smoothing),
+            ObjectiveSettings::Plain(_) => plain(&tracked, x, targets),
             ObjectiveSettings::PgdAt(_) | ObjectiveSettings::FgsmRs(_) => {
-                pgd_at(&tracked, &frozen, x, labels, &attack()?, smoothing, ids)
+                pgd_at(&tracked, &frozen, x, targets, &attack()?, ids)
             }
             ObjectiveSettings::Trades(trades) => {
                 let near = trades_perturb(&frozen, x, &attack()?, ids)?;
-                stable(&tracked, x, &near, labels, trades.beta, smoothing)
+                stable(&tracked, x, &near, targets, trades.beta)
             }
             ObjectiveSettings::Stability(stability) => {
-                stable(&tracked, x, &noisy(&stability.noise)?, labels, stability.beta, smoothing)
+                stable(&tracked, x, &noisy(&stability.noise)?, targets, stability.beta)
             }
-            ObjectiveSettings::Gaussian(noise) => plain(&tracked, &noisy(noise)?, labels, smoothing),
+            ObjectiveSettings::Gaussian(noise) => plain(&tracked, &noisy(noise)?, targets),
+            ObjectiveSettings::SmoothAdv(smooth) => {
+                let noise = (smooth.noise.sigma, smooth.noise_samples);
+                smooth_adv(&tracked, &frozen, x, targets, &attack()?, noise, ids)
+            }
         }
     }
 
@@ -157,15 +171,15 @@ impl Train {
             let attack = PgdSearch::new(step, 1, Counted::Last)?;
             others.push((FGSM, share(&evaluation.stands("fgsm", &vec![true; held_out.len()], &attack)?)));
         }
-        let guarded = if let Some(attacked) = self.objective.attacked() {
-            let attack = PgdSearch::new(attacked.attack.pgd(self.seed)?, 1, Counted::Last)?;
-            evaluation.stands("pgd", &vec![true; held_out.len()], &attack)?
-        } else if let Some(noise) = self.objective.noise() {
+        let guarded = if let Some(noise) = self.objective.noise() {
             let noisy = |image: &Example| {
                 let x = augment_gaussian(&image.tensor(&image.image)?, noise.sigma, self.seed, &[image.id])?;
                 Ok(x.flatten_all()?.to_vec1()?)
             };
             evaluation.right("noise", &noisy)?
+        } else if let Some(attacked) = self.objective.attacked() {
+            let attack = PgdSearch::new(attacked.attack.pgd(self.seed)?, 1, Counted::Last)?;
+            evaluation.stands("pgd", &vec![true; held_out.len()], &attack)?
         } else {
             return Ok((clean, Vec::new()));
         };
@@ -265,6 +279,10 @@ impl Stage for Train {
         expect("batch", batch, 2, 1 << 20)?;
         self.optimizer.validate()?;
         self.schedule.validate()?;
+        self.augmentation.validate()?;
+        if let Some(probability) = self.cutmix {
+            expect("cutmix", probability, 0.0, 1.0)?;
+        }
         expect("ema_decay", self.ema_decay, 0.0, 0.999_999)?;
         expect("held_out", self.held_out, 0.001, 0.9)?;
         expect("eval_every", self.eval_every, 1, usize::MAX)?;
@@ -342,19 +360,29 @@ impl Stage for Train {
         while trainer.step() < steps {
             let step = trainer.step();
             let contribution = |slots: std::ops::Range<usize>| -> Result<Part> {
-                let (mut pixels, mut labels, mut ids, mut weights) =
-                    (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-                for draw in slots.map(|slot| mix.at(step, slot)) {
-                    pixels.extend_from_slice(draw.pixels);
-                    labels.push(draw.label);
-                    ids.push(draw.id);
-                    weights.push(if draw.real { weight.real } else { weight.synthetic } as f32);
+                let shown = |draws: &[Draw]| -> Result<(Tensor, Tensor, Vec<u64>)> {
+                    let pixels = draws.iter().flat_map(|draw| draw.pixels).copied().collect::<Vec<_>>();
+                    let ids = draws.iter().map(|draw| draw.id).collect::<Vec<_>>();
+                    let labels = Tensor::from_iter(draws.iter().map(|draw| draw.label), &job.device)?;
+                    let (shape, range) = (train.shape, Range::Unit);
+                    let x = augmented(&pixels, shape, &ids, self.seed, settings, range, &job.device)?;
+                    Ok((x, labels, ids))
+                };
+                let draws: Vec<_> = slots.clone().map(|slot| mix.at(step, slot)).collect();
+                let (mut x, labels, ids) = shown(&draws)?;
+                let mut mixed = None;
+                if let Some(probability) = self.cutmix {
+                    let partners: Vec<_> = slots.map(|slot| mix.partner(step, slot)).collect();
+                    let (others, other_labels, _) = shown(&partners)?;
+                    let (images, shares) = cut_mix(&x, &others, probability, self.seed, &ids)?;
+                    (x, mixed) = (images, Some((other_labels, shares)));
                 }
-                let range = Range::Unit;
-                let x = augmented(&pixels, train.shape, &ids, self.seed, settings, range, &job.device)?;
-                let y = Tensor::new(labels, &job.device)?;
-                let losses = self.losses(&views, &x, &y, &ids, step)?;
-                Ok(Part::from((losses * Tensor::new(weights, &job.device)?)?.sum_all()?))
+                let mixed = mixed.as_ref().map(|(labels, shares)| (labels, shares));
+                let targets = Targets { labels: &labels, mixed, smoothing: self.label_smoothing };
+                let losses = self.losses(&views, &x, &targets, &ids, step)?;
+                let weights =
+                    draws.iter().map(|draw| if draw.real { weight.real } else { weight.synthetic } as f32);
+                Ok(Part::from((losses * Tensor::from_iter(weights, &job.device)?)?.sum_all()?))
             };
             trainer.advance(lr.at(step), self.optimizer.grad_clip(), self.batch, &contribution)?;
             if trainer.step().is_multiple_of(self.eval_every) || trainer.step() == steps {
@@ -453,7 +481,7 @@ fn hold_out(fit: &Dataset, n: usize, share: f64, seed: u64) -> (Dataset, Dataset
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{settings::from_flags, stages::making::Split};
+    use crate::{settings::from_flags, stage::AnyStage, stages::making::Split};
 
     #[test]
     fn a_network_that_withstands_its_own_step_and_not_pgd_has_collapsed() {
@@ -486,6 +514,22 @@ mod tests {
         assert!(train("large", collapsed)[0].contains("catastrophic overfitting"));
         let log = std::fs::read_to_string(path("large").join("metrics.jsonl")).unwrap();
         assert!(log.lines().all(|line| line.contains(FGSM)), "{log}");
+    }
+
+    /// So that what was trained before they were there is found done.
+    #[test]
+    fn settings_that_are_left_out_are_not_in_the_fingerprint() {
+        let keys = ["block", "crop_area", "cutmix", "nesterov", "stem"];
+        let settings = |more: &[&str]| {
+            let flags =
+                ["--architecture=resnet", "--blocks=1,1,1,1"].iter().chain(more).map(|&flag| flag.into());
+            from_flags::<Train>(&flags.collect::<Vec<_>>()).unwrap().identity().to_string()
+        };
+        let set = ["--block=basic", "--crop-area=0.1", "--cutmix=1", "--nesterov=true", "--stem=cifar"];
+        let (without, with) = (settings(&[]), settings(&set));
+        for key in keys.map(|key| format!("\"{key}\"")) {
+            assert!(!without.contains(&key) && with.contains(&key), "{key} in {without} and {with}");
+        }
     }
 
     #[test]
