@@ -85,11 +85,11 @@ bench-curate: build
 	$(PEERS)/bin/pip install -q -r tests/bench/requirements-curate.txt
 	$(PEERS)/bin/python tests/bench/curate.py $(or $(CARGO_TARGET_DIR),target)/release/proxyset target/bench-curate
 
-# The logits of RobustBench's networks, with random weights, and of ours.
+# The logits of RobustBench's and torchvision's networks, with random weights, and of ours.
 test-robustbench: build
 	test -d $(PEERS) || python3 -m venv $(PEERS)
 	$(PEERS)/bin/pip install -q -r tests/interop/requirements-autoattack.txt
-	$(PEERS)/bin/pip install -q --no-deps robustbench==1.1.1
+	$(PEERS)/bin/pip install -q --no-deps robustbench==1.1.1 torchvision==0.26.0
 	$(PEERS)/bin/python tests/interop/check_robustbench.py $(or $(CARGO_TARGET_DIR),target)/release/proxyset target/robustbench
 
 # Every attack of our AutoAttack beside the reference, on 500 digits, a robust network and an undefended one, which are

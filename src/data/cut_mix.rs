@@ -6,12 +6,12 @@ use candle_core::Tensor;
 
 use crate::{Result, rng};
 
-/// Images of which some show a window of another, and the share of the other in each, `(b,)` f32: its share in the
-/// target too.
+/// Images of which some show a window of another, and the share of the other in each, `(b,)` f32, which is its
+/// share in the target too.
 ///
-/// `x`, `others`: `(b, h, w, c)`. An image is mixed with this `probability`; its draw depends on `seed` and its entry in
-/// `sample_ids` alone. The window has the image's proportions, a uniform share of its area (the paper's α = 1), and its
-/// centre anywhere; what lies outside of the image is cut off.
+/// `x`, `others`: `(b, h, w, c)`. An image is mixed with this `probability`; its draw depends on `seed` and its
+/// entry in `sample_ids` alone. The window has the image's proportions, a uniform share of its area (the paper's
+/// α = 1), and its centre anywhere; what lies outside of the image is cut off.
 pub fn cut_mix(
     x: &Tensor,
     others: &Tensor,

@@ -105,8 +105,8 @@ mod tests {
         (0..n).map(|id| Window::draw(shape, smallest, &mut Stream::new(1, id, stream::CROP))).collect()
     }
 
-    /// torchvision 0.29: `resized_crop` of two channels `7 y + 20 x` and `200 - 10 y x` of 5 × 4 pixels, from row 1 and
-    /// column 1, 3 × 2 pixels, in float.
+    /// torchvision 0.29: `resized_crop` of two channels `7 y + 20 x` and `200 - 10 y x` of 5 × 4 pixels, from row 1
+    /// and column 1, 3 × 2 pixels, in float.
     #[test]
     fn a_window_is_stretched_as_torchvision_does_and_mirrored_afterwards() {
         let shape = Shape { height: 5, width: 4, channels: 2 };

@@ -8,8 +8,8 @@ use crate::{Result, attack::Pgd};
 /// The cross-entropy of the adversarial version of each image.
 ///
 /// `tracked` and `frozen` are views of one network, with and without gradients to its parameters: the attack runs
-/// on the latter to avoid computing gradients that nobody uses, and climbs the cross-entropy without label smoothing. For
-/// the rest see [`Pgd::perturb`]. Returns `(b,)`.
+/// on the latter to avoid computing gradients that nobody uses, and climbs the cross-entropy without label smoothing.
+/// For the rest see [`Pgd::perturb`]. Returns `(b,)`.
 pub fn pgd_at(
     tracked: LogitsOf,
     frozen: LogitsOf,

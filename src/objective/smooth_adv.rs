@@ -37,8 +37,8 @@ fn noisy(logits_of: LogitsOf, x: &Tensor, noise: &[Tensor]) -> Result<Vec<Tensor
     Ok(logits_of(&Tensor::cat(&copies, 0)?)?.chunk(noise.len(), 0)?)
 }
 
-/// `log (1/m) Σᵢ softmax(f(x + δᵢ))`, the logits of the classifier that is smoothed with the noise δ₁ … δₘ: with these the
-/// cross-entropy is the loss of Salman et al. 2019, Eq. 6.
+/// `log (1/m) Σᵢ softmax(f(x + δᵢ))`, the logits of the classifier that is smoothed with the noise δ₁ … δₘ: with
+/// these the cross-entropy is the loss of Salman et al. 2019, Eq. 6.
 fn log_mean_probabilities(logits_of: LogitsOf, x: &Tensor, noise: &[Tensor]) -> Result<Tensor> {
     let logits = Tensor::stack(&noisy(logits_of, x, noise)?, 0)?;
     let log_probabilities = logits.broadcast_sub(&logits.log_sum_exp(2)?.unsqueeze(2)?)?;

@@ -14,8 +14,8 @@ pub struct AugmentationSettings {
     /// Pixels of padding before a random crop; 0 for no crop.
     #[arg(long, default_value_t = 0)]
     pub crop_pad: usize,
-    /// Show a random part of each image, of this share of its area or more, stretched to the image's size; 0.08 is usual
-    /// for ImageNet.
+    /// Show a random part of each image, of this share of its area or more, stretched to the image's size; 0.08 is
+    /// usual for ImageNet.
     #[arg(long)]
     pub crop_area: Option<f64>,
     /// Mirror images with probability 1/2. Unsuitable for digits.

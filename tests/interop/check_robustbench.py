@@ -1,9 +1,9 @@
-"""Logits of RobustBench's own networks and ours: `python check_robustbench.py PROXYSET OUT`.
+"""Logits of RobustBench's and torchvision's own networks and ours: `python check_robustbench.py PROXYSET OUT`.
 
-ResNet-18 and 50, two PreActResNet-18, WRN-28-10 and DMWideResNet-28-10 with SiLU, with random weights and running statistics: each is saved as a
-classifier's folder with the names that RobustBench gives its tensors, and answers 16 random images here and there. Fails
-if a logit differs by more than 1e-4, or the number of parameters does. (The `robustbench` package is read, not imported:
-it wants more than its networks.)
+ResNet-18 and 50 of both, two PreActResNet-18, WRN-28-10 and DMWideResNet-28-10 with SiLU, with random weights and running
+statistics: each is saved as a classifier's folder with the names that its tensors have there, and answers 16 random images
+here and there. Fails if a logit differs by more than 1e-4, or the number of parameters does. (The `robustbench` package is
+read, not imported: it wants more than its networks.)
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy
 import pyarrow
 import torch
+import torchvision
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import save_file
@@ -37,12 +38,15 @@ def architecture(module):
 def networks():
     resnet = architecture("resnet")
     yield "resnet-18", resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2]), {"arch": "resnet", "pool": 4}
-    bottleneck = {"arch": "resnet", "pool": 4, "block": "bottleneck", "blocks": [3, 4, 6, 3]}
-    yield "resnet-50", resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3]), bottleneck
+    bottleneck = {"block": "bottleneck", "blocks": [3, 4, 6, 3]}
+    yield "resnet-50", resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3]), {"arch": "resnet", "pool": 4} | bottleneck
     for form, block, final_norm in (("wong", resnet.PreActBlock, False), ("rice", resnet.PreActBlockV2, True)):
         preactivation = {"preactivation": {"final_norm": final_norm, "activated_shortcut": final_norm}}
         network = resnet.PreActResNet(block, [2, 2, 2, 2], bn_before_fc=final_norm)
         yield f"preactresnet-18-{form}", network, {"arch": "resnet", "pool": 4, "block": preactivation}
+    imagenet = {"arch": "resnet", "stem": "imagenet", "layout": "torchvision"}
+    yield "torchvision resnet-18", torchvision.models.resnet18(num_classes=10), imagenet
+    yield "torchvision resnet-50", torchvision.models.resnet50(num_classes=10), imagenet | bottleneck
     wide = {"arch": "wide_resnet", "depth": 28, "width": 10}
     yield "wrn-28-10", architecture("wide_resnet").WideResNet(28, 10, 10), wide
     deepmind = architecture("dm_wide_resnet").DMWideResNet(10, 28, 10, nn.SiLU, MEAN, STD)
