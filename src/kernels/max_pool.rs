@@ -121,7 +121,7 @@ impl Op<1> for MaxPool {
         for (y, first) in (0..k * k).map(|i| (i / k, i % k)) {
             pixels.push(every(&every(&x, 1, y, out_h)?, 2, first, out_w)?);
         }
-        let pixels = Tensor::stack(&pixels, 4)?;
+        let pixels = Tensor::stack(&pixels, 4)?.contiguous()?;
         let largest = pixels.detach().argmax_keepdim(4)?;
         Ok(pixels.gather(&largest, 4)?.squeeze(4)?)
     }

@@ -108,7 +108,7 @@ mod tests {
         };
         let x = Tensor::new(&[0.5f32, 0.4, 0.6, 0.5], &Device::Cpu).unwrap().reshape((2, 1, 2, 1)).unwrap();
         let labels = Tensor::new(&[1u32, 1], &Device::Cpu).unwrap();
-        let config = PgdConfig { steps: 5, step_size: 0.05, random_start: true, loss: PgdLoss::Ce };
+        let config = PgdConfig { steps: 40, step_size: 0.05, random_start: true, loss: PgdLoss::Ce };
         let attack = Pgd { threat: l2(0.1), config, seed: 3 };
         let targets = Targets::new(&labels, 0.0);
         let losses = smooth_adv(&logits, &logits, &x, &targets, &attack, (0.5, 4), &[7, 9]).unwrap();

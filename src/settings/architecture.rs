@@ -24,18 +24,6 @@ pub struct SmallCnnSettings {
     pub groups: usize,
 }
 
-named! {
-    /// What a residual block consists of.
-    pub enum BlockKind {
-        /// Two convolutions, as in ResNet-18 and 34.
-        Basic = "basic",
-        /// Three convolutions, the last to four times as many channels, as in ResNet-50.
-        Bottleneck = "bottleneck",
-        /// Two convolutions, each with its norm before it, as in PreActResNet-18 (Rice et al. 2020).
-        Preactivation = "preactivation",
-    }
-}
-
 /// A residual network.
 #[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResNetSettings {
@@ -46,8 +34,8 @@ pub struct ResNetSettings {
     #[arg(long, value_delimiter = ',')]
     pub blocks: Vec<usize>,
     /// What a residual block consists of; basic if left out.
-    #[arg(long, value_parser = named::<BlockKind>())]
-    pub block: Option<BlockKind>,
+    #[arg(long, value_parser = named::<ResNetBlock>())]
+    pub block: Option<ResNetBlock>,
     /// What comes before the blocks; cifar if left out. With imagenet the parameters are named as in torchvision, with
     /// cifar as in RobustBench.
     #[arg(long, value_parser = named::<ResNetStem>())]
@@ -117,13 +105,8 @@ impl ArchitectureSettings {
             }),
             Self::Resnet(ResNetSettings { channels, blocks, block, stem, .. }) => {
                 Architecture::Resnet(ResNetConfig {
-                    block: match block {
-                        None | Some(BlockKind::Basic) => ResNetBlock::Basic,
-                        Some(BlockKind::Bottleneck) => ResNetBlock::Bottleneck,
-                        Some(BlockKind::Preactivation) => {
-                            ResNetBlock::Preactivation { final_norm: true, activated_shortcut: true }
-                        }
-                    },
+                    block: block.unwrap_or_default(),
+                    final_norm: *block == Some(ResNetBlock::Preactivation),
                     stem: stem.unwrap_or_default(),
                     layout: match stem.unwrap_or_default() {
                         ResNetStem::Cifar => ResNetLayout::RobustBench,
@@ -168,8 +151,10 @@ impl ArchitectureSettings {
                 }
             }
             Self::Resnet(ResNetSettings { channels, blocks, block, stem, .. }) => {
-                if (*block, *stem) == (Some(BlockKind::Preactivation), Some(ResNetStem::Imagenet)) {
-                    bail!(Usage, "stem is imagenet, expected cifar with blocks of preactivation");
+                if let (Some(block), Some(ResNetStem::Imagenet)) = (block, stem)
+                    && block.is_preactivation()
+                {
+                    bail!(Usage, "stem is imagenet, expected cifar with {block}");
                 }
                 if channels.is_empty() || channels.contains(&0) || blocks.contains(&0) {
                     bail!(Usage, "channels is {channels:?} and blocks {blocks:?}, expected positive numbers");

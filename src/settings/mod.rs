@@ -22,7 +22,7 @@ mod schedule;
 mod table;
 
 pub use self::{
-    architecture::{ArchitectureSettings, BlockKind, ResNetSettings, SmallCnnSettings, WideResNetSettings},
+    architecture::{ArchitectureSettings, ResNetSettings, SmallCnnSettings, WideResNetSettings},
     attack::{AttackSettings, BallSettings, EvaluationAttackSettings, PgdSettings, StepSettings},
     augmentation::AugmentationSettings,
     denoiser::{DenoiserSettings, UNetSettings},

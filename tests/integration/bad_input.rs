@@ -72,7 +72,7 @@ fn settings_that_cannot_be_are_usage_errors_that_name_value_and_range() {
         ),
         (
             "train --split SPLIT --architecture resnet --block preactivation --stem imagenet",
-            "stem is imagenet, expected cifar with blocks of preactivation",
+            "stem is imagenet, expected cifar with preactivation",
         ),
         (
             "train --split SPLIT --objective smooth-adv --noise-samples 0",

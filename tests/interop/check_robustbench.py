@@ -40,13 +40,14 @@ def networks():
     yield "resnet-18", resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2]), {"arch": "resnet", "pool": 4}
     bottleneck = {"block": "bottleneck", "blocks": [3, 4, 6, 3]}
     yield "resnet-50", resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3]), {"arch": "resnet", "pool": 4} | bottleneck
-    for form, block, final_norm in (("wong", resnet.PreActBlock, False), ("rice", resnet.PreActBlockV2, True)):
-        preactivation = {"preactivation": {"final_norm": final_norm, "activated_shortcut": final_norm}}
-        network = resnet.PreActResNet(block, [2, 2, 2, 2], bn_before_fc=final_norm)
-        yield f"preactresnet-18-{form}", network, {"arch": "resnet", "pool": 4, "block": preactivation}
+    preact = {"arch": "resnet", "pool": 4}
+    wong = resnet.PreActResNet(resnet.PreActBlock, [2, 2, 2, 2])
+    yield "preactresnet-18-wong", wong, preact | {"block": "preactivation-raw"}
+    rice = resnet.PreActResNet(resnet.PreActBlockV2, [2, 2, 2, 2], bn_before_fc=True)
+    yield "preactresnet-18-rice", rice, preact | {"block": "preactivation", "final_norm": True}
     imagenet = {"arch": "resnet", "stem": "imagenet", "layout": "torchvision"}
-    yield "torchvision resnet-18", torchvision.models.resnet18(num_classes=10), imagenet
-    yield "torchvision resnet-50", torchvision.models.resnet50(num_classes=10), imagenet | bottleneck
+    yield "torchvision-resnet-18", torchvision.models.resnet18(num_classes=10), imagenet
+    yield "torchvision-resnet-50", torchvision.models.resnet50(num_classes=10), imagenet | bottleneck
     wide = {"arch": "wide_resnet", "depth": 28, "width": 10}
     yield "wrn-28-10", architecture("wide_resnet").WideResNet(28, 10, 10), wide
     deepmind = architecture("dm_wide_resnet").DMWideResNet(10, 28, 10, nn.SiLU, MEAN, STD)

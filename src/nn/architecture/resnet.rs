@@ -13,23 +13,26 @@ use crate::{
     },
 };
 
-/// What a residual block consists of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum ResNetBlock {
-    /// Two 3 × 3 convolutions, each with a norm behind it: ResNet-18 and 34.
-    #[default]
-    Basic,
-    /// Convolutions of 1 × 1, 3 × 3 and 1 × 1, the last to four times as many channels: ResNet-50 and deeper ones.
-    Bottleneck,
-    /// Two 3 × 3 convolutions, each with a norm before it: PreActResNet-18.
-    Preactivation {
-        /// Whether there are a norm and ReLU behind the last block, as in Rice et al. 2020 but not in Wong et al. 2020.
-        final_norm: bool,
-        /// Whether convolutions around blocks take what comes out of the block's first ReLU, as in Rice et al. 2020, or
-        /// its input, as in Wong et al. 2020.
-        activated_shortcut: bool,
-    },
+named! {
+    /// What a residual block consists of.
+    pub enum ResNetBlock default Basic {
+        /// Two 3 × 3 convolutions, each with a norm behind it: ResNet-18 and 34.
+        Basic = "basic",
+        /// Convolutions of 1 × 1, 3 × 3 and 1 × 1, the last to four times as many channels: ResNet-50 and deeper ones.
+        Bottleneck = "bottleneck",
+        /// Two 3 × 3 convolutions, each with a norm before it; where the shape changes, the shortcut takes what comes
+        /// out of the first ReLU: PreActResNet-18 of Rice et al. 2020.
+        Preactivation = "preactivation",
+        /// The same, but the shortcut takes the block's input: PreActResNet-18 of Wong et al. 2020.
+        PreactivationRaw = "preactivation-raw",
+    }
+}
+
+impl ResNetBlock {
+    /// Whether norms come before the convolutions.
+    pub fn is_preactivation(self) -> bool {
+        matches!(self, Self::Preactivation | Self::PreactivationRaw)
+    }
 }
 
 named! {
@@ -72,7 +75,10 @@ pub struct ResNetConfig {
     /// What each of them consists of.
     #[serde(default, skip_serializing_if = "is_default")]
     pub block: ResNetBlock,
-    /// What comes before them.
+    /// Whether there are a norm and ReLU behind the last block, as in PreActResNet-18 of Rice et al. 2020.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub final_norm: bool,
+    /// What comes before the blocks.
     #[serde(default, skip_serializing_if = "is_default")]
     pub stem: ResNetStem,
     /// The names of the parameters.
@@ -110,6 +116,7 @@ impl ResNetConfig {
             widths: resnet18_widths(),
             blocks: resnet18_blocks(),
             block: ResNetBlock::default(),
+            final_norm: false,
             stem: ResNetStem::default(),
             layout: ResNetLayout::default(),
             pool: None,
@@ -119,7 +126,7 @@ impl ResNetConfig {
 
     /// Fails with [`Error::Data`](crate::Error::Data) at the first unsupported value.
     fn validate(&self) -> Result<()> {
-        let Self { in_channels, image_size, num_classes, widths, blocks, stem, layout, .. } = self;
+        let Self { in_channels, image_size, num_classes, widths, blocks, block, stem, layout, .. } = self;
         expect_sizes(*in_channels, *image_size, *num_classes)?;
         if widths.is_empty() || widths.contains(&0) {
             bail!(Data, "widths is {widths:?}, expected a positive number for each stage");
@@ -128,13 +135,8 @@ impl ResNetConfig {
         if blocks.len() != stages || blocks.contains(&0) {
             bail!(Data, "blocks is {blocks:?}, expected a positive number for each of {stages} stages");
         }
-        if let ResNetBlock::Preactivation { .. } = self.block
-            && (*stem, *layout) != Default::default()
-        {
-            bail!(
-                Data,
-                "stem is {stem} and layout {layout}, expected cifar and robustbench with preactivation"
-            );
+        if block.is_preactivation() && (*stem, *layout) != Default::default() {
+            bail!(Data, "stem is {stem} and layout {layout}, expected cifar and robustbench with {block}");
         }
         let side = self.last_side();
         if let Some(pool) = self.pool.filter(|pool| !(1..=side).contains(pool)) {
@@ -189,7 +191,7 @@ struct ResNet {
     bn1: Option<BatchNorm>,
     /// Each with its stride.
     blocks: Vec<(usize, Box<dyn Residual>)>,
-    /// The norm behind the last block, with preactivation.
+    /// The norm behind the last block.
     bn: Option<BatchNorm>,
     linear: Linear,
     config: ResNetConfig,
@@ -210,7 +212,7 @@ impl ResNet {
         let norm =
             |channels, name, there: bool| there.then(|| BatchNorm::new(channels, &b.pp(name))).transpose();
         let conv1 = Conv2d::without_bias(*in_channels, widths[0], kernel, stride, &b.pp("conv1"))?;
-        let bn1 = norm(widths[0], "bn1", !matches!(block, ResNetBlock::Preactivation { .. }))?;
+        let bn1 = norm(widths[0], "bn1", !block.is_preactivation())?;
         let mut channels = widths[0];
         let mut built: Vec<(usize, Box<dyn Residual>)> = Vec::new();
         for (i, (&width, &n)) in widths.iter().zip(blocks).enumerate() {
@@ -222,7 +224,8 @@ impl ResNet {
                     ResNetBlock::Bottleneck => {
                         Box::new(Bottleneck::new(channels, width, stride, shortcut, &b)?)
                     }
-                    ResNetBlock::Preactivation { activated_shortcut, .. } => {
+                    ResNetBlock::Preactivation | ResNetBlock::PreactivationRaw => {
+                        let activated_shortcut = *block == ResNetBlock::Preactivation;
                         Box::new(Preactivation::new(channels, width, stride, activated_shortcut, &b)?)
                     }
                 };
@@ -230,13 +233,12 @@ impl ResNet {
                 channels = config.channels(width);
             }
         }
-        let final_norm = matches!(block, ResNetBlock::Preactivation { final_norm: true, .. });
         let windows = config.pool.map_or(1, |pool| (config.last_side() / pool).pow(2));
         Ok(Self {
             conv1,
             bn1,
             blocks: built,
-            bn: norm(channels, "bn", final_norm)?,
+            bn: norm(channels, "bn", config.final_norm)?,
             linear: Linear::new(windows * channels, *num_classes, &b.pp(linear))?,
             config: config.clone(),
         })
@@ -301,20 +303,19 @@ mod tests {
             layout,
             ..ResNetConfig::resnet18(3, image_size, 5)
         };
-        let preactivation =
-            |final_norm, activated_shortcut| ResNetBlock::Preactivation { final_norm, activated_shortcut };
-        use ResNetBlock::{Basic, Bottleneck};
+        use ResNetBlock::{Basic, Bottleneck, Preactivation, PreactivationRaw};
         use ResNetLayout::{RobustBench, Torchvision};
         use ResNetStem::{Cifar, Imagenet};
-        let wong = small(16, [4, 6, 8], preactivation(false, false), Cifar, RobustBench);
+        let wong = small(16, [4, 6, 8], PreactivationRaw, Cifar, RobustBench);
+        let rice = small(16, [4, 6, 8], Preactivation, Cifar, RobustBench);
         let standardize = Some(Standardization { mean: vec![0.5, 0.4, 0.3], std: vec![0.2, 0.25, 0.3] });
         vec![
             ("resnet", small(9, [4, 6, 10], Basic, Cifar, RobustBench)),
             ("resnet_bottleneck", small(16, [4, 6, 8], Bottleneck, Cifar, RobustBench)),
             ("resnet_torchvision", small(35, [4, 6, 8], Basic, Imagenet, Torchvision)),
             ("resnet_torchvision_bottleneck", small(35, [4, 6, 8], Bottleneck, Imagenet, Torchvision)),
-            ("preact_resnet", ResNetConfig { standardize, ..wong.clone() }),
-            ("preact_resnet_final_norm", ResNetConfig { block: preactivation(true, true), ..wong }),
+            ("preact_resnet", ResNetConfig { standardize, ..wong }),
+            ("preact_resnet_final_norm", ResNetConfig { final_norm: true, ..rice }),
         ]
     }
 
@@ -380,8 +381,7 @@ mod tests {
             blocks: vec![3, 4, 6, 3],
             ..config.clone()
         };
-        let block = ResNetBlock::Preactivation { final_norm: false, activated_shortcut: false };
-        let preactivation = ResNetConfig { block, ..cifar.clone() };
+        let preactivation = ResNetConfig { block: ResNetBlock::PreactivationRaw, ..cifar.clone() };
         let networks = [
             (imagenet.clone(), 11_689_512, 1_814_073_344),
             (resnet50(&imagenet), 25_557_032, 4_089_184_256),
@@ -436,7 +436,7 @@ mod tests {
         assert_eq!(error.to_string(), "blocks is [2, 2], expected a positive number for each of 4 stages");
         let error = ResNetConfig { num_classes: 0, ..config }.validate().unwrap_err();
         assert_eq!(error.to_string(), "num_classes is 0, expected at least 1");
-        let block = ResNetBlock::Preactivation { final_norm: true, activated_shortcut: true };
+        let block = ResNetBlock::Preactivation;
         let error = ResNetConfig { block, stem: ResNetStem::Imagenet, ..ResNetConfig::resnet18(3, 64, 10) };
         assert_eq!(
             error.validate().unwrap_err().to_string(),
