@@ -15,3 +15,4 @@ mod parts;
 mod pipeline;
 mod resume;
 mod run;
+mod training;

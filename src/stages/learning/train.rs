@@ -481,7 +481,7 @@ fn hold_out(fit: &Dataset, n: usize, share: f64, seed: u64) -> (Dataset, Dataset
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{settings::from_flags, stage::AnyStage, stages::making::Split};
+    use crate::{settings::from_flags, stage::AnyStage};
 
     #[test]
     fn a_network_that_withstands_its_own_step_and_not_pgd_has_collapsed() {
@@ -493,27 +493,6 @@ mod tests {
             said.contains("at step 30: 90.0 % of the held-out images withstand FGSM, but 1.0 % PGD"),
             "{said}"
         );
-    }
-
-    /// At the radius 0.4 the network learns to withstand a step of four radii from a random start, and nothing else.
-    #[test]
-    fn fgsm_with_too_large_a_step_is_warned_of_in_the_record() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = |name: &str| dir.path().join(name);
-        Stage::run(&Split::default(), &Job::scratch(path("split"))).unwrap();
-        let train = |name: &str, flags: &str| {
-            let common = "--objective=fgsm-rs --architecture=resnet --channels=16,32 --blocks=1,1 --batch=64 \
-                          --eval-every=50 --warmup-steps=10";
-            let flags = format!("{common} {flags}").split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-            let stage = Train { split: Some(path("split")), ..from_flags(&flags).unwrap() };
-            Stage::run(&stage, &Job::scratch(path(name))).unwrap();
-            TrainRecord::read(&path(name)).unwrap().warnings
-        };
-        assert_eq!(train("small", "--epsilon=0.05 --steps=100"), [""; 0]);
-        let collapsed = "--epsilon=0.4 --fgsm-step-ratio=4 --steps=500 --learning-rate=0.2";
-        assert!(train("large", collapsed)[0].contains("catastrophic overfitting"));
-        let log = std::fs::read_to_string(path("large").join("metrics.jsonl")).unwrap();
-        assert!(log.lines().all(|line| line.contains(FGSM)), "{log}");
     }
 
     /// So that what was trained before they were there is found done.

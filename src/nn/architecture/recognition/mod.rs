@@ -44,6 +44,13 @@ mod tests {
             json!({ "arch": "small_cnn", "channels": [4, 8, 8], "groups": 4 }),
             json!({ "arch": "resnet", "widths": [4, 6, 6], "blocks": [1, 3, 2] }),
             json!({ "arch": "resnet", "widths": [4, 6], "blocks": [1, 1], "pool": 4 }),
+            json!({ "arch": "resnet", "widths": [4, 6], "blocks": [1, 1], "block": "bottleneck" }),
+            json!({
+                "arch": "resnet", "widths": [4, 6, 6, 8], "blocks": [1, 1, 1, 1], "stem": "imagenet",
+                "layout": "torchvision"
+            }),
+            json!({ "arch": "resnet", "widths": [4, 6], "blocks": [2, 1], "block": "preactivation-raw" }),
+            json!({ "arch": "resnet", "widths": [4, 6], "blocks": [1, 1], "block": "preactivation", "final_norm": true }),
             json!({ "arch": "wide_resnet", "depth": 16, "width": 2, "activation": "relu", "layout": "trades" }),
             json!({ "arch": "wide_resnet", "depth": 10, "width": 1, "activation": "silu", "layout": "deepmind" }),
         ];
