@@ -175,9 +175,10 @@ fn norms_and_blocks(c: &mut Criterion) {
         c_in: 128,
         c_out: 128,
         time_dim: 512,
-        groups: 32,
+        groups: [32; 2],
         epsilon: 1e-6,
         scale_shift: false,
+        shortcut: false,
         output_scale: 1.0,
     };
     let packed = BlockWeights::default();

@@ -70,5 +70,5 @@ pub use max_pool::max_pool2d;
 pub use optimizer::{AdamStep, SgdStep, average_step};
 pub use pgd_step::{pgd_step, project, steepest};
 pub use resample::{avg_pool2d, global_avg_pool, upsample_nearest2x};
-pub use resnet_block::{ResnetBlock, resnet_block};
+pub use resnet_block::{ResnetBlock, resampling_resnet_block, resnet_block};
 pub(crate) use shell::Elements;

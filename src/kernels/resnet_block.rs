@@ -34,12 +34,15 @@ pub struct ResnetBlock {
     pub c_out: usize,
     /// Features of the step's embedding.
     pub time_dim: usize,
-    /// Groups of the norms.
-    pub groups: usize,
+    /// Groups of the two norms.
+    pub groups: [usize; 2],
     /// Added to the variances of the norms.
     pub epsilon: f64,
     /// Whether the step scales and shifts the second norm's output, instead of being added before it.
     pub scale_shift: bool,
+    /// Whether the input goes through a 1 × 1 convolution before it is added, as it must if the number of channels
+    /// changes.
+    pub shortcut: bool,
     /// The divisor of the sum of the block and its input.
     pub output_scale: f64,
 }
@@ -56,7 +59,7 @@ struct Parts {
 
 impl ResnetBlock {
     /// The shapes of the parameters, in their order in the block's vector: weight and bias of `norm1`, `conv1`,
-    /// `time_emb_proj`, `norm2`, `conv2` and, if the number of channels changes, `conv_shortcut`.
+    /// `time_emb_proj`, `norm2`, `conv2` and, if there is a `shortcut`, `conv_shortcut`.
     pub fn parameters(&self) -> Vec<(&'static str, Shape)> {
         let Self { c_in, c_out, time_dim, .. } = *self;
         let mut parameters: Vec<(&str, Shape)> = vec![
@@ -71,21 +74,16 @@ impl ResnetBlock {
             ("conv2.weight", (c_out, c_out, 3, 3).into()),
             ("conv2.bias", c_out.into()),
         ];
-        if self.has_shortcut() {
+        if self.shortcut {
             parameters.push(("conv_shortcut.weight", (c_out, c_in, 1, 1).into()));
             parameters.push(("conv_shortcut.bias", c_out.into()));
         }
         parameters
     }
 
-    /// Whether the input goes through a 1 × 1 convolution before it is added.
-    pub fn has_shortcut(&self) -> bool {
-        self.c_in != self.c_out
-    }
-
     /// Fails if operands do not fit.
     fn check(&self, x: &Tensor, temb: &Tensor, theta: &Tensor) -> Result<()> {
-        let ResnetBlock { c_in, c_out, time_dim, groups, .. } = *self;
+        let ResnetBlock { c_in, c_out, time_dim, groups: [first, second], shortcut, .. } = *self;
         let (b, _, _, c) = x.dims4()?;
         let count = ranges(&self.parameters()).last().map_or(0, |last| last.end);
         let [images, temb, theta] = [x, temb, theta].map(Tensor::dims);
@@ -96,12 +94,15 @@ impl ResnetBlock {
                  {images:?}, {temb:?} and {theta:?}"
             );
         }
-        if [groups, c_in, c_out, time_dim].contains(&0) || c_in % groups != 0 || c_out % groups != 0 {
+        if [first, second, c_in, c_out, time_dim].contains(&0) || c_in % first != 0 || c_out % second != 0 {
             bail!(
                 Alarm,
-                "{c_in} and {c_out} channels, {groups} groups, {time_dim} features of the step: expected at least 1 of \
-                 each, and groups that divide the channels"
+                "{c_in} and {c_out} channels in {first} and {second} groups, {time_dim} features of the step: expected at \
+                 least 1 of each, and groups that divide the channels"
             );
+        }
+        if c_in != c_out && !shortcut {
+            bail!(Alarm, "a residual block from {c_in} to {c_out} channels has no shortcut");
         }
         Ok(())
     }
@@ -137,6 +138,63 @@ pub fn resnet_block(
     }
     let (how, operands) = ((CpuLevel::get(), ConvAlgorithm::get()), [x, temb, theta]);
     shell::run(FusedBlock::new(how, operands, block, packed, mask)?, operands)
+}
+
+/// [`resnet_block`] with a change of resolution, `resample`: of the input, and between the first norm and
+/// convolution. `mask` has the size of the output.
+pub fn resampling_resnet_block(
+    x: &Tensor,
+    temb: &Tensor,
+    theta: &Tensor,
+    block: &ResnetBlock,
+    packed: &BlockWeights,
+    mask: Option<&Tensor>,
+    resample: &dyn Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    block.check(x, temb, theta)?;
+    composed([x, temb, theta], block, packed, mask, resample)
+}
+
+/// The block composed of the device's ops.
+fn composed(
+    [x, temb, theta]: [&Tensor; 3],
+    block: &ResnetBlock,
+    packed: &BlockWeights,
+    mask: Option<&Tensor>,
+    resample: &dyn Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let parts = split(theta, &block.parameters())?;
+    let ResnetBlock { c_out, groups, epsilon, .. } = *block;
+    let pair = |name: &str| (&parts[&*format!("{name}.weight")], &parts[&*format!("{name}.bias")]);
+    let (weight, bias) = pair("norm1");
+    let h = resample(&group_norm(x, groups[0], weight, bias, epsilon, true)?)?;
+    let (weight, bias) = pair("time_emb_proj");
+    let step = linear(temb, weight, Some(bias))?;
+    let (weight, conv_bias) = pair("conv1");
+    let conv1 = |bias: Option<&Tensor>| conv2d_packed(&h, weight, bias, 1, (1, 1), Some(&packed[0]));
+    let (weight, bias) = pair("norm2");
+    let h = if block.scale_shift {
+        let h = conv1(Some(conv_bias))?;
+        let factor = (step.narrow(1, 0, c_out)? + 1.0)?;
+        let bias = (factor.broadcast_mul(bias)? + step.narrow(1, c_out, c_out)?)?;
+        group_norm(&h, groups[1], &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
+    } else {
+        let h = add_channels(&conv1(None)?, &add_channels(&step, conv_bias)?)?;
+        group_norm(&h, groups[1], weight, bias, epsilon, true)?
+    };
+    let h = match mask {
+        Some(mask) => (&h * mask.detach().to_dtype(h.dtype())?)?,
+        None => h,
+    };
+    let (weight, bias) = pair("conv2");
+    let h = conv2d_packed(&h, weight, Some(bias), 1, (1, 1), Some(&packed[1]))?;
+    let mut x = resample(x)?;
+    if block.shortcut {
+        let (weight, bias) = pair("conv_shortcut");
+        x = conv2d_packed(&x, weight, Some(bias), 1, (0, 0), Some(&packed[2]))?;
+    }
+    let out = (x + h)?;
+    Ok(if block.output_scale == 1.0 { out } else { (out / block.output_scale)? })
 }
 
 struct FusedBlock {
@@ -179,7 +237,7 @@ impl FusedBlock {
         let convolution = |c_in: usize, k: usize| {
             Convolution::new(level, algorithm, (b, h, w, c_in), (c_out, c_in, k, k), 1, (k / 2, k / 2))
         };
-        let norm = |c: usize| Norm { level, groups, c, sample: h * w * c, epsilon, silu: true };
+        let norm = |groups, c| Norm { level, groups, c, sample: h * w * c, epsilon, silu: true };
         Ok(Self {
             level,
             block: *block,
@@ -187,8 +245,8 @@ impl FusedBlock {
             conv1: convolution(c_in, 3)?,
             conv2: convolution(c_out, 3)?,
             shortcut: convolution(c_in, 1)?,
-            norm1: norm(c_in),
-            norm2: norm(c_out),
+            norm1: norm(groups[0], c_in),
+            norm2: norm(groups[1], c_out),
             packed: packed.clone(),
             mask: mask.map(|mask| mask.detach().to_dtype(x.dtype())?.contiguous()).transpose()?,
             keep: operands.iter().any(|operand| operand.track_op()),
@@ -248,7 +306,7 @@ impl FusedBlock {
         normed.resize(middle.len(), 0.0);
         let moments2 = self.norm2.forward(&middle, affine.each_ref().map(Vec::as_slice), &mut normed);
         self.drop_out(&mut normed)?;
-        let residual = if self.block.has_shortcut() {
+        let residual = if self.block.shortcut {
             let kernels = self.packed[2].forward(&self.shortcut, part(&shortcut[0]));
             self.shortcut.forward(x, &kernels, Bias::Channels(part(&shortcut[1])))
         } else {
@@ -308,7 +366,7 @@ impl FusedBlock {
             set(&conv2[0], &self.conv2.weight_gradient(&normed, dy));
             let dbias = bias_gradient(level, dy, c_out);
             set(&conv2[1], &dbias);
-            if self.block.has_shortcut() {
+            if self.block.shortcut {
                 set(&shortcut[0], &self.shortcut.weight_gradient(x, dy));
                 set(&shortcut[1], &dbias);
             }
@@ -355,7 +413,7 @@ impl FusedBlock {
             }
             if want_x {
                 let direct;
-                let residual = if self.block.has_shortcut() {
+                let residual = if self.block.shortcut {
                     let kernels = self.packed[2].backward(&self.shortcut, part(&shortcut[0]));
                     direct = self.shortcut.input_gradient(dy, &kernels);
                     &direct[..]
@@ -417,43 +475,8 @@ impl Node<3> for FusedBlock {
 }
 
 impl Op<3> for FusedBlock {
-    /// The block composed of the device's ops.
-    fn reference(&self, [x, temb, theta]: [&Tensor; 3]) -> Result<Tensor> {
-        let (block, packed) = (&self.block, &self.packed);
-        let parts = split(theta, &block.parameters())?;
-        let ResnetBlock { c_out, groups, epsilon, .. } = *block;
-        let pair = |name: &str| (&parts[&*format!("{name}.weight")], &parts[&*format!("{name}.bias")]);
-        let (weight, bias) = pair("norm1");
-        let h = group_norm(x, groups, weight, bias, epsilon, true)?;
-        let (weight, bias) = pair("time_emb_proj");
-        let step = linear(temb, weight, Some(bias))?;
-        let (weight, conv_bias) = pair("conv1");
-        let conv1 = |bias: Option<&Tensor>| conv2d_packed(&h, weight, bias, 1, (1, 1), Some(&packed[0]));
-        let (weight, bias) = pair("norm2");
-        let h = if block.scale_shift {
-            let h = conv1(Some(conv_bias))?;
-            let factor = (step.narrow(1, 0, c_out)? + 1.0)?;
-            let bias = (factor.broadcast_mul(bias)? + step.narrow(1, c_out, c_out)?)?;
-            group_norm(&h, groups, &factor.broadcast_mul(weight)?, &bias, epsilon, true)?
-        } else {
-            let h = add_channels(&conv1(None)?, &add_channels(&step, conv_bias)?)?;
-            group_norm(&h, groups, weight, bias, epsilon, true)?
-        };
-        let h = match &self.mask {
-            Some(mask) => (h * mask)?,
-            None => h,
-        };
-        let (weight, bias) = pair("conv2");
-        let h = conv2d_packed(&h, weight, Some(bias), 1, (1, 1), Some(&packed[1]))?;
-        let x = match block.has_shortcut() {
-            true => {
-                let (weight, bias) = pair("conv_shortcut");
-                conv2d_packed(x, weight, Some(bias), 1, (0, 0), Some(&packed[2]))?
-            }
-            false => x.clone(),
-        };
-        let out = (x + h)?;
-        Ok(if block.output_scale == 1.0 { out } else { (out / block.output_scale)? })
+    fn reference(&self, operands: [&Tensor; 3]) -> Result<Tensor> {
+        composed(operands, &self.block, &self.packed, self.mask.as_ref(), &|x| Ok(x.clone()))
     }
 }
 
@@ -468,36 +491,40 @@ mod tests {
             c_in: 8,
             c_out: 8,
             time_dim: 5,
-            groups: 4,
+            groups: [4; 2],
             epsilon: 1e-5,
             scale_shift: false,
+            shortcut: false,
             output_scale: 1.0,
         },
         ResnetBlock {
             c_in: 6,
             c_out: 9,
             time_dim: 7,
-            groups: 3,
+            groups: [2, 3],
             epsilon: 1e-6,
             scale_shift: true,
+            shortcut: true,
             output_scale: 1.0,
         },
         ResnetBlock {
             c_in: 16,
             c_out: 8,
             time_dim: 3,
-            groups: 4,
+            groups: [4; 2],
             epsilon: 1e-5,
             scale_shift: false,
+            shortcut: true,
             output_scale: 1.5,
         },
         ResnetBlock {
             c_in: 12,
             c_out: 12,
             time_dim: 4,
-            groups: 2,
+            groups: [2; 2],
             epsilon: 1e-5,
             scale_shift: true,
+            shortcut: true,
             output_scale: 2.0,
         },
     ];

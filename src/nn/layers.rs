@@ -32,8 +32,18 @@ pub struct Conv2d {
 impl Conv2d {
     /// `kernel` × `kernel`, stride 1, padded so that the image keeps its size, with a bias.
     pub fn new(c_in: usize, c_out: usize, kernel: usize, b: &Builder) -> Result<Self> {
-        let conv = Self::without_bias(c_in, c_out, kernel, 1, b)?;
-        Ok(Self { bias: Some(b.get("bias", c_out, Init::FanIn(c_in * kernel * kernel))?), ..conv })
+        Self::with_init(c_in, c_out, kernel, [Init::FanIn(c_in * kernel * kernel); 2], b)
+    }
+
+    /// The same, with other initial values of weight and bias.
+    pub fn with_init(c_in: usize, c_out: usize, kernel: usize, init: [Init; 2], b: &Builder) -> Result<Self> {
+        Ok(Self {
+            weight: b.get("weight", (c_out, c_in, kernel, kernel), init[0])?,
+            bias: Some(b.get("bias", c_out, init[1])?),
+            stride: 1,
+            padding: (kernel / 2, kernel / 2),
+            packed: b.packed("weight"),
+        })
     }
 
     /// `kernel` × `kernel` with this stride, padded by half the kernel, without a bias, for use before a norm.
@@ -134,8 +144,12 @@ pub struct Linear {
 impl Linear {
     /// From `n_in` to `n_out` features.
     pub fn new(n_in: usize, n_out: usize, b: &Builder) -> Result<Self> {
-        let init = Init::FanIn(n_in);
-        Ok(Self { weight: b.get("weight", (n_out, n_in), init)?, bias: b.get("bias", n_out, init)? })
+        Self::with_init(n_in, n_out, [Init::FanIn(n_in); 2], b)
+    }
+
+    /// The same, with other initial values of weight and bias.
+    pub fn with_init(n_in: usize, n_out: usize, init: [Init; 2], b: &Builder) -> Result<Self> {
+        Ok(Self { weight: b.get("weight", (n_out, n_in), init[0])?, bias: b.get("bias", n_out, init[1])? })
     }
 
     /// `x`: `(…, n_in)`. Returns `(…, n_out)`.
@@ -184,7 +198,7 @@ pub struct Embedding {
 impl Embedding {
     /// `n` vectors of `dim` features.
     pub fn new(n: usize, dim: usize, b: &Builder) -> Result<Self> {
-        Ok(Self { weight: b.get("weight", (n, dim), Init::Normal)? })
+        Ok(Self { weight: b.get("weight", (n, dim), Init::Normal(1.0))? })
     }
 
     /// `indices`: `(b,)` u32, below `n`. Returns `(b, dim)`.

@@ -23,8 +23,12 @@ pub enum Init {
     /// U(-1/√fan_in, 1/√fan_in): weights and biases of convolutions and linear layers, which is
     /// Kaiming-uniform with a = √5 (He et al. 2015) for the weights.
     FanIn(usize),
-    /// N(0, 1): embeddings.
-    Normal,
+    /// U(-bound, bound).
+    Uniform(f32),
+    /// N(0, σ²) of this σ: 1 for embeddings.
+    Normal(f32),
+    /// These numbers: constants that files hold.
+    Constant(&'static [f32]),
     /// 0: biases of norms.
     Zeros,
     /// 1: weights of norms.
@@ -38,15 +42,20 @@ impl Init {
         let hash = blake3::hash(name.as_bytes());
         let id = u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes"));
         let mut values = vec![0.0; len];
+        let uniforms = |bound: f32, values: &mut [f32]| {
+            rng::uniforms(seed, id, rng::stream::INIT, values);
+            values.iter_mut().for_each(|v| *v = (2.0 * *v - 1.0) * bound);
+        };
         match self {
             Self::Zeros => {}
             Self::Ones => values.fill(1.0),
-            Self::Normal => rng::normals(seed, id, rng::stream::INIT, &mut values),
-            Self::FanIn(fan_in) => {
-                rng::uniforms(seed, id, rng::stream::INIT, &mut values);
-                let bound = 1.0 / (fan_in as f32).sqrt();
-                values.iter_mut().for_each(|v| *v = (2.0 * *v - 1.0) * bound);
+            Self::Constant(numbers) => values.copy_from_slice(numbers),
+            Self::Normal(sigma) => {
+                rng::normals(seed, id, rng::stream::INIT, &mut values);
+                values.iter_mut().for_each(|v| *v *= sigma);
             }
+            Self::FanIn(fan_in) => uniforms(1.0 / (fan_in as f32).sqrt(), &mut values),
+            Self::Uniform(bound) => uniforms(bound, &mut values),
         }
         values
     }
@@ -178,7 +187,7 @@ impl Declaration {
             };
             return Ok(count.map(|count| Var::from_tensor(&Tensor::new(count, device)?)).transpose()?);
         }
-        let mut values = Vec::with_capacity(self.shape.elem_count());
+        let mut values = Vec::new();
         for part in &self.parts {
             let Some(name) = part.name_in(file) else {
                 faults.missing.push(part.name().to_owned());
@@ -243,12 +252,9 @@ impl<'a> Builder<'a> {
 
     /// Several parameters of this part as one vector, stored one after another, row-major, as a fused block takes
     /// them. In files they are separate tensors under their own names.
-    pub fn flat(&self, parts: impl IntoIterator<Item = (impl AsRef<str>, Shape, Init)>) -> Result<Tensor> {
-        let part = |(name, shape, init): (_, Shape, Init)| Part {
-            names: self.names(AsRef::as_ref(&name)),
-            shape,
-            init,
-        };
+    pub fn flat<N: AsRef<str>>(&self, parts: impl IntoIterator<Item = (N, Shape, Init)>) -> Result<Tensor> {
+        let part =
+            |(name, shape, init): (N, Shape, Init)| Part { names: self.names(name.as_ref()), shape, init };
         let parts: Vec<Part> = parts.into_iter().map(part).collect();
         let shape = Shape::from(parts.iter().map(|part| part.shape.elem_count()).sum::<usize>());
         let name = self.prefixes[0].trim_end_matches('.').to_owned();
@@ -656,7 +662,7 @@ mod tests {
             let out = b.pp_or("out", "proj");
             Ok(Self {
                 a: b.pp("in").get("weight", (2, 3), Init::FanIn(3))?,
-                b: out.get("weight", 4, Init::Normal)?,
+                b: out.get("weight", 4, Init::Normal(1.0))?,
             })
         }
     }
@@ -678,7 +684,7 @@ mod tests {
     fn initial_values_depend_on_seed_and_name_but_not_on_order() {
         let forth = Params::init(7, &Device::Cpu, Net::new).unwrap();
         let back = Params::init(7, &Device::Cpu, |b| {
-            b.pp("out").get("weight", 4, Init::Normal)?;
+            b.pp("out").get("weight", 4, Init::Normal(1.0))?;
             b.pp("in").get("weight", (2, 3), Init::FanIn(3))
         })
         .unwrap();

@@ -247,9 +247,10 @@ fn cuda_blocks_agree_with_the_reference() {
             c_in,
             c_out,
             time_dim: 6,
-            groups: 4,
+            groups: [4; 2],
             epsilon: 1e-5,
             scale_shift,
+            shortcut: c_in != c_out,
             output_scale: 1.0,
         };
         let count: usize = block.parameters().iter().map(|(_, shape)| shape.elem_count()).sum();
@@ -375,7 +376,7 @@ fn cuda_steps_of_attacks_and_optimisers_are_those_of_the_cpu() {
 
     let gradients: Vec<Tensor> = (0..3).map(|_| random.normals(1003)).collect();
     let steps = |device: &Device, optimizer: &mut dyn Optimizer| {
-        let params = Params::init(1, device, |b| b.get("weight", 1003, Init::Normal)).unwrap();
+        let params = Params::init(1, device, |b| b.get("weight", 1003, Init::Normal(1.0))).unwrap();
         let mut average = Ema::new(params.vars(), 0.9).unwrap();
         for gradient in &gradients {
             let (_, var) = &params.vars()[0];

@@ -1,9 +1,14 @@
 //! The networks, one per file, and the two lists by which the rest of the program finds them.
 
+mod adm;
+mod edm;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod mlp;
+#[cfg(test)]
+pub(crate) mod originals;
+mod parts;
 mod recognition;
 mod residual;
 mod resnet;
@@ -11,12 +16,14 @@ mod small_cnn;
 mod unet;
 mod wide_resnet;
 
-use std::ops::Deref;
+use std::{collections::BTreeMap, ops::Deref};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use self::{
+    adm::AdmConfig,
+    edm::{DhariwalUNetConfig, SongUNetConfig},
     recognition::{Recognized, recognize},
     resnet::{ResNetBlock, ResNetConfig, ResNetLayout, ResNetStem},
     small_cnn::SmallCnnConfig,
@@ -88,6 +95,9 @@ networks! {
     #[serde(tag = "_class_name")]
     DenoiserConfig: dyn DenoiserArchitecture {
         "UNet2DModel" => UNet(UNetConfig),
+        "UNetModel" => Adm(AdmConfig),
+        "SongUNet" => Song(SongUNetConfig),
+        "DhariwalUNet" => Dhariwal(DhariwalUNetConfig),
         #[cfg(test)] "Mlp" => Mlp(mlp::MlpConfig),
     }
 }
@@ -129,6 +139,17 @@ impl DenoiserConfig {
         expect_none(&faults)?;
         let note = format!("{} belong to a moving average: ignored", ignored.join(", "));
         Ok((config, (!ignored.is_empty()).then_some(note)))
+    }
+
+    /// The configuration that names and shapes of a checkpoint show, and the keys that they do not show and that have to
+    /// be stated: what these are here means nothing. `None` if no network is recognised.
+    pub fn from_state_dict(shapes: &BTreeMap<String, Vec<usize>>) -> Option<(Self, &'static [&'static str])> {
+        let song = || SongUNetConfig::from_state_dict(shapes).map(|song| (Self::Song(song), &[][..]));
+        let dhariwal = || {
+            DhariwalUNetConfig::from_state_dict(shapes).map(|dhariwal| (Self::Dhariwal(dhariwal), &[][..]))
+        };
+        let adm = || AdmConfig::from_state_dict(shapes).map(|adm| (Self::Adm(adm), AdmConfig::UNSEEN));
+        song().or_else(dhariwal).or_else(adm)
     }
 
     /// The contents of `unet/config.json`, complete, as `diffusers` reads it.

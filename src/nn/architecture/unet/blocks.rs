@@ -1,85 +1,39 @@
 //! The parts of the U-Net, under `diffusers`' names.
 
-use std::cell::Cell;
-
 use candle_core::{D, Tensor};
 
-use super::config::UNetConfig;
+use super::{
+    super::parts::{Dropout, ResnetBlock, multi_head, scaled},
+    config::UNetConfig,
+};
 use crate::{
     Result, kernels,
     nn::{
-        layers::{Conv2d, GroupNorm, Linear, fused, fused_macs},
-        params::{Builder, Packed},
+        layers::{Conv2d, GroupNorm, Linear},
+        params::{Builder, Init},
     },
-    rng,
 };
 
-/// Dropout in residual blocks in training, before the second convolution as in `diffusers`.
-pub(super) struct Dropout<'a> {
-    pub(super) rate: f64,
-    pub(super) seed: u64,
-    pub(super) ids: &'a [u64],
-    /// The next block.
-    pub(super) block: Cell<u32>,
-}
-
-impl Dropout<'_> {
-    /// Zeros, and 1 / (1 - rate) for what is kept, for `channels` at the positions of `x`.
-    pub(super) fn mask(&self, x: &Tensor, channels: usize) -> Result<Tensor> {
-        let (b, h, w, _) = x.dims4()?;
-        if b != self.ids.len() {
-            bail!(Alarm, "dropout for {} samples, but there are {b}", self.ids.len());
-        }
-        let stream = rng::stream::DROPOUT + self.block.replace(self.block.get() + 1);
-        let (rate, kept) = (self.rate as f32, (1.0 / (1.0 - self.rate)) as f32);
-        let mut mask = vec![0f32; b * h * w * channels];
-        for (sample, &id) in mask.chunks_exact_mut(h * w * channels).zip(self.ids) {
-            rng::uniforms(self.seed, id, stream, sample);
-            sample.iter_mut().for_each(|v| *v = if *v < rate { 0.0 } else { kept });
-        }
-        Ok(Tensor::from_vec(mask, (b, h, w, channels), x.device())?)
-    }
-}
-
-/// `ResnetBlock2D`, all its parameters one vector: see [`kernels::resnet_block`].
-pub(super) struct ResnetBlock {
-    theta: Tensor,
-    shape: kernels::ResnetBlock,
-    packed: [Packed; 3],
-}
-
-impl ResnetBlock {
-    pub(super) fn new(
-        c_in: usize,
-        c_out: usize,
-        output_scale: f64,
-        config: &UNetConfig,
-        b: &Builder,
-    ) -> Result<Self> {
-        let shape = kernels::ResnetBlock {
-            c_in,
-            c_out,
-            time_dim: config.time_dim(),
-            groups: config.norm_num_groups,
-            epsilon: config.norm_eps,
-            scale_shift: config.scale_shift(),
-            output_scale,
-        };
-        let theta = fused(shape.parameters(), b)?;
-        let packed = ["conv1", "conv2", "conv_shortcut"].map(|name| b.packed(name));
-        Ok(Self { theta, shape, packed })
-    }
-
-    /// `x`: `(b, h, w, c_in)`; `temb`: `(b, time)`, after its SiLU. Returns `(b, h, w, c_out)`.
-    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, dropout: Option<&Dropout>) -> Result<Tensor> {
-        let packed = self.packed.each_ref().map(Packed::get);
-        let mask = dropout.map(|dropout| dropout.mask(x, self.shape.c_out)).transpose()?;
-        kernels::resnet_block(x, temb, &self.theta, &self.shape, &packed, mask.as_ref())
-    }
-
-    pub(super) fn macs(&self, positions: usize) -> u64 {
-        fused_macs(self.shape.parameters(), positions)
-    }
+/// `ResnetBlock2D`.
+fn resnet_block(
+    c_in: usize,
+    c_out: usize,
+    output_scale: f64,
+    config: &UNetConfig,
+    b: &Builder,
+) -> Result<ResnetBlock> {
+    let shape = kernels::ResnetBlock {
+        c_in,
+        c_out,
+        time_dim: config.time_dim(),
+        groups: [config.norm_num_groups; 2],
+        epsilon: config.norm_eps,
+        scale_shift: config.scale_shift(),
+        shortcut: c_in != c_out,
+        output_scale,
+    };
+    let names = ["norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut"];
+    ResnetBlock::new(shape, None, names, &|_, fan_in, _| [Init::FanIn(fan_in); 2], b)
 }
 
 /// `Attention` from all positions to all others, plus the input.
@@ -125,26 +79,11 @@ impl Attention {
             Some(norm) => norm.forward(&positions, false)?,
             None => positions,
         };
-        let heads = c / self.head_dim;
-        let split = |x: Tensor| -> Result<Tensor> {
-            if heads == 1 {
-                return Ok(x);
-            }
-            let x = x.reshape((b, h * w, heads, self.head_dim))?.transpose(1, 2)?;
-            Ok(x.contiguous()?.reshape((b * heads, h * w, self.head_dim))?)
-        };
         let (q, k, v) =
             (self.to_q.forward(&normed)?, self.to_k.forward(&normed)?, self.to_v.forward(&normed)?);
-        let mixed = kernels::attention(&split(q)?, &split(k)?, &split(v)?)?;
-        let mixed = if heads == 1 {
-            mixed
-        } else {
-            let mixed = mixed.reshape((b, heads, h * w, self.head_dim))?.transpose(1, 2)?;
-            mixed.contiguous()?.reshape((b, h * w, c))?
-        };
-        let sum = (x + self.to_out.forward(&mixed)?.reshape((b, h, w, c))?)?;
-        // Nearly always 1.
-        Ok(if self.output_scale == 1.0 { sum } else { (sum / self.output_scale)? })
+        let mixed = multi_head(&q, &k, &v, c / self.head_dim)?;
+        let out = self.to_out.forward(&mixed)?.reshape((b, h, w, c))?;
+        scaled(x + out, self.output_scale)
     }
 
     pub(super) fn macs(&self, positions: usize) -> u64 {
@@ -168,7 +107,7 @@ impl Layer {
         b: &Builder,
     ) -> Result<Self> {
         let groups = Some(config.norm_num_groups);
-        let resnet = ResnetBlock::new(c_in, c_out, 1.0, config, &b.pp("resnets").pp(i))?;
+        let resnet = resnet_block(c_in, c_out, 1.0, config, &b.pp("resnets").pp(i))?;
         let of_outputs = || Attention::new(c_out, groups, 1.0, config, &b.pp("attentions").pp(i));
         Ok(Self { resnet, attention: attention.then(of_outputs).transpose()? })
     }
@@ -182,7 +121,7 @@ impl Layer {
     }
 
     fn macs(&self, positions: usize) -> u64 {
-        self.resnet.macs(positions) + self.attention.as_ref().map_or(0, |a| a.macs(positions))
+        self.resnet.macs(positions).0 + self.attention.as_ref().map_or(0, |a| a.macs(positions))
     }
 }
 
@@ -213,7 +152,7 @@ impl Resolution {
     pub(super) fn middle(config: &UNetConfig, b: &Builder) -> Result<Self> {
         let channels = config.block_out_channels[config.block_out_channels.len() - 1];
         let (scale, groups) = (config.mid_block_scale_factor, config.mid_attention_groups());
-        let resnet = |i: usize| ResnetBlock::new(channels, channels, scale, config, &b.pp("resnets").pp(i));
+        let resnet = |i: usize| resnet_block(channels, channels, scale, config, &b.pp("resnets").pp(i));
         let first = resnet(0)?;
         let attention = || Attention::new(channels, groups, scale, config, &b.pp("attentions.0"));
         let first = Layer { resnet: first, attention: config.add_attention.then(attention).transpose()? };

@@ -1,8 +1,8 @@
 //! `unet/config.json`: the keys of `diffusers`' `UNet2DModel`, and which of their values are supported here.
 
-use std::fmt::Debug;
-
 use serde::{Deserialize, Serialize};
+
+use super::super::parts::Faults;
 
 /// The U-Net of denoising diffusion models (Ho et al. 2020, App. B): `config.json` of `diffusers`' `UNet2DModel`, key by
 /// key.
@@ -229,21 +229,5 @@ impl UNetConfig {
     /// Groups of the norm before the attention in the middle, or `None` if there is no norm.
     pub(super) fn mid_attention_groups(&self) -> Option<usize> {
         self.attn_norm_num_groups.or((!self.scale_shift()).then_some(self.norm_num_groups))
-    }
-}
-
-/// What is wrong with a configuration.
-#[derive(Default)]
-struct Faults(Vec<String>);
-
-impl Faults {
-    fn one_of(&mut self, key: &str, value: &str, expected: &[&str]) {
-        self.expect(key, value, expected.contains(&value), &expected.join(" or "));
-    }
-
-    fn expect(&mut self, key: &str, value: impl Debug, ok: bool, expected: &str) {
-        if !ok {
-            self.0.push(format!("{key} is {value:?}, expected {expected}"));
-        }
     }
 }

@@ -3,12 +3,11 @@
 mod blocks;
 mod config;
 
-use std::cell::Cell;
-
-use blocks::{Dropout, Resolution};
-use candle_core::{D, Tensor};
+use blocks::Resolution;
+use candle_core::{Device, Tensor};
 pub use config::{SampleSize, UNetConfig};
 
+use super::parts::{Dropout, expect_images, image_shape, sinusoids, with_classes};
 use crate::{
     Result, kernels,
     nn::{
@@ -64,19 +63,7 @@ impl UNet {
         class_labels: Option<&Tensor>,
         dropout: Option<&Dropout>,
     ) -> Result<Tensor> {
-        let (_, height, width, channels) = x.dims4()?;
-        let multiple = self.config.size_multiple();
-        if channels != self.config.in_channels
-            || !height.is_multiple_of(multiple)
-            || !width.is_multiple_of(multiple)
-        {
-            bail!(
-                Usage,
-                "images are {height} x {width} x {channels}, the model expects {} channels and sides that are \
-                 multiples of {multiple}",
-                self.config.in_channels,
-            );
-        }
+        expect_images(x, self.config.in_channels, self.config.size_multiple())?;
         let temb = self.embed(t, class_labels)?;
         let x = if self.config.center_input_sample { x.affine(2.0, -1.0)? } else { x.clone() };
         let given = x.dtype();
@@ -95,13 +82,10 @@ impl UNet {
     /// The embedding of step and class after the SiLU with which all residual blocks begin: `(b, time)`.
     fn embed(&self, t: &Tensor, class_labels: Option<&Tensor>) -> Result<Tensor> {
         let (first, second) = &self.time_embedding;
-        let sinusoids = sinusoids(t, &self.config)?;
+        let sinusoids = sinusoids(t, &frequencies(&self.config, t.device())?, !self.config.flip_sin_to_cos)?;
         let mut temb = second.forward(&kernels::silu(&first.forward(&sinusoids)?)?)?;
-        match (&self.class_embedding, class_labels) {
-            (Some(embedding), Some(labels)) => temb = (temb + embedding.forward(labels)?)?,
-            (None, None) => {}
-            (Some(_), None) => bail!(Usage, "the model is conditioned on classes, but none were given"),
-            (None, Some(_)) => bail!(Usage, "classes were given, but the model is not conditioned on them"),
+        if let Some((embedding, classes)) = with_classes(self.class_embedding.as_ref(), class_labels)? {
+            temb = (temb + embedding.forward(classes)?)?;
         }
         kernels::silu(&temb)
     }
@@ -119,10 +103,9 @@ impl DenoiserNetwork for UNet {
         x: &Tensor,
         t: &Tensor,
         classes: Option<&Tensor>,
-        (seed, ids): (u64, &[u64]),
+        drawn: (u64, &[u64]),
     ) -> Result<Tensor> {
-        let dropout = Dropout { rate: self.config.dropout, seed, ids, block: Cell::new(0) };
-        self.forward_with(x, t, classes, (self.config.dropout > 0.0).then_some(&dropout))
+        self.forward_with(x, t, classes, Dropout::new(self.config.dropout, drawn).as_ref())
     }
 
     fn macs(&self, height: usize, width: usize) -> u64 {
@@ -147,16 +130,7 @@ impl DenoiserArchitecture for UNetConfig {
         let Some(size) = self.sample_size else {
             bail!(Data, "the U-Net's sample_size is not set, expected the side of its images")
         };
-        let Self { in_channels, out_channels, .. } = *self;
-        if out_channels != in_channels && !self.predicts_variance() {
-            bail!(
-                Data,
-                "out_channels is {out_channels}, expected {in_channels}, that of in_channels, or twice as many if the \
-                 variance is learned"
-            );
-        }
-        let (height, width) = size.height_width();
-        Ok((height, width, in_channels))
+        image_shape(size.height_width(), self.in_channels, self.out_channels)
     }
 
     fn predicts_variance(&self) -> bool {
@@ -176,17 +150,12 @@ impl DenoiserArchitecture for UNetConfig {
     }
 }
 
-/// Sines and cosines of the steps at frequencies from 1 down to 1/10000 (Vaswani et al. 2017, §3.5):
-/// `(b,)` to `(b, block_out_channels[0])`.
-fn sinusoids(t: &Tensor, config: &UNetConfig) -> Result<Tensor> {
+/// Frequencies from 1 down to 1/10000, `(block_out_channels[0] / 2,)`.
+fn frequencies(config: &UNetConfig, device: &Device) -> Result<Tensor> {
     let half = config.block_out_channels[0] / 2;
     let exponent = |i| -(10_000f64).ln() * i as f64 / (half as f64 - config.freq_shift);
     let frequencies: Vec<_> = (0..half).map(|i| exponent(i).exp() as f32).collect();
-    let frequencies = Tensor::from_vec(frequencies, (1, half), t.device())?;
-    let angles = t.unsqueeze(1)?.broadcast_mul(&frequencies)?;
-    let (sin, cos) = (angles.sin()?, angles.cos()?);
-    let parts = if config.flip_sin_to_cos { [cos, sin] } else { [sin, cos] };
-    Ok(Tensor::cat(&parts, D::Minus1)?)
+    Ok(Tensor::from_vec(frequencies, half, device)?)
 }
 
 #[cfg(test)]
