@@ -13,8 +13,9 @@ use super::{
 use crate::{
     Result,
     nn::{
-        DenoiserArchitecture, Params, UNetConfig,
+        DenoiserArchitecture, DenoiserNetwork, Params, UNetConfig,
         optim::{Adam, AdamConfig, Optimizer, clip_scale, grad_norm},
+        originals::Original,
     },
 };
 
@@ -119,9 +120,6 @@ fn ten_training_steps_are_those_of_pytorch() {
     let Process::Discrete(schedule) = SchedulerConfig::default().process().unwrap() else {
         panic!("the default is DDPM's")
     };
-    let square = |t: Tensor| {
-        t.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
-    };
     for (name, prediction) in [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::Velocity)] {
         let params = Params::init(0, &Device::Cpu, |b| config.build(b)).unwrap();
         let before = tensors.iter().filter_map(|(k, v)| Some((k.strip_prefix("before.")?, v)));
@@ -136,23 +134,72 @@ fn ten_training_steps_are_those_of_pytorch() {
             let labels = tensor("labels").to_dtype(DType::U32).unwrap();
             let pair =
                 TrainingPair::new(prediction, &nhwc(tensor("x")), &levels, &nhwc(tensor("noise"))).unwrap();
-            let losses = denoising_loss(&pair, &|x, t| network.forward(x, t, Some(&labels))).unwrap();
-            let loss = losses.mean_all().unwrap();
-            let found = f64::from(loss.to_scalar::<f32>().unwrap());
+            let found = train_step(&params, &*network, &mut adam, &pair, &labels);
             assert!((found - expected).abs() < 1e-4, "{name}, step {i}: loss {found}, expected {expected}");
-            let grads = loss.backward().unwrap();
-            let scale = clip_scale(grad_norm(params.vars(), &grads).unwrap(), 1.0);
-            adam.step_scaled(&params, &grads, scale, 1e-3).unwrap();
         }
-        let (mut off, mut moved) = (0.0, 0.0);
-        for (key, found) in params.named(|var| Ok(var.as_detached_tensor())).unwrap() {
-            let (before, after) =
-                (&tensors[&format!("before.{key}")], &tensors[&format!("{name}.after.{key}")]);
-            off += square((&found - after).unwrap());
-            moved += square((after - before).unwrap());
-        }
-        let error = (off / moved).sqrt();
-        println!("{name}: weights off by {error:.1e} of their way");
-        assert!(error <= 1e-2, "{name}: weights are off by {error:e} of their way");
+        let before = |key: &str| tensors[&format!("before.{key}")].clone();
+        assert_moved(name, &params, &before, &|key| tensors[&format!("{name}.after.{key}")].clone());
     }
+}
+
+/// A step of Adam on the clipped gradients; returns the loss before it.
+fn train_step(
+    params: &Params,
+    network: &dyn DenoiserNetwork,
+    adam: &mut Adam,
+    pair: &TrainingPair,
+    labels: &Tensor,
+) -> f64 {
+    let losses = denoising_loss(pair, &|x, t| network.forward(x, t, Some(labels))).unwrap();
+    let loss = losses.mean_all().unwrap();
+    let grads = loss.backward().unwrap();
+    let scale = clip_scale(grad_norm(params.vars(), &grads).unwrap(), 1.0);
+    adam.step_scaled(params, &grads, scale, 1e-3).unwrap();
+    f64::from(loss.to_scalar::<f32>().unwrap())
+}
+
+/// Parameters are where they should be, up to 1e-2 of their way.
+fn assert_moved(
+    what: &str,
+    params: &Params,
+    before: &dyn Fn(&str) -> Tensor,
+    after: &dyn Fn(&str) -> Tensor,
+) {
+    let square = |t: Tensor| {
+        t.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
+    };
+    let (mut off, mut moved) = (0.0, 0.0);
+    for (key, found) in params.named(|var| Ok(var.as_detached_tensor())).unwrap() {
+        off += square((&found - after(&key)).unwrap());
+        moved += square((after(&key) - before(&key)).unwrap());
+    }
+    let error = (off / moved).sqrt();
+    println!("{what}: weights off by {error:.1e} of their way");
+    assert!(error <= 1e-2, "{what}: weights are off by {error:e} of their way");
+}
+
+/// The network is a small NCSN++, the preconditioning EDM's: tests/golden/denoisers.py.
+#[test]
+fn ten_training_steps_of_edms_loss_are_those_of_pytorch() {
+    let Original { config, tensors, params, .. } = Original::read("edm_training");
+    let before: HashMap<_, _> =
+        params.named(|var| Ok(var.as_tensor().copy()?)).unwrap().into_iter().collect();
+    let network = params.tracked(|b| config.build(b)).unwrap();
+    let mut adam = Adam::new(AdamConfig::default());
+    let losses: Vec<f64> = tensors["losses"].to_vec1().unwrap();
+    for (i, expected) in losses.into_iter().enumerate() {
+        let tensor = |name: &str| &tensors[&format!("{name}.{i}")];
+        let sigmas: Vec<f32> = tensor("sigma").to_vec1().unwrap();
+        let level = |sigma: f32| Level { sigma: sigma.into(), t: f64::from(sigma).ln() / 4.0 };
+        let levels: Vec<Level> = sigmas.into_iter().map(level).collect();
+        let prediction = Prediction::Edm { sigma_data: 0.5 };
+        let pair =
+            TrainingPair::new(prediction, &nhwc(tensor("x")), &levels, &nhwc(tensor("noise"))).unwrap();
+        let labels = tensor("labels").to_dtype(DType::U32).unwrap();
+        let found = train_step(&params, &*network, &mut adam, &pair, &labels);
+        assert!((found - expected).abs() < 1e-4, "step {i}: loss {found}, expected {expected}");
+    }
+    assert_moved("NCSN++", &params, &|key| before[key].clone(), &|key| {
+        tensors[&format!("after.{key}")].clone()
+    });
 }

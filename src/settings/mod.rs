@@ -25,7 +25,7 @@ pub use self::{
     architecture::{ArchitectureSettings, ResNetSettings, SmallCnnSettings, WideResNetSettings},
     attack::{AttackSettings, BallSettings, EvaluationAttackSettings, PgdSettings, StepSettings},
     augmentation::AugmentationSettings,
-    denoiser::{DenoiserSettings, UNetSettings},
+    denoiser::{AdmSettings, DenoiserSettings, LevelsSettings, UNetSettings},
     flags::{Settings, StageDefault, defaults, from_flags, named},
     objective::{
         AttackBatchNorm, AttackedSettings, FgsmSettings, NoiseSettings, ObjectiveSettings, SmoothAdvSettings,
