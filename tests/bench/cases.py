@@ -10,7 +10,7 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from networks import ResNet, SmallCNN, WideResNet
+from networks import Adm, DdpmPlusPlus, ResNet, SmallCNN, WideResNet
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +199,28 @@ class Sampling(DenoisingStep):
         return Peer(run, lambda: {"images": run()})
 
 
+class OtherDenoisingStep(DenoisingStep):
+    """The same of a network that diffusers does not have; `config` is what proxyset's `unet/config.json` says about it."""
+
+    in_candle = False
+
+    def __init__(self, model, name, config, shape, *, backward, parts=PARTS):
+        self.model, self.name, self.config, self.t, self.backward = model.eval(), name, config, 500, backward
+        self.x, self.noise, self.labels = torch.randn(shape), torch.randn(shape), None
+        self.work = {"kind": "denoise", "t": self.t}
+        if backward:
+            self.work = {"kind": "denoise_gradients", "t": self.t, "parts": parts}
+
+    def save(self, folder):
+        (folder / "unet").mkdir()
+        save_file(self.model.state_dict(), folder / "unet" / "diffusion_pytorch_model.safetensors")
+        (folder / "unet" / "config.json").write_text(json.dumps(self.config))
+        DDPMScheduler().save_pretrained(folder / "scheduler")
+        index = {"unet": ["diffusers", self.name], "scheduler": ["diffusers", "DDPMScheduler"]}
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"} | index))
+        save_inputs(folder, x=self.x, noise=self.noise)
+
+
 class Classifier(Case):
     """The logits of a batch; `attack`: a step of adversarial training instead.
 
@@ -309,6 +331,23 @@ def cifar10_unet(scratch):
     return folder
 
 
+def ddpm_plus_plus(batch, **options):
+    """EDM's network for CIFAR-10."""
+    sizes = {"model_channels": 128, "channel_mult": [2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
+    model = DdpmPlusPlus(32, 3, **sizes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 55_732_739
+    config = sizes | {"img_resolution": 32, "in_channels": 3, "out_channels": 3}
+    return OtherDenoisingStep(model, "SongUNet", config, (batch, 3, 32, 32), **options)
+
+
+def adm(batch, **options):
+    """As large as improved-diffusion's network for CIFAR-10."""
+    sizes = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_res_blocks": 3, "attention_resolutions": [2, 4]}
+    config = sizes | {"image_size": 32, "in_channels": 3, "out_channels": 3, "num_head_channels": 64}
+    config |= {"use_scale_shift_norm": True, "resblock_updown": True}
+    return OtherDenoisingStep(Adm(3, **sizes), "UNetModel", config, (batch, 3, 32, 32), **options)
+
+
 def small_cnn(batch, **options):
     """The classifier of pipelines/digits.toml."""
     config = {"arch": "small_cnn", "in_channels": 1, "image_size": 8, "channels": [16, 32], "num_classes": 10, "groups": 8}
@@ -362,6 +401,8 @@ def cases():
             found[f"{name}_{suffix}"] = lambda _, shape=shape, backward=backward: Convolution(*shape, backward=backward)
     for batch in (8, 32):
         found[f"unet_b{batch}"] = lambda scratch, batch=batch: DenoisingStep(cifar10_unet(scratch), batch, backward=False)
+    found["ddpmpp_b8"] = lambda _: ddpm_plus_plus(8, backward=False)
+    found["adm_b8_fwdbwd"] = lambda _: adm(8, backward=True)
     found["digits_unet_b64"] = lambda _: DenoisingStep(DIGITS_DDPM, 64, backward=False)
     found["digits_unet_b64_fwdbwd"] = lambda _: DenoisingStep(DIGITS_DDPM, 64, backward=True)
     found["digits_unet_ddim10_b64"] = lambda _: Sampling(DIGITS_DDPM, 64, 10)
