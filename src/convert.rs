@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     Error, Result, ResultExt,
-    diffusion::{DiffusionModel, SchedulerConfig},
+    diffusion::{DiffusionModel, SchedulerClass, SchedulerConfig},
     fs,
     nn::{
         Architecture, Classifier, ClassifierConfig, DenoiserConfig, Params, Recognized, StateDict, recognize,
@@ -18,6 +18,9 @@ use crate::{
 /// The scheduler that may be stated by name: DDPM of Ho et al. 2020, 1000 steps, β from 1e-4 to 0.02 in equal steps,
 /// noise predicted.
 pub const DDPM_LINEAR_1000: &str = "ddpm-linear-1000";
+
+/// Another: the preconditioning of Karras et al. 2022, with σ from 0.002 to 80 and data of standard deviation 0.5.
+pub const EDM: &str = "edm";
 
 /// What a model folder from here says of the classes.
 const CLASSES: &str = "proxyset.json";
@@ -35,7 +38,7 @@ pub struct Stated {
     pub settings: Map<String, Value>,
     /// For a classifier: its classes.
     pub class_names: Vec<String>,
-    /// For a denoiser: a `scheduler_config.json`, or [`DDPM_LINEAR_1000`].
+    /// For a denoiser: a `scheduler_config.json`, [`DDPM_LINEAR_1000`] or [`EDM`].
     pub scheduler: Option<String>,
 }
 
@@ -169,9 +172,20 @@ fn drop_unused(weights: &mut StateDict, recognized: Option<&Recognized>) {
     }
 }
 
+/// Whether two values are the same, however their numbers are written: 1 or 1.0.
+fn is_same(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Number(a), Value::Number(b)) => a.as_f64() == b.as_f64(),
+        (Value::Array(a), Value::Array(b)) => {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| is_same(a, b))
+        }
+        _ => a == b,
+    }
+}
+
 /// Fails if a key is stated otherwise than the weights say.
 fn agree(key: &str, found: &Value, stated: Option<&Value>) -> Result<()> {
-    match stated.filter(|stated| *stated != found) {
+    match stated.filter(|stated| !is_same(stated, found)) {
         Some(stated) => bail!(Data, "{key} is stated as {stated}, but the weights say {found}"),
         None => Ok(()),
     }
@@ -265,6 +279,7 @@ impl Stated {
         }
         let scheduler = match self.scheduler.as_deref() {
             Some(DDPM_LINEAR_1000) => SchedulerConfig::default(),
+            Some(EDM) => SchedulerClass::EDMEulerScheduler.defaults(),
             Some(path) => {
                 let (scheduler, notes) = SchedulerConfig::load(Path::new(path), None, None)?;
                 notes.iter().for_each(|said| note(said));
@@ -273,7 +288,7 @@ impl Stated {
             None => bail!(
                 Usage,
                 "scheduler is not set, and the weights do not say with which noise they were trained: expected \
-                 {DDPM_LINEAR_1000} or a scheduler_config.json"
+                 {DDPM_LINEAR_1000}, {EDM} or a scheduler_config.json"
             ),
         };
         let (config, ignored) = DenoiserConfig::from_json(network, config)?;

@@ -32,7 +32,7 @@ pub(super) struct Args {
     /// Names of a classifier's classes, in the order of the logits.
     #[arg(long, value_delimiter = ',')]
     class_names: Vec<String>,
-    /// With what noise a denoiser was trained: its scheduler_config.json, or `ddpm-linear-1000`.
+    /// With what noise a denoiser was trained: its scheduler_config.json, `ddpm-linear-1000` or `edm`.
     #[arg(long)]
     scheduler: Option<String>,
 }

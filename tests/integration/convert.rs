@@ -11,7 +11,7 @@ use std::{
 use candle_core::{Device, Tensor};
 use proxyset::{
     diffusion::DiffusionModel,
-    nn::{Classifier, StateDict},
+    nn::{Classifier, DenoiserConfig, Params, StateDict},
 };
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
@@ -137,6 +137,52 @@ fn weights_of_a_denoiser_need_their_configuration_and_their_noise() {
         2,
         &["is a model folder"],
     );
+}
+
+/// As a checkpoint of EDM that docs/convert.md exports.
+#[test]
+fn a_song_unet_shows_its_configuration_and_is_sampled_from_its_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let config = serde_json::json!({
+        "img_resolution": 8, "in_channels": 1, "out_channels": 1, "label_dim": 3, "augment_dim": 2,
+        "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4],
+    });
+    let config = DenoiserConfig::from_json("SongUNet", config.as_object().unwrap().clone()).unwrap().0;
+    let params = Params::init(1, &Device::Cpu, |b| config.build(b)).unwrap();
+    let tensors = candle_core::safetensors::load_buffer(&params.to_safetensors(&[]).unwrap(), &Device::Cpu);
+    let wrapped: HashMap<_, _> =
+        tensors.unwrap().into_iter().map(|(name, tensor)| (format!("model.{name}"), tensor)).collect();
+    candle_core::safetensors::save(&wrapped, path("edm.safetensors")).unwrap();
+    let convert = |more: &str| {
+        format!(
+            "convert {} --out {} --quiet {more}",
+            path("edm.safetensors").display(),
+            path("model").display()
+        )
+    };
+    fails(&convert(""), 2, &["scheduler is not set", "edm or a scheduler_config.json"]);
+    let stated = "--scheduler edm --set model_channels=16";
+    fails(&convert(stated), 65, &["model_channels is stated as 16, but the weights say 8"]);
+    ok(&convert("--scheduler edm --set channel_mult=[1.0,2.0]"));
+
+    let model = DiffusionModel::load(&path("model"), None, &Device::Cpu).unwrap();
+    let x = Tensor::arange(0f32, 128.0, &Device::Cpu).unwrap();
+    let x = (x.reshape((2, 8, 8, 1)).unwrap() / 64.0).unwrap();
+    let (t, classes) =
+        (Tensor::full(-0.5f32, 2, &Device::Cpu).unwrap(), Tensor::new(&[2u32, 0], &Device::Cpu).unwrap());
+    let net = params.frozen(|b| config.build(b)).unwrap();
+    let difference = largest_difference(
+        &model.predict(&x, -0.5, Some(&classes)).unwrap(),
+        &net.forward(&x, &t, Some(&classes)).unwrap(),
+    );
+    assert!(difference == 0.0, "{difference}");
+    ok(&format!(
+        "generate --model {} --out {} --count 6 --shard-rows 6 --micro-batch 6 --steps 1 --quiet",
+        path("model").display(),
+        path("pool").display()
+    ));
+    assert!(path("pool/pool/shard-00000.parquet").is_file());
 }
 
 #[test]

@@ -16,7 +16,7 @@ mod small_cnn;
 mod unet;
 mod wide_resnet;
 
-use std::{collections::BTreeMap, ops::Deref};
+use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -139,17 +139,6 @@ impl DenoiserConfig {
         expect_none(&faults)?;
         let note = format!("{} belong to a moving average: ignored", ignored.join(", "));
         Ok((config, (!ignored.is_empty()).then_some(note)))
-    }
-
-    /// The configuration that names and shapes of a checkpoint show, and the keys that they do not show and that have to
-    /// be stated: what these are here means nothing. `None` if no network is recognised.
-    pub fn from_state_dict(shapes: &BTreeMap<String, Vec<usize>>) -> Option<(Self, &'static [&'static str])> {
-        let song = || SongUNetConfig::from_state_dict(shapes).map(|song| (Self::Song(song), &[][..]));
-        let dhariwal = || {
-            DhariwalUNetConfig::from_state_dict(shapes).map(|dhariwal| (Self::Dhariwal(dhariwal), &[][..]))
-        };
-        let adm = || AdmConfig::from_state_dict(shapes).map(|adm| (Self::Adm(adm), AdmConfig::UNSEEN));
-        song().or_else(dhariwal).or_else(adm)
     }
 
     /// The contents of `unet/config.json`, complete, as `diffusers` reads it.

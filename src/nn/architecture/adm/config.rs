@@ -1,6 +1,4 @@
-//! `unet/config.json`: the arguments of `UNetModel`, and how a checkpoint shows them.
-
-use std::collections::{BTreeMap, BTreeSet};
+//! `unet/config.json`: the arguments of `UNetModel`.
 
 use serde::{Deserialize, Serialize};
 
@@ -79,64 +77,10 @@ impl Default for AdmConfig {
     }
 }
 
-/// More are a faulty file.
-const MAX_LEVELS: usize = 16;
-
 /// Groups of all norms.
 pub(super) const GROUPS: usize = 32;
 
 impl AdmConfig {
-    /// The keys that the shapes of a checkpoint do not show, and that differ among OpenAI's models: the order is
-    /// the new one only in guided-diffusion's 64 × 64; there are 4 heads in improved-diffusion's models but those of
-    /// LSUN (1) and in guided-diffusion's 128 × 128 and 64 → 256, and heads of 64 channels in its others. In
-    /// [`AdmConfig::from_state_dict`] the first two are 0, which is refused.
-    pub const UNSEEN: &[&str] = &["image_size", "num_heads", "num_head_channels", "use_new_attention_order"];
-
-    /// What names and shapes of a checkpoint show; `None` if it is not one of a `UNetModel`.
-    ///
-    /// Keys in [`AdmConfig::UNSEEN`] are to be stated. `dropout`, which matters in training alone, is 0.
-    pub fn from_state_dict(shapes: &BTreeMap<String, Vec<usize>>) -> Option<Self> {
-        let dim = |name: &str, i: usize| shapes.get(name)?.get(i).copied();
-        let has = |name: String| shapes.contains_key(&name);
-        let model_channels = dim("time_embed.0.weight", 1).filter(|c| *c > 0)?;
-        let inputs = blocks(shapes, "input_blocks.");
-        let outputs = blocks(shapes, "output_blocks.").len();
-        // The last block of a resolution on the way up has the layer that doubles the image; on the way down there may
-        // be blocks without parameters.
-        let doubling =
-            |n: usize, layer: &str| (1..3).any(|i| has(format!("output_blocks.{n}.{i}.{layer}.weight")));
-        let resblock_updown = (0..outputs).any(|n| doubling(n, "in_layers.0"));
-        let last_of_first =
-            (0..outputs).find(|&n| doubling(n, "in_layers.0") || doubling(n, "conv")).map(|n| n + 1);
-        let gap = (0..outputs).find(|n| !inputs.contains(n));
-        let per_level = last_of_first.or(gap).unwrap_or(outputs);
-        let num_res_blocks = per_level.checked_sub(1).filter(|n| *n > 0)?;
-        let first = |level: usize| format!("input_blocks.{}", 1 + level * per_level);
-        let levels = 0..outputs / per_level;
-        (levels.end <= MAX_LEVELS).then_some(())?;
-        let channels = levels
-            .clone()
-            .map(|level| dim(&format!("{}.0.out_layers.3.weight", first(level)), 0))
-            .collect::<Option<Vec<_>>>()?;
-        Some(Self {
-            in_channels: dim("input_blocks.0.0.weight", 1)?,
-            model_channels,
-            out_channels: dim("out.2.weight", 0)?,
-            num_res_blocks,
-            attention_resolutions: levels
-                .filter(|level| has(format!("{}.1.qkv.weight", first(*level))))
-                .map(|level| 1 << level)
-                .collect(),
-            channel_mult: channels.iter().map(|c| *c as f64 / model_channels as f64).collect(),
-            conv_resample: gap.is_none(),
-            num_classes: dim("label_emb.weight", 0),
-            num_heads: 0,
-            use_scale_shift_norm: dim("input_blocks.1.0.emb_layers.1.weight", 0)? == 2 * channels.first()?,
-            resblock_updown,
-            ..Self::default()
-        })
-    }
-
     pub(super) fn find_faults(&self) -> Vec<String> {
         let mut faults = Faults::default();
         faults.expect_positive(&[
@@ -148,12 +92,7 @@ impl AdmConfig {
         ]);
         faults.expect("dims", self.dims, self.dims == 2, "2");
         let (levels, multiples) = (self.channel_mult.len(), &self.channel_mult);
-        faults.expect(
-            "channel_mult",
-            multiples,
-            (1..=MAX_LEVELS).contains(&levels),
-            &format!("1 to {MAX_LEVELS} entries"),
-        );
+        faults.expect("channel_mult", multiples, (1..=16).contains(&levels), "1 to 16 entries");
         let even = self.model_channels > 0 && self.model_channels.is_multiple_of(2);
         faults.expect("model_channels", self.model_channels, even, "an even number, for sines and cosines");
         let in_range = (0.0..1.0).contains(&self.dropout);
@@ -214,10 +153,4 @@ impl AdmConfig {
             _ => self.num_heads,
         }
     }
-}
-
-/// The numbers of the blocks with parameters.
-fn blocks(shapes: &BTreeMap<String, Vec<usize>>, prefix: &str) -> BTreeSet<usize> {
-    let number = |name: &String| name.strip_prefix(prefix)?.split('.').next()?.parse().ok();
-    shapes.keys().filter_map(number).collect()
 }

@@ -1,6 +1,4 @@
-//! `unet/config.json`: the arguments of `SongUNet` and `DhariwalUNet`, and how a checkpoint shows them.
-
-use std::collections::BTreeMap;
+//! `unet/config.json`: the arguments of `SongUNet` and `DhariwalUNet`.
 
 use serde::{Deserialize, Serialize};
 
@@ -158,16 +156,7 @@ impl From<&DhariwalUNetConfig> for SongUNetConfig {
     }
 }
 
-/// Names and shapes of a checkpoint.
-type Shapes = BTreeMap<String, Vec<usize>>;
-
 impl SongUNetConfig {
-    /// What names and shapes of a checkpoint show, which is all but the dropout rates: these are 0, as labels' are in
-    /// EDM's published models. `None` if it is not one of a `SongUNet`.
-    pub fn from_state_dict(shapes: &Shapes) -> Option<Self> {
-        (!shapes.contains_key("out_norm.weight")).then(|| recognized(shapes))?
-    }
-
     pub(super) fn find_faults(&self) -> Vec<String> {
         let mut faults = Faults::default();
         faults.expect_positive(&[
@@ -229,66 +218,4 @@ impl SongUNetConfig {
     pub(super) fn classes(&self) -> Option<usize> {
         (self.label_dim > 0).then(|| self.label_dim + usize::from(self.label_dropout > 0.0))
     }
-}
-
-impl DhariwalUNetConfig {
-    /// As [`SongUNetConfig::from_state_dict`], for a `DhariwalUNet`.
-    pub fn from_state_dict(shapes: &Shapes) -> Option<Self> {
-        shapes.contains_key("out_norm.weight").then(|| recognized(shapes))?.map(Self::from)
-    }
-}
-
-/// The configuration of either network.
-fn recognized(shapes: &Shapes) -> Option<SongUNetConfig> {
-    let dim = |name: &str, i: usize| shapes.get(name)?.get(i).copied();
-    let has = |name: &str| shapes.contains_key(name);
-    let stem = shapes.keys().find(|name| name.starts_with("enc.") && name.ends_with("_conv.weight"))?;
-    let side = stem.strip_prefix("enc.")?.strip_suffix("_conv.weight")?.split_once('x')?.0;
-    let img_resolution: usize = side.parse().ok()?;
-    let part = |way: &str, level: usize, part: &str| {
-        let side = img_resolution >> level;
-        format!("{way}.{side}x{side}_{part}")
-    };
-    let noise = dim("map_layer0.weight", 1)?;
-    let out = dim("out_conv.weight", 0);
-    let model_channels = if out.is_some() { noise } else { dim(stem, 0)? };
-    let multiple =
-        |channels: usize| channels.checked_div(model_channels).filter(|n| n * model_channels == channels);
-    let channels = |level| dim(&part("enc", level, "block0.conv1.weight"), 0);
-    let channel_mult: Vec<usize> =
-        (0..usize::BITS as usize).map_while(channels).map(multiple).collect::<Option<_>>()?;
-    let attended = |level: &usize| has(&part("enc", *level, "block0.qkv.weight"));
-    let encoder_type =
-        match (has(&part("enc", 1, "aux_skip.weight")), has(&part("enc", 1, "aux_residual.weight"))) {
-            (true, _) => "skip",
-            (_, true) => "residual",
-            _ => "standard",
-        };
-    let filter = match dim(&part("enc", 1, "down.conv0.resample_filter"), 2) {
-        Some(4) => Filter::Binomial,
-        Some(2) | None => Filter::Box,
-        Some(_) => return None,
-    };
-    Some(SongUNetConfig {
-        img_resolution,
-        in_channels: dim(stem, 1)?,
-        out_channels: out.or_else(|| dim(&part("dec", 0, "aux_conv.weight"), 0))?,
-        label_dim: dim("map_label.weight", 1).unwrap_or(0),
-        augment_dim: dim("map_augment.weight", 1).unwrap_or(0),
-        model_channels,
-        channel_mult_emb: multiple(dim("map_layer0.weight", 0)?)?,
-        num_blocks: (0..).take_while(|i| has(&part("enc", 0, &format!("block{i}.conv1.weight")))).count(),
-        attn_resolutions: (0..channel_mult.len())
-            .filter(attended)
-            .map(|level| img_resolution >> level)
-            .collect(),
-        channel_mult,
-        dropout: 0.0,
-        label_dropout: 0.0,
-        embedding_type: if has("map_noise.freqs") { "fourier" } else { "positional" }.into(),
-        channel_mult_noise: multiple(noise)?,
-        encoder_type: encoder_type.into(),
-        decoder_type: if has(&part("dec", 1, "aux_norm.weight")) { "skip" } else { "standard" }.into(),
-        resample_filter: filter.weights().into(),
-    })
 }

@@ -1,6 +1,8 @@
-//! Which network a state dict belongs to, and what its names and shapes say of the configuration: one function a
-//! network, listed in [`NETWORKS`].
+//! Which network a state dict belongs to, and what its names and shapes say of the configuration: one function
+//! in each file, listed in [`NETWORKS`].
 
+mod adm;
+mod edm;
 mod recognized;
 mod resnet;
 mod small_cnn;
@@ -11,8 +13,14 @@ pub use self::recognized::Recognized;
 use crate::nn::StateDict;
 
 /// The networks that are recognised.
-const NETWORKS: &[fn(&StateDict) -> Option<Recognized>] =
-    &[small_cnn::recognize, resnet::recognize, wide_resnet::recognize, unet::recognize];
+const NETWORKS: &[fn(&StateDict) -> Option<Recognized>] = &[
+    small_cnn::recognize,
+    resnet::recognize,
+    wide_resnet::recognize,
+    unet::recognize,
+    adm::recognize,
+    edm::recognize,
+];
 
 /// The network of which these are the weights, with names that have no prefix; `None` if it is none of ours.
 pub fn recognize(weights: &StateDict) -> Option<Recognized> {
