@@ -39,7 +39,7 @@ pub enum ClassConditioning {
 /// A denoiser with its parameters, and the schedule it was trained on.
 ///
 /// Its folder is `diffusers`': `model_index.json`, `unet/` and `scheduler/`. A folder from the Hub loads unchanged,
-/// and `diffusers` opens a folder that was saved here.
+/// and `diffusers` opens a folder that was saved here if it has the network.
 pub struct DiffusionModel {
     config: DenoiserConfig,
     scheduler: SchedulerConfig,
@@ -171,7 +171,7 @@ impl DiffusionModel {
             "_class_name": pipeline,
             "_diffusers_version": DIFFUSERS_VERSION,
             "scheduler": ["diffusers", self.scheduler.class],
-            "unet": ["diffusers", self.config.tag()],
+            "unet": [self.config.library(), self.config.tag()],
         });
         fs::publish(&dir.join(UNET_WEIGHTS), &self.params.to_safetensors(&[])?)?;
         fs::publish_json(&dir.join(UNET_CONFIG), &self.config.to_json()?)?;

@@ -166,6 +166,9 @@ fn a_song_unet_shows_its_configuration_and_is_sampled_from_its_folder() {
     fails(&convert(stated), 65, &["model_channels is stated as 16, but the weights say 8"]);
     ok(&convert("--scheduler edm --set channel_mult=[1.0,2.0]"));
 
+    let index = std::fs::read_to_string(path("model/model_index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+    assert_eq!(index["unet"], serde_json::json!(["proxyset", "SongUNet"]));
     let model = DiffusionModel::load(&path("model"), None, &Device::Cpu).unwrap();
     let x = Tensor::arange(0f32, 128.0, &Device::Cpu).unwrap();
     let x = (x.reshape((2, 8, 8, 1)).unwrap() / 64.0).unwrap();

@@ -141,6 +141,14 @@ impl DenoiserConfig {
         Ok((config, (!ignored.is_empty()).then_some(note)))
     }
 
+    /// The library that has the network, as `model_index.json` names it.
+    pub fn library(&self) -> &'static str {
+        match self {
+            Self::UNet(_) => "diffusers",
+            _ => "proxyset",
+        }
+    }
+
     /// The contents of `unet/config.json`, complete, as `diffusers` reads it.
     pub fn to_json(&self) -> Result<Map<String, Value>> {
         match serde_json::to_value(self) {

@@ -337,7 +337,6 @@ impl FitGenerator {
     /// The model card.
     fn card(&self, info: &GeneratorInfo, network: &DenoiserConfig, summary: &serde_json::Value) -> String {
         let conditional = if self.conditional { "class-conditional " } else { "" };
-        let in_diffusers = matches!(network, DenoiserConfig::UNet(_));
         format!(
             "---\nlicense: other\nlibrary_name: {library}\ntags: [diffusion, ddpm, proxyset]\n---\n\n\
              # A {conditional}diffusion model of {shape} images\n\n\
@@ -350,9 +349,9 @@ impl FitGenerator {
              | last loss | {loss} |\n\n\
              {opens}; `proxyset generate --model` samples it. Pixels are in [-1, 1].{null}\n\
              The licence of the training data applies to what is made from it.\n",
-            library = if in_diffusers { "diffusers" } else { "proxyset" },
+            library = network.library(),
             opens = match self.process {
-                _ if !in_diffusers => "The weights have the names of the original network",
+                _ if network.library() != "diffusers" => "The weights have the names of the original network",
                 ProcessSettings::Edm(_) => "`unet` and `scheduler` open in `diffusers` one by one",
                 ProcessSettings::Discrete(_) => "The folder opens in `diffusers`",
             },
