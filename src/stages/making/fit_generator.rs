@@ -213,6 +213,15 @@ impl Stage for FitGenerator {
             bail!(Usage, "null_class_probability is {null} for a model without classes, expected 0");
         }
         self.process.validate()?;
+        if let (DenoiserSettings::NcsnPlusPlus(_), ProcessSettings::Discrete(_)) =
+            (&self.architecture, &self.process)
+        {
+            bail!(
+                Usage,
+                "process is discrete, expected edm for the architecture ncsn++: at its random frequencies, neighbouring \
+                 steps have nothing in common"
+            );
+        }
         expect("steps", self.steps, 1, 100_000_000)?;
         expect("batch", self.batch, 1, 1 << 20)?;
         expect("accumulate", self.accumulate, 1, self.batch)?;
@@ -395,6 +404,19 @@ mod tests {
             STOP_AT_LOOK.set(look);
             work()
         })
+    }
+
+    #[test]
+    fn ncsn_plus_plus_is_for_a_continuous_process() {
+        let validate = |flags: &str| {
+            let flags: Vec<_> = flags.split(' ').map(str::to_owned).collect();
+            from_flags::<FitGenerator>(&flags).unwrap().validate()
+        };
+        let error = validate("--architecture ncsn++").unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().starts_with("process is discrete, expected edm"), "{error}");
+        validate("--architecture ncsn++ --process edm").unwrap();
+        validate("--architecture ddpm++").unwrap();
     }
 
     /// The network of src/nn/architecture/mlp.rs. It goes through the code that a U-Net goes through.
