@@ -13,6 +13,8 @@ use crate::{
 
 /// The share of images from which on a saturated loss is worth a word.
 const MANY: f64 = 0.1;
+/// The spread of logits below which the probabilities of all classes are within 1 % of each other.
+const CLOSE: f32 = 0.01;
 
 /// The number of images that are evaluated twice.
 const TWICE: usize = 64;
@@ -34,23 +36,32 @@ pub fn unusable(logits: &[Vec<f32>]) -> Vec<String> {
     doubts
 }
 
-/// The doubt about an attack that climbs nothing but the cross-entropy, if that is saturated on more than a tenth of
-/// the images that withstood it: as sure as the network is of their classes, the cross-entropy is 0 up to rounding.
+/// The doubts about an attack that climbs nothing but the cross-entropy, if on more than a tenth of the images that
+/// withstood it this is saturated (as sure as the network is of them, it is 0 up to rounding), or the logits are so
+/// close that it weighs all wrong classes alike.
 ///
 /// `rows`: the images that withstood it, as indices of `logits` and `labels`. `rounding`: the largest probability of
-/// all other classes together that the attack does not tell from 0.
-pub fn saturation(logits: &[Vec<f32>], labels: &[u32], rows: &[usize], rounding: f32) -> Option<String> {
+/// all wrong classes together that the attack does not tell from 0.
+pub fn saturation(logits: &[Vec<f32>], labels: &[u32], rows: &[usize], rounding: f32) -> Vec<String> {
     let wrong =
         |row: usize| -Loss::CrossEntropy.of(&logits[row], labels[row] as usize).1[labels[row] as usize];
-    let saturated = rows.iter().filter(|&&row| wrong(row) <= rounding).count();
-    (saturated as f64 > MANY * rows.len() as f64).then(|| {
-        format!(
-            "the cross-entropy has no gradient, up to rounding, on {saturated} of the {} images that withstood the attack: \
-             the network is too sure of them, and the robust accuracy is too high if they can be fooled; climb the margin \
-             (PGD's loss cw, apgd-dlr) or take autoattack",
-            rows.len()
-        )
-    })
+    let spread = |row: usize| {
+        let largest = logits[row].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        largest - logits[row].iter().copied().fold(f32::INFINITY, f32::min)
+    };
+    let doubt = |is: &dyn Fn(usize) -> bool, what: &str| {
+        let (n, all) = (rows.iter().filter(|&&row| is(row)).count(), rows.len());
+        (n as f64 > MANY * all as f64).then(|| {
+            format!(
+                "on {n} of the {all} images that withstood the attack {what}, and the robust accuracy is too high if they \
+                 can be fooled; climb the margin (PGD's loss cw, apgd-dlr) or take autoattack"
+            )
+        })
+    };
+    let sure = "the network is so sure that the cross-entropy has no gradient, up to rounding";
+    let close = "the logits are so close that the cross-entropy weighs all wrong classes alike";
+    let doubts = [doubt(&|row| wrong(row) <= rounding, sure), doubt(&|row| spread(row) < CLOSE, close)];
+    doubts.into_iter().flatten().collect()
 }
 
 impl Evaluation<'_> {
@@ -218,13 +229,18 @@ mod tests {
         let logits = |z: f32| vec![0.0, z, -1e3];
         let all: Vec<_> = [16.0, 17.0, 1e4, 5.0, f32::INFINITY].map(logits).into();
         let said = |rows: &[usize]| saturation(&all, &[1; 5], rows, f32::EPSILON / 2.0);
-        assert!(said(&[0, 1, 2, 3]).unwrap().contains("on 2 of the 4 images that withstood"));
-        assert_eq!(said(&[0, 3, 4]), None);
-        assert_eq!(said(&[]), None);
+        assert!(
+            said(&[0, 1, 2, 3])[0]
+                .contains("on 2 of the 4 images that withstood the attack the network is so sure")
+        );
+        assert_eq!(said(&[0, 3, 4]), [""; 0]);
+        assert_eq!(said(&[]), [""; 0]);
         let few: Vec<usize> = (0..10).map(|i| if i == 0 { 1 } else { 3 }).collect();
-        assert_eq!(said(&few), None, "one in ten");
+        assert_eq!(said(&few), [""; 0], "one in ten");
         let double = |rows: &[usize]| saturation(&all, &[1; 5], rows, (f64::EPSILON / 2.0) as f32);
-        assert!(double(&[0, 1]).is_none() && double(&[2]).is_some());
+        assert!(double(&[0, 1]).is_empty() && double(&[2]).len() == 1);
+        let close = saturation(&[vec![0.0, 0.004, -0.004]], &[1], &[0], 0.0);
+        assert!(close.len() == 1 && close[0].contains("weighs all wrong classes alike"), "{close:?}");
     }
 
     #[test]

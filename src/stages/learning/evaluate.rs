@@ -186,10 +186,10 @@ impl Stage for Evaluate {
             }
             survivors.push(Survivors { attack: name.to_owned(), before, after, accuracy, interval });
         }
-        let rounding = self.attack.cross_entropy_rounding();
-        if let Some(doubt) = rounding.and_then(|r| saturation(&logits, &data.labels, &standing, r)) {
-            note(self, &format!("warning: {doubt}"));
-            warnings.push(doubt);
+        if let Some(rounding) = self.attack.cross_entropy_rounding() {
+            let doubts = saturation(&logits, &data.labels, &standing, rounding);
+            doubts.iter().for_each(|doubt| note(self, &format!("warning: {doubt}")));
+            warnings.extend(doubts);
         }
         let norm = self.attack.ball().map_or(Norm::Linf, |ball| ball.norm);
         let perturbation = (!sequence.is_empty()).then(|| extremes(norm, &clean, &adversarial));
