@@ -18,7 +18,7 @@ pub const TARGETS: usize = 9;
 pub const QUERIES: usize = 5000;
 
 /// An attack with a name and the settings that it has in AutoAttack: [`STEPS`], [`TARGETS`], [`QUERIES`], and one start
-/// unless it is given [more](Method::with_starts).
+/// unless it is given more.
 #[derive(Clone, Copy)]
 pub struct Method {
     name: &'static str,

@@ -181,7 +181,7 @@ impl SchedulerConfig {
         }
     }
 
-    /// Fails with [`Error::Data`] at the first key with an unsupported value.
+    /// Fails with [`Error::Data`](crate::Error::Data) at the first key with an unsupported value.
     pub fn validate(&self) -> Result<()> {
         let Self { clip_sample_range: range, sigma_min, sigma_max, sigma_data, rho, .. } = *self;
         if self.clip_sample && !(range > 0.0 && range.is_finite()) {
@@ -215,7 +215,7 @@ impl SchedulerConfig {
         }
     }
 
-    /// The noise schedule. Fails with [`Error::Data`] if a β is not above 0 and below 1.
+    /// The noise schedule. Fails with [`Error::Data`](crate::Error::Data) if a β is not above 0 and below 1.
     fn schedule(&self) -> Result<NoiseSchedule> {
         let Self { num_train_timesteps: steps, beta_start: start, beta_end: end, .. } = *self;
         if let Some(betas) = &self.trained_betas {
@@ -241,7 +241,7 @@ impl SchedulerConfig {
         }
     }
 
-    /// The noise levels of the model. Fails with [`Error::Data`] if a β is not above 0 and below 1.
+    /// The noise levels of the model. Fails with [`Error::Data`](crate::Error::Data) if a β is not above 0 and below 1.
     pub fn process(&self) -> Result<Process> {
         let Self { sigma_min: min, sigma_max: max, rho, .. } = *self;
         Ok(match self.class {

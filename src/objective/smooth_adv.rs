@@ -10,7 +10,7 @@ use crate::{Result, attack::Pgd, rng};
 ///
 /// The noise of standard deviation `sigma` is drawn `samples` times for each image, by the attack's seed and
 /// `sample_ids`; all steps of the attack and the loss see the same. `tracked` and `frozen` are views of one network as
-/// in [`super::pgd_at`]. Returns `(b,)`.
+/// in [`super::pgd_at()`]. Returns `(b,)`.
 pub fn smooth_adv(
     tracked: LogitsOf,
     frozen: LogitsOf,

@@ -40,7 +40,7 @@ impl UNetSettings {
     /// The network for square images of a shape. `num_class_embeds`: the number of classes that it is conditioned
     /// on, if any.
     ///
-    /// Fails with [`Error::Usage`](crate::Error::Usage) for images that cannot be halved that often.
+    /// Fails with [`Error::Usage`] for images that cannot be halved that often.
     pub fn config(
         &self,
         shape: Shape,
@@ -71,7 +71,7 @@ impl UNetSettings {
         })
     }
 
-    /// Fails with [`Error::Usage`](crate::Error::Usage) at the first impossible value.
+    /// Fails with [`Error::Usage`] at the first impossible value.
     pub fn validate(&self) -> Result<()> {
         let Self { block_out_channels, attention_levels, norm_num_groups, .. } = self;
         expect_within("levels of block_out_channels", block_out_channels.len(), 1, 6)?;
